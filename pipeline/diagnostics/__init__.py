@@ -1,0 +1,1 @@
+"""Numbers that say how a run is doing: per-step metrics and text statistics."""

@@ -1,0 +1,1 @@
+"""Everything that touches files, clocks, devices or servers."""

@@ -1,0 +1,1 @@
+"""The objective: baselines, KL estimators, the loss, the optimizer."""

@@ -1,0 +1,1 @@
+"""Rewards: each scores a whole batch of completions at once."""
