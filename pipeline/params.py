@@ -12,7 +12,13 @@ from ruamel.yaml.error import YAMLError
 from pipeline.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
-SELECTORS = {"model": "models", "prompts": "prompt_sets", "reward": "rewards", "encoder": "encoders", "recipe": "recipes"}
+SELECTORS = {
+    "model": "models",
+    "prompts": "prompt_sets",
+    "reward": "rewards",
+    "encoder": "encoders",
+    "recipe": "recipes",
+}
 
 
 class Table(BaseModel):
@@ -116,9 +122,7 @@ class SumReward(Table):
     terms: tuple[Term, ...] = Field(min_length=1, strict=False)
 
 
-Reward = Annotated[
-    EmbeddingReward | LengthReward | WordsReward | CustomReward | SumReward, Field(discriminator="kind")
-]
+Reward = Annotated[EmbeddingReward | LengthReward | WordsReward | CustomReward | SumReward, Field(discriminator="kind")]
 
 
 class Recipe(Table):
@@ -177,6 +181,13 @@ class Params(Table):
     encoders: dict[Key, Encoder]
     rewards: dict[Key, Reward]
     recipes: dict[Key, Recipe]
+
+    @model_validator(mode="after")
+    def reward_names(self) -> "Params":
+        for name in ("text", "ref_logprob_per_token"):
+            if name in self.rewards:
+                raise ValueError(f"rewards: {name!r} is taken: reports/evaluate/metrics.json has a key of that name")
+        return self
 
     def selected(self, selector: str) -> Any:
         """The table that a selector names, for example selected("reward")."""

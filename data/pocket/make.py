@@ -134,7 +134,9 @@ def learning_rate(progress: float, warmup: float = 0.02, decay: float = 0.4) -> 
     return min(1.0, (progress + 1e-3) / warmup, max(0.0, 1 - progress) / decay)
 
 
-def write_checkpoint(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, figures: dict) -> None:
+def write_checkpoint(
+    model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, figures: dict
+) -> None:
     """float16, as Pythia ships; figures.json says what was reached."""
     folder.mkdir(parents=True, exist_ok=True)
     half = GPTNeoXForCausalLM(model.config).to(torch.float16)
@@ -175,10 +177,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=args.vocabulary, hidden_size=args.hidden, num_hidden_layers=args.layers,
-            num_attention_heads=args.heads, intermediate_size=4 * args.hidden, max_position_embeddings=WINDOW,
-            bos_token_id=0, eos_token_id=0, attention_dropout=args.dropout, hidden_dropout=args.dropout,
-        )  # fmt: skip
+            vocab_size=args.vocabulary,
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            intermediate_size=4 * args.hidden,
+            max_position_embeddings=WINDOW,
+            bos_token_id=0,
+            eos_token_id=0,
+            attention_dropout=args.dropout,
+            hidden_dropout=args.dropout,
+        )
     ).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     opts = optimizers(model, args.lr, args.muon_lr)
@@ -222,7 +231,9 @@ def main() -> None:
         if (step + 1) % 250 == 0 or step + 1 == steps:
             sample = slice(None) if step + 1 == steps else slice(None, None, 8)
             bpb = bits_per_byte(model, held_out[sample], validation_texts[sample])
-            curve.append({"tokens": (step + 1) * BATCH * WINDOW, "seconds": round(seconds), "bits_per_byte": round(bpb, 4)})
+            curve.append(
+                {"tokens": (step + 1) * BATCH * WINDOW, "seconds": round(seconds), "bits_per_byte": round(bpb, 4)}
+            )
             print(f"step {step + 1} validation {bpb:.4f} bits a byte", flush=True)
         if time.time() - saved_at > SAVE_SECONDS:
             save(step + 1)

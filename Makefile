@@ -1,0 +1,34 @@
+# `make` alone prints this list.
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTHON ?= python3
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: help repro test unit lint ui clean
+
+help:  ## print the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+
+$(BIN)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+repro: $(BIN)/installed  ## install into .venv and run the pipeline on the embedded default
+	$(RUN) dvc repro
+
+test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
+	$(RUN) pytest
+
+unit: $(BIN)/installed  ## the fast tests
+	$(RUN) pytest -m 'not slow'
+
+lint: $(BIN)/installed
+	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
+
+ui: $(BIN)/installed  ## MLflow's UI on loopback, to compare runs
+	$(RUN) python -m pipeline.ui
+
+clean:  ## remove .venv; keeps data, runs and caches
+	rm -rf .venv

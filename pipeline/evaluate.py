@@ -1,0 +1,119 @@
+"""Stage `evaluate`: the trained policy against the untouched checkpoint, on held-out prompts and the same random numbers.
+
+Every reward of params.yaml is measured, not only the trained one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.diagnostics.bootstrap import interval
+from pipeline.diagnostics.text import text_statistics
+from pipeline.errors import UserError, run_stage
+from pipeline.io.artifacts import finite_or_none, read_jsonl, write_json, write_jsonl
+from pipeline.io.runtime import generator, set_up, uniforms
+from pipeline.params import Params, load
+from pipeline.policy.load import load_policy, load_tokenizer
+from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
+from pipeline.policy.sampling import Rollout, pad_prompts, sample
+from pipeline.policy.scoring import score_rollout
+from pipeline.rewards.build import build_reward
+
+PROMPTS, CHECKPOINT, POLICY = Path("data/prompts/heldout.jsonl"), Path("data/checkpoint"), Path("data/policy")
+REPORTS = Path("reports/evaluate")
+PROMPT_BATCH = 32  # prompts sampled at once
+NAMES = ("checkpoint", "policy")
+
+
+def main() -> None:
+    params = load()
+    prompts = [row["prompt"] for row in read_jsonl(PROMPTS)] if PROMPTS.exists() else []
+    if not prompts:
+        raise UserError(f"{PROMPTS} holds no prompts; run `dvc repro`, which makes it")
+    if params.evaluate.prompts:
+        prompts = prompts[: params.evaluate.prompts]
+    device = set_up(params.train.device, params.train.threads)
+    metrics, rows = evaluate(params, prompts, device)
+    write_jsonl(REPORTS / "completions.jsonl", rows)
+    write_json(REPORTS / "metrics.json", metrics)
+    trained = metrics[params.reward]
+    low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
+    print(
+        f"held-out {params.reward}: {mean:+.4f} (95% interval {low:+.4f} to {high:+.4f}) over the untouched checkpoint"
+    )
+
+
+def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """metrics.json and the rows of completions.jsonl."""
+    group = params.evaluate.samples_per_prompt
+    texts: dict[str, list[str]] = {}
+    metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
+    for name, folder in zip(NAMES, (CHECKPOINT / "policy", POLICY), strict=True):
+        texts[name], metrics["text"][name], metrics["ref_logprob_per_token"][name] = complete(
+            params, prompts, folder, device
+        )
+    repeated = [prompt for prompt in prompts for _ in range(group)]
+    scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
+    for reward_name, table in params.rewards.items():
+        reward = build_reward(reward_name, table, CHECKPOINT / "encoder", device)
+        both = torch.tensor([reward(repeated, texts[name]) for name in NAMES], dtype=torch.float64)
+        scores[reward_name] = both.view(2, len(prompts), group)
+        metrics[reward_name] = compare(scores[reward_name], params)
+    rows = [
+        {
+            "prompt": prompt, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
+            "rewards": {key: both[:, b, g].tolist() for key, both in scores.items()},
+        }
+        for b, prompt in enumerate(prompts) for g in range(group)
+    ]  # fmt: skip
+    return metrics, rows
+
+
+def complete(
+    params: Params, prompts: list[str], folder: Path, device: torch.device
+) -> tuple[list[str], dict[str, float | None], float]:
+    """Texts [B * G] of a policy, their statistics, and their log-likelihood a token under the untouched checkpoint."""
+    recipe, group, size = params.selected("recipe"), params.evaluate.samples_per_prompt, params.train.max_tokens
+    tokenizer, policy = load_tokenizer(folder), load_policy(folder, device)
+    reference = load_policy(CHECKPOINT / "policy", device)
+    eos = tokenizer.eos_token_id
+    texts: list[str] = []
+    tokens: list[list[int]] = []
+    nats, counted, ended = 0.0, 0, 0
+    for start in range(0, len(prompts), PROMPT_BATCH):
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + PROMPT_BATCH]]
+        # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
+        noise = torch.cat([uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
+        limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
+        rollout: Rollout = sample(
+            policy, *pad_prompts(ids, eos, device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
+            recipe.top_p,
+        )  # fmt: skip
+        texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group)
+        tokens += completion_tokens(rollout, eos)
+        ref_logprobs = score_rollout(reference, rollout, params.train.micro_batch, recipe.temperature)
+        nats += ref_logprobs[rollout.completion_mask].double().sum().item()
+        counted += int(rollout.lengths.sum())
+        ended += int(rollout.ended(eos).sum())
+    statistics: dict[str, float] = text_statistics(texts, tokens, group)
+    statistics |= {"completion_tokens": counted / len(texts), "ended_share": ended / len(texts)}
+    return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
+
+
+def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
+    """Means with 95% intervals of both policies and of the paired difference; prompts are the unit that is resampled.
+
+    rewards [2, B, G]: checkpoint, policy. win_rate: share of pairs in which the policy's reward is higher, ties half.
+    """
+    checkpoint, policy = rewards.mean(2)  # [B]
+    wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()
+    pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
+    drawn = generator(params.seed, 0, "bootstrap")
+    indices = torch.randint(len(checkpoint), (params.evaluate.bootstrap, len(checkpoint)), generator=drawn)
+    return {name: interval(values, indices) for name, values in pairs.items()} | {"win_rate": wins.mean().item()}
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,44 @@
+"""Continues a prompt with the untouched checkpoint and with the trained policy, greedily: the notebook's `generate`.
+
+python -m pipeline.generate "Hi there, how"
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import UserError, run_stage
+from pipeline.policy.load import load_policy, load_tokenizer
+
+FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
+
+
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> str:
+    """Prompt and most likely continuation, `max_tokens` tokens together."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(  # type: ignore[operator]
+        **inputs, pad_token_id=tokenizer.eos_token_id, max_length=max_tokens, do_sample=False
+    )
+    return str(tokenizer.decode(tokens[0]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="+", metavar="prompt")
+    parser.add_argument("--max-tokens", type=int, default=30, help="of prompt and continuation together (30)")
+    arguments = parser.parse_args()
+    present = {name: folder for name, folder in FOLDERS.items() if (folder / "config.json").exists()}
+    if not present:
+        raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
+    for name, folder in present.items():
+        model, tokenizer = load_policy(folder, torch.device("cpu")), load_tokenizer(folder)
+        for prompt in arguments.prompts:
+            if len(tokenizer(prompt)["input_ids"]) >= arguments.max_tokens:
+                raise UserError(f"--max-tokens {arguments.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
+            print(f"{name}: {continuation(model, tokenizer, prompt, arguments.max_tokens)}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,72 @@
+"""Resume states: `.checkpoints/<train_key>/` of the main workspace, outside DVC's outputs, which DVC deletes."""
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
+from pipeline.io.artifacts import atomic_path, write_text
+
+KEPT = 2  # states kept: where the newest is damaged, the one before it serves
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock. Raises UserError naming the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / "owner"
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text().strip() if owner.exists() else "unknown"
+        raise UserError(
+            f"another process is training this very run (process {who}); wait for it, or end it and repeat the command"
+        ) from None
+    try:
+        owner.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Writes the state after `step` steps: its sha256, then torch's format. Older ones beyond KEPT are removed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
+        target.write(hashlib.sha256(payload).digest())
+        target.write(payload)
+    for old in _states(folder)[:-KEPT]:
+        old.unlink()
+
+
+def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The newest whole state, or None. A damaged one is named in a warning and passed over."""
+    for path in reversed(_states(folder)):
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
+        print(f"warning: {path} is damaged (its checksum differs); going back to an earlier state", file=sys.stderr)
+    return None
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob("state-*.pt"))
+
+
+def write_timings(folder: Path, rows: list[dict[str, float]]) -> None:
+    """timings.csv: for the tracker, which may have been away."""
+    columns = list(rows[0])
+    lines = [",".join(columns), *(",".join(repr(row[column]) for column in columns) for row in rows)]
+    write_text(folder / "timings.csv", "\n".join(lines) + "\n")

@@ -1,0 +1,84 @@
+"""What a result is made of: the code behind a stage and the key of a training run."""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent.parent
+LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers")
+
+
+@functools.cache
+def local_modules(module: str) -> tuple[str, ...]:
+    """Every module of this package that `module` imports, at any depth and place, itself included. Sorted.
+
+    Read from the syntax tree, nothing is executed.
+    """
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found or not _source(name):
+            continue
+        found.add(name)
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])  # importing a.b runs a/__init__.py
+        for node in ast.walk(ast.parse(_source(name).read_bytes())):  # type: ignore[union-attr]
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(sorted(found))
+
+
+def _source(module: str) -> Path | None:
+    """File of a module of this package, else None."""
+    parts = module.split(".")
+    if parts[0] != PACKAGE.name:
+        return None
+    base = PACKAGE.joinpath(*parts[1:])
+    candidates = (base.with_suffix(".py"), base / "__init__.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def module_file(module: str) -> str:
+    """Path of a local module from the project's root, as dvc.yaml names it."""
+    source = _source(module)
+    assert source, module
+    return source.relative_to(PACKAGE.parent).as_posix()
+
+
+def code_digest(module: str) -> str:
+    """sha256 over the sources of `local_modules(module)`."""
+    return digest({name: _source(name).read_text(encoding="utf-8") for name in local_modules(module)})  # type: ignore[union-attr]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes the result. Without the build's local part (+cpu): that is the machine's."""
+    return {name: version.partition("+")[0] for name in LIBRARIES if (version := _version(name))}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested tables as dotted keys; a list becomes one string, null is left out."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
+    if value is None:
+        return {}
+    scalar = value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    return {prefix[:-1]: scalar}

@@ -1,0 +1,118 @@
+"""The record of one run, read from the files that the stages wrote: what `track` shows in MLflow."""
+
+import csv
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.io import artifacts, workspace
+from pipeline.io.tracking import Point, Scalar
+
+REPORTS = Path("reports")
+RUN, HISTORY = REPORTS / "train/run.json", REPORTS / "train/history.csv"
+EVALUATION, PREPARE = REPORTS / "evaluate/metrics.json", REPORTS / "prepare.json"
+TABLES = [RUN, HISTORY, REPORTS / "train/summary.json", REPORTS / "train/samples.jsonl",
+          EVALUATION, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
+
+
+class Record(NamedTuple):
+    """What the files say about one run."""
+
+    train_key: str
+    run: dict[str, Any]  # run.json
+    params: dict[str, Scalar]
+    prompts: dict[str, Any]  # prepare.json
+    steps: int
+    training: list[Point]
+    timings: list[Point]
+    evaluation: dict[str, float]
+    artifacts: dict[str, list[Path]]  # folder of the artifact store -> files
+
+
+def read_record() -> Record:
+    """Reads every file before anything is written. Raises UserError naming a file that is missing or broken."""
+    figures = sorted((REPORTS / "figures").glob("*.png"))
+    files = {"tables": TABLES, "figures": figures, "": [REPORTS / "report.html"]}
+    for file in [*TABLES, PREPARE, REPORTS / "report.html"]:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; `dvc repro` makes it")
+    run, prompts, evaluation = _json(RUN), _json(PREPARE), _json(EVALUATION)
+    key, params = str(run.get("train_key")), run.get("params")
+    if not re.fullmatch("[0-9a-f]{64}", key) or not isinstance(params, dict):
+        raise UserError(
+            f"{RUN}: should hold train_key, 64 hexadecimal digits, and params; `dvc repro -f train` makes it"
+        )
+    timings_file = workspace.root() / ".checkpoints" / key / "timings.csv"
+    timings = _timings(timings_file)
+    written_ms = HISTORY.stat().st_mtime_ns // 1_000_000
+    times = {step: int(row.pop("timestamp_ms", written_ms)) for step, row in timings.items()}
+    history = _rows(HISTORY)
+    return Record(
+        train_key=key,
+        run=run,
+        params={**params, "processes": run.get("processes", 1)},
+        prompts=prompts,
+        steps=len(history),
+        training=_points("train", history, times, written_ms),
+        timings=_points("time", {step: row for step, row in timings.items() if step in history}, times, written_ms),
+        evaluation=_flat("evaluate", evaluation),
+        artifacts=files,
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = artifacts.read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _rows(file: Path) -> dict[int, dict[str, float]]:
+    """Rows of a CSV file by step; an empty cell is left out. The last row of a step counts."""
+    rows = {}
+    with file.open(encoding="utf-8", newline="") as lines:
+        for number, cells in enumerate(csv.DictReader(lines), start=2):
+            try:
+                row = {name: float(cell) for name, cell in cells.items() if cell}
+                rows[int(row.pop("step"))] = row
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{file} line {number}: should hold a step and numbers: {error!r}") from None
+    if not rows:
+        raise UserError(f"{file}: no rows")
+    return rows
+
+
+def _timings(file: Path) -> dict[int, dict[str, float]]:
+    """Clock times of the steps, as far as they are known: nothing that is right depends on them."""
+    try:
+        return _rows(file) if file.is_file() else {}
+    except UserError as error:
+        print(f"warning: {error}; the times of the steps are left out", file=sys.stderr)
+        return {}
+
+
+def _points(group: str, rows: dict[int, dict[str, float]], times: dict[int, int], otherwise_ms: int) -> list[Point]:
+    return [
+        Point(f"{group}/{name}", step, value, times.get(step, otherwise_ms))
+        for step, row in rows.items()
+        for name, value in row.items()
+        if math.isfinite(value)
+    ]
+
+
+def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, float]:
+    """Nested numbers by path, such as evaluate/embedding/policy/mean; null is left out."""
+    flat: dict[str, float] = {}
+    for name, value in tree.items():
+        path = prefix + "/" + re.sub(r"[^\w. :-]", "_", name)
+        if isinstance(value, dict):
+            flat |= _flat(path, value)
+        elif isinstance(value, int | float) and math.isfinite(value):
+            flat[path] = float(value)
+    return flat

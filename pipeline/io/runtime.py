@@ -1,0 +1,53 @@
+"""Device, threads and random numbers: whatever else could make two runs of one seed differ."""
+
+import hashlib
+import os
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+
+def set_up(device: str, threads: int) -> torch.device:
+    """Chooses the device, fixes the number of threads and asks torch for deterministic kernels.
+
+    Raises UserError where a CUDA device is asked for and none is there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device = cuda: torch sees no CUDA device here; auto or cpu would run")
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(threads)
+    # some CUDA kernels (cumsum) have no deterministic form: a warning there, an error on a CPU
+    torch.use_deterministic_algorithms(True, warn_only=chosen.type == "cuda")
+    return chosen
+
+
+def generator(seed: int, step: int, purpose: str) -> torch.Generator:
+    """A CPU generator of its own for (seed, step, purpose): no draw depends on how many others came before it."""
+    digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def uniforms(seed: int, step: int, purpose: str, samples: int, tokens: int) -> Tensor:
+    """[samples, tokens] float64 in [0, 1), the same on every device."""
+    return torch.rand(samples, tokens, generator=generator(seed, step, purpose), dtype=torch.float64)
+
+
+def draw_prompts(seed: int, step: int, count: int, available: int, draw: str) -> list[int]:
+    """Indices of a step's prompts.
+
+    replacement: each drawn from all, as in the notebook. shuffled: the next `count` of an endless row of epochs, each
+    a permutation of all, so that every prompt comes equally often.
+    """
+    if draw == "replacement":
+        return torch.randint(available, (count,), generator=generator(seed, step, "prompts")).tolist()
+    chosen: list[int] = []
+    for slot in range(step * count, (step + 1) * count):
+        epoch, place = divmod(slot, available)
+        if not chosen or place == 0:
+            order = torch.randperm(available, generator=generator(seed, epoch, "prompts")).tolist()
+        chosen.append(order[place])
+    return chosen

@@ -1,0 +1,288 @@
+"""MLflow as a view of the files: one run per train_key, whoever writes to it, and no point of it twice.
+
+mlflow takes seconds to import, so it is imported inside functions. `live` is for training and never raises; the other
+functions raise what mlflow raises, and `pipeline.track` turns that into one line.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import queue
+import re
+import socket
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from filelock import FileLock
+
+from pipeline.errors import UserError
+from pipeline.io import workspace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+Scalar = str | int | float | bool
+
+# One request holds at most 1000 metrics or 100 params, and a megabyte: a param of 1000 characters is safe even escaped.
+METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_CHARACTERS = 1000, 100, 1000
+BACK_OFF_SECONDS = 30.0  # after a failure, blocks wait this long for the next try
+CLOSE_SECONDS = 15.0  # what a dead server may cost at the end of training
+PENDING_POINTS = 100_000  # kept for a server that comes back; `track` completes what was dropped
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    key: str
+    step: int
+    value: float
+    timestamp_ms: int
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, else mlflow.db in the main workspace. A relative SQLite path is taken from there too: in
+    the folder of a --temp experiment it would be lost.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    relative = re.fullmatch(r"sqlite:///([^/:].*)", uri)
+    return f"sqlite:///{workspace.root() / relative[1]}" if relative else uri
+
+
+def experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "reinforce"
+
+
+def defaults(timeout: int, retries: int) -> None:
+    """Sets mlflow's environment where the user has not: no telemetry, and how long a request may take (seconds)."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def open_store() -> "tuple[MlflowClient, str]":
+    """A client and the id of our experiment; store and experiment are made where they are missing."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their notes on every new table and every retry
+    uri, name = store_uri(), experiment_name()
+    artifacts = None if uri.startswith("http") else (workspace.root() / "mlartifacts").as_uri()
+    with lock("mlflow"):
+        if uri.startswith("sqlite:////"):
+            _prepare_database(Path(uri.removeprefix("sqlite:///")))
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                # The kind opens MLflow's pages for training, with charts, instead of those for traces and prompts.
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                return client, client.create_experiment(name, artifact_location=artifacts, tags=tags)
+            except MlflowException:  # made by somebody else since we looked, where the store is not ours to lock
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow experiment {name!r} in {uri} is deleted; restore it with `mlflow experiments restore "
+            f"-x {experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME"
+        )
+    return client, experiment.experiment_id
+
+
+def find_run(client: "MlflowClient", experiment: str, train_key: str) -> "Run | None":
+    """The run of a train_key, the oldest one if a user has copied it."""
+    runs = client.search_runs(
+        [experiment], f"tags.train_key = '{train_key}'", order_by=["attributes.start_time ASC"], max_results=1
+    )
+    return runs[0] if runs else None
+
+
+def create_run(
+    client: "MlflowClient", experiment: str, train_key: str, params: dict[str, Scalar], start_ms: int
+) -> "Run":
+    return client.create_run(
+        experiment, start_time=start_ms, run_name=run_name(params, train_key), tags={"train_key": train_key}
+    )
+
+
+def run_name(params: dict[str, Scalar], train_key: str) -> str:
+    """What a person tells runs apart by: embedding-stable-pocket-s0- and the DVC experiment's name, else the key."""
+    names = [str(params[key]) for key in ("reward", "recipe", "model") if key in params]
+    return "-".join([*names, f"s{params.get('seed', '')}", os.environ.get("DVC_EXP_NAME") or train_key[:8]])
+
+
+def log_params(client: "MlflowClient", run: "Run", params: dict[str, Scalar]) -> None:
+    """Logs the params that the run lacks; MLflow has no way to change one."""
+    from mlflow.entities import Param
+
+    texts = {
+        re.sub(r"[^\w\-. :]", "_", key)[:250]: (value if isinstance(value, str) else json.dumps(value))
+        for key, value in params.items()
+    }
+    missing = [Param(key, text[:PARAM_CHARACTERS]) for key, text in texts.items() if key not in run.data.params]
+    for start in range(0, len(missing), PARAMS_PER_BATCH):
+        client.log_batch(run.info.run_id, params=missing[start : start + PARAMS_PER_BATCH])
+
+
+def log_points(client: "MlflowClient", run_id: str, points: list[Point]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points]
+    for start in range(0, len(metrics), METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+
+def logged_points(client: "MlflowClient", run: "Run") -> list[Point]:
+    return [
+        Point(metric.key, metric.step, metric.value, metric.timestamp)
+        for key in run.data.metrics
+        for metric in client.get_metric_history(run.info.run_id, key)
+    ]
+
+
+@contextlib.contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Holds `.locks/<name>.lock` of the main workspace. Raises TimeoutError after a minute."""
+    folder = workspace.root() / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock", timeout=60):
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """The store and the first line of an error, without passwords and what differs from one try to the next."""
+    text = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    if "Max retries exceeded" in text:
+        text = "no answer: " + re.split(r"Caused by |\] ", text)[-1]
+    text = f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text)
+    return re.sub(r"//[^/@]*@", "//", text if len(text) <= 300 else text[:300] + " ...")
+
+
+def live(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "Live":
+    """Logs a training run to MLflow while it trains: in a thread, so that no server can hold training up."""
+    defaults(timeout=5, retries=1)
+    return Live(train_key, params, tags)
+
+
+class Live:
+    """A run in progress. No method raises; the first failure of each cause is one line on stderr.
+
+    Points that the run has already (a resumed or repeated training) are left out, so that none is there twice, and so
+    are values that are not finite: in MLflow's charts an undefined value is a gap.
+    """
+
+    def __init__(self, train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> None:
+        self._train_key, self._params, self._tags = train_key, params, tags
+        self._points: list[Point] = []
+        self._warned: set[str] = set()
+        self._inbox: queue.SimpleQueue[tuple[list[Point], str | None]] = queue.SimpleQueue()
+        self._inbox.put(([], None))  # shows the run before its first block
+        self._started_ms = time.time_ns() // 1_000_000
+        self._client: MlflowClient | None = None  # these three once the store has answered
+        self._run: Run
+        self._known: set[tuple[str, int]]
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None:
+        """Buffers the metrics of a step, named as MLflow shows them (train/loss). The timestamp is the caller's."""
+        self._points += [
+            Point(key, step, float(value), timestamp_ms) for key, value in metrics.items() if math.isfinite(value)
+        ]
+
+    def flush(self) -> None:
+        """Hands the buffered points over and returns at once."""
+        if self._thread.is_alive():
+            self._inbox.put((self._points, None))
+        self._points = []
+
+    def close(self, status: str) -> None:
+        """Sends the rest and ends the run as FINISHED, KILLED or FAILED; waits at most CLOSE_SECONDS."""
+        self._inbox.put((self._points, status))
+        self._points = []
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._warn("no answer within the time allowed")
+
+    def _work(self) -> None:
+        pending: list[Point] = []
+        retry_at, status = 0.0, None
+        while status is None:
+            points, status = self._inbox.get()
+            pending = (pending + points)[-PENDING_POINTS:]
+            if status is None and time.monotonic() < retry_at:
+                continue
+            try:
+                self._send(pending, status)
+                pending = []
+            except ImportError as error:
+                self._warn("mlflow is not installed" if error.name == "mlflow" else reason(error))
+                return
+            except Exception as error:  # whatever it is: training goes on
+                self._warn(reason(error))
+                retry_at = time.monotonic() + BACK_OFF_SECONDS
+
+    def _send(self, points: list[Point], status: str | None) -> None:
+        if self._client is None:
+            self._attach()
+        assert self._client is not None
+        fresh = [point for point in points if (point.key, point.step) not in self._known]
+        log_points(self._client, self._run.info.run_id, fresh)
+        self._known.update((point.key, point.step) for point in fresh)
+        if status and self._run.info.status != "FINISHED":  # a repeated training finds its run complete
+            self._client.set_terminated(self._run.info.run_id, status)
+
+    def _attach(self) -> None:
+        """Finds the run of this train_key or makes it, and says in its tags which process is at work."""
+        client, experiment = open_store()
+        with lock(f"run-{self._train_key[:16]}"):
+            run = find_run(client, experiment, self._train_key)
+            run = run or create_run(client, experiment, self._train_key, self._params, self._started_ms)
+        if run.info.status != "FINISHED":
+            client.update_run(run.info.run_id, status="RUNNING")
+            for key, value in {**self._tags, "host": socket.gethostname(), "pid": str(os.getpid())}.items():
+                client.set_tag(run.info.run_id, key, value)
+        log_params(client, run, self._params)
+        self._known = {(point.key, point.step) for point in logged_points(client, run)}
+        self._run, self._client = run, client
+
+    def _warn(self, cause: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            print(f"warning: MLflow: {cause}; training goes on, `track` completes the record", file=sys.stderr)
+
+
+def _prepare_database(path: Path) -> None:
+    """Makes a SQLite store where there is none; whole or absent, since mlflow cannot open one that lacks migrations."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if path.exists():
+        return _check_database(path)
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)
+    _check_database(unfinished)
+    store = SqlAlchemyStore(f"sqlite:///{unfinished}", (workspace.root() / "mlartifacts").as_uri())
+    store.engine.dispose()
+    unfinished.replace(path)
+
+
+def _check_database(path: Path) -> None:
+    """Raises OSError at once for what mlflow would try again for a hundred seconds."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=20)) as database:
+            database.execute("PRAGMA schema_version")
+    except sqlite3.DatabaseError as error:
+        raise OSError(f"{error}; move the file away and it is made anew") from None

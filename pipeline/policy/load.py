@@ -1,0 +1,33 @@
+"""A causal LM and its tokenizer from a folder that `cache` or `train` wrote."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from pipeline.errors import UserError
+
+
+def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The model in float32 and without dropout: Pythia's files are float16, too coarse for small updates."""
+    logging.disable_progress_bar()
+    _must_exist(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    return model.to(device).eval()  # type: ignore[arg-type]  # its `to` is wrapped without types
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises UserError where the tokenizer has no end-of-sequence token: sampling could not end."""
+    _must_exist(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
+    return tokenizer
+
+
+def _must_exist(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no model there; run `dvc repro` (or the stage that makes it) first")

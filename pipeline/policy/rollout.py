@@ -1,0 +1,39 @@
+"""Between texts and rollouts: how long completions may be, and their texts."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.policy.sampling import Rollout
+
+
+def completion_limits(prompt_tokens: list[int], max_tokens: int, length_limit: str) -> Tensor:
+    """[B] tokens that a completion may have.
+
+    completion: max_tokens for each. total: max_tokens less the prompt's, as the notebook's `max_length`; at least one,
+    where `generate` would refuse.
+    """
+    if length_limit == "completion":
+        return torch.full((len(prompt_tokens),), max_tokens)
+    return torch.tensor([max(1, max_tokens - tokens) for tokens in prompt_tokens])
+
+
+def completion_texts(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, special_tokens: str, group: int
+) -> list[str]:
+    """Texts [N] as the reward reads them.
+
+    strip: without special tokens. keep: with them, and with the EOS that fills up to the group's longest completion,
+    which is what the notebook decodes.
+    """
+    lengths = rollout.lengths
+    if special_tokens == "keep":
+        lengths = lengths.view(-1, group).amax(1).repeat_interleave(group)
+    ids = [row[:length] for row, length in zip(rollout.completions.tolist(), lengths.tolist(), strict=True)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=special_tokens == "strip")
+
+
+def completion_tokens(rollout: Rollout, eos: int) -> list[list[int]]:
+    """Token lists [N] without the closing EOS."""
+    rows = zip(rollout.completions.tolist(), rollout.lengths.tolist(), rollout.ended(eos).tolist(), strict=True)
+    return [row[: length - ended] for row, length, ended in rows]

@@ -1,0 +1,75 @@
+"""Teacher-forced log-probabilities of completions.
+
+N completions, P prompt tokens (left-padded), T completion tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.policy.sampling import Rollout, positions
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities in nats under softmax(logits / temperature)."""
+
+    logprobs: Tensor  # [N, T] of token t given what precedes it: log pi(y_t | x, y_<t)
+    shifted_logprobs: Tensor | None  # [N, T] the notebook's: token t read off the prediction made after it
+    entropy: Tensor  # [N, T] of the full softmax at temperature 1, no gradient
+
+
+def completion_logits(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, completions: Tensor) -> Tensor:
+    """Logits [N, T + 1, V] from the last prompt token on: entry t predicts completion token t, entry T what follows.
+
+    What stands behind a completion's end cannot change its logits, because attention is causal; the left padding is
+    masked out.
+    """
+    mask = torch.cat([prompt_mask, torch.ones_like(completions, dtype=torch.bool)], dim=1)
+    ids = torch.cat([prompt_ids, completions], dim=1)
+    output = model(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask),
+        use_cache=False, logits_to_keep=completions.shape[1] + 1,
+    )  # fmt: skip
+    return output.logits
+
+
+def score(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,  # [N, P]
+    prompt_mask: Tensor,  # [N, P] True = a token of the prompt
+    completions: Tensor,  # [N, T]
+    temperature: float = 1.0,
+    alignment: Literal["correct", "shifted"] = "correct",
+) -> Scores:
+    """Scores completions; the gradient flows through both kinds of log-probabilities."""
+    logits = completion_logits(model, prompt_ids, prompt_mask, completions)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    logprobs = _selected(logits[:, :-1] / temperature, completions)
+    shifted = _selected(logits[:, 1:] / temperature, completions) if alignment == "shifted" else None
+    with torch.no_grad():
+        full = logits[:, :-1].log_softmax(-1)
+        entropy = -(full.exp() * full).sum(-1)
+    return Scores(logprobs, shifted, entropy)
+
+
+@torch.no_grad()
+def score_rollout(model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [N, T] of a rollout under another model, such as the untouched checkpoint. No gradient."""
+    parts = []
+    for start in range(0, len(rollout.completions), micro_batch):
+        rows = slice(start, start + micro_batch)
+        scores = score(
+            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature
+        )
+        parts.append(scores.logprobs)
+    return torch.cat(parts)
+
+
+def _selected(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log_softmax at the tokens: logit - logsumexp. [N, T, V], [N, T] -> [N, T]."""
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)

@@ -1,0 +1,68 @@
+"""What a completion's reward is compared with: baselines and advantages.
+
+B prompts, G samples a prompt; rewards are [B, G]. A baseline is one function rewards [B, G] -> baseline [B, G]; it
+leaves the expected gradient unchanged as long as it does not depend on the sample it is subtracted from
+(Williams 1992, section 4).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def no_baseline(rewards: Tensor) -> Tensor:
+    """b = 0. Unbiased, and the most noisy."""
+    return torch.zeros_like(rewards)
+
+
+def batch_mean(rewards: Tensor) -> Tensor:
+    """b = mean over all samples, each sample itself included: the expected gradient shrinks by (BG - 1) / BG."""
+    return rewards.mean().expand_as(rewards)
+
+
+def group_mean(rewards: Tensor) -> Tensor:
+    """b = mean over the prompt's samples, each itself included: the notebook's, exactly (G - 1) / G of `leave_one_out`."""
+    return rewards.mean(1, keepdim=True).expand_as(rewards)
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """b_i = mean over the prompt's other samples: unbiased (RLOO; Kool et al. 2019; Ahmadian et al., arXiv 2402.14740)."""
+    group = rewards.shape[1]
+    return (rewards.sum(1, keepdim=True) - rewards) / (group - 1)
+
+
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": no_baseline,
+    "batch": batch_mean,
+    "group": group_mean,
+    "rloo": leave_one_out,
+}
+
+
+def advantages(rewards: Tensor, baseline: Tensor, norm: str, eps: float = 1e-6) -> Tensor:
+    """A = R - b, divided by the standard deviation of the group's or the batch's rewards (ddof 1) where `norm` says so.
+
+    Dividing by the group's spread weighs prompts by their difficulty and is biased (Liu et al., arXiv 2503.20783).
+    """
+    centred = rewards - baseline
+    if norm == "group":
+        return centred / (rewards.std(1, keepdim=True) + eps)
+    if norm == "batch":
+        return centred / (rewards.std() + eps)
+    return centred
+
+
+def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, coef: float) -> Tensor:
+    """R'(y) = R(y) - coef * sum_t [log pi(y_t) - log ref(y_t)]: the k1 estimate of the reverse KL, in the reward.
+
+    The policy gradient of R' is the gradient of E[R] - coef * KL(pi || ref) (arXiv 2510.01555).
+    rewards [B, G]; logprobs, ref_logprobs, mask [B * G, T].
+    """
+    log_ratio = ((logprobs - ref_logprobs) * mask).sum(1).view_as(rewards)
+    return rewards - coef * log_ratio.to(rewards.dtype).detach()
+
+
+def zero_spread(rewards: Tensor) -> Tensor:
+    """[B] True = all samples of the prompt have one reward, so that it teaches nothing under a group baseline."""
+    return torch.eq(rewards, rewards[:, :1]).all(1)

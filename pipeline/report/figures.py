@@ -1,0 +1,232 @@
+"""The figures of training, each a pure function of the run's history (a row per step)."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from pipeline.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    canvas,
+    figure_function,
+    footer,
+    key,
+    line,
+    power_of_ten,
+    share_axis,
+    signed,
+    start_line,
+    steps_axis,
+    value_axis,
+)  # fmt: skip
+
+UNITS = {
+    "embedding": "minus L2 distance to the target",
+    "length": "minus characters off the target",
+    "words": "required words in the text",
+}
+GAP_FLOOR = 1e-8  # what a log scale shows for equal logprobs
+GAP_ROUNDING = 1e-3  # float32 keeps the gap below this; a shifted objective is off by nats
+Series = list[tuple[str, str, str]]  # column, its name in the panel, colour
+PANELS: list[tuple[str, Series, bool]] = [  # unit, series, whether zero must be in sight
+    ("nats / token", [("entropy", "entropy", BLUE)], True),
+    ("nats / token", [("ref_kl_k1", "KL to checkpoint, k1", BLUE), ("ref_kl_k3", "k3", ORANGE)], True),
+    ("nats / token", [("ref_logprob", "logprob by checkpoint", INK), ("policy_logprob", "policy", BLUE)], False),
+    ("share", [("distinct_completions", "distinct texts", BLUE), ("distinct_2", "2-grams", GREEN)], False),
+    ("share", [("repeated_3grams", "repeated 3-grams", RED), ("top_token_share", "top token", PURPLE)], False),
+    ("share", [("ended_share", "ended by EOS", GREEN), ("empty_share", "empty", RED)], False),
+    ("tokens", [("completion_tokens", "completion length", BLUE)], True),
+    ("L2 norm", [("grad_norm", "gradient norm before clipping", BLUE)], True),
+]
+
+
+def reward_label(run: dict[str, Any]) -> str:
+    """The axis label of the trained reward with its unit."""
+    return f"reward, {UNITS.get(run['params'].get('reward.kind', ''), 'units of the reward')}"
+
+
+@figure_function
+def reward(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any]) -> Figure:
+    """Mean reward with error and spread, the baseline, and the held-out means before and after beside it."""
+    figure = canvas(1400, 800, "Reward of the sampled completions", footer(run, "reports/train/history.csv"))
+    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[11, 2.2])
+    _legend(axes, _reward_lines(axes, history, run))
+    _held_out_points(axes, side, held_out)
+    value_axis(axes, reward_label(run), *_columns(history, "reward_mean", "baseline"))
+    return figure
+
+
+def _reward_lines(axes: Axes, history: pd.DataFrame, run: dict[str, Any], spread: bool = True) -> dict[str, Any]:
+    """Draws mean, baseline and their bands; returns what the legend shows, by its label."""
+    steps, mean, error, within, between, baseline = _columns(
+        history, "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline"
+    )
+    drawn = line(axes, steps, mean, BLUE, error=error)
+    handles = [(drawn, axes.collections[0]), line(axes, steps, baseline, RED, dashes=True)]
+    penalised = run["params"].get("recipe.kl") == "reward_k1"  # then the baseline is that of reward minus penalty
+    labels = ["mean ± standard error", "baseline, less the KL penalty" if penalised else "baseline"]
+    if spread:
+        band = axes.fill_between(steps, mean - within, mean + within, color=GREY, alpha=0.13, linewidth=0, zorder=1)
+        edges = [axes.plot(steps, mean + s * between, color=GREEN, linewidth=1.2, zorder=1)[0] for s in (-1, 1)]
+        if len(steps) == 1:
+            axes.errorbar(steps, mean, within, color=GREY, alpha=0.5, capsize=12, linestyle="none", zorder=1)
+            axes.errorbar(steps, mean, between, color=GREEN, capsize=9, linestyle="none", zorder=1)
+        handles += [band, edges[0]]
+        labels += ["± std within prompts", "± std between prompts"]
+    steps_axis(axes, steps)
+    return dict(zip(labels, handles, strict=True))
+
+
+def _legend(axes: Axes, handles: dict[str, Any]) -> None:
+    """Above the axes in one row, where it hides nothing."""
+    axes.set_title(" ")  # keeps the room; the legend itself must not squeeze the axes
+    legend = axes.legend(
+        list(handles.values()), list(handles), loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(handles),
+        borderaxespad=0.2, borderpad=0.2, handlelength=1.6, columnspacing=1.6,
+    )  # fmt: skip
+    legend.set_in_layout(False)
+
+
+def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
+    """Both held-out means with 95% intervals in a narrow panel; the untouched one as a line through the run."""
+    for place, (who, colour) in enumerate((("checkpoint", INK), ("policy", BLUE))):
+        mean, low, high = (held_out[who][name] for name in ("mean", "low", "high"))
+        if mean is None:
+            continue
+        if low is not None and high is not None:
+            side.plot([place, place], [low, high], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
+        side.plot(place, mean, "s" if place == 0 else "o", color=colour, markersize=9)
+        above = mean if high is None else max(mean, high)
+        side.annotate(signed(mean), (place, above), (0, 9), textcoords="offset points", ha="center", color=colour)
+    if held_out["checkpoint"]["mean"] is not None:
+        for panel in (axes, side):
+            _untouched(panel, held_out["checkpoint"]["mean"])
+    side.set_xlim(-0.6, 1.6)
+    side.set_xticks([0, 1], ["untouched", "trained"], color=INK)
+    side.set_xlabel("held-out, 95% interval", fontsize=12)
+    side.grid(axis="x", visible=False)
+    side.tick_params(left=False)
+    side.spines.left.set_visible(False)
+
+
+def _untouched(axes: Axes, mean: float) -> Line2D:
+    return axes.axhline(mean, color=INK, linewidth=1.4, linestyle=(0, (6, 4)), zorder=1)
+
+
+@figure_function
+def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
+    """Reward variance within and between prompts, and how many prompts give no signal at all."""
+    figure = canvas(1400, 800, "Reward variance: what there is to learn from", footer(run, "reports/train/history.csv"))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    steps, within, between, starved = _columns(
+        history, "step", "reward_std_within", "reward_std_between", "zero_spread_share"
+    )
+    line(top, steps, within**2, BLUE)
+    line(top, steps, between**2, GREEN, dashes=True)
+    key(top, [("within prompts (mean over prompts)", BLUE), ("between prompts (of their means)", GREEN)])
+    _from_zero(top)
+    value_axis(top, "reward variance, (reward units)²", within**2, between**2)
+    line(bottom, steps, starved, RED)
+    key(bottom, [("prompts whose samples all have the same reward", RED)])
+    share_axis(bottom, "share of prompts")
+    steps_axis(bottom, steps)
+    return figure
+
+
+@figure_function
+def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
+    """Small multiples: each panel shows one way in which a policy can fall apart."""
+    title = "Collapse diagnostics  (dotted: step 0, the untouched checkpoint)"
+    figure = canvas(1400, 800, title, footer(run, "reports/train/history.csv"))
+    panels = figure.subplots(3, 3, sharex=True).ravel()
+    for panel, (label, series, zero) in zip(panels, PANELS, strict=False):
+        _panel(panel, history, label, series, zero)
+    _gap_panel(panels[8], history)
+    steps = _columns(history, "step")[0]
+    for panel in panels:
+        steps_axis(panel, steps, label=panel in panels[6:])
+        for step in steps[_columns(history, "nonfinite")[0] == 1]:
+            panel.axvline(step, color=RED, linewidth=1.2, alpha=0.6, zorder=1)
+    if history["nonfinite"].eq(1).any():
+        figure.text(0.987, 0.982, "red line: not finite, update not applied", color=RED, ha="right", va="top")
+    return figure
+
+
+def _panel(axes: Axes, history: pd.DataFrame, label: str, series: Series, zero: bool = False) -> None:
+    """One small multiple: one or two columns on a common axis, shares on 0 to 100 percent."""
+    steps = _columns(history, "step")[0]
+    values = _columns(history, *(column for column, _, _ in series))
+    for place, (y, (_, _, colour)) in enumerate(zip(values, series, strict=True)):
+        line(axes, steps, y, colour, dashes=place > 0)
+        start_line(axes, steps, y, colour)
+    key(axes, [(name, colour) for _, name, colour in series])
+    if label == "share":
+        share_axis(axes, label)
+        return
+    if zero:
+        _from_zero(axes)
+    value_axis(axes, label, *values, typical=1.0 if label.startswith("nats") else 0.0)
+
+
+def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
+    """|sampled - scored| logprob: rounding when the loss scores what was sampled, nats when it scores something else."""
+    steps, gap = _columns(history, "step", "logprob_gap")
+    gap = np.where(np.isfinite(gap), np.maximum(gap, GAP_FLOOR), np.nan)
+    line(axes, steps, gap, RED)
+    axes.axhspan(GAP_FLOOR / 10, GAP_ROUNDING, color=PALE, alpha=0.5, linewidth=0, zorder=0)
+    axes.text(0.985, 0.05, "rounding", transform=axes.transAxes, ha="right", va="bottom", color=GREY, fontsize=12)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(power_of_ten))
+    axes.yaxis.set_minor_locator(NullLocator())
+    largest = float(np.nanmax(gap)) if np.isfinite(gap).any() else 1.0
+    axes.set_ylim(GAP_FLOOR / 3, max(30.0, 3 * largest))
+    axes.set_ylabel("nats, log scale")
+    key(axes, [("max |sampled − scored| logprob", RED)])
+
+
+@figure_function
+def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any]) -> Figure:
+    """The run on one picture: reward and baseline beside what collapses first."""
+    params = run["params"]
+    title = f"REINFORCE on {params['model']}: reward and signs of collapse"
+    figure = canvas(1600, 700, title, footer(run, "reports/train/history.csv"))
+    grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
+    left = figure.add_subplot(grid[:, 0])
+    handles = _reward_lines(left, history, run, spread=False)
+    start = held_out["checkpoint"]["mean"]
+    if start is not None:
+        handles["untouched, held-out"] = _untouched(left, start)
+    _legend(left, handles)
+    value_axis(left, reward_label(run), *_columns(history, "reward_mean", "baseline"))
+    right = [figure.add_subplot(grid[row, 1]) for row in range(3)]
+    _panel(right[0], history, "nats / token", [("entropy", "entropy", BLUE)], zero=True)
+    _panel(right[1], history, "nats / token", [("ref_kl_k1", "KL to the checkpoint (k1)", BLUE)], zero=True)
+    _panel(right[2], history, "share", [("distinct_completions", "distinct completions", BLUE)])
+    for panel in right:
+        steps_axis(panel, _columns(history, "step")[0], label=panel is right[2])
+        panel.tick_params(labelbottom=panel is right[2])
+    return figure
+
+
+def _from_zero(axes: Axes) -> None:
+    """Zero is in sight, with a little room below it, so that a line at zero does not lie on the axis."""
+    low, high = axes.get_ylim()
+    high = max(high, 0.0) or 1.0
+    axes.set_ylim(min(low, -0.04 * high), 1.05 * high)
+
+
+def _columns(history: pd.DataFrame, *names: str) -> list[np.ndarray]:
+    """Columns as floats; infinities have no place on an axis and become gaps, as undefined values do."""
+    columns = [history[name].to_numpy(dtype=float) for name in names]
+    return [np.where(np.abs(column) < 1e100, column, np.nan) for column in columns]

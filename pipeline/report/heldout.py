@@ -1,0 +1,65 @@
+"""The figure of the held-out evaluation: what training changed, by every reward."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator
+
+from pipeline.report.style import BLUE, GREY, INK, RED, canvas, figure_function, footer, signed
+
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # readable across the line at zero
+
+
+@figure_function
+def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any]) -> Figure:
+    """Held-out difference of every reward, each on its own scale, and how often the trained policy wins."""
+    names = sorted(metrics, key=lambda name: (name != trained, name))
+    height = max(800, 190 + 116 * len(names))
+    title = "Held-out rewards: trained policy minus untouched checkpoint"
+    figure = canvas(1400, height, title, footer(run, "reports/evaluate/metrics.json"))
+    grid = figure.subplots(len(names), 2, width_ratios=[5, 2], squeeze=False)
+    for (left, right), name in zip(grid, names, strict=True):
+        _difference(left, metrics[name], name + (" (trained)" if name == trained else ""))
+        _win_rate(right, metrics[name]["win_rate"])
+    grid[-1][0].set_xlabel("difference of means with 95% interval, units of each reward")
+    grid[-1][1].set_xlabel("win rate, %")
+    return figure
+
+
+def _difference(axes: Axes, metric: dict[str, Any], label: str) -> None:
+    """A point with its interval beside zero: filled where the interval leaves zero out."""
+    mean, low, high = (metric["difference"][name] for name in ("mean", "low", "high"))
+    means = " → ".join(signed(metric[who]["mean"]) for who in ("checkpoint", "policy"))
+    axes.set_title(label, fontweight="bold", pad=7)
+    axes.set_title(f"mean {means}", loc="right", color=GREY, fontsize=12, pad=7)
+    axes.axvline(0, color=GREY, linewidth=1.4)
+    if mean is not None and low is not None and high is not None:
+        colour = BLUE if low > 0 else RED if high < 0 else GREY
+        axes.plot([low, high], [0, 0], color=colour, linewidth=7, alpha=0.4, solid_capstyle="butt")
+        axes.plot(mean, 0, "o", color=colour, markersize=11, markerfacecolor="white" if colour == GREY else colour)
+        reach = 1.25 * max(abs(low), abs(high), abs(mean)) or 1.0
+        axes.set_xlim(-reach, reach)
+        words = f"{'+' if mean > 0 else ''}{signed(mean)}"
+        axes.annotate(words, (mean, 0), (0, 12), textcoords="offset points", ha="center", color=colour, bbox=LABEL)
+    else:
+        axes.text(0.51, 0.5, "undefined", transform=axes.transAxes, color=GREY, va="center")
+    _one_row(axes, MaxNLocator(nbins=5))
+
+
+def _win_rate(axes: Axes, rate: float | None) -> None:
+    axes.axvline(0.5, color=GREY, linewidth=1.4)
+    if rate is not None:
+        axes.plot([0.5, rate], [0, 0], color=INK, linewidth=2)
+        axes.plot(rate, 0, "o", color=INK, markersize=11)
+        axes.annotate(f"{100 * rate:.0f}%", (rate, 0), (0, 12), textcoords="offset points", ha="center", bbox=LABEL)
+    axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
+    _one_row(axes, FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+
+
+def _one_row(axes: Axes, ticks: Locator) -> None:
+    axes.xaxis.set_major_locator(ticks)
+    axes.set_ylim(-1, 1.6)
+    axes.set_yticks([])
+    axes.spines.left.set_visible(False)

@@ -1,0 +1,152 @@
+"""Reads what train and evaluate wrote. Anything missing or broken is one line that names the file and the stage."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # what pydantic asks for below Python 3.12
+
+from pipeline.errors import UserError
+from pipeline.io.artifacts import read_json, read_jsonl
+
+COLUMNS = (  # of history.csv, as far as the figures use them
+    "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "zero_spread_share", "baseline",
+    "entropy", "ref_kl_k1", "ref_kl_k3", "ref_logprob", "policy_logprob", "logprob_gap", "grad_norm",
+    "completion_tokens", "ended_share", "empty_share", "distinct_completions", "distinct_2", "repeated_3grams",
+    "top_token_share", "nonfinite",
+)  # fmt: skip
+NOT_REWARDS = ("text", "ref_logprob_per_token")  # the other keys of evaluate's metrics
+
+
+class Interval(TypedDict):
+    """A mean with its bootstrap 95% interval; None is undefined."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class Comparison(TypedDict):
+    """One reward on held-out prompts: the untouched checkpoint, the trained policy, their difference."""
+
+    checkpoint: Interval
+    policy: Interval
+    difference: Interval
+    win_rate: float | None
+
+
+class Sides(TypedDict):
+    checkpoint: Any
+    policy: Any
+
+
+class Train(TypedDict):
+    train_key: str
+    code: str
+    prompts: str
+    checkpoint: str
+    params: dict[str, Any]
+
+
+class Sample(TypedDict):
+    step: int
+    prompt: str
+    completion: str
+    reward: float
+    advantage: float
+
+
+class Completion(TypedDict):
+    prompt: str
+    sample: int
+    checkpoint: str
+    policy: str
+    rewards: dict[str, tuple[float, float]]
+
+
+class Inputs(NamedTuple):
+    """Everything that the figures and the page show."""
+
+    history: pd.DataFrame
+    samples: list[dict[str, Any]]
+    run: dict[str, Any]
+    rewards: dict[str, Any]  # name -> Comparison
+    text: dict[str, Any]  # Sides of text statistics
+    ref_logprob: dict[str, Any]  # Sides, nats a token
+    completions: list[dict[str, Any]]
+    prepare: dict[str, Any]
+    trained: str  # the reward that training used
+
+
+def load(reports: Path) -> Inputs:
+    """Reads the reports folder. Raises UserError (one line) for what is missing or is not what a stage writes."""
+    run = _checked(reports / "train/run.json", Train, "train")
+    for name in ("model", "reward", "recipe", "seed"):
+        if name not in run["params"]:
+            raise UserError(f"{reports}/train/run.json: params has no {name}; run `dvc repro train`")
+    metrics_file = reports / "evaluate/metrics.json"
+    metrics = _checked(metrics_file, dict[str, Any], "evaluate")
+    rewards = {name: value for name, value in metrics.items() if name not in NOT_REWARDS}
+    _check(metrics_file, rewards, dict[str, Comparison], "evaluate")
+    for name in NOT_REWARDS:
+        _check(metrics_file, metrics.get(name), Sides, "evaluate", name)
+    trained = str(run["params"]["reward"])
+    if trained not in rewards:
+        raise UserError(f"{metrics_file}: has no reward {trained!r}, which run.json names; run `dvc repro evaluate`")
+    return Inputs(
+        history=_history(reports / "train/history.csv"),
+        samples=_checked(reports / "train/samples.jsonl", list[Sample], "train"),
+        run=run,
+        rewards=rewards,
+        text=metrics["text"],
+        ref_logprob=metrics["ref_logprob_per_token"],
+        completions=_checked(reports / "evaluate/completions.jsonl", list[Completion], "evaluate"),
+        prepare=_checked(reports / "prepare.json", dict[str, Any], "prepare"),
+        trained=trained,
+    )
+
+
+def _history(path: Path) -> pd.DataFrame:
+    try:
+        history = pd.read_csv(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro train`") from None
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
+        raise UserError(f"{path}: not a CSV table: {error}; run `dvc repro train`") from None
+    missing = [name for name in COLUMNS if name not in history]
+    if missing:
+        raise UserError(f"{path}: has no column {missing[0]}; run `dvc repro train`")
+    if history.empty:
+        raise UserError(f"{path}: has no rows; run `dvc repro train`")
+    for name in COLUMNS:
+        numbers = pd.to_numeric(history[name], errors="coerce")
+        wrong = history[name][numbers.isna() & history[name].notna()]
+        if len(wrong):
+            raise UserError(f"{path} row {wrong.index[0] + 1}: {name} = {wrong.iloc[0]!r} is not a number")
+        history[name] = numbers
+    if history["step"].isna().any() or not history["step"].is_monotonic_increasing:
+        raise UserError(f"{path}: steps must be numbers that increase; run `dvc repro train`")
+    return history
+
+
+def _checked(path: Path, shape: Any, stage: str) -> Any:
+    """The value of a JSON or JSONL file after a check of its shape."""
+    try:
+        value = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro {stage}`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}; run `dvc repro {stage}`") from None
+    _check(path, value, shape, stage)
+    return value
+
+
+def _check(path: Path, value: Any, shape: Any, stage: str, *inside: str) -> None:
+    try:
+        TypeAdapter(shape).validate_python(value)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        where = ".".join(map(str, (*inside, *first["loc"]))) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg'].lower()}; run `dvc repro {stage}`") from None

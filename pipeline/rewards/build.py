@@ -1,0 +1,69 @@
+"""params.yaml's reward tables -> functions that score a whole batch."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.params import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
+from pipeline.rewards.custom import custom_reward
+from pipeline.rewards.embedding import embedding_reward
+from pipeline.rewards.surface import length_reward, words_reward
+
+Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completions [N]) -> rewards [N]
+
+
+def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> Reward:
+    """The reward that a table describes; what it returns is checked on every call.
+
+    Raises UserError, at once or on a call, for a custom reward that is missing or does not keep to its convention.
+    """
+    if isinstance(table, SumReward):
+        return _weighted_sum(name, table, encoder, device)
+    return _checked(name, _plain(table, encoder, device))
+
+
+def _plain(table: Any, encoder: Path, device: torch.device) -> Reward:
+    match table:
+        case EmbeddingReward():
+            return embedding_reward(table.target, encoder, device)
+        case LengthReward():
+            return length_reward(table.target)
+        case WordsReward():
+            return words_reward(table.words)
+        case CustomReward():
+            return custom_reward(table.function, table.params)
+    raise TypeError(f"no reward is made from {type(table).__name__}")
+
+
+def _weighted_sum(name: str, table: SumReward, encoder: Path, device: torch.device) -> Reward:
+    """R(y) = sum_k weight_k R_k(y)."""
+    terms = [(term.weight, build_reward(name, term.reward, encoder, device)) for term in table.terms]
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        scored = [(weight, function(prompts, completions)) for weight, function in terms]
+        return [sum(weight * values[i] for weight, values in scored) for i in range(len(completions))]
+
+    return reward
+
+
+def _checked(name: str, reward: Reward) -> Reward:
+    def checked(prompts: list[str], completions: list[str]) -> list[float]:
+        values = reward(prompts, completions)
+        try:
+            values = list(values)
+        except TypeError:
+            raise UserError(f"reward {name} returned {type(values).__name__}, not a list of numbers") from None
+        if len(values) != len(completions):
+            raise UserError(f"reward {name} returned {len(values)} values for {len(completions)} completions")
+        for value, completion in zip(values, completions, strict=True):
+            number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+            if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+                raise UserError(f"reward {name} returned {value!r} for {completion[:60]!r}, not a finite number")
+        return [float(value) for value in values]
+
+    return checked

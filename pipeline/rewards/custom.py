@@ -1,0 +1,50 @@
+"""A reward of the user's: `reward(prompts, completions, **params) -> list[float]`, the convention of trl."""
+
+import importlib.util
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str], list[str]], list[float]]:
+    """`custom/file.py:name` as a reward. Raises UserError where it is missing, cannot be imported, or, when called,
+    raises or returns other than one finite number a completion (checked by `build`)."""
+    file, _, name = function.partition(":")
+    path = Path(file)
+    if not path.resolve().is_relative_to(Path("custom").resolve()):
+        raise UserError(f"reward {function}: the file must lie in custom/, where DVC watches it")
+    if not path.is_file():
+        raise UserError(f"reward {function}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(f"custom_reward_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"reward {function}: importing it raised {_describe(error, path)}") from error
+    target = getattr(module, name, None)
+    if not callable(target):
+        raise UserError(f"reward {function}: {file} defines no function {name!r}")
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        try:
+            return target(prompts=prompts, completions=completions, **params)
+        except Exception as error:
+            raise UserError(f"reward {function} raised {_describe(error, path)}") from error
+
+    return reward
+
+
+def _describe(error: Exception, path: Path) -> str:
+    """`ValueError: text (line 3 of custom/x.py)`, the innermost line of the user's file."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name
+    ]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    where = f" (line {lines[-1]} of {path})" if lines else ""
+    return f"{type(error).__name__}: {error}{where}"

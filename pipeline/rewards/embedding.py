@@ -1,0 +1,35 @@
+"""Nearness of meaning: minus the L2 distance of a completion's sentence embedding to a target's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def embedding_reward(target: str, encoder: Path, device: torch.device) -> Callable[[list[str], list[str]], list[float]]:
+    """R(y) = -||e(y) - e(target)||_2, e the mean over all tokens of the encoder's last hidden state, not normalised.
+
+    The notebook's reward. An empty completion is embedded like any text (its special tokens remain).
+    encoder: folder of a BERT-like model and its tokenizer.
+    """
+    from sentence_transformers import SentenceTransformer  # heavy: only for who uses this reward
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    states = Transformer(str(encoder), model_kwargs={"local_files_only": True, "dtype": torch.float32})
+    pooling = Pooling(states.get_embedding_dimension(), pooling_mode="mean")
+    model = SentenceTransformer(modules=[states, pooling], device=str(device))
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        return model.encode(texts, batch_size=128, convert_to_tensor=True, show_progress_bar=False)
+
+    goal = embed([target])
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        distinct = list(dict.fromkeys(completions))
+        distances = torch.linalg.vector_norm(embed(distinct) - goal, dim=1)
+        scores = dict(zip(distinct, (-distances).tolist(), strict=True))
+        return [scores[completion] for completion in completions]
+
+    return reward

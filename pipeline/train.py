@@ -1,0 +1,281 @@
+"""Stage `train`: REINFORCE. Sample, score, compare with the baseline, step.
+
+Left out of what the field's trainers have: a value network, a replay buffer, several updates a batch. Each batch is
+sampled from the policy that it updates, once.
+"""
+
+import dataclasses
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.diagnostics.metrics import HISTORY_COLUMNS, logprob_gap, policy_metrics, reward_metrics
+from pipeline.diagnostics.text import text_statistics
+from pipeline.errors import UserError, run_stage
+from pipeline.io import checkpoints, provenance, tracking
+from pipeline.io.artifacts import (
+    atomic_folder,
+    finite_or_none,
+    folder_digests,
+    read_jsonl,
+    sha256,
+    write_json,
+    write_jsonl,
+)
+from pipeline.io.history import HistoryFile, Record
+from pipeline.io.runtime import draw_prompts, set_up, uniforms
+from pipeline.io.workspace import root
+from pipeline.params import SELECTORS, Params, load
+from pipeline.policy.load import load_policy, load_tokenizer
+from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
+from pipeline.policy.sampling import Rollout, pad_prompts, sample
+from pipeline.policy.scoring import score_rollout
+from pipeline.reinforce.advantages import BASELINES, advantages, with_kl_penalty
+from pipeline.reinforce.optim import learning_rate, make_optimizer, update
+from pipeline.reinforce.step import accumulate_gradient, loss_mask
+from pipeline.rewards.build import Reward, build_reward
+
+PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
+POLICY, REPORTS = Path("data/policy"), Path("reports/train")
+SAMPLES_KEPT = 4  # completions a step in samples.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What stays the same through a run."""
+
+    params: Params
+    prompts: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel  # the untouched checkpoint
+    reward: Reward
+    device: torch.device
+
+    @property
+    def eos(self) -> int:
+        return self.tokenizer.eos_token_id
+
+
+class Stopwatch:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds_{phase}"] = now - self.last
+        self.last = now
+
+
+def main() -> None:
+    params = load()
+    if not PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
+        raise UserError(f"{PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
+    identity = run_identity(params)
+    folder = root() / ".checkpoints" / identity["train_key"]
+    device = set_up(params.train.device, params.train.threads)
+    with checkpoints.exclusive(folder):
+        train(params, identity, folder, device)
+
+
+def run_identity(params: Params) -> dict[str, Any]:
+    """What the result depends on, and its digest, the train_key."""
+    tables = {name: {"": getattr(params, name), **params.selected(name).model_dump()} for name in SELECTORS}
+    flat = provenance.flatten({**tables, "seed": params.seed, "train": params.train.model_dump()})
+    parts = {
+        "code": provenance.digest([provenance.code_digest("pipeline.train"), provenance.library_versions()]),
+        "custom": provenance.digest({k: v for k, v in folder_digests(Path("custom")).items() if k.endswith(".py")}),
+        "prompts": sha256(PROMPTS),
+        "checkpoint": sha256(CHECKPOINT / "manifest.json"),
+        "params": {key.removesuffix("."): value for key, value in flat.items()},
+        "processes": 1,
+    }
+    return {"train_key": provenance.digest(parts), **parts}
+
+
+def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.device) -> None:
+    """The loop. Writes the stage's outputs when it ends; saves a resume state every `checkpoint_every` steps."""
+    policy = load_policy(CHECKPOINT / "policy", device)
+    setting = Setting(
+        params, [row["prompt"] for row in read_jsonl(PROMPTS)], load_tokenizer(CHECKPOINT / "policy"),
+        load_policy(CHECKPOINT / "policy", device).requires_grad_(False),
+        build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
+    )  # fmt: skip
+    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
+    run = resume(folder, policy, optimizer, device)
+    tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
+    try:
+        loop(run, setting, policy, optimizer, tracker, folder)
+        write_outputs(run, identity, policy, setting.tokenizer)
+    except BaseException as error:
+        tracker.close("KILLED" if isinstance(error, SystemExit) else "FAILED")
+        raise
+    tracker.close("FINISHED")
+
+
+def loop(
+    run: Record, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, tracker: tracking.Live,
+    folder: Path,
+) -> None:  # fmt: skip
+    """Steps until the last one, a non-finite number or a signal, which ends the process after the step in progress."""
+    steps, every = setting.params.train.steps, setting.params.train.checkpoint_every
+    for step in range(run.step):  # of the run that this one resumes; what the tracker has, it leaves out
+        tracker.log(step, run.points(step), int(run.timings[step]["timestamp_ms"]))
+    signals = catch_signals()
+    bar = tqdm(total=steps, initial=run.step, disable=None, unit="step")
+    with bar, HistoryFile(REPORTS / "history.csv", run.rows) as history:
+        while run.step < steps and not run.stopped:
+            train_step(run, setting, policy, optimizer)
+            history.append(run.rows[-1])
+            tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
+            tqdm.write(run.progress_line())
+            bar.update()
+            if run.step % every == 0 or run.step == steps or run.stopped or signals:
+                keep(folder, run, policy, optimizer)
+                tracker.flush()
+            if signals and run.step < steps:
+                print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
+                sys.exit(128 + signals[0])
+
+
+def train_step(
+    run: Record, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> None:  # fmt: skip
+    """One step of REINFORCE on B prompts with G samples each; appends its row, samples and timings to `run`."""
+    params, eos, step, watch = setting.params, setting.eos, run.step, Stopwatch()
+    recipe, group, micro_batch = params.selected("recipe"), params.train.samples_per_prompt, params.train.micro_batch
+    drawn = draw_prompts(params.seed, step, params.train.prompts_per_step, len(setting.prompts), recipe.draw)
+    rollout = sample_batch([setting.prompts[i] for i in drawn], setting, step, policy)
+    watch.lap("sample")
+
+    prompts = [setting.prompts[i] for i in drawn for _ in range(group)]
+    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group)
+    rewards = torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
+    rewards = rewards.view(-1, group)  # [B, G]
+    watch.lap("reward")
+
+    mask = rollout.completion_mask
+    ref_logprobs = score_rollout(setting.reference, rollout, micro_batch, recipe.temperature)
+    penalised = rewards
+    if recipe.kl == "reward_k1":
+        penalised = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, recipe.kl_coef)
+    baseline = BASELINES[recipe.baseline](penalised)
+    advantage = advantages(penalised, baseline, recipe.advantage_norm)
+    counted = loss_mask(rollout, group, recipe.padding)
+    watch.lap("reference")
+
+    optimizer.zero_grad()
+    gradient = accumulate_gradient(policy, rollout, advantage.flatten(), counted, ref_logprobs, recipe, micro_batch)
+    norm, nonfinite = update(policy, optimizer, recipe, step, gradient.loss)
+    watch.lap("update")
+
+    plain = completion_texts(rollout, setting.tokenizer, "strip", group)
+    measured = {
+        **reward_metrics(rewards, baseline, advantage),
+        **policy_metrics(gradient.logprobs, ref_logprobs, gradient.entropy, mask),
+        **text_statistics(plain, completion_tokens(rollout, eos), group),
+        "step": step, "loss": gradient.loss, "grad_norm": norm, "lr": learning_rate(step, recipe),
+        "logprob_gap": logprob_gap(rollout.sampler_logprobs, gradient.scored, mask),
+        "completion_tokens": rollout.lengths.double().mean().item(),
+        "ended_share": rollout.ended(eos).double().mean().item(),
+        "nonfinite": float(nonfinite),
+    }  # fmt: skip
+    run.rows.append({column: measured[column] for column in HISTORY_COLUMNS})
+    run.samples += sample_rows(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, eos)
+    run.stopped = nonfinite and params.train.on_nonfinite == "stop"
+    watch.lap("diagnostics")
+    run.timings.append(timing_row(watch.seconds, len(prompts), setting.device))
+
+
+def sample_batch(prompts: list[str], setting: Setting, step: int, policy: PreTrainedModel) -> Rollout:
+    """G completions of each of B prompts."""
+    params, device, eos = setting.params, setting.device, setting.eos
+    recipe, sizes = params.selected("recipe"), params.train
+    ids = [setting.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    prompt_ids, prompt_mask = pad_prompts(ids, eos, device)
+    limits = completion_limits([len(p) for p in ids], sizes.max_tokens, recipe.length_limit)
+    noise = uniforms(params.seed, step, "sample", len(ids) * sizes.samples_per_prompt, sizes.max_tokens)
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        return sample(
+            policy, prompt_ids, prompt_mask, limits.to(device), noise.to(device), eos, recipe.temperature,
+            recipe.top_k, recipe.top_p,
+        )  # fmt: skip
+
+
+def sample_rows(
+    step: int, prompts: list[str], completions: list[str], rewards: Tensor, advantage: Tensor, rollout: Rollout,
+    logprobs: Tensor, eos: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The first completion of each of the first SAMPLES_KEPT prompts, as rows of samples.jsonl."""
+    group, rows = rewards.shape[1], []
+    ended = rollout.ended(eos)
+    for b in range(min(SAMPLES_KEPT, len(rewards))):
+        i, length = b * group, int(rollout.lengths[b * group])
+        rows.append({
+            "step": step, "prompt": prompts[i], "completion": completions[i], "reward": rewards[b, 0].item(),
+            "advantage": finite_or_none(advantage[b, 0].item()), "tokens": rollout.completions[i, :length].tolist(),
+            "token_logprobs": [finite_or_none(x) for x in logprobs[i, :length].tolist()], "ended": bool(ended[i]),
+        })  # fmt: skip
+    return rows
+
+
+def timing_row(seconds: dict[str, float], samples: int, device: torch.device) -> dict[str, float]:
+    """Phase times, throughput and peak memory of a step; for the tracker only, never in a hashed file."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    total = sum(seconds.values())
+    now = int(time.time() * 1000)
+    return {"timestamp_ms": now, **seconds, "samples_per_second": samples / total, "peak_memory_mb": peak}
+
+
+def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device) -> Record:
+    state = checkpoints.load(folder, device)
+    if state is None:
+        return Record()
+    policy.load_state_dict(state["policy"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Record(**state["run"])
+
+
+def keep(folder: Path, run: Record, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Saves the resume state, and the timings beside it for `track`."""
+    state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "run": dataclasses.asdict(run)}
+    checkpoints.save(folder, run.step, state)
+    rows = [{"step": step, **timing} for step, timing in enumerate(run.timings)]
+    checkpoints.write_timings(folder, rows)
+
+
+def catch_signals() -> list[int]:
+    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the returned list."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: received.append(n))
+    return received
+
+
+def write_outputs(
+    run: Record, identity: dict[str, Any], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with atomic_folder(POLICY) as target:
+        policy.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    write_jsonl(REPORTS / "samples.jsonl", run.samples)
+    write_json(REPORTS / "summary.json", run.summary())
+    write_json(REPORTS / "run.json", identity)
+
+
+if __name__ == "__main__":
+    run_stage(main)

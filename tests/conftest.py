@@ -1,0 +1,123 @@
+"""Fixtures that several test files share: a hub on loopback, what it serves, and a copy of the project to run in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests import repositories
+from tests.hub import Hub
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # the real OASST1 texts and Pythia's tokenizer, where someone put them
+PINNED = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OASST1, in params.yaml
+PYTHIA = "EleutherAI/pythia-70m-deduped"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty hub on loopback; `add` gives it repositories."""
+    server = Hub()
+    yield server
+    server.close()
+
+
+@dataclass
+class Project:
+    """A copy of the project in a temporary directory, with a Hugging Face cache of its own and no network."""
+
+    root: Path
+    environment: dict[str, str]
+
+    def edit(self, **changes: Any) -> None:
+        """Sets keys of params.yaml: dots in a name are written as two underscores."""
+        yaml = YAML()
+        tree = yaml.load(self.root / "params.yaml")
+        for name, value in changes.items():
+            *tables, key = name.split("__")
+            table = tree
+            for part in tables:
+                table = table.setdefault(part, {})
+            table[key] = value
+        yaml.dump(tree, self.root / "params.yaml")
+
+    def use(self, hub: Hub) -> None:
+        self.environment["HF_ENDPOINT"] = hub.url
+
+    def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", f"pipeline.{stage}", *arguments],
+            cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    def refuse(self, stage: str, **environment: str) -> str:
+        """Runs a stage that must fail as a user's mistake does: exit code 1, one line, no traceback. Gives the line."""
+        result = self.run(stage, **environment)
+        assert result.returncode == 1, result.stderr
+        assert "Traceback" not in result.stderr
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, result.stderr
+        assert result.stderr.rstrip().endswith(errors[0])
+        return errors[0]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    root = tmp_path / "project"
+    for folder in ("pipeline", "custom", "data/pocket"):
+        if (ROOT / folder).exists():
+            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "make-state*"))
+    shutil.copy(ROOT / "params.yaml", root)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "DVC_"))}
+    nowhere = "http://127.0.0.1:9"  # nothing listens here: a stage that asks the hub unbidden fails at once
+    return Project(root, {**kept, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": nowhere})
+
+
+@pytest.fixture(scope="session")
+def real_texts() -> dict[str, list[str]]:
+    """The real English texts of OASST1, in the dataset's order."""
+    if not (SHARED / "oasst1").is_dir():
+        pytest.skip(f"the real OASST1 texts are not in {SHARED / 'oasst1'}")
+    folder = SHARED / "oasst1"
+    return {split: repositories.read_texts(folder / f"{split}-en.jsonl.gz") for split in ("train", "validation")}
+
+
+@pytest.fixture(scope="session")
+def oasst1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OASST1 as the hub stores it: of the real texts where they are there, else of a small stand-in."""
+    folder = SHARED / "oasst1"
+    texts = repositories.STAND_IN
+    if folder.is_dir():
+        texts = {split: repositories.read_texts(folder / f"{split}-en.jsonl.gz") for split in texts}
+    return repositories.write_oasst1(tmp_path_factory.mktemp("datasets") / "oasst1", texts)
+
+
+@pytest.fixture(scope="session")
+def pythia_tokenizer() -> Path | None:
+    path = SHARED / "pythia" / "tokenizer.json"
+    return path if path.is_file() else None
+
+
+@pytest.fixture(scope="session")
+def pythia(tmp_path_factory: pytest.TempPathFactory, pythia_tokenizer: Path | None) -> Path:
+    """A checkpoint of Pythia's architecture and vocabulary, small, with safetensors."""
+    return repositories.write_pythia(tmp_path_factory.mktemp("models") / "pythia", pythia_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def pythia_pickled(tmp_path_factory: pytest.TempPathFactory, pythia_tokenizer: Path | None) -> Path:
+    """The same checkpoint with nothing but pytorch_model.bin."""
+    return repositories.write_pythia(tmp_path_factory.mktemp("models") / "pickled", pythia_tokenizer, pickled=True)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sentence encoder."""
+    return repositories.write_bert(tmp_path_factory.mktemp("models") / "bert")

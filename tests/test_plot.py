@@ -1,0 +1,371 @@
+"""Figures and the report page from a made-up but realistic reports folder: a healthy run and a collapsed one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import font_manager, get_data_path, rcParams
+
+from pipeline import plot
+from pipeline.errors import UserError
+from pipeline.report import figures, inputs, page, style
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = [
+    "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
+    "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
+    "policy_logprob", "logprob_gap", "grad_norm", "lr", "completion_tokens", "ended_share", "empty_share",
+    "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
+    "nonfinite",
+]  # fmt: skip
+EVALUATE = ["mean", "low", "high", "difference", "win_rate", "text", "ref_logprob_per_token"]
+NAMES = ["collapse", "evaluate", "overview", "reward", "variance"]
+HOSTILE = "<script>alert(1)</script>\n\t\u202egnp.exe \x00\x1b[31m\u2028'\"&amp;  "
+FOREIGN = "مرحبا 👩‍💻 Straße"
+
+
+def history(steps: int, collapsed: bool) -> pd.DataFrame:
+    """Columns of history.csv; the collapsed run falls apart between steps 2 and 6, with gaps and huge values."""
+    rng = np.random.default_rng(0)
+    t = np.arange(steps, dtype=float)
+    fall = 1 / (1 + np.exp(-(t - 4) * 1.6)) if collapsed else np.zeros(steps)
+    rise = np.zeros(steps) if collapsed else 1 - np.exp(-t / 25)
+
+    def noisy(values: np.ndarray, size: float) -> np.ndarray:
+        return values + rng.normal(0, size, steps) * (1 - fall)
+
+    table = pd.DataFrame({"step": np.arange(steps)})
+    table["reward_mean"] = noisy(-6.2 + 1.3 * rise - 5.4 * fall, 0.09)
+    table["reward_se"] = 0.12 * (1 - fall)
+    table["reward_std_within"] = np.abs(noisy(0.85 - 0.2 * rise - 0.85 * fall, 0.04)) * (1 - fall)
+    table["reward_std_between"] = np.abs(noisy(0.5 - 0.46 * fall, 0.05))
+    table["baseline"] = table["reward_mean"] - 0.04
+    table["advantage_std"] = table["reward_std_within"] * 1.06
+    table["zero_spread_share"] = np.round(16 * fall) / 16
+    table["loss"] = noisy(0.2 * np.ones(steps), 0.4)
+    table["entropy"] = np.abs(noisy(3.0 - 0.4 * rise - 3.0 * fall, 0.05))
+    table["ref_kl_k1"] = np.maximum(noisy(0.08 * rise + 50 * fall, 0.004), -0.01) * (t > 0)
+    table["ref_kl_k3"] = np.where(fall > 0.9, np.exp(np.minimum(40 * fall, 700)), 0.09 * rise + 3 * fall) * (t > 0)
+    table["ref_kl_sequence"] = 14 * table["ref_kl_k1"]
+    table["ref_logprob"] = noisy(-3.1 - 0.1 * rise - 49 * fall, 0.04)
+    table["policy_logprob"] = noisy(-3.0 + 0.3 * rise + 3.0 * fall, 0.04)
+    table["logprob_gap"] = np.where(collapsed, noisy(9 - 5 * fall, 0.5), np.abs(noisy(3e-6 * np.ones(steps), 1e-6)))
+    table["grad_norm"] = np.exp(noisy(0.5 + 7 * fall, 0.2))
+    table["lr"] = 1e-4 * np.minimum((t + 1) / 5, 1)
+    table["completion_tokens"] = noisy(14 + 2 * rise + 6 * fall, 0.4)
+    table["ended_share"] = np.clip(noisy(0.5 - 0.1 * rise - 0.5 * fall, 0.04), 0, 1)
+    table["empty_share"] = np.clip(noisy(0.03 * (1 - fall), 0.01), 0, 1)
+    table["distinct_completions"] = np.clip(noisy(0.97 - 0.03 * rise - 0.95 * fall, 0.01), 1 / 128, 1)
+    table["distinct_within"] = table["distinct_completions"]
+    table["distinct_1"] = np.clip(noisy(0.38 - 0.37 * fall, 0.01), 0, 1)
+    table["distinct_2"] = np.clip(noisy(0.82 - 0.08 * rise - 0.8 * fall, 0.01), 0, 1)
+    table["repeated_3grams"] = np.clip(noisy(0.02 + 0.02 * rise + 0.9 * fall, 0.004), 0, 1)
+    table["top_token_share"] = np.clip(noisy(0.06 + 0.7 * fall, 0.005), 0, 1)
+    table["nonfinite"] = (t == 11).astype(int) if collapsed else 0
+    if collapsed and steps > 13:
+        table.loc[11, ["loss", "grad_norm", "ref_kl_k3"]] = [np.nan, np.inf, np.inf]
+        table.loc[12:13, ["repeated_3grams", "reward_std_within"]] = np.nan
+        table.loc[15, "entropy"] = 0.0
+    return table[COLUMNS]
+
+
+def interval(mean: float, width: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - width, "high": mean + width}
+
+
+def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
+    """A whole reports folder as the stages write it."""
+    prompts = [f"Prompt number {i}, what now?" for i in range(40)]
+    new = "iiii'di'd'd'd'd" if collapsed else "Hi! How can I help you?"
+    names = {"embedding": (-6.2, -11.6 if collapsed else -5.0), "length": (-14.0, -13.9), "words": (0.02, 0.02)}
+    metrics: dict[str, object] = {
+        name: {
+            "checkpoint": interval(before, 0.1), "policy": interval(after, 0.1),
+            "difference": interval(after - before, 0.14 if after != before else 0.0),
+            "win_rate": 0.5 + 0.45 * float(np.tanh(after - before)),
+        }
+        for name, (before, after) in names.items()
+    }  # fmt: skip
+    metrics["text"] = {
+        side: {"distinct_2": 0.8, "empty_share": 0.01, "tokens": 14.2} for side in ("checkpoint", "policy")
+    }
+    metrics["ref_logprob_per_token"] = {"checkpoint": -3.1, "policy": None}
+    params = {"model": "pocket", "prompts": "pocket", "reward": "embedding", "encoder": "minilm", "recipe": "stable",
+              "seed": 3, "reward.kind": "embedding", "reward.target": "Hi there!", "recipe.lr": 1e-4}  # fmt: skip
+    digests = {name: f"{i}b5d4045c3f466fa91fe2cc6abe79232a1a57cdf104f7a26e716e0a1e2789d{i}8" for i, name in
+               enumerate(("train_key", "code", "prompts", "checkpoint"))}  # fmt: skip
+    completions = [
+        {"prompt": prompt, "sample": sample, "checkpoint": HOSTILE if i == 0 else FOREIGN if i == 3 else f"Text {i}.",
+         "policy": "" if i == 0 else new, "rewards": {name: list(pair) for name, pair in names.items()}}
+        for i, prompt in enumerate(prompts) for sample in range(2)
+    ]  # fmt: skip
+    rows = [
+        {"step": step, "prompt": prompts[i], "completion": new if i else HOSTILE, "reward": -6.0, "advantage": 0.25,
+         "tokens": [1, 2], "token_logprobs": [-1.0, -2.0], "ended": True}
+        for step in range(steps) for i in range(6)
+    ]  # fmt: skip
+    for name in ("train", "evaluate"):
+        (folder / name).mkdir(parents=True)
+    history(steps, collapsed).to_csv(folder / "train/history.csv", index=False)
+    run = {**digests, "params": params, "processes": 1}
+    files = {"train/run.json": run, "evaluate/metrics.json": metrics,
+             "prepare.json": {"train": {"read": 600, "kept": 410, "dropped": {"language": 80}}}}  # fmt: skip
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    for name, lines in {"train/samples.jsonl": rows, "evaluate/completions.jsonl": completions}.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reports(tmp_path_factory.mktemp("healthy") / "reports")
+
+
+@pytest.fixture(scope="module")
+def report(healthy: Path) -> str:
+    return page.render(inputs.load(healthy), dict.fromkeys(("overview", "reward"), b"\x89PNG"))
+
+
+def run_plot(project: Path, seed: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline.plot"]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+
+
+def outputs(project: Path) -> dict[str, bytes]:
+    made = [*sorted((project / "reports/figures").glob("*")), project / "reports/report.html"]
+    return {path.name: path.read_bytes() for path in made}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_makes_all_figures_with_the_same_bytes(tmp_path: Path, collapsed: bool) -> None:
+    """Twice, in another folder, under another hash seed, and beside a user's own matplotlib settings."""
+    made = []
+    for name, seed in (("a", "1"), ("b", "2")):
+        reports(tmp_path / name / "reports", collapsed=collapsed)
+        if name == "b":
+            (tmp_path / name / "matplotlibrc").write_text("font.size: 33\nsavefig.dpi: 50\n")
+        done = run_plot(tmp_path / name, seed)
+        assert (done.returncode, done.stderr) == (0, "")
+        made.append(outputs(tmp_path / name))
+    assert made[0] == made[1]
+    assert set(made[0]) == {*(f"{name}.png" for name in NAMES), "report.html"}
+    for name, content in made[0].items():
+        if name.endswith(".png"):
+            width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+            assert (width, height) == ((1600, 700) if name == "overview.png" else (1400, 800))
+            assert b"Software" not in content
+            assert b"tIME" not in content
+    text = made[0]["report.html"].decode()
+    assert text.count("data:image/png;base64,") == len(NAMES)
+    assert str(tmp_path) not in text
+    assert not re.search(r"20\d\d-\d\d|\d\d:\d\d:\d\d|/work|/tmp|/home", re.sub(r"base64,[^\"]+", "", text))
+
+
+@pytest.mark.parametrize(("steps", "collapsed"), [(1, False), (50, True)])
+def test_every_axis_is_labelled_with_its_unit(tmp_path: Path, steps: int, collapsed: bool) -> None:
+    data = inputs.load(reports(tmp_path / "reports", steps=steps, collapsed=collapsed))
+    before = dict(rcParams)
+    units = re.compile(r"nats|%|tokens|norm|\(reward units\)²|L2 distance|each reward")
+    for name, figure in plot.draw(data).items():
+        labelled = [axes for axes in figure.axes if axes.get_ylabel()]
+        assert labelled or name == "evaluate"
+        for axes in labelled:
+            assert units.search(axes.get_ylabel()), (name, axes.get_ylabel())
+        below = {axes.get_xlabel() for axes in figure.axes} - {""}
+        wanted = {"evaluate": {"difference of means with 95% interval, units of each reward", "win rate, %"},
+                  "reward": {"training step", "held-out, 95% interval"}}  # fmt: skip
+        assert below == wanted.get(name, {"training step"})
+        words = " ".join(text.get_text() for text in figure.texts)
+        assert "recipe stable" in words
+        assert "seed 3" in words
+        assert "train key 0b5d4045" in words
+        assert style.png(figure).startswith(b"\x89PNG")
+    assert dict(rcParams) == before
+
+
+def test_draws_the_values_and_leaves_gaps(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", collapsed=True))
+    figure = figures.collapse(data.history, data.run)
+    entropy = figure.axes[0].lines[0]
+    np.testing.assert_array_equal(entropy.get_ydata(), data.history["entropy"])
+    k3 = figure.axes[1].lines[3].get_ydata()
+    assert np.isnan(k3[11])  # infinite
+    assert figure.axes[1].get_yscale() == "symlog"
+    gap = figure.axes[8]
+    assert gap.get_yscale() == "log"
+    assert gap.get_ylim()[0] < 1e-7 < 10 < gap.get_ylim()[1]
+
+
+def test_a_log_scale_is_for_explosions_only(tmp_path: Path) -> None:
+    """A decay to zero stays linear; a reward or a gradient that jumps by orders of magnitude does not."""
+    healthy = inputs.load(reports(tmp_path / "a/reports"))
+    assert {axes.get_yscale() for axes in figures.collapse(healthy.history, healthy.run).axes[:8]} == {"linear"}
+    jump = healthy.history.copy()
+    jump.loc[30:, ["reward_mean", "baseline"]] = -1e7
+    axes = figures.reward(jump, healthy.rewards["embedding"], healthy.run).axes[0]
+    assert axes.get_yscale() == "symlog"
+    low, high = axes.get_ylim()
+    assert low < -1e7 < -5 < high
+    assert all(low <= tick <= high for tick in axes.get_yticks())
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (1e-6, "10⁻⁶"), (-1e12, "−10¹²"), (10, "10¹")])
+def test_powers_of_ten_need_no_mathtext(value: float, text: str) -> None:
+    assert style.power_of_ten(value) == text
+
+
+def test_the_legend_says_when_the_baseline_holds_the_kl_penalty(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", steps=2))
+    for kl, label in (("none", "baseline"), ("reward_k1", "baseline, less the KL penalty")):
+        run = {**data.run, "params": {**data.run["params"], "recipe.kl": kl}}
+        axes = figures.reward(data.history, data.rewards["embedding"], run).axes[0]
+        legend = axes.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()][1] == label
+
+
+def test_constant_and_undefined_columns_still_plot(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports"))
+    constant = data.history.copy()
+    constant[[name for name in COLUMNS if name != "step"]] = -5.0
+    constant.loc[1, "reward_mean"] += 1e-12
+    undefined = data.history.copy()
+    undefined[[name for name in COLUMNS if name != "step"]] = np.nan
+    for table in (constant, undefined):
+        drawn = plot.draw(data._replace(history=table))
+        for figure in (drawn["reward"], drawn["variance"], drawn["collapse"]):
+            assert style.png(figure).startswith(b"\x89PNG")
+    low, high = figures.reward(constant, data.rewards["embedding"], data.run).axes[0].get_ylim()
+    assert high - low > 0.05
+
+
+def test_uses_the_font_that_matplotlib_ships() -> None:
+    with style.styled():
+        assert font_manager.findfont("DejaVu Sans").startswith(get_data_path())
+
+
+def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
+    folder = reports(tmp_path / "reports")
+    path = folder / "evaluate/metrics.json"
+    metrics = json.loads(path.read_text())
+    nothing = dict.fromkeys(("mean", "low", "high"))
+    metrics["embedding"] = {"checkpoint": nothing, "policy": nothing, "difference": nothing, "win_rate": None}
+    path.write_text(json.dumps(metrics))
+    data = inputs.load(folder)
+    made = {name: style.png(figure) for name, figure in plot.draw(data).items() if name in ("reward", "evaluate")}
+    assert "undefined" in page.render(data, made)
+
+
+def test_completions_are_escaped(report: str) -> None:
+    assert "<script" not in report
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in report
+    assert "&amp;amp;" in report
+    hidden = [character for character in report if ord(character) < 32 and character not in "\n\t"]
+    assert not hidden
+    assert "\u202e" not in report
+    assert "U+202E" in report
+    assert "U+2028" in report
+    assert "(empty)" in report
+    assert FOREIGN in report
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("", "(empty)"), ("   ", "···"), (" a b ", "·a b·"), ("a\nb", "a↵\nb"), ("\x00", "U+0000"), ("\ud800", "U+D800")],
+)
+def test_nothing_in_a_text_hides(text: str, shown: str) -> None:
+    assert re.sub(r"<[^>]+>", "", page.visible(text)) == shown
+
+
+def test_the_page_needs_nothing_else(report: str) -> None:
+    sources = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]{0,30})", report)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in report.replace("http-equiv", "")
+
+
+def test_the_page_says_what_was_run(report: str) -> None:
+    for words in ("stable", "seed 3", "0b5d4045c3f466fa", "recipe.lr", "0.0001", "train.dropped.language", "80"):
+        assert words in report
+    assert "dvc exp run -S model=pocket -S prompts=pocket -S reward=embedding" in report
+    assert report.count('class="pair"') == page.EXAMPLES + 3 * page.SAMPLES
+    steps = [int(step) for step in re.findall(r"<h3>Step (\d+)</h3>", report)]
+    assert steps == [0, 25, 49]
+
+
+def test_examples_follow_a_rule() -> None:
+    rows = [{"prompt": i, "sample": sample} for i in range(30) for sample in range(2)]
+    chosen = page.examples(rows)
+    assert [row["prompt"] for row in chosen] == [i * 30 // 12 for i in range(12)]
+    assert {row["sample"] for row in chosen} == {0}
+    assert page.examples(rows[:6]) == [rows[0], rows[2], rows[4]]
+
+
+BROKEN = {
+    "train/history.csv": ["", "step,reward_mean\n0,1\n", "a,b\n1,2,3\n1\n"],
+    "train/run.json": ["{", "[]", '{"train_key": 1}'],
+    "train/samples.jsonl": ["{}\n", "nope\n"],
+    "evaluate/metrics.json": ["{}", '{"embedding": {"checkpoint": 1}}'],
+    "evaluate/completions.jsonl": ['{"prompt": 3}\n', "[1\n"],
+    "prepare.json": ["3"],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_missing_or_broken_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = reports(tmp_path / "reports", steps=2) / name
+    monkeypatch.chdir(tmp_path)
+    for content in (None, *BROKEN[name]):
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(UserError) as raised:
+            plot.main()
+        message = str(raised.value)
+        assert message.startswith(f"reports/{name}"), message
+        assert "run `dvc repro" in message
+        assert "\n" not in message.strip()
+        assert not (tmp_path / "reports/report.html").exists()
+        assert not (tmp_path / "reports/figures").exists()
+
+
+def test_a_number_that_is_none_names_row_and_column(tmp_path: Path) -> None:
+    path = reports(tmp_path / "reports", steps=3) / "train/history.csv"
+    table = pd.read_csv(path).astype({"entropy": object})
+    table.loc[1, "entropy"] = "high"
+    table.to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"history.csv row 2: entropy = 'high' is not a number"):
+        inputs.load(tmp_path / "reports")
+
+
+def test_imports_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys, pipeline.plot; heavy = {'torch', 'mlflow', 'transformers', 'matplotlib.pyplot'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", [*COLUMNS, *EVALUATE])
+def test_every_metric_has_an_entry(name: str) -> None:
+    """docs/METRICS.md: a table row per key with formula, unit, healthy range, source and the names elsewhere."""
+    rows = [
+        line for line in (ROOT / "docs/METRICS.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    ]
+    entries = [row for row in rows if re.match(rf"\| `{name}` \|", row)]
+    assert len(entries) == 1
+    cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", entries[0])[1:-1]]
+    assert len(cells) in (5, 8)
+    assert all(cells)
+
+
+def test_figures_use_only_known_columns() -> None:
+    assert set(inputs.COLUMNS) <= set(COLUMNS)

@@ -1,0 +1,428 @@
+"""The filter against the notebook's own expression, every bad input, and OASST1 through the real `datasets` code."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from pipeline import prepare
+from pipeline.errors import UserError
+from pipeline.params import PromptSet
+from tests import repositories
+from tests.conftest import PINNED, ROOT, Project
+from tests.hub import Hub
+
+OASST1 = "OpenAssistant/oasst1"
+FIRST_FIVE = [  # printed by the notebook
+    "Now explain it to a dog",
+    "Is SEO relevant in 2023?",
+    "Don't care, didn't ask!",
+    "I'm sorry",
+    "No I just wanted to thank you.",
+]
+RULES = PromptSet(source="data/local/set", language="en")
+HELDOUT = [{"text": "Held out", "lang": "en"}]
+
+
+def notebook_keeps(row: dict[str, Any]) -> bool:
+    """The notebook's condition, word for word."""
+
+    def is_capitalized(s: str) -> bool:
+        return s[:1].isupper() and s[1:] == s[1:].lower()
+
+    return 0 < len(row["text"]) < 32 and row["lang"] == "en" and is_capitalized(row["text"][0])
+
+
+def outputs(root: Path) -> dict[str, bytes]:
+    """What the stage wrote, remains of unfinished files included."""
+    folders = (root / "data/prompts", root / "reports")
+    return {str(path.relative_to(root)): path.read_bytes() for folder in folders for path in folder.rglob("*")}
+
+
+def prompts(root: Path, split: str = "train") -> list[str]:
+    lines = (root / f"data/prompts/{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+def counts(root: Path) -> Any:
+    return json.loads((root / "reports/prepare.json").read_text())
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to call the stage in, where the selected set is data/local/set; its files are for the test to write."""
+    yaml = YAML()
+    tree = yaml.load(ROOT / "params.yaml")
+    tree["prompts"] = "mine"
+    tree["prompt_sets"]["mine"] = {"source": "data/local/set", "language": "en"}
+    yaml.dump(tree, tmp_path / "params.yaml")
+    (tmp_path / "data/local/set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change(root: Path, **settings: Any) -> None:
+    yaml = YAML()
+    tree = yaml.load(root / "params.yaml")
+    tree["prompt_sets"]["mine"].update(settings)
+    yaml.dump(tree, root / "params.yaml")
+
+
+# --- the filter --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "lang", "reason"),
+    [
+        ("A", "en", None),
+        ("A" * 31, "en", None),
+        ("Ö" * 31, "en", None),  # characters, not bytes
+        ("Éa", "en", None),
+        ("A" * 32, "en", "too_long"),
+        ("", "en", "too_short"),
+        ("a", "en", "first_character"),
+        ("1st", "en", "first_character"),
+        (" A", "en", "first_character"),
+        ("ßa", "en", "first_character"),
+        ("Hola", "es", "language"),
+        ("", "es", "language"),  # the first rule that a row breaks is the one that is counted
+        ("a" * 99, "en", "too_long"),
+    ],
+)
+def test_each_rule_drops_what_it_should(text: str, lang: str, reason: str | None) -> None:
+    kept, found = prepare.select([("row 1", {"text": text, "lang": lang})], RULES)
+    assert [row["prompt"] for row in kept] == ([] if reason else [text])
+    assert {name: count for name, count in found["dropped"].items() if count} == ({reason: 1} if reason else {})
+
+
+@settings(deadline=None)
+@given(st.lists(st.fixed_dictionaries({"text": st.text(max_size=40), "lang": st.sampled_from(["en", "de"])})))
+def test_keeps_what_the_notebook_keeps_in_its_order(rows: list[dict[str, Any]]) -> None:
+    kept, found = prepare.select([(f"row {number}", row) for number, row in enumerate(rows)], RULES)
+    assert [row["prompt"] for row in kept] == [row["text"] for row in rows if notebook_keeps(row)]
+    assert found["read"] == len(rows) == found["kept"] + sum(found["dropped"].values())
+    assert found["duplicates"] == found["kept"] - found["distinct"]
+
+
+def test_pocket_set_as_the_notebook_would_filter_it(place: Path) -> None:
+    shutil.copytree(ROOT / "data/pocket/prompts", place / "data/pocket/prompts")
+    change(place, source="data/pocket/prompts")
+    prepare.main()
+    rows = {
+        split: [json.loads(line) for line in (ROOT / f"data/pocket/prompts/{split}.jsonl").read_bytes().splitlines()]
+        for split in ("train", "validation")
+    }
+    train = [row["text"] for row in rows["train"] if notebook_keeps(row)]
+    heldout = [row["text"] for row in rows["validation"] if notebook_keeps(row)]
+    assert prompts(place) == train
+    assert len(train) >= 300
+    assert prompts(place, "heldout") == [text for text in heldout if text not in train]
+    assert len(prompts(place, "heldout")) >= 200
+    assert counts(place)["heldout"]["dropped"]["leaked"] == sum(text in train for text in heldout) > 0
+    assert counts(place)["train"]["duplicates"] == len(train) - len(set(train)) > 0
+    dropped = counts(place)["train"]["dropped"]
+    assert all(dropped[reason] for reason in ("language", "too_short", "too_long", "first_character"))
+
+
+def test_duplicates_are_counted_whether_or_not_they_are_kept(place: Path) -> None:
+    texts = ["Twice", "Once", "Twice", "Twice"]
+    write_jsonl(place / "data/local/set/train.jsonl", [{"text": text, "lang": "en"} for text in texts])
+    write_jsonl(place / "data/local/set/validation.jsonl", HELDOUT)
+    prepare.main()
+    assert prompts(place) == texts
+    assert counts(place)["train"] | {"dropped": None} == {
+        "read": 4, "kept": 4, "distinct": 2, "duplicates": 2, "dropped": None
+    }  # fmt: skip
+    change(place, deduplicate=True)
+    prepare.main()
+    assert prompts(place) == ["Twice", "Once"]
+    assert counts(place)["train"]["duplicates"] == counts(place)["train"]["dropped"]["duplicate"] == 2
+
+
+def test_settings_change_the_filter(place: Path) -> None:
+    write_jsonl(place / "data/local/set/train.jsonl", [{"text": "hallo", "lang": "de"}, {"text": "ja", "lang": "de"}])
+    write_jsonl(place / "data/local/set/validation.jsonl", [{"text": "danke", "lang": "de"}])
+    change(place, language="de", first_character="any", min_characters=3)
+    prepare.main()
+    assert prompts(place) == ["hallo"]
+
+
+# --- local files -------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_gzip_and_parquet_give_the_same_bytes(place: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"message_id": "1", "text": "Line\u2028separator", "lang": "en"},
+        {"message_id": None, "text": "Ünïcode \U0001f40d", "lang": "en"},
+        {"message_id": "3", "text": "No", "lang": "de"},
+    ]
+    folder, found = place / "data/local/set", []
+    for suffix in (".jsonl", ".jsonl.gz", ".parquet"):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for split, content in (("train", rows), ("validation", HELDOUT)):
+            if suffix == ".parquet":
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), folder / f"{split}.parquet")
+                continue
+            raw = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)  # a BOM, blank lines
+            (folder / f"{split}{suffix}").write_bytes(gzip.compress(raw.encode()) if "gz" in suffix else raw.encode())
+        prepare.main()
+        found.append(outputs(place))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["data/prompts/train.jsonl"].decode().split("\n") == [
+        '{"prompt": "Line\u2028separator", "message_id": "1"}',
+        '{"prompt": "Ünïcode \U0001f40d", "message_id": null}',
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "Hi", "lang": "en"', "train.jsonl line 2: malformed JSON at column 28"),
+        (b"not json", "train.jsonl line 2: malformed JSON at column 1"),
+        (b"[" * 100_000, "train.jsonl line 2: malformed JSON"),
+        (b"9" * 5000, "train.jsonl line 2: malformed JSON"),
+        (b'["Hi", "en"]', "train.jsonl line 2: a row should be an object with text and lang, not a list"),
+        (b'"Hi"', "train.jsonl line 2: a row should be an object with text and lang, not a string"),
+        (b'{"lang": "en"}', "train.jsonl line 2: column 'text' is missing (there are: lang)"),
+        (b'{"text": "Hi", "language": "en"}', "train.jsonl line 2: column 'lang' is missing"),
+        (b"{}", "train.jsonl line 2: column 'text' is missing (there are: none)"),
+        (b'{"text": 7, "lang": "en"}', "train.jsonl line 2: text should be a string, not the number 7"),
+        (b'{"text": null, "lang": "en"}', "train.jsonl line 2: text should be a string, not null"),
+        (b'{"text": "Hi", "lang": ["en"]}', "train.jsonl line 2: lang should be a string, not a list"),
+        (b'{"text": "Hi", "lang": "en", "message_id": 5}', "train.jsonl line 2: message_id should be a string"),
+        (b'{"text": "Hi \\ud83d", "lang": "en"}', "train.jsonl line 2: text holds half of a surrogate pair"),
+        (b'{"text": "Hi \xff", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
+    ],
+    ids=lambda value: str(value[:30]),
+)
+def test_a_bad_line_is_named(place: Path, line: bytes, message: str) -> None:
+    folder = place / "data/local/set"
+    (folder / "train.jsonl").write_bytes(b'{"text": "Good", "lang": "en"}\n' + line + b"\n")
+    write_jsonl(folder / "validation.jsonl", HELDOUT)
+    with pytest.raises(UserError) as error:
+        prepare.main()
+    assert message in str(error.value)
+    assert not outputs(place)
+
+
+def _no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def _no_validation(folder: Path) -> None:
+    (folder / "validation.jsonl").unlink()
+
+
+def _two_trains(folder: Path) -> None:
+    (folder / "train.parquet").touch()
+
+
+def _cut_gzip(folder: Path) -> None:
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Hi", "lang": "en"}\n' * 1000)[:-20])
+
+
+def _no_gzip(folder: Path) -> None:
+    (folder / "train.jsonl").rename(folder / "train.jsonl.gz")
+
+
+def _no_parquet(folder: Path) -> None:
+    (folder / "train.jsonl").rename(folder / "train.parquet")
+
+
+def _nothing_kept(folder: Path) -> None:
+    write_jsonl(folder / "train.jsonl", [{"text": "hi", "lang": "en"}, {"text": "Hi", "lang": "de"}])
+
+
+def _nothing_there(folder: Path) -> None:
+    (folder / "train.jsonl").write_text("")
+
+
+def _all_leaked(folder: Path) -> None:
+    shutil.copy(folder / "train.jsonl", folder / "validation.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_no_folder, "prompt_sets.mine.source = 'data/local/set': no such directory"),
+        (_no_validation, "should hold one of validation.jsonl, validation.jsonl.gz, validation.parquet"),
+        (_two_trains, "should hold one of train.jsonl, train.jsonl.gz, train.parquet; it holds 2"),
+        (_cut_gzip, "set/train.jsonl.gz: not a whole gzip file"),
+        (_no_gzip, "set/train.jsonl.gz: not a whole gzip file"),
+        (_no_parquet, "set/train.parquet: not a readable Parquet file"),
+        (
+            _nothing_kept,
+            "set/train.jsonl: none of its 2 rows is left as a prompt (dropped: language 1, first_character 1)",
+        ),
+        (_nothing_there, "set/train.jsonl: none of its 0 rows is left as a prompt; it should hold messages"),
+        (_all_leaked, "set/validation.jsonl: none of its 1 rows is left as a prompt (dropped: leaked 1)"),
+    ],
+)
+def test_bad_folders_leave_earlier_outputs_alone(place: Path, spoil: Callable[[Path], None], message: str) -> None:
+    folder = place / "data/local/set"
+    write_jsonl(folder / "train.jsonl", [{"text": "Good", "lang": "en"}])
+    write_jsonl(folder / "validation.jsonl", HELDOUT)
+    prepare.main()
+    before = outputs(place)
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        prepare.main()
+    assert message in str(error.value)
+    assert outputs(place) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"lang": "en"}], "train.parquet: column 'text' is missing (there are: lang)"),
+        ([{"text": "Hi", "lang": "en"}, {"text": None, "lang": "en"}], "train.parquet row 2: text should be a string"),
+        ([{"text": 1, "lang": "en"}], "train.parquet row 1: text should be a string, not the number 1"),
+    ],
+)
+def test_bad_parquet_is_named(place: Path, rows: list[dict[str, Any]], message: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place / "data/local/set/train.parquet")
+    write_jsonl(place / "data/local/set/validation.jsonl", HELDOUT)
+    with pytest.raises(UserError) as error:
+        prepare.main()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["data/other", "data/local/../other", ".", "/tmp", "data/local/link"])
+def test_a_folder_that_dvc_does_not_watch_is_refused(place: Path, source: str) -> None:
+    (place / "data/other").mkdir()
+    (place / "data/local/link").symlink_to(place / "data/other")
+    change(place, source=source)
+    with pytest.raises(UserError, match=r"should lie in data/pocket/prompts/ or data/local/"):
+        prepare.main()
+
+
+# --- as a user runs it -------------------------------------------------------------------------------------------
+
+
+def imported(project: Project) -> set[str]:
+    """The packages that the stage has imported when it is done."""
+    code = "import sys; from pipeline import prepare; prepare.main(); print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.root, env=project.environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_a_local_set_needs_no_heavy_import(project: Project) -> None:
+    heavy = {"torch", "datasets", "transformers", "huggingface_hub", "pyarrow", "pandas", "mlflow"}
+    assert not imported(project) & heavy
+
+
+def test_an_error_is_one_line_and_two_runs_are_alike(project: Project) -> None:
+    first = project.run("prepare")
+    assert (first.returncode, first.stderr) == (0, "")
+    before = outputs(project.root)
+    assert sorted(before) == ["data/prompts/heldout.jsonl", "data/prompts/train.jsonl", "reports/prepare.json"]
+    assert project.run("prepare").returncode == 0
+    assert outputs(project.root) == before
+    (project.root / "data/pocket/prompts/validation.jsonl").write_text("{\n")
+    assert project.refuse("prepare").startswith(
+        "error: data/pocket/prompts/validation.jsonl line 1: malformed JSON at column"
+    )
+    assert outputs(project.root) == before
+
+
+@pytest.mark.shared
+def test_real_oasst1_gives_the_notebooks_prompts(real_texts: dict[str, list[str]]) -> None:
+    rows = [(f"row {number}", {"text": text, "lang": "en"}) for number, text in enumerate(real_texts["train"])]
+    kept, found = prepare.select(rows, RULES)
+    assert (found["kept"], found["distinct"], found["duplicates"]) == (2054, 1814, 240)
+    assert [row["prompt"] for row in kept[:5]] == FIRST_FIVE
+
+
+@pytest.mark.slow
+def test_oasst1_through_the_hub_then_offline(project: Project, hub: Hub, oasst1: Path) -> None:
+    hub.add("datasets", OASST1, PINNED, oasst1)
+    project.use(hub)
+    project.edit(prompts="oasst1")
+    result = project.run("prepare")
+    assert result.returncode == 0, result.stderr
+    texts = repositories.english(oasst1)
+    expected = [text for text in texts["train"] if notebook_keeps({"text": text, "lang": "en"})]
+    assert prompts(project.root) == expected
+    if len(texts["train"]) == 39283:  # the real texts
+        assert len(expected) == 2054
+        assert expected[:5] == FIRST_FIVE
+    dropped = counts(project.root)["train"]["dropped"]
+    assert dropped["language"] == counts(project.root)["train"]["read"] - len(texts["train"]) > 0
+
+    before = outputs(project.root)
+    hub.requests.clear()
+    assert project.run("prepare", HF_HUB_OFFLINE="1").returncode == 0
+    assert outputs(project.root) == before
+    assert not hub.requests
+
+    # `datasets` itself would take the revision that it has for the one that was asked for.
+    project.edit(prompt_sets__oasst1__revision="a" * 40)
+    assert "not in the local cache, and HF_HUB_OFFLINE" in project.refuse("prepare", HF_HUB_OFFLINE="1")
+    assert "no such revision" in project.refuse("prepare")
+    assert outputs(project.root) == before
+
+    project.edit(prompt_sets__oasst1__revision=PINNED)
+    assert not imported(project) & {"torch", "transformers", "mlflow"}
+
+
+@pytest.mark.slow
+def test_mistakes_with_a_hub_dataset_are_one_line(project: Project, hub: Hub, tmp_path: Path) -> None:
+    train_only = tmp_path / "train_only"
+    repositories.write_oasst1(train_only, repositories.STAND_IN)
+    for path in (train_only / "data").glob("validation*"):
+        path.unlink()
+    (train_only / "README.md").unlink()
+    hub.add("datasets", "some/train-only", PINNED, train_only)
+    wrong = tmp_path / "wrong"
+    repositories.write_oasst1(wrong, repositories.STAND_IN)
+    for split in ("train", "validation"):
+        next((wrong / "data").glob(f"{split}*")).unlink()
+        write_jsonl(wrong / f"data/{split}.jsonl", [{"prompt": "Hi", "lang": "en"}])
+    (wrong / "README.md").unlink()
+    hub.add("datasets", "some/wrong", PINNED, wrong)
+    project.use(hub)
+    project.edit(prompts="oasst1")
+    for change, message in [
+        ({"revision": "main"}, "prompt_sets.oasst1.revision = 'main': pin a full commit"),
+        ({"repo": "some/nothing", "revision": PINNED}, f"some/nothing@{PINNED} cannot be read: Dataset 'some/nothing'"),
+        ({"repo": "some/train-only", "revision": PINNED}, "has no validation split (there are: train)"),
+        ({"repo": "some/wrong", "revision": PINNED}, "column 'text' is missing (there are: "),
+        ({"repo": "data/pocket", "revision": PINNED}, "is a path here: name a directory with source, not repo"),
+    ]:
+        project.edit(**{f"prompt_sets__oasst1__{key}": value for key, value in change.items()})
+        assert message in project.refuse("prepare")
+        assert not outputs(project.root)
+
+
+@pytest.mark.slow
+def test_an_unreachable_hub_is_one_line_and_says_what_needs_none(project: Project) -> None:
+    project.edit(prompts="oasst1")
+    line = project.refuse("prepare")
+    assert "the hub at http://127.0.0.1:9 cannot be reached" in line
+    assert "HF_ENDPOINT, or choose `prompts: pocket`" in line
+    assert not outputs(project.root)

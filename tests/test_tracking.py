@@ -1,0 +1,411 @@
+"""Tracking: the MLflow record is complete, holds nothing twice, and never stops training."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from hashlib import md5
+from pathlib import Path
+
+import pytest
+
+from pipeline import track
+from pipeline.errors import UserError
+from pipeline.io import tracking, workspace
+
+# mlflow 3.17 on SQLAlchemy 2.1
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+
+PROJECT = Path(__file__).parent.parent
+KEY = "1f" * 32
+START_MS = 1_700_000_000_000
+PARAMS = {
+    "reward": "embedding",
+    "recipe": "stable",
+    "model": "pocket",
+    "prompts": "pocket",
+    "seed": 0,
+    "recipe.lr": 1e-4,
+}
+COLUMNS = ["reward_mean", "loss", "entropy", "nonfinite"]
+STEPS = 12
+
+
+def value(column, step):
+    return 1.0 / (3 + step) - COLUMNS.index(column) if column != "nonfinite" else 0.0
+
+
+def row(step):
+    """The history of a step, as training holds it; the loss of step 0 is undefined."""
+    return {name: float("nan") if (name, step) == ("loss", 0) else value(name, step) for name in COLUMNS}
+
+
+def timestamp(step):
+    return START_MS + 1000 * step
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
+    """The files of the earlier stages in the current directory, as the stages write them."""
+    run = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
+    write(Path("reports/train/run.json"), json.dumps({**run, "processes": 1}))
+    rows = [",".join("" if cell != cell else repr(cell) for cell in row(step).values()) for step in range(steps)]
+    lines = [",".join(["step", *COLUMNS]), *(f"{step},{cells}" for step, cells in enumerate(rows))]
+    write(Path("reports/train/history.csv"), "\n".join(lines) + "\n")
+    write(Path("reports/train/summary.json"), json.dumps({"steps": steps, "first": {}, "last": {}}))
+    write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
+    score = {"mean": -6.5, "low": -6.75, "high": -6.25}
+    write(Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": score, "win_rate": 0.75}}))
+    write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
+    write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
+    write(Path("reports/report.html"), "<h1>Report</h1>")
+    write(Path("reports/figures/reward.png"), "png")
+    if timings:
+        lines = ["step,timestamp_ms,seconds_sample", *(f"{step},{timestamp(step)},0.5" for step in range(steps))]
+        write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(lines) + "\n")
+
+
+def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
+    tracker = tracking.live(key, params, {"code": "c0" * 32})
+    for step in range(start, steps):
+        tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
+        if step % flush_every == flush_every - 1:
+            tracker.flush()
+    tracker.close(status)
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def lose_database():
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    Path("mlflow.db").unlink()
+    for engine in SqlAlchemyStore._engine_map.values():
+        engine.dispose()  # a later `track` is another process, without open connections to the lost file
+
+
+def stored_runs(key=KEY):
+    client, experiment = tracking.open_store()
+    return client, client.search_runs([experiment], f"tags.train_key = '{key}'")
+
+
+def assert_complete(steps=STEPS, columns=COLUMNS):
+    """One run, with every defined value of the history once, at its step."""
+    client, runs = stored_runs()
+    assert len(runs) == 1
+    for column in columns:
+        history = client.get_metric_history(runs[0].info.run_id, f"train/{column}")
+        expected = {step: value(column, step) for step in range(steps) if (column, step) != ("loss", 0)}
+        assert len(history) == len(expected)
+        assert {metric.step: metric.value for metric in history} == expected
+    assert runs[0].info.status == "FINISHED"
+    return client, runs[0]
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """A store without experiments: its fifty migrations take seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking._prepare_database(path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, empty_store):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path)
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_STAGE", "track")
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "1")
+    return tmp_path
+
+
+def test_importing_tracking_does_not_import_mlflow():
+    code = "import pipeline.io.tracking, pipeline.track, pipeline.ui, sys; print('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_workspace_is_dvcs(project, monkeypatch):
+    assert workspace.root() == project
+    monkeypatch.setenv("DVC_ROOT", str(project / "main"))
+    assert tracking.store_uri() == f"sqlite:///{project}/main/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    assert tracking.store_uri() == f"sqlite:///{project}/main/runs.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.store_uri() == "http://127.0.0.1:5000"
+
+
+def test_live_then_track_is_the_full_record(project, capsys):
+    train_live(STEPS, status="FINISHED")
+    assert capsys.readouterr().err == ""
+    make_reports()
+    track.main()
+    client, run = assert_complete()
+    assert run.info.run_name == "embedding-stable-pocket-s0-1f1f1f1f"
+    assert run.data.params["recipe.lr"] == "0.0001"
+    assert run.data.metrics["evaluate/embedding/policy/mean"] == -6.5
+    assert run.data.metrics["time/seconds_sample"] == 0.5
+    assert [item.dataset.digest for item in run.inputs.dataset_inputs] == ["a1" * 18, "b2" * 18]
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"figures", "tables", "report.html"}
+    tables = {item.path for item in client.list_artifacts(run.info.run_id, "tables")}
+    assert tables >= {"tables/history.csv", "tables/samples.jsonl", "tables/completions.jsonl"}
+    assert run.info.artifact_uri.startswith((project / "mlartifacts").as_uri())
+
+
+def test_resumed_training_logs_nothing_twice(project):
+    train_live(7)  # killed after step 6; the resume state is of step 4
+    assert stored_runs()[1][0].info.status == "KILLED"
+    train_live(STEPS, start=5, status="FINISHED")
+    make_reports()
+    track.main()
+    assert_complete()
+
+
+def test_repeated_training_is_the_same_run(project, monkeypatch):
+    """`dvc repro -f` trains again with other clock times."""
+    train_live(STEPS, status="FINISHED")
+    make_reports()
+    track.main()
+    before = stored_runs()[1][0].info.end_time
+    monkeypatch.setattr(sys.modules[__name__], "START_MS", START_MS + 5_000_000)
+    train_live(7, status="KILLED")
+    assert_complete()
+    assert stored_runs()[1][0].info.end_time == before
+
+
+def test_half_logged_run_is_completed(project):
+    train_live(4, status="KILLED")
+    make_reports()
+    track.main()
+    client, run = assert_complete()
+    assert run.info.end_time == timestamp(STEPS - 1) or run.info.end_time >= run.info.start_time
+    times = client.get_metric_history(run.info.run_id, "train/entropy")
+    assert [metric.timestamp for metric in times] == [timestamp(step) for step in range(STEPS)]
+
+
+def test_lost_database_is_rebuilt_from_files(project):
+    make_reports(timings=False)
+    track.main()
+    first = (project / "reports/track.json").read_bytes()
+    lose_database()
+    track.main()
+    _, run = assert_complete()
+    assert (project / "reports/track.json").read_bytes() == first
+    assert run.info.start_time <= run.info.end_time
+
+
+def test_running_track_again_changes_nothing(project):
+    make_reports()
+    track.main()
+    first = (project / "reports/track.json").read_bytes()
+    client, run = assert_complete()
+    points, files = sorted(tracking.logged_points(client, run)), sorted((project / "mlartifacts").rglob("*"))
+    track.main()
+    client, again = assert_complete()
+    assert sorted(tracking.logged_points(client, again)) == points
+    assert sorted((project / "mlartifacts").rglob("*")) == files
+    assert len(again.inputs.dataset_inputs) == 2
+    assert (again.info.start_time, again.info.end_time) == (run.info.start_time, run.info.end_time)
+    assert (project / "reports/track.json").read_bytes() == first
+    expected = {"train_key": KEY, "metrics_logged": STEPS * len(COLUMNS) - 1 + 4, "steps": STEPS}
+    assert expected.items() <= json.loads(first).items()
+    assert str(project) not in first.decode()
+    assert run.info.run_id not in first.decode()
+
+
+def test_new_evaluation_updates_the_run(project):
+    make_reports()
+    track.main()
+    earlier = stored_runs()[1][0].data.tags["evaluate_key"]
+    write(
+        Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": {"mean": -7.0}, "win_rate": 0.75}})
+    )
+    track.main()
+    client, run = assert_complete()
+    assert run.data.metrics["evaluate/embedding/policy/mean"] == -7.0
+    assert run.data.tags["evaluate_key"] != earlier
+    assert len(client.get_metric_history(run.info.run_id, "evaluate/embedding/win_rate")) == 1
+
+
+def test_run_that_contradicts_the_files_is_made_anew(project, capsys):
+    make_reports()
+    client, experiment = tracking.open_store()
+    run = tracking.create_run(client, experiment, KEY, PARAMS, START_MS)
+    tracking.log_points(client, run.info.run_id, [tracking.Point("train/loss", 3, 99.0, START_MS)])
+    track.main()
+    assert "differs from" in capsys.readouterr().err
+    assert assert_complete()[1].info.run_id != run.info.run_id
+
+
+def test_experiment_names_the_run(project, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "lucky-otter")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "d" * 40)
+    make_reports()
+    track.main()
+    monkeypatch.delenv("DVC_EXP_NAME")
+    track.main()  # by hand, later
+    _, run = assert_complete()
+    assert run.info.run_name == "embedding-stable-pocket-s0-lucky-otter"
+    assert run.data.tags["dvc_exp_name"] == "lucky-otter"
+
+
+def test_git_commit_and_changes_are_tags(project):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
+    write(Path("params.yaml"), "seed: 0\n")
+    for arguments in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    write(Path(".gitignore"), "/mlflow.db*\n/mlartifacts/\n/.checkpoints/\n/.locks/\n/.gitignore\n")
+    make_reports()
+    track.main()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    tags = stored_runs()[1][0].data.tags
+    assert (tags["git_commit"], tags["git_dirty"]) == (commit, "false")  # reports are not changes of the project's
+    write(Path("params.yaml"), "seed: 1\n")
+    track.main()
+    assert stored_runs()[1][0].data.tags["git_dirty"] == "true"
+
+
+def test_more_than_a_batch(project):
+    params = PARAMS | {f"reward.params.{number}": "é" * 2000 for number in range(130)}
+    train_live(300, flush_every=290, params=params)
+    make_reports(steps=300, params=params)
+    track.main()
+    _, run = assert_complete(steps=300)
+    assert len(run.data.params) == len(params) + 1
+    assert len(run.data.params["reward.params.7"]) == tracking.PARAM_CHARACTERS
+
+
+@pytest.mark.parametrize("kind", ["refused", "unknown", "unwritable", "corrupt", "directory"])
+def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    write(project / "corrupt.db", "no database " * 1000)
+    uri = {
+        "refused": f"http://user:secret@127.0.0.1:{port}",
+        "unknown": "nonsense://store",
+        "unwritable": "sqlite:////proc/nowhere/mlflow.db",
+        "corrupt": f"sqlite:///{project}/corrupt.db",
+        "directory": f"sqlite:///{project}",
+    }[kind]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    started = time.monotonic()
+    train_live(STEPS, status="FINISHED")
+    assert time.monotonic() - started < 30
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1, warnings
+    assert warnings[0].startswith("warning: MLflow: ")
+    assert "secret" not in warnings[0]
+    make_reports()
+    with pytest.raises(UserError, match=r"python -m pipeline\.track") as failure:
+        track.main()
+    assert "secret" not in str(failure.value)
+    assert not Path("reports/track.json").exists()
+    assert Path(f".checkpoints/{KEY}").exists()
+
+
+def test_store_that_comes_back_gets_everything(project, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    write(project / "mlflow.db", "no database " * 1000)
+    tracker = tracking.live(KEY, PARAMS, {})
+    for step in range(STEPS):
+        tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
+        tracker.flush()
+        if step == 5:
+            wait_until(lambda: "not a database" in capsys.readouterr().err)
+            (project / "mlflow.db").unlink()
+    tracker.close("FINISHED")
+    assert_complete()
+
+
+def test_machine_without_mlflow_trains_on(project, monkeypatch, capsys):
+    for name in ("mlflow", "mlflow.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
+    train_live(STEPS, status="FINISHED")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    make_reports()
+    with pytest.raises(UserError, match="not installed"):
+        track.main()
+
+
+def test_deleted_experiment_is_one_line(project):
+    client, experiment = tracking.open_store()
+    client.delete_experiment(experiment)
+    make_reports()
+    with pytest.raises(UserError, match="mlflow experiments restore"):
+        track.main()
+
+
+@pytest.mark.parametrize("file", ["reports/train/history.csv", "reports/report.html", "reports/evaluate/metrics.json"])
+def test_missing_file_is_named(project, file):
+    make_reports()
+    Path(file).unlink()
+    with pytest.raises(UserError, match=file):
+        track.main()
+    assert stored_runs()[1] == []
+
+
+def test_resume_state_goes_only_when_outputs_are_committed(project):
+    make_reports()
+    state = Path(f".checkpoints/{KEY}")
+    track.main()
+    assert state.exists()  # no lock: run by hand before a first `dvc repro`
+    digest = md5(Path("reports/train/run.json").read_bytes()).hexdigest()
+    lock = "stages:\n  train:\n    outs:\n    - {path: data/policy, md5: %s}\n    - {path: reports/train/run.json, md5: %s}\n"
+    for policy, run in (("aa.dir", "00" * 16), ("", digest)):
+        write(Path("dvc.lock"), lock % (policy, run))
+        track.main()
+        assert state.exists()
+    write(Path("dvc.lock"), lock % ("aa.dir", digest))
+    track.main()
+    assert list(Path(".checkpoints").iterdir()) == []
+    assert_complete()
+
+
+def test_dead_runs_are_ended_by_hand_only(project, monkeypatch, capsys):
+    make_reports()
+    client, experiment = tracking.open_store()
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    processes = {"dead": (socket.gethostname(), finished.pid), "alive": (socket.gethostname(), os.getpid())}
+    for name, (host, pid) in {**processes, "elsewhere": ("another", finished.pid)}.items():
+        client.create_run(experiment, tags={"train_key": name, "host": host, "pid": str(pid)}, run_name=name)
+    statuses = lambda: {name: stored_runs(name)[1][0].info.status for name in (*processes, "elsewhere")}  # noqa: E731
+    track.main()
+    assert set(statuses().values()) == {"RUNNING"}
+    monkeypatch.delenv("DVC_STAGE")
+    track.main()
+    assert statuses() == {"dead": "KILLED", "alive": "RUNNING", "elsewhere": "RUNNING"}
+    assert "1 runs are RUNNING on other hosts" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_many_processes_open_a_new_store_at_once(project):
+    code = "import sys; from tests import test_tracking as t; t.train_live(6, key=sys.argv[1], status='FINISHED')"
+    keys = [digit * 64 for digit in "1234"]
+    Path("mlflow.db").unlink()
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    trainers = [
+        subprocess.Popen([sys.executable, "-c", code, key], env=environment, stderr=subprocess.PIPE) for key in keys
+    ]
+    assert [trainer.communicate()[1] for trainer in trainers] == [b""] * len(keys)
+    for key in keys:
+        client, runs = stored_runs(key)
+        assert len(runs) == 1
+        assert len(client.get_metric_history(runs[0].info.run_id, "train/entropy")) == 6

@@ -1,0 +1,133 @@
+"""MLflow's pages in a real browser: three tracked runs are found, compared and opened as a user would."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from pipeline import track
+from pipeline.io import tracking
+from tests.test_tracking import pytestmark as warnings_mark
+from tests.test_tracking import write
+
+CHROMIUM = shutil.which("chromium")
+PROJECT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium"),
+    warnings_mark,
+]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+STEPS, START_MS = 50, 1_700_000_000_000
+RUNS = {"lucky-otter": ("embedding", "stable"), "sober-crane": ("embedding", "notebook"), "brave-finch": ("length", "stable")}
+
+
+def make_reports(number, reward, recipe):
+    """Reports of a made-up training that learns (stable) or collapses (notebook), and its resume state's clock."""
+    key = f"{number}f" * 32
+    sign = 1 if recipe == "stable" else -1
+    params = {"reward": reward, "recipe": recipe, "model": "pocket", "prompts": "pocket", "seed": 0, "train.steps": STEPS}
+    run = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
+    history, timings = ["step,reward_mean,entropy,ref_kl_k1"], ["step,timestamp_ms,seconds_sample"]
+    for step in range(STEPS):
+        progress = 1 - math.exp(-step / 15)
+        history.append(f"{step},{-7 + sign * progress},{3 - progress * (1.5 - sign)},{0.2 * progress}")
+        timings.append(f"{step},{START_MS + number * 1_000_000 + 1000 * step},0.5")
+    write(Path("reports/train/run.json"), json.dumps(run))
+    write(Path("reports/train/history.csv"), "\n".join(history) + "\n")
+    write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(timings) + "\n")
+    write(Path("reports/train/summary.json"), json.dumps({"steps": STEPS}))
+    write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
+    difference = {"mean": 0.5 * sign, "low": 0.4 * sign, "high": 0.6 * sign}
+    write(Path("reports/evaluate/metrics.json"), json.dumps({reward: {"difference": difference, "win_rate": 0.8}}))
+    write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
+    write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
+    write(Path("reports/report.html"), f"<h1>Report of {reward} with {recipe}</h1>")
+    write(Path("reports/figures/reward.png"), "png")
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Three tracked runs in a new store in the current directory: run name -> run id."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for number, (name, (reward, recipe)) in enumerate(RUNS.items(), start=1):
+        monkeypatch.setenv("DVC_EXP_NAME", name)
+        make_reports(number, reward, recipe)
+        track.main()
+    client, experiment = tracking.open_store()
+    return {run.info.run_name: run.info.run_id for run in client.search_runs([experiment])}
+
+
+@pytest.fixture
+def server(runs, tmp_path):
+    """Our UI on a free port of loopback; ready in less than 30 s."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pipeline.ui", str(port)]
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=log, stderr=log)
+    started = time.monotonic()
+    try:
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            assert time.monotonic() - started < 30
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def page():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(10_000)
+        yield page
+        browser.close()
+
+
+def test_three_runs_side_by_side(server, runs, page, tmp_path):
+    pictures = Path(os.environ.get("SCREENSHOTS") or tmp_path / "screenshots")
+    pictures.mkdir(parents=True, exist_ok=True)
+    names = [f"{reward}-{recipe}-pocket-s0-{name}" for name, (reward, recipe) in RUNS.items()]
+    assert sorted(runs) == sorted(names)
+
+    page.goto(f"{server}/#/experiments/1/runs")
+    page.get_by_label("Close").first.click()  # MLflow's assistant opens itself on a first visit
+    page.wait_for_timeout(5000)
+    page.screenshot(path=pictures / "runs.png")
+    page.goto(f"{server}/#/experiments/1/runs?compareRunsMode=CHART")
+    page.wait_for_timeout(8000)
+    page.screenshot(path=pictures / "charts.png")
+    print(page.inner_text("body"))
+    page.goto(f"{server}/#/experiments/1/runs/{runs[names[0]]}/artifacts/tables/samples.jsonl")
+    page.wait_for_timeout(6000)
+    page.screenshot(path=pictures / "jsonl.png")
+    page.goto(f"{server}/#/experiments/1/runs/{runs[names[0]]}/artifacts/figures/reward.png")
+    page.wait_for_timeout(6000)
+    page.screenshot(path=pictures / "fig.png")
