@@ -28,7 +28,7 @@ lint: $(BIN)/installed
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
 
 ui: $(BIN)/installed  ## MLflow's UI on loopback, to compare runs
-	$(RUN) python -m pipeline.ui
+	$(RUN) python -m pipeline.ui $(PORT)
 
 clean:  ## remove .venv; keeps data, runs and caches
 	rm -rf .venv

@@ -1,17 +1,17 @@
 """params.yaml -> frozen, validated objects. Every mistake in the file is one line that names its key."""
 
 import difflib
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
+MOST_VALUES = 100_000  # in the file with its aliases written out: a few lines of them can stand for billions
 SELECTORS = {
     "model": "models",
     "prompts": "prompt_sets",
@@ -32,16 +32,18 @@ Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 RepoId = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$", max_length=200)]
 Revision = Annotated[str, Field(pattern=r"^\w[\w./-]*$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+REPO, REVISION, SHA256 = "owner/name on the hub", "a commit, tag or branch", "a sha256: 64 hexadecimal digits"
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Model(Table):
     """A causal LM: a hub repository at a revision, or a directory (`source`)."""
 
-    repo: RepoId | None = None
-    revision: Revision | None = None
+    repo: RepoId | None = Field(None, description=REPO)
+    revision: Revision | None = Field(None, description=REVISION)
     source: Text | None = None
-    manifest_sha256: Sha256 | None = None  # for a source outside the project: DVC does not watch it
+    # for a source outside the project, which DVC does not watch
+    manifest_sha256: Sha256 | None = Field(None, description=SHA256)
 
     @model_validator(mode="after")
     def one_origin(self) -> "Model":
@@ -52,8 +54,8 @@ class Model(Table):
 class PromptSet(Table):
     """Messages in OASST1's schema and the filter that makes prompts of them."""
 
-    repo: RepoId | None = None
-    revision: Revision | None = None
+    repo: RepoId | None = Field(None, description=REPO)
+    revision: Revision | None = Field(None, description=REVISION)
     source: Text | None = None
     language: Text = Field(description="a language code such as en")
     min_characters: Count = 1
@@ -72,11 +74,11 @@ class PromptSet(Table):
 class Encoder(Table):
     """A sentence encoder: a hub repository at a revision, a directory, or a Python package that ships one."""
 
-    repo: RepoId | None = None
-    revision: Revision | None = None
+    repo: RepoId | None = Field(None, description=REPO)
+    revision: Revision | None = Field(None, description=REVISION)
     source: Text | None = None
-    package: RepoId | None = None
-    sha256: Sha256 | None = Field(None, description="of model.safetensors, verified on use")
+    package: RepoId | None = Field(None, description="the name of a Python package")
+    sha256: Sha256 | None = Field(None, description=f"{SHA256}, of model.safetensors; verified on use")
 
     @model_validator(mode="after")
     def one_origin(self) -> "Encoder":
@@ -109,7 +111,7 @@ class WordsReward(Table):
 class CustomReward(Table):
     kind: Literal["custom"]
     function: str = Field(pattern=r"^custom/[\w/-]+\.py:[A-Za-z_]\w*$", description="custom/file.py:function")
-    params: dict[str, Any] = {}
+    params: dict[Key, JsonValue] = {}
 
 
 class Term(Table):
@@ -168,11 +170,11 @@ class Evaluate(Table):
 
 
 class Params(Table):
-    model: Key
-    prompts: Key
-    reward: Key
-    encoder: Key
-    recipe: Key
+    model: str
+    prompts: str
+    reward: str
+    encoder: str
+    recipe: str
     seed: int = Field(ge=0, lt=2**63)
     train: Train
     evaluate: Evaluate
@@ -204,12 +206,18 @@ def load(path: Path = PARAMS_FILE) -> Params:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the project's root") from None
-    except (YAMLError, UnicodeDecodeError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {line}: should be UTF-8, byte 0x{error.object[error.start]:02x} is not") from None
     except RecursionError:
         raise UserError(f"{path}: not valid: nested too deeply") from None
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # the last three: what ruamel raises for a value that its tag does not fit, such as !!bool abc
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(_one_line(f"{path}{where}: not valid YAML: {str(problem).partition(';')[0]}")) from None
     return validate(tree, str(path))
 
 
@@ -217,16 +225,22 @@ def validate(tree: Any, name: str = "params.yaml") -> Params:
     """Validates a parsed parameter file. Raises UserError (see `load`)."""
     if not isinstance(tree, dict):
         raise UserError(f"{name}: should hold keys such as model, reward and train, not {type(tree).__name__}")
+    if _values(tree) > MOST_VALUES:
+        raise UserError(
+            f"{name}: holds more than {MOST_VALUES} values; does an alias (*name) stand inside its own anchor?"
+        )
     try:
         params = Params.model_validate(tree)
     except ValidationError as failure:
-        raise UserError(f"{name}: {_explain(failure, tree)}") from None
+        raise UserError(_one_line(f"{name}: {_explain(failure, tree)}")) from None
     except RecursionError:
         raise UserError(f"{name}: not valid: nested too deeply") from None
     for selector, table in SELECTORS.items():
         chosen, known = getattr(params, selector), getattr(params, table)
         if chosen not in known:
-            raise UserError(f"{name}: {selector}: there is no {chosen!r} in {table}{_suggest(chosen, known)}")
+            raise UserError(
+                _one_line(f"{name}: {selector}: there is no {chosen!r} in {table}{_suggest(chosen, known)}")
+            )
     return params
 
 
@@ -235,53 +249,91 @@ def _exactly_one(table: Table, *names: str) -> None:
         raise ValueError(f"needs exactly one of {', '.join(names)}")
 
 
+def _values(tree: Any) -> int:
+    """Keys and values of a tree, an alias counted wherever it stands; stops soon after MOST_VALUES."""
+    waiting, count = [tree], 0
+    while waiting and count <= MOST_VALUES:
+        value = waiting.pop()
+        count += 1
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return count
+
+
 def _suggest(wrong: Any, known: Any) -> str:
     """`; did you mean x?` where a key is near, else the list of keys."""
     near = difflib.get_close_matches(str(wrong), [str(key) for key in known], n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(map(str, known))})"
+    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(map(str, known)) or 'none'})"
 
 
 def _explain(failure: ValidationError, tree: dict[str, Any]) -> str:
-    """One line for the most telling error: an unknown key first, since it often explains a missing one."""
+    """The most telling error: an unknown key first, since it often explains a missing one."""
     errors = sorted(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
     error = errors[0]
+    kind, context = error["type"], error.get("ctx", {})
     path, model = _locate(error["loc"])
-    where = ".".join(map(str, path))
-    if error["type"] == "extra_forbidden":
-        fields = model.model_fields if model else {}
-        return f"unknown key {where}{_suggest(path[-1], fields)}"
-    if error["type"] == "missing":
+    where, value = ".".join(map(str, path)), _at(tree, path)
+    if kind == "extra_forbidden":
+        return f"unknown key {where}{_suggest(path[-1], model.model_fields if model else {})}"
+    if kind == "missing":
         return f"{where} is missing"
-    value = _brief(_at(tree, path))
-    message = error["msg"].removeprefix("Value error, ")
-    field = model.model_fields.get(str(path[-1])) if model and path else None
-    unit = f" ({field.description})" if field and field.description else ""
-    return f"{where} = {value}: {message[:1].lower()}{message[1:]}{unit}"
+    if kind == "invalid_key" or error["loc"][-1:] == ("[key]",):
+        return f"key {where}: should be text of 1 to 64 letters, digits, _ and -; no dots, which DVC reads as levels"
+    if kind == "string_unicode":
+        return f"{where or 'a key'} holds text that is not valid Unicode"
+    if kind == "value_error":
+        return f"{where}: {context['error']}" if where else str(context["error"])
+    if where in SELECTORS:
+        return f"{where} = {_brief(value)}: should name one of {SELECTORS[where]}: {_keys(tree, SELECTORS[where])}"
+    if kind == "union_tag_invalid":
+        tags = context["expected_tags"]
+        return f"{where}.kind = {_brief(value['kind'])}: should be one of {tags}"
+    if kind == "union_tag_not_found":
+        return f"{where}.kind is missing or no text: it says which reward this is"
+    field = model.model_fields.get(str(path[-1])) if model else None
+    unit = field.description if field and field.description else ""
+    if kind == "string_pattern_mismatch" and unit:
+        return f"{where} = {_brief(value)}: should be {unit}"
+    return f"{where} = {_brief(value)}: {_rule(kind, error['msg'], value)}{f' ({unit})' if unit else ''}"
+
+
+def _rule(kind: str, message: str, value: Any) -> str:
+    """What would be right, without the validator's own terms."""
+    if kind == "string_type" and isinstance(value, int | float):
+        return "should be text: put it in quotes"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        return "should be a table of keys"
+    message = message.removeprefix("Input ").replace("Tuple should", "should").replace(" after validation", "")
+    return message[:1].lower() + message[1:].replace("tuple", "list")
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | None]:
     """The key path in the file (without the tags that pydantic puts in for unions) and the table that holds its end."""
-    tables = {"models": Model, "prompt_sets": PromptSet, "encoders": Encoder, "recipes": Recipe}
+    sections: dict[str, type[Table]] = {"train": Train, "evaluate": Evaluate}
+    tables: dict[str, type[Table]] = {
+        "models": Model, "prompt_sets": PromptSet, "encoders": Encoder, "recipes": Recipe,
+    }  # fmt: skip
     rewards: dict[str, type[Table]] = {
         "embedding": EmbeddingReward, "length": LengthReward, "words": WordsReward,
         "custom": CustomReward, "sum": SumReward,
     }  # fmt: skip
-    head = loc[0] if loc else ""
-    parts = [part for part in loc if part != "[key]"]
-    if head in ("train", "evaluate"):
-        return parts, {"train": Train, "evaluate": Evaluate}[str(head)]
+    head = str(loc[0]) if loc else ""
+    path = [part for part in loc if part != "[key]"]
+    if head in sections:
+        return path, sections[head]
     if head in tables:
-        return parts, tables[str(head)] if len(parts) > 2 else None
-    if head == "rewards" and len(parts) > 2:
-        model: type[Table] | None = rewards.get(str(parts[2]))
-        path = parts[:2] + parts[3:]
-        if "terms" in path and len(path) > 4:
+        return path, tables[head] if len(path) > 2 else None
+    if head == "rewards" and len(path) > 2:
+        model: type[Table] | None = rewards.get(str(path[2]))
+        path = path[:2] + path[3:]
+        if path[2:3] == ["terms"] and len(path) > 4:
             model = Term
             if path[4] == "reward" and len(path) > 5:
                 model = rewards.get(str(path[5]))
                 path = path[:5] + path[6:]
-        return path, model
-    return parts, Params if len(parts) == 1 else None
+        if model is CustomReward and "params" in path[2:]:
+            path = path[: path.index("params", 2) + 2]  # below, the validator names types as well as keys
+        return path, model if len(path) > 2 else None
+    return path, Params if len(path) == 1 else None
 
 
 def _at(tree: Any, path: list[int | str]) -> Any:
@@ -293,8 +345,17 @@ def _at(tree: Any, path: list[int | str]) -> Any:
     return tree
 
 
+def _keys(tree: dict[str, Any], table: str) -> str:
+    known = tree.get(table)
+    return ", ".join(map(str, known)) if isinstance(known, dict) and known else "none"
+
+
 def _brief(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
 from pipeline.errors import UserError, run_stage
@@ -26,6 +27,8 @@ from pipeline.io.tracking import Point
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+DIGEST_CHARACTERS = 16  # MLflow allows 36; a person reads them in the run table
 
 
 def main() -> None:
@@ -109,9 +112,13 @@ def drop_resume_state(train_key: str) -> None:
     if not state.is_dir() or not _committed(Path("dvc.lock")):
         return
     condemned = state.with_name(f".{train_key}.old")  # renamed first: a kill must not leave half a state in its place
-    shutil.rmtree(condemned, ignore_errors=True)
-    state.rename(condemned)
-    shutil.rmtree(condemned)
+    try:
+        with FileLock(state.with_suffix(".lock"), timeout=0):  # the trainer's
+            shutil.rmtree(condemned, ignore_errors=True)
+            state.rename(condemned)
+            shutil.rmtree(condemned)
+    except Timeout:
+        print("note: this very run is being trained again; its resume state is left alone", file=sys.stderr)
 
 
 def _committed(lock: Path) -> bool:
@@ -149,14 +156,16 @@ def _new_evaluation(record: Record, logged: list[Point]) -> list[Point]:
 
 
 def _inputs(record: Record) -> list[Any]:
-    """The prompts and the checkpoint as MLflow datasets. A digest has at most 36 characters there."""
+    """The prompts and the checkpoint as MLflow datasets."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     def dataset(name: str, digest: str, source: str, profile: Any, context: str) -> DatasetInput:
-        entity = Dataset(name, digest[:36], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+        entity = Dataset(
+            name, digest[:DIGEST_CHARACTERS], "local", json.dumps({"uri": source}), profile=json.dumps(profile)
+        )
         return DatasetInput(entity, [InputTag("mlflow.data.context", context)])
 
-    prompts, model = str(record.params.get("prompts", "prompts")), str(record.params.get("model", "model"))
+    prompts, model = f"prompts-{record.params.get('prompts')}", f"checkpoint-{record.params.get('model')}"
     return [
         dataset(prompts, str(record.run["prompts"]), "data/prompts/train.jsonl", record.prompts, "training"),
         dataset(model, str(record.run["checkpoint"]), "data/checkpoint/policy", {}, "checkpoint"),

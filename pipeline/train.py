@@ -29,7 +29,7 @@ from pipeline.io.artifacts import (
     write_json,
     write_jsonl,
 )
-from pipeline.io.history import HistoryFile, Record
+from pipeline.io.history import HistoryFile, Progress
 from pipeline.io.runtime import draw_prompts, set_up, uniforms
 from pipeline.io.workspace import root
 from pipeline.params import SELECTORS, Params, load
@@ -123,7 +123,7 @@ def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.
 
 
 def loop(
-    run: Record, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, tracker: tracking.Live,
+    run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, tracker: tracking.Live,
     folder: Path,
 ) -> None:  # fmt: skip
     """Steps until the last one, a non-finite number or a signal, which ends the process after the step in progress."""
@@ -148,7 +148,7 @@ def loop(
 
 
 def train_step(
-    run: Record, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+    run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:  # fmt: skip
     """One step of REINFORCE on B prompts with G samples each; appends its row, samples and timings to `run`."""
     params, eos, step, watch = setting.params, setting.eos, run.step, Stopwatch()
@@ -241,16 +241,16 @@ def timing_row(seconds: dict[str, float], samples: int, device: torch.device) ->
     return {"timestamp_ms": now, **seconds, "samples_per_second": samples / total, "peak_memory_mb": peak}
 
 
-def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device) -> Record:
+def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
     state = checkpoints.load(folder, device)
     if state is None:
-        return Record()
+        return Progress()
     policy.load_state_dict(state["policy"])
     optimizer.load_state_dict(state["optimizer"])
-    return Record(**state["run"])
+    return Progress(**state["run"])
 
 
-def keep(folder: Path, run: Record, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def keep(folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Saves the resume state, and the timings beside it for `track`."""
     state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "run": dataclasses.asdict(run)}
     checkpoints.save(folder, run.step, state)
@@ -267,7 +267,7 @@ def catch_signals() -> list[int]:
 
 
 def write_outputs(
-    run: Record, identity: dict[str, Any], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    run: Progress, identity: dict[str, Any], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with atomic_folder(POLICY) as target:
         policy.save_pretrained(target)

@@ -1,7 +1,9 @@
 """`python -m pipeline.ui [port]`: MLflow's pages on loopback, with the runs of this project."""
 
+import contextlib
 import os
 import socket
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -23,15 +25,28 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"port {port} of {HOST}: {error.strerror}; choose another: `make ui PORT=5001`") from None
     tracking.defaults(timeout=30, retries=3)
-    if not Path(uri.removeprefix("sqlite:///")).exists():
-        tracking.open_store()  # made under our lock: the server and a training must not both create it
+    experiment = _experiment_id(uri)
     # Job execution starts processes that we have no use for and that double the time until the page is up.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     artifacts = (workspace.root() / "mlartifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts]
-    print(f"MLflow at http://{HOST}:{port} in about 20 s; stop it with Ctrl-C", flush=True)
+    # MLflow 3 opens on its pages for traces and prompts; this is the one with the runs.
+    page = f"http://{HOST}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    print(f"MLflow at {page} in about 20 s; stop it with Ctrl-C", flush=True)
     os.execve(sys.executable, command, environment)
+
+
+def _experiment_id(uri: str) -> str:
+    """Id of our experiment. Only where the store has none yet do we import mlflow: it doubles the waiting time."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:") and path.is_file():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as store:
+            query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
+            found = store.execute(query, [tracking.experiment_name()]).fetchone()
+            if found:
+                return str(found[0])
+    return tracking.open_store()[1]  # makes it under our lock: the server and a training must not both create it
 
 
 def _port(arguments: list[str]) -> int:

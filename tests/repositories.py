@@ -70,7 +70,9 @@ def read_texts(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
-def write_pythia(folder: Path, tokenizer: Path | None, pickled: bool = False, hidden_size: int = 16) -> Path:
+def write_pythia(
+    folder: Path, tokenizer: Path | None, pickled: bool = False, hidden_size: int = 16, layers: int = 2, heads: int = 2
+) -> Path:
     """Pythia's architecture, vocabulary and dtype with other sizes and random weights.
 
     tokenizer: Pythia's tokenizer.json, or None for one made here. pickled: pytorch_model.bin instead of safetensors.
@@ -80,7 +82,7 @@ def write_pythia(folder: Path, tokenizer: Path | None, pickled: bool = False, hi
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
-        vocab_size=50304, hidden_size=hidden_size, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=50304, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=4 * hidden_size, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,15 +29,27 @@ pytestmark = [
 ]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+TRAINING = "workflowType=machine_learning"  # MLflow's pages for training, not those for traces and prompts
 STEPS, START_MS = 50, 1_700_000_000_000
-RUNS = {"lucky-otter": ("embedding", "stable"), "sober-crane": ("embedding", "notebook"), "brave-finch": ("length", "stable")}
+RUNS = {
+    "lucky-otter": ("embedding", "stable"),
+    "sober-crane": ("embedding", "notebook"),
+    "brave-finch": ("length", "stable"),
+}
 
 
 def make_reports(number, reward, recipe):
     """Reports of a made-up training that learns (stable) or collapses (notebook), and its resume state's clock."""
     key = f"{number}f" * 32
     sign = 1 if recipe == "stable" else -1
-    params = {"reward": reward, "recipe": recipe, "model": "pocket", "prompts": "pocket", "seed": 0, "train.steps": STEPS}
+    params = {
+        "reward": reward,
+        "recipe": recipe,
+        "model": "pocket",
+        "prompts": "pocket",
+        "seed": 0,
+        "train.steps": STEPS,
+    }
     run = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
     history, timings = ["step,reward_mean,entropy,ref_kl_k1"], ["step,timestamp_ms,seconds_sample"]
     for step in range(STEPS):
@@ -106,7 +119,7 @@ def page():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         yield page
         browser.close()
 
@@ -117,17 +130,49 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
     names = [f"{reward}-{recipe}-pocket-s0-{name}" for name, (reward, recipe) in RUNS.items()]
     assert sorted(runs) == sorted(names)
 
-    page.goto(f"{server}/#/experiments/1/runs")
+    # The run table, by the address that `make ui` prints.
+    printed = (tmp_path / "server.log").read_text()
+    page.goto(re.search(rf"{server}\S+", printed).group())
     page.get_by_label("Close").first.click()  # MLflow's assistant opens itself on a first visit
-    page.wait_for_timeout(5000)
+    for name in names:
+        page.get_by_text(name, exact=True).wait_for()
+    page.get_by_role("button", name="Columns").click()
+    page.get_by_placeholder("Search columns").fill("train/")
+    page.get_by_text("train/reward_mean", exact=True).click()
+    page.keyboard.press("Escape")
+    page.get_by_text("-6.038", exact=False).first.wait_for()  # -7 + 1 - exp(-49/15)
+    assert page.get_by_text("-7.96", exact=False).count() >= 1  # -7 - 1 + exp(-49/15)
     page.screenshot(path=pictures / "runs.png")
-    page.goto(f"{server}/#/experiments/1/runs?compareRunsMode=CHART")
-    page.wait_for_timeout(8000)
+
+    # Their curves over one another.
+    experiment = page.url.split("/experiments/")[1].split("/")[0]
+    page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART&{TRAINING}")
+    page.get_by_placeholder("Search metric charts").fill("train/")
+    page.get_by_text("train/reward_mean", exact=True).first.wait_for()
+    wait_for_curves(page, 9)  # three metrics of three runs
     page.screenshot(path=pictures / "charts.png")
-    print(page.inner_text("body"))
-    page.goto(f"{server}/#/experiments/1/runs/{runs[names[0]]}/artifacts/tables/samples.jsonl")
-    page.wait_for_timeout(6000)
-    page.screenshot(path=pictures / "jsonl.png")
-    page.goto(f"{server}/#/experiments/1/runs/{runs[names[0]]}/artifacts/figures/reward.png")
-    page.wait_for_timeout(6000)
-    page.screenshot(path=pictures / "fig.png")
+
+    # The compare page.
+    ids, experiments = quote(json.dumps([runs[name] for name in names])), quote(json.dumps([experiment]))
+    page.goto(f"{server}/#/compare-runs?runs={ids}&experiments={experiments}&{TRAINING}")
+    page.get_by_text("Comparing 3 Runs from 1 Experiment").wait_for()
+    page.locator(".js-plotly-plot .parcoords, .js-plotly-plot svg").first.wait_for()
+    text = page.inner_text("body")
+    for expected in [*names, "train/reward_mean", "evaluate/embedding/win_rate", "-6.038", "-7.962"]:
+        assert expected in text
+    page.screenshot(path=pictures / "compare.png")
+
+    # One run: its artifacts and its report.
+    page.goto(f"{server}/#/experiments/{experiment}/runs/{runs[names[0]]}/artifacts?{TRAINING}")
+    for name in ("figures", "tables", "report.html"):
+        page.get_by_text(name, exact=True).first.wait_for()
+    page.get_by_text("report.html", exact=True).first.click()
+    page.frame_locator("iframe").get_by_text("Report of embedding with stable").wait_for()
+    page.screenshot(path=pictures / "report.png")
+
+
+def wait_for_curves(page, number):
+    """Waits until the charts hold so many curves with a point for every step."""
+    whole = f"curve => curve.x && curve.x.length == {STEPS}"
+    plots = "[...document.querySelectorAll('.js-plotly-plot')]"
+    page.wait_for_function(f"{plots}.flatMap(plot => plot.data || []).filter({whole}).length >= {number}")

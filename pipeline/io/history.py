@@ -13,7 +13,7 @@ SUMMARY_STEPS = 5  # steps behind each mean of summary.json
 
 
 @dataclasses.dataclass
-class Record:
+class Progress:
     """A run so far: all that a resumed one needs besides weights and optimizer."""
 
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # history.csv

@@ -2,7 +2,7 @@
 
 B prompts, G samples a prompt; rewards are [B, G]. A baseline is one function rewards [B, G] -> baseline [B, G]; it
 leaves the expected gradient unchanged as long as it does not depend on the sample it is subtracted from
-(Williams 1992, section 4).
+(Williams 1992).
 """
 
 from collections.abc import Callable

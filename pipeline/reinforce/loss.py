@@ -14,7 +14,8 @@ def token_weights(mask: Tensor, aggregation: str) -> Tensor:
 
     sequence_sum   1 / N                      the policy gradient
     sequence_mean  1 / (N * length_i)         short completions weigh more (biased; GRPO)
-    token_mean     1 / sum_i length_i         long completions weigh more (DAPO, arXiv 2503.14476)
+    token_mean     1 / sum_i length_i         in each batch the direction of sequence_sum, N / sum_i length_i as long
+                                              (DAPO, arXiv 2503.14476)
     mask [N, T]: True = the token counts. float64, so that the normalisers are exact.
     """
     ones = mask.double()
@@ -39,7 +40,7 @@ def kl_loss_k2(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, batch: int)
     """(1 / batch) sum_i (sum_t log pi_it - log ref_it)^2 / 2: k2 of the *summed* log-ratio.
 
     On-policy its gradient is that of KL(pi || ref) of whole completions; squaring token by token would drop the terms
-    through which a token changes the later ones (arXiv 2512.21852). logprobs [n, T] with gradient, ref_logprobs and
+    through which a token changes the later ones (Tang & Munos, arXiv 2506.09477). logprobs [n, T] with gradient, ref_logprobs and
     mask [n, T], batch = N.
     """
     log_ratio = torch.where(mask, logprobs - ref_logprobs.detach(), 0.0).sum(1)

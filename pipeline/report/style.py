@@ -39,7 +39,7 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
     "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-4, 5),
+    "axes.formatter.limits": (-7, 7),
     "axes.xmargin": 0.02,
     "grid.color": "#ECECEC",
     "grid.linewidth": 1.0,

@@ -1,0 +1,187 @@
+"""Metrics against pandas, numpy and torch.distributions; text statistics against examples done by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.diagnostics.bootstrap import interval
+from pipeline.diagnostics.metrics import HISTORY_COLUMNS, logprob_gap, policy_metrics, reward_metrics
+from pipeline.diagnostics.text import (
+    distinct_ngrams,
+    distinct_share,
+    empty_share,
+    repeated_ngrams,
+    text_statistics,
+    top_token_share,
+)
+from pipeline.reinforce.advantages import BASELINES, advantages
+from tests.models import mask_of
+
+PROMPTS, GROUP = 5, 4
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- rewards
+
+
+def test_reward_metrics_are_pandas_s() -> None:
+    rewards = random(PROMPTS, GROUP, seed=0)
+    rewards[2] = 1.5  # one prompt whose samples all earn the same
+    baseline = BASELINES["rloo"](rewards)
+    advantage = advantages(rewards, baseline, "none")
+    measured = reward_metrics(rewards, baseline, advantage)
+    table = pd.DataFrame(rewards.numpy().T)  # a column a prompt
+    truth = {
+        "reward_mean": table.stack().mean(),
+        "reward_se": table.mean().sem(),
+        "reward_std_within": math.sqrt(table.var().mean()),
+        "reward_std_between": table.mean().std(),
+        "baseline": baseline.numpy().mean(),
+        "advantage_std": np.std(advantage.numpy()),
+        "zero_spread_share": (table.nunique() == 1).mean(),
+    }
+    assert measured == pytest.approx(truth, rel=1e-12)
+    assert truth["zero_spread_share"] == 1 / PROMPTS
+
+
+def test_the_spread_between_prompts_needs_two() -> None:
+    rewards = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    measured = reward_metrics(rewards, BASELINES["group"](rewards), rewards)
+    assert math.isnan(measured["reward_se"])
+    assert math.isnan(measured["reward_std_between"])
+    assert measured["reward_std_within"] == pytest.approx(math.sqrt(0.5))
+
+
+# --- policy
+
+
+def test_policy_metrics_are_masked_means_of_the_formulas() -> None:
+    lengths, columns = torch.tensor([3, 1, 4]), 4
+    mask = mask_of(lengths, columns)
+    logprobs, ref, entropy = (-random(3, columns, seed=seed).abs() for seed in (1, 2, 3))
+    rows = [(i, t) for i, n in enumerate(lengths.tolist()) for t in range(n)]
+    pi, q, h = (np.array([x[i, t].item() for i, t in rows]) for x in (logprobs, ref, entropy))
+    per_completion = np.split(pi - q, np.cumsum(lengths.numpy())[:-1])
+    truth = {
+        "entropy": h.mean(),
+        "ref_kl_k1": (pi - q).mean(),
+        "ref_kl_k3": (np.exp(q) / np.exp(pi) - 1 - (q - pi)).mean(),
+        "ref_kl_sequence": np.mean([d.sum() for d in per_completion]),
+        "ref_logprob": q.mean(),
+        "policy_logprob": pi.mean(),
+    }
+    for filler in (0.0, torch.nan, -torch.inf):  # what stands behind the ends does not matter
+        one, two, three = (x.masked_fill(~mask, filler) for x in (logprobs, ref, entropy))
+        assert policy_metrics(one, two, three, mask) == pytest.approx(truth, rel=1e-12)
+
+
+def test_logprob_gap_is_the_largest_difference_of_a_token_that_counts() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    sampled = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, 0.0, torch.nan]])
+    scored = torch.tensor([[-1.0, -2.5, 0.0], [-2.0, 7.0, 1.0]])
+    assert logprob_gap(sampled, scored, mask) == 1.0
+    assert logprob_gap(sampled, sampled, mask) == 0.0
+
+
+# --- text
+
+
+def test_ngrams_by_hand() -> None:
+    completions = [[1, 2, 1, 2], [3], []]
+    assert distinct_ngrams(completions, 1) == 3 / 5
+    assert distinct_ngrams(completions, 2) == 2 / 3  # 12 21 12
+    assert distinct_ngrams(completions, 4) == 1
+    assert math.isnan(distinct_ngrams(completions, 5))
+    assert repeated_ngrams([[7] * 5, [1, 2, 3]], 3) == pytest.approx((2 / 3 + 0) / 2)  # 777 three times; 123 once
+    assert math.isnan(repeated_ngrams([[1, 2], []], 3))
+    assert top_token_share(completions) == 2 / 5
+    assert math.isnan(top_token_share([[], []]))
+
+
+def test_shares_of_texts_by_hand() -> None:
+    assert distinct_share(["a", "b", "a", "a"]) == 2 / 4
+    assert empty_share(["", " \n\t", "a", " b "]) == 2 / 4
+
+
+def test_text_statistics_by_hand() -> None:
+    texts, tokens = ["a", "a", "a", "b", "", "c"], [[1], [1], [1], [2], [], [3, 1]]
+    measured = text_statistics(texts, tokens, group=2)
+    assert measured.pop("repeated_3grams") is not None
+    truth = {
+        "empty_share": 1 / 6,
+        "distinct_completions": 4 / 6,
+        "distinct_within": (1 / 2 + 1 + 1) / 3,
+        "distinct_1": 3 / 6,
+        "distinct_2": 1.0,
+        "top_token_share": 4 / 6,
+    }
+    assert measured == pytest.approx(truth)
+
+
+completions = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(completions, st.integers(1, 4))
+def test_bounds_of_text_statistics(tokens: list[list[int]], n: int) -> None:
+    distinct, repeated, top = distinct_ngrams(tokens, n), repeated_ngrams(tokens, n), top_token_share(tokens)
+    longest = max(map(len, tokens))
+    assert math.isnan(distinct) == math.isnan(repeated) == (longest < n)
+    assert math.isnan(top) == (longest == 0)
+    if longest >= n:
+        assert 0 < distinct <= 1
+        assert 0 <= repeated < 1
+    if longest:
+        kinds = len({token for row in tokens for token in row})
+        assert 1 / kinds <= top <= 1
+    texts = [str(row) for row in tokens]
+    statistics = text_statistics(texts, tokens, group=len(texts))
+    assert statistics["distinct_within"] == statistics["distinct_completions"]
+    assert 1 / len(texts) <= statistics["distinct_completions"] <= 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_one_completion_said_over_and_over(tokens: list[list[int]]) -> None:
+    """Repeating the whole batch changes what is a share of distinct things only."""
+    twice = tokens + tokens
+    assert distinct_ngrams(twice, 1) == pytest.approx(distinct_ngrams(tokens, 1) / 2)
+    assert top_token_share(twice) == pytest.approx(top_token_share(tokens))
+    if max(map(len, tokens)) >= 3:
+        assert repeated_ngrams(twice, 3) == pytest.approx(repeated_ngrams(tokens, 3))
+
+
+# --- history and intervals
+
+
+def test_every_metric_of_a_step_has_a_column() -> None:
+    rewards, mask = random(2, 2, seed=0), torch.ones(4, 2, dtype=torch.bool)
+    measured = {
+        **reward_metrics(rewards, rewards, rewards),
+        **policy_metrics(rewards.view(2, 2), rewards, rewards, mask[:2]),
+        **text_statistics(["a"] * 4, [[1]] * 4, 2),
+    }
+    assert set(measured) <= set(HISTORY_COLUMNS)
+    assert len(set(HISTORY_COLUMNS)) == len(HISTORY_COLUMNS)
+
+
+def test_the_bootstrap_interval_of_a_mean() -> None:
+    """About the normal one, 1.96 standard errors to each side, where there are many prompts."""
+    values = random(400, seed=7)
+    indices = torch.randint(400, (4000, 400), generator=torch.Generator().manual_seed(0))
+    measured = interval(values, indices)
+    error = (values.std() / 400**0.5).item()
+    assert measured["mean"] == pytest.approx(values.mean().item(), rel=1e-12)
+    assert measured["low"] == pytest.approx(measured["mean"] - 1.96 * error, abs=0.1 * error)
+    assert measured["high"] == pytest.approx(measured["mean"] + 1.96 * error, abs=0.1 * error)
+    means = values.numpy()[indices.numpy()].mean(1)
+    assert [measured["low"], measured["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), rel=1e-9)

@@ -1,0 +1,466 @@
+"""The shape of the project: who imports whom, what each DVC stage watches, what is never called, which lists agree."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pipeline.diagnostics.metrics import HISTORY_COLUMNS
+from pipeline.io import provenance
+from pipeline.params import SELECTORS
+from tests import test_plot
+
+ROOT = Path(__file__).resolve().parents[1]
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PARAMS = (ROOT / "params.yaml").read_text()
+STAGES = {
+    f"pipeline.{name}" for name in ("check", "prepare", "cache", "train", "evaluate", "plot", "track", "generate", "ui")
+}
+CORE = ("pipeline.policy", "pipeline.reinforce", "pipeline.diagnostics")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "pipeline").rglob("*.py"))
+}
+
+
+def inside(module: str, packages: Iterable[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+@cache
+def syntax(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Full names of what a module imports, anywhere in it: modules, and names that may be modules."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide where they lead"
+            names.add(str(node.module))
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@cache
+def direct(module: str) -> frozenset[str]:
+    """The local modules that a module imports, with the packages around them: their __init__ runs too."""
+    found = {name for name in imported(syntax(module)) if name in MODULES}
+    parents = {".".join(name.split(".")[:i]) for name in found | {module} for i in range(1, name.count(".") + 1)}
+    return frozenset(found | parents)
+
+
+def reached(module: str) -> set[str]:
+    """The local modules that are loaded when a module runs, itself included."""
+    found, waiting = {module}, [module]
+    while waiting:
+        new = direct(waiting.pop()) - found
+        found |= new
+        waiting += new
+    return found
+
+
+# --- import directions
+
+
+def test_the_walk_knows_every_way_to_import() -> None:
+    source = "import a.b\nfrom c import d\ndef f():\n    from e.g import h as i\nif x:\n    import j as k, l\n"
+    assert imported(ast.parse(source)) == {"a.b", "c", "c.d", "e.g", "e.g.h", "j", "l"}
+
+
+def test_every_stage_is_a_module() -> None:
+    assert set(MODULES) >= STAGES
+    assert {f"pipeline.{name}" for name in DVC} <= STAGES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_a_stage(module: str) -> None:
+    assert not (direct(module) - {module}) & STAGES
+
+
+def test_the_files_beside_the_stages_are_few() -> None:
+    """A new module belongs into one of the folders, or into STAGES above."""
+    top = {name for name in MODULES if name.count(".") == 1 and not (ROOT / name.replace(".", "/")).is_dir()}
+    assert top == STAGES | {"pipeline.params", "pipeline.errors"}
+
+
+def test_params_and_errors_are_the_bottom() -> None:
+    assert direct("pipeline.params") == {"pipeline", "pipeline.errors"}
+    assert direct("pipeline.errors") == {"pipeline"}
+    assert direct("pipeline") == set()
+
+
+LOADER = "pipeline.policy.load"  # reads a model from a folder, and is the one module of the core that may
+CORE_MODULES = [module for module in MODULES if inside(module, CORE) and module != LOADER]
+OUTSIDE = ("os", "sys", "time", "datetime", "random", "secrets", "uuid", "pathlib", "io", "shutil", "tempfile", "glob",
+           "subprocess", "socket", "urllib", "threading", "logging", "pickle", "platform", "numpy.random")  # fmt: skip
+TOUCHES = {
+    "open", "print", "input", "read_text", "write_text", "read_bytes", "write_bytes", "from_pretrained",
+    "save_pretrained", "getenv", "manual_seed", "seed", "set_rng_state", "set_num_threads", "set_default_dtype",
+    "set_default_device", "perf_counter", "exec_module", "import_module", "__import__",
+}  # fmt: skip
+DRAWS = {"rand", "randn", "randint", "randperm", "multinomial", "bernoulli", "normal", "rand_like", "randn_like",
+         "uniform_", "normal_", "random_", "bernoulli_", "exponential_", "dropout"}  # fmt: skip
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Each call with the last part of its name: torch.load(x) as load."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            yield (function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")), node
+
+
+def touches(tree: ast.AST) -> list[str]:
+    """What a module of the numerical core does to the world outside: files, clock, environment, global randomness."""
+    found = [name for name in sorted(imported(tree)) if inside(name, OUTSIDE)]
+    for name, call in calls(tree):
+        generator = any(keyword.arg == "generator" for keyword in call.keywords)
+        if name in TOUCHES or (
+            isinstance(call.func, ast.Attribute) and ast.unparse(call.func) in ("torch.load", "torch.save")
+        ):
+            found.append(f"line {call.lineno}: {name}")
+        elif name in DRAWS and not generator:
+            found.append(f"line {call.lineno}: {name} without a generator")
+    return found
+
+
+@pytest.mark.parametrize("source", ["import os", "from pathlib import Path", "open('x')", "p.read_text()", "torch.load(f)",
+                                    "torch.manual_seed(0)", "torch.rand(3)", "from time import time", "print(1)",
+                                    "import numpy.random", "x.multinomial(2)"])  # fmt: skip
+def test_the_check_of_the_core_notices(source: str) -> None:
+    assert touches(ast.parse(source))
+    assert not touches(ast.parse("x = torch.rand(3, generator=g).softmax(-1).sum()"))
+
+
+@pytest.mark.parametrize("module", CORE_MODULES)
+def test_the_core_touches_nothing_outside(module: str) -> None:
+    assert not touches(syntax(module))
+
+
+@pytest.mark.parametrize("module", [*CORE_MODULES, LOADER])
+def test_the_core_imports_only_itself_and_params(module: str) -> None:
+    allowed = ("pipeline.params", "pipeline.errors", *CORE)
+    assert not {name for name in direct(module) if name != "pipeline" and not inside(name, allowed)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_does_nothing(module: str) -> None:
+    """At the level of the module: definitions and constants, no call for its effect; `main` only where it is run."""
+    for node in syntax(module).body:
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"), f"line {node.lineno}"
+        else:
+            assert not isinstance(node, ast.Expr) or isinstance(node.value, ast.Constant), f"line {node.lineno}"
+            assert not isinstance(node, ast.For | ast.While | ast.With | ast.Try), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_a_stage_ends_with_its_call(stage: str) -> None:
+    assert ast.unparse(syntax(stage).body[-1]) == "if __name__ == '__main__':\n    run_stage(main)"
+
+
+# --- what each DVC stage watches
+
+
+def unwatched(modules: Iterable[str], deps: Iterable[str]) -> list[str]:
+    """The files of the modules that are no dep themselves and lie in no folder that is one."""
+    deps = set(deps)
+    files = [MODULES[module].relative_to(ROOT) for module in modules]
+    return sorted(str(file) for file in files if not {file.as_posix(), *(p.as_posix() for p in file.parents)} & deps)
+
+
+@pytest.mark.parametrize("stage", DVC)
+def test_a_stage_watches_every_module_that_it_imports(stage: str) -> None:
+    """DVC does not follow Python imports: a module left out of deps can be edited and the results stay stale."""
+    assert unwatched(reached(f"pipeline.{stage}"), DVC[stage]["deps"]) == []
+
+
+@pytest.mark.parametrize("stage", DVC)
+def test_no_dep_is_watched_for_nothing_and_a_removed_one_is_noticed(stage: str) -> None:
+    code = [dep for dep in DVC[stage]["deps"] if dep.startswith("pipeline")]
+    assert code
+    for dep in code:
+        missed = unwatched(reached(f"pipeline.{stage}"), [other for other in DVC[stage]["deps"] if other != dep])
+        assert missed, f"{dep}: {stage} imports nothing of it, so that an edit of it reruns the stage for nothing"
+        assert all(file == dep or file.startswith(dep + "/") for file in missed)
+
+
+@pytest.mark.parametrize("stage", DVC)
+def test_deps_exist(stage: str) -> None:
+    made = {path for other in DVC.values() for path in outputs(other)}
+    for dep in DVC[stage]["deps"]:
+        assert dep in made or (ROOT / dep).exists(), f"{stage}: there is no {dep} and no stage makes it"
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def test_stages_run_as_modules_and_keep_to_what_makes_reruns_right() -> None:
+    for name, stage in DVC.items():
+        assert stage["cmd"] == f"python -m pipeline.{name}"  # a path would import the live workspace's code
+        assert not stage.keys() & {"always_changed", "wdir", "frozen"}
+        for entry in stage.get("outs", []):
+            assert isinstance(entry, str), (
+                f"{name}: {entry}: an output with settings (cache: false, persist) defeats the run cache"
+            )
+
+
+@pytest.mark.parametrize("module", sorted(STAGES))
+def test_provenance_agrees_with_the_walk(module: str) -> None:
+    """`train_key` hashes what pipeline.io.provenance finds."""
+    assert set(provenance.local_modules(module)) == reached(module)
+
+
+# --- what is loaded when
+
+HEAVY = {"torch", "transformers", "datasets", "mlflow", "dvc", "pandas", "matplotlib", "sentence_transformers", "sklearn",
+         "playwright", "huggingface_hub"}  # fmt: skip
+NEVER_AT_IMPORT = {"pipeline.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
+                   "pipeline.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
+                   "pipeline.prepare": HEAVY, "pipeline.cache": HEAVY, "pipeline.track": HEAVY, "pipeline.ui": HEAVY,
+                   "pipeline.plot": HEAVY - {"pandas", "matplotlib"}, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", NEVER_AT_IMPORT)
+def test_importing_loads_no_more_than_it_needs(module: str) -> None:
+    code = f"import json, sys, {module}; print(json.dumps([sorted(sys.modules), {module}.__file__]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, file = json.loads(done.stdout)
+    assert Path(file) == MODULES[module]
+    assert not {name for name in loaded if name in NEVER_AT_IMPORT[module]}
+    # the same run is outside truth for the walk: whatever was loaded, the walk has found
+    assert {name for name in loaded if inside(name, ["pipeline"])} <= reached(module)
+
+
+def test_only_train_track_and_ui_can_reach_mlflow() -> None:
+    for stage in sorted(STAGES):
+        reaches = any(inside(name, ["mlflow"]) for module in reached(stage) for name in imported(syntax(module)))
+        assert reaches == (stage in ("pipeline.train", "pipeline.track", "pipeline.ui")), stage
+
+
+# `prepare` and `plot` never load torch, neither on import nor when they run: nothing that they reach imports it.
+@pytest.mark.parametrize("stage", ["pipeline.prepare", "pipeline.plot"])
+def test_prepare_and_plot_never_import_torch(stage: str) -> None:
+    for module in reached(stage):
+        assert not any(inside(name, ["torch", "transformers"]) for name in imported(syntax(module))), module
+
+
+def test_prepare_runs_without_torch(tmp_path: Path) -> None:
+    """The whole stage on the embedded default; where torch would be imported, this fails."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/pocket").symlink_to(ROOT / "data/pocket")
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    code = "import sys; sys.modules['torch'] = None; from pipeline.prepare import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data/prompts/train.jsonl").exists()
+
+
+# --- what is never called
+
+
+def forbidden(tree: ast.AST) -> list[str]:
+    """Calls that run code or unpickle from data, or that a shell would read."""
+    found = [
+        name
+        for name in sorted(imported(tree))
+        if inside(name, ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"))
+    ]
+    for name, call in calls(tree):
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        dotted = ast.unparse(call.func)
+        if dotted in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
+            found.append(f"line {call.lineno}: {dotted}")
+        if dotted == "torch.load" and keywords.get("weights_only") != "True":
+            found.append(f"line {call.lineno}: torch.load without weights_only=True")
+        if keywords.get("trust_remote_code", "False") != "False":
+            found.append(f"line {call.lineno}: trust_remote_code")
+        if keywords.get("shell", "False") != "False":
+            found.append(f"line {call.lineno}: shell")
+        if name == "YAML" and (keywords.get("typ") not in ("'safe'", None) or call.args):
+            found.append(f"line {call.lineno}: YAML that is not safe")
+    return found
+
+
+@pytest.mark.parametrize("source", [
+    "eval('1')", "exec(x)", "import pickle", "from pickle import load", "torch.load(f)", "torch.load(f, weights_only=False)",
+    "m.from_pretrained(x, trust_remote_code=True)", "m.from_pretrained(x, trust_remote_code=flag)", "import yaml",
+    "os.system('ls')", "subprocess.run('ls', shell=True)", "YAML(typ='unsafe')", "__import__('os')", "import joblib",
+])  # fmt: skip
+def test_the_check_of_calls_notices(source: str) -> None:
+    assert forbidden(ast.parse(source))
+    assert not forbidden(ast.parse("torch.load(f, weights_only=True); YAML(typ='safe'); run(['ls'], shell=False)"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_runs_code_from_data(module: str) -> None:
+    assert not forbidden(syntax(module))
+
+
+# --- lists that must agree
+
+
+def test_every_column_of_the_history_is_documented() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \|", (ROOT / "docs/METRICS.md").read_text().partition("## Held-out")[0], re.MULTILINE
+    )
+    assert rows == list(HISTORY_COLUMNS)
+
+
+def test_the_made_up_history_of_the_plots_has_the_real_columns() -> None:
+    assert tuple(test_plot.COLUMNS) == HISTORY_COLUMNS
+
+
+def nodes(node: yaml.Node) -> Iterator[yaml.Node]:
+    yield node
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from (key, *nodes(value))
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from nodes(value)
+
+
+def test_params_can_be_changed_with_s() -> None:
+    """`dvc exp run -S` reads a dot as a level, rewrites flow lists and tables, and writes an anchor's value everywhere."""
+    tree = yaml.compose(PARAMS)
+    assert isinstance(tree, yaml.MappingNode)
+    for node in nodes(tree):
+        line = f"line {node.start_mark.line + 1}"
+        if isinstance(node, yaml.MappingNode):
+            assert all(re.fullmatch(r"[A-Za-z0-9_-]+", key.value) for key, _ in node.value), line
+        if isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+            assert not node.flow_style or not node.value, f"{line}: flow style"
+    assert not any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(PARAMS))
+
+
+def test_every_selector_of_params_and_dvc_names_a_table() -> None:
+    tree = yaml.safe_load(PARAMS)
+    for selector, table in SELECTORS.items():
+        assert tree[selector] in tree[table]
+    used = {str(param) for stage in DVC.values() for param in stage.get("params", [])}
+    for selector, table in re.findall(r"(\w+)\.\$\{(\w+)\}", " ".join(used)):
+        assert SELECTORS[table] == selector
+    plain = {param.partition(".")[0] for param in used}
+    assert plain <= set(tree)
+    assert set(tree) - plain == set(), "a section of params.yaml that no stage depends on"
+
+
+def test_a_stage_that_depends_on_a_selected_table_depends_on_its_selector() -> None:
+    for name, stage in DVC.items():
+        params = stage.get("params", [])
+        for selector in re.findall(r"\$\{(\w+)\}", " ".join(params)):
+            assert selector in params, name
+
+
+# --- what is installed
+
+
+def pins() -> dict[str, str]:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    requirements = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(requirement.name): str(requirement.specifier) for requirement in requirements}
+
+
+def declared() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [text for group in project["optional-dependencies"].values() for text in group]
+    return [Requirement(text) for text in [*project["dependencies"], *extras] if not text.startswith(project["name"])]
+
+
+def test_constraints_are_exact_versions_and_no_addresses() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"://|@|^\s*-|\+", text, re.MULTILINE)
+    for name, pin in pins().items():
+        assert re.fullmatch(r"==[\w.]+", pin), name
+
+
+def test_every_direct_dependency_is_pinned_within_its_range() -> None:
+    pinned = pins()
+    for requirement in declared():
+        version = pinned[canonicalize_name(requirement.name)].removeprefix("==")
+        assert requirement.specifier.contains(version), requirement
+    assert len(declared()) > 15
+
+
+@pytest.mark.parametrize("name", ["dvc", "mlflow", "transformers", "datasets", "sentence-transformers"])
+def test_what_our_dependencies_need_is_pinned_too(name: str) -> None:
+    pinned = pins()
+    for text in requires(name) or []:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            needed = canonicalize_name(requirement.name)
+            assert needed in pinned or needed in ("setuptools", "pip"), f"{name} needs {needed}"
+
+
+COMES_WITH = {"huggingface-hub": "transformers", "httpx2": "huggingface-hub", "markupsafe": "jinja2", "numpy": "transformers",
+              "pyarrow": "datasets", "sqlalchemy": "mlflow", "typing-extensions": "pydantic"}  # fmt: skip
+
+
+def test_what_the_code_imports_is_declared_or_comes_with_what_is() -> None:
+    names = {canonicalize_name(requirement.name) for requirement in declared()}
+    roots = {name.partition(".")[0] for module in MODULES for name in imported(syntax(module))} - {"pipeline"}
+    roots -= set(sys.stdlib_module_names)
+    used = {"ruamel-yaml" if name == "ruamel" else canonicalize_name(name) for name in roots}
+    assert used - names == set(COMES_WITH)
+    for name, owner in COMES_WITH.items():
+        assert name in {canonicalize_name(Requirement(text).name) for text in requires(owner) or []}, name
+        assert owner in names or owner in COMES_WITH
+
+
+def test_every_package_is_installed_and_every_data_file_with_it() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(tool["packages"]) == [name for name in MODULES if MODULES[name].name == "__init__.py"]
+    patterns = [(package, pattern) for package, globs in tool["package-data"].items() for pattern in globs]
+    covered = {path for package, pattern in patterns for path in (ROOT / package.replace(".", "/")).glob(pattern)}
+    others = {path for path in (ROOT / "pipeline").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in others if path.suffix != ".py"} <= covered
+
+
+# --- nothing of the machine it was made on
+
+# A letter of each stands in brackets or is filled in, so that this file does not contain what it looks for.
+PRIVATE = re.compile(
+    r"(?<![\w.-])/w[o]rk/|/t[m]p/w/|/h[o]me/\w+/|/U[s]ers/\w+/|extra[-]index-url|trusted[-]host|arti[f]actory"
+    r"|(?<![\d.])(?:10|192\.168)(?:\.\d+){2,3}(?=[:/])"
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["see /w{}rk/main", "/h{}me/me/x", "http://{}.0.0.1:80/simple", "pip --extra{}index-url=x"]
+)
+def test_the_check_of_addresses_notices(text: str) -> None:
+    assert PRIVATE.search(text.format({"http": "10", "pip ": "-"}.get(text[:4], "o")))
+    assert not PRIVATE.search("https://huggingface.co/a/b http://127.0.0.1:9 data/work/x version 10.2.0 a/home/b")
+
+
+def test_no_tracked_file_names_a_private_place() -> None:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        content = path.read_bytes() if path.is_file() else b""
+        if b"\0" not in content[:8000]:
+            found = PRIVATE.search(content.decode("utf-8", errors="replace"))
+            assert not found, f"{name}: {found and found[0]}"

@@ -1,0 +1,333 @@
+"""params.yaml: what ships loads, and every mistake in it is one line that names the key, the value and what is right."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from pipeline.errors import UserError
+from pipeline.params import SELECTORS, Params, load, validate
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+TEXT = SHIPPED.read_text(encoding="utf-8")
+TREE = YAML(typ="safe", pure=True).load(TEXT)
+
+
+def write(folder: Path, content: str | bytes) -> Path:
+    path = folder / "params.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def edited(old: str, new: str) -> str:
+    """The shipped file with the first `old` replaced; fails where the file no longer holds it."""
+    assert old in TEXT, old
+    return TEXT.replace(old, new, 1)
+
+
+def check_line(line: str) -> str:
+    """One line in the user's terms: no line break, no control character, none of the validator's words."""
+    assert line.isprintable(), line
+    for word in (
+        "pydantic",
+        "Traceback",
+        "ValidationError",
+        "model_",
+        "Input ",
+        "discriminator",
+        "tuple",
+        "regex",
+        "^[",
+    ):
+        assert word not in line, line
+    assert len(line) < 1000
+    return line
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a file is refused, without the file's name at its start."""
+    with pytest.raises(UserError) as caught:
+        load(path)
+    line = check_line(str(caught.value))
+    assert line.startswith(str(path)), line
+    return line.removeprefix(str(path)).removeprefix(":").strip()
+
+
+def test_the_shipped_file_loads_as_written() -> None:
+    params = load(SHIPPED)
+    assert params.selected("recipe").lr == TREE["recipes"]["stable"]["lr"]
+    assert params.selected("model").source == TREE["models"]["pocket"]["source"]
+    assert list(params.rewards["words"].model_dump()["words"]) == TREE["rewards"]["words"]["words"]
+    assert {name: list(getattr(params, table)) for name, table in SELECTORS.items()} == {
+        name: list(TREE[table]) for name, table in SELECTORS.items()
+    }
+    assert params.rewards["short_greeting"].model_dump()["terms"][1]["reward"] == {"kind": "length", "target": 20}
+
+
+@pytest.mark.parametrize(
+    ("selector", "name"), [(selector, name) for selector, table in SELECTORS.items() for name in TREE[table]]
+)
+def test_every_table_that_ships_can_be_selected(selector: str, name: str) -> None:
+    params = validate({**TREE, selector: name})
+    assert params.selected(selector) is getattr(params, SELECTORS[selector])[name]
+
+
+def test_frozen() -> None:
+    params = load(SHIPPED)
+    for table, key in (
+        (params, "seed"), (params.train, "steps"), (params.selected("recipe"), "lr"), (params.rewards["length"], "target"),
+        (params.rewards["short_greeting"].terms[0], "weight"),  # type: ignore[union-attr]
+    ):  # fmt: skip
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(table, key, 1)
+
+
+def test_the_default_path_is_that_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^params.yaml: no such file; run from the project's root$"):
+        load()
+    write(tmp_path, TEXT)
+    assert load() == load(SHIPPED)
+
+
+# What DVC's -S leaves in the file, and what a user writes by hand.
+NUMBERS = {"3e-05": 3e-05, "3e-5": 3e-05, "1E-4": 1e-4, "0.00003": 3e-05, "1": 1.0, "1.0e-08": 1e-8, ".5": 0.5}
+
+
+@pytest.mark.parametrize(("written", "value"), NUMBERS.items())
+def test_numbers_are_numbers(tmp_path: Path, written: str, value: float) -> None:
+    params = load(write(tmp_path, edited("    lr: 0.0003\n", f"    lr: {written}\n")))
+    assert params.recipes["notebook"].lr == value
+
+
+def test_a_file_that_dvc_has_rewritten_still_loads(tmp_path: Path) -> None:
+    """`dvc exp run -S` goes through DVC's own reader and writer of YAML."""
+    modify_yaml = pytest.importorskip("dvc.utils.serialize").modify_yaml
+    path = write(tmp_path, TEXT)
+    with modify_yaml(str(path)) as tree:
+        tree["recipes"]["stable"]["lr"] = 3e-5
+        tree["reward"] = "length"
+    params = load(path)
+    assert (params.recipes["stable"].lr, params.reward) == (3e-5, "length")
+    assert params.rewards == load(SHIPPED).rewards
+
+
+# Issue by issue: an edit of the file, and what the line must name (the key, the value, what would be right).
+EDITS: dict[str, tuple[str | bytes, list[str]]] = {
+    "unknown key at the top": (TEXT + "rewrad: length\n", ["unknown key rewrad", "did you mean 'reward'?"]),
+    "unknown key, nothing near": (TEXT + "zzz: 1\n", ["unknown key zzz", "there are: model, prompts, reward"]),
+    "unknown key of train": (edited("  steps: 50", "  steps: 50\n  stpes: 9"), ["unknown key train.stpes", "'steps'"]),
+    "misspelt key": (edited("  bootstrap:", "  bootstrp:"), ["unknown key evaluate.bootstrp", "'bootstrap'"]),
+    "unknown key of a model": (edited("  source: data/pocket/c", "  sorce: data/pocket/c"), ["unknown key models.pocket.sorce", "'source'"]),
+    "unknown key of prompts": (edited("    language:", "    lang:"), ["unknown key prompt_sets.pocket.lang", "'language'"]),
+    "unknown key of an encoder": (edited("    package:", "    pakage:"), ["unknown key encoders.minilm.pakage", "'package'"]),
+    "unknown key of a recipe": (edited("    adam_eps:", "    adameps:"), ["unknown key recipes.notebook.adameps", "'adam_eps'"]),
+    "unknown key of a reward": (edited("    target: Hi", "    targt: Hi"), ["unknown key rewards.embedding.targt", "'target'"]),
+    "unknown key of a term": (edited("    - weight: 0.02", "    - wieght: 0.02"), ["unknown key rewards.short_greeting.terms.1.wieght", "'weight'"]),
+    "unknown key in a term": (edited("        target: 20", "        tarket: 20"), ["rewards.short_greeting.terms.1.reward.tarket", "'target'"]),
+    "missing section": (TEXT.replace("train:\n", "evaluate2:\n", 1), ["unknown key evaluate2", "'evaluate'"]),
+    "missing key": (re.sub(r"  steps: 50.*\n", "", TEXT), ["train.steps is missing"]),
+    "selector's typo": (edited("reward: embedding", "reward: lenght"), ["reward: there is no 'lenght' in rewards", "did you mean 'length'?"]),
+    "unknown model": (edited("model: pocket", "model: gpt"), ["model: there is no 'gpt' in models", "pythia-70m"]),
+    "model with a dot": (edited("model: pocket", "model: pythia-2.8b"), ["there is no 'pythia-2.8b'", "did you mean 'pythia-2_8b'?"]),
+    "selector is a number": (edited("recipe: stable", "recipe: 3"), ["recipe = 3: should name one of recipes: notebook, stable"]),
+    "selector is empty": (edited("recipe: stable", "recipe:"), ["recipe = nothing: should name one of recipes"]),
+    "selector is a list": (edited("recipe: stable", "recipe: [stable]"), ["recipe = ['stable']: should name one of recipes"]),
+    "kind's typo": (edited("kind: length", "kind: lenght"), ["rewards.length.kind = 'lenght': should be one of 'embedding', 'length', 'words', 'custom', 'sum'"]),
+    "no kind": (edited("    kind: length\n", ""), ["rewards.length.kind is missing"]),
+    "sum in a sum": (edited("        kind: length", "        kind: sum"), ["terms.1.reward.kind = 'sum'", "'embedding', 'length', 'words', 'custom'"]),
+    "no terms": (TEXT[: TEXT.index("    terms:")] + "    terms: []\n" + TEXT[TEXT.index("\nrecipes:") :], ["rewards.short_greeting.terms = []", "at least 1 item"]),
+    "text for a number": (edited("steps: 50", 'steps: "50"'), ["train.steps = '50': should be a valid integer"]),
+    "fraction": (edited("steps: 50", "steps: 50.5"), ["train.steps = 50.5", "integer"]),
+    "truth value": (edited("steps: 50", "steps: true"), ["train.steps = true", "integer"]),
+    "truth value as a float": (edited("temperature: 1.0", "temperature: true"), ["recipes.notebook.temperature = true", "number"]),
+    "range": (edited("steps: 50", "steps: 0"), ["train.steps = 0: should be greater than or equal to 1"]),
+    "range and unit": (edited("samples_per_prompt: 8", "samples_per_prompt: 1"), ["train.samples_per_prompt = 1", "2 (a group of one has no spread)"]),
+    "negative": (edited("lr: 0.0003", "lr: -0.1"), ["recipes.notebook.lr = -0.1: should be greater than 0 (learning rate)"]),
+    "share": (edited("top_p: 1.0", "top_p: 1.1"), ["recipes.notebook.top_p = 1.1: should be less than or equal to 1"]),
+    "huge": (edited("steps: 50", "steps: " + "9" * 30), ["train.steps = 9999", "10000000"]),
+    "enormous": (edited("steps: 50", "steps: " + "9" * 5000), ["4300 digits"]),
+    "huge float": (edited("kl_coef: 0.05", "kl_coef: " + "9" * 400), ["recipes.stable.kl_coef = 999", "number"]),
+    "overflow": (edited("kl_coef: 0.05", "kl_coef: 1e400"), ["recipes.stable.kl_coef = inf: should be a finite number"]),
+    "not a number": (edited("lr: 0.0003", "lr: .nan"), ["recipes.notebook.lr = nan: should be a finite number"]),
+    "infinite": (edited("weight: 0.02", "weight: .inf"), ["rewards.short_greeting.terms.1.weight = inf", "finite"]),
+    "seed": (edited("seed: 0", "seed: -1"), ["seed = -1: should be greater than or equal to 0"]),
+    "choice": (edited("baseline: group", "baseline: grup"), ["recipes.notebook.baseline = 'grup': should be 'none', 'batch', 'group' or 'rloo'"]),
+    "choice is empty": (edited("kl: none", "kl:"), ["recipes.notebook.kl = nothing: should be 'none'"]),
+    "number for a text": (edited("target: Hi there!", "target: 5"), ["rewards.embedding.target = 5: should be text: put it in quotes (the sentence to be near to)"]),
+    "date": (edited("lr: 0.0003", "lr: 2020-01-01"), ["recipes.notebook.lr", "number"]),
+    "two origins": (edited("    source: data/pocket/c", "    repo: a/b\n    source: data/pocket/c"), ["models.pocket: needs exactly one of repo, source"]),
+    "no origin": (edited("    source: data/pocket/checkpoint", "    revision: main"), ["models.pocket: needs exactly one of repo, source"]),
+    "empty table": (edited("    source: data/pocket/checkpoint", ""), ["models.pocket = nothing: should be a table of keys"]),
+    "table is a list": (re.sub(r"train:\n(  .*\n)+", "train: []\n", TEXT), ["train = []: should be a table of keys"]),
+    "repository": (edited("repo: EleutherAI/pythia-14m", "repo: https://host/a"), ["models.pythia-14m.repo = 'https://host/a': should be owner/name on the hub"]),
+    "digest": (edited("sha256: 53aa51", "sha256: 53AA51"), ["encoders.minilm.sha256 = '53AA51", "64 hexadecimal digits"]),
+    "function": (edited("custom/example.py:questions", "custom/../x.py:f"), ["rewards.questions.function = 'custom/../x.py:f': should be custom/file.py:function"]),
+    "limits": (edited("min_characters: 1", "min_characters: 40"), ["prompt_sets.pocket: min_characters 40 exceeds max_characters 31"]),
+    "word that cannot match": (edited("    - red", "    - Red"), ["rewards.words: 'Red' can never match"]),
+    "empty word": (edited("    - red", '    - ""'), ["rewards.words.words.0 = ''", "at least 1 character"]),
+    "word is a number": (edited("    - red", "    - 3"), ["rewards.words.words.0 = 3: should be text: put it in quotes"]),
+    "taken name": (edited("  questions:", "  text:"), ["rewards: 'text' is taken"]),
+    "dot in a key": (edited("  pythia-2_8b:", "  pythia-2.8b:"), ["key models.pythia-2.8b", "no dots"]),
+    "dot in a reward's key": (edited("  questions:", "  ques.tions:"), ["key rewards.ques.tions", "no dots"]),
+    "dot in a custom key": (edited("params: {}", "params: {a.b: 1}"), ["key rewards.questions.params.a.b", "no dots"]),
+    "custom value that is not finite": (edited("params: {}", "params: {a: [.nan]}"), ["rewards.questions.params.a = [nan]: should be a finite number"]),
+    "number as a key": (edited("  questions:", "  3:"), ["key rewards.3", "should be text"]),
+    "list as a key": (edited("  questions:", "  ? [a, b]\n  :"), ["key rewards.", "should be text"]),
+    "number as a key at the top": (TEXT + "3: 4\n", ["key 3", "should be text"]),
+    "custom value that is no data": (edited("params: {}", "params: {a: 2020-01-01}"), ["rewards.questions.params.a"]),
+    "duplicate key": (TEXT + "seed: 1\n", [f"line {TEXT.count(chr(10)) + 1}", 'duplicate key "seed"']),
+    "duplicate key inside": (edited("  steps: 50", "  steps: 50\n  steps: 51"), ["line 11", 'duplicate key "steps"']),
+    "broken YAML": (edited("target: Hi there!", "target: Hi: there"), ["line ", "not valid YAML: mapping values are not allowed here"]),
+    "unclosed list": (edited("steps: 50", "steps: [50"), ["line ", "not valid YAML"]),
+    "tab": (TEXT + "\tx: 3\n", ["not valid YAML", "'\\t'"]),
+    "two documents": (TEXT + "---\na: 1\n", ["not valid YAML", "another document"]),
+    "unknown alias": (TEXT + "x: *nope\n", ["not valid YAML", "undefined alias 'nope'"]),
+    "Python object": (TEXT + "x: !!python/object/apply:os.system ['false']\n", ["not valid YAML", "tag"]),
+    "value that its tag does not fit": (TEXT + "x: !!bool abc\n", ["not valid YAML", "abc"]),
+    "control character": (TEXT + "x: \x07\n", ["not valid YAML", "#x0007"]),
+    "line break in a key": (TEXT + '"a\\nb": 3\n', ["unknown key a b"]),
+    "escape in a key": (TEXT + '"a\\e[31mb": 3\n', ["unknown key a\\x1b[31mb"]),
+    "half a character": (edited("target: Hi there!", 'target: "\\ud800"'), ["rewards.embedding.target holds text that is not valid Unicode"]),
+    "half a character in a key": (TEXT + '"\\ud800": 3\n', ["a key holds text that is not valid Unicode"]),
+    "not UTF-8": (TEXT.replace("Hi there!", "Hé!").encode("latin-1"), ["line ", "should be UTF-8, byte 0xe9 is not"]),
+    "UTF-16": (TEXT.encode("utf-16"), ["line 1", "should be UTF-8"]),
+    "empty": ("", ["should hold keys such as model"]),
+    "comments only": ("# a\n", ["should hold keys such as model"]),
+    "list": ("- model: pocket\n", ["should hold keys such as model, reward and train, not list"]),
+    "one word": ("pocket\n", ["should hold keys such as model, reward and train, not str"]),
+    "too deep": ("a: " + "[" * 500, ["nested too deeply"]),
+    "too deep, closed": (TEXT + "a: " + "[" * 500 + "]" * 500 + "\n", ["nested too deeply"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", EDITS)
+def test_a_mistake_is_one_line_that_says_what_would_be_right(tmp_path: Path, mistake: str) -> None:
+    content, expected = EDITS[mistake]
+    line = refusal(write(tmp_path, content))
+    for part in expected:
+        assert part in line
+
+
+def bomb(indent: str, width: int = 9, depth: int = 9) -> str:
+    """Nine lines that stand for 9^9 values."""
+    lines = [f"{indent}a0: &a0 [{', '.join(['x'] * width)}]"]
+    lines += [f"{indent}a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, depth)]
+    return "\n".join(lines) + "\n"
+
+
+ALIASES = {
+    "bomb at the top": TEXT + bomb(""),
+    "bomb in the parameters of a custom reward": edited("    params: {}\n", "    params:\n" + bomb("      ")),
+    "list in itself": TEXT + "x: &a [*a]\n",
+    "table in itself": edited("    params: {}\n", "    params: &a\n      x: *a\n"),
+    "everything in itself": "&a\n" + TEXT.replace("model: pocket", "model: *a", 1),
+}
+
+
+@pytest.mark.parametrize("case", ALIASES)
+def test_aliases_that_stand_for_endless_values_are_refused(tmp_path: Path, case: str) -> None:
+    assert "more than 100000 values" in refusal(write(tmp_path, ALIASES[case]))
+
+
+def test_anchors_that_end_are_allowed(tmp_path: Path) -> None:
+    merged = TEXT + "  third:\n    <<: *stable\n    lr: 0.001\n"
+    params = load(write(tmp_path, merged.replace("  stable:\n", "  stable: &stable\n")))
+    assert params.recipes["third"] == params.recipes["stable"].model_copy(update={"lr": 0.001})
+
+
+def test_a_path_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "nowhere.yaml")
+    assert "cannot be read" in refusal(tmp_path)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    assert load(write(tmp_path, b"\xef\xbb\xbf" + TEXT.encode())) == load(SHIPPED)
+
+
+def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every key of a tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [found for key, value in items for found in [(*prefix, key), *paths(value, (*prefix, key))]]
+
+
+PATHS = paths(TREE)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3), max_leaves=6
+)
+KEYS = st.sampled_from(sorted({key for path in PATHS for key in path if isinstance(key, str)})) | SCALARS
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_no_mutation_raises_anything_else(data: st.DataObject) -> None:
+    """Values replaced, keys removed, added and renamed, anywhere in the tree."""
+    tree = copy.deepcopy(TREE)
+    for _ in range(data.draw(st.integers(1, 3))):
+        *above, key = data.draw(st.sampled_from(PATHS))
+        table = tree
+        try:
+            for part in above:
+                table = table[part]
+            match data.draw(st.sampled_from(["replace", "remove", "add", "rename"])):
+                case "replace":
+                    table[key] = data.draw(VALUES)
+                case "remove":
+                    del table[key]
+                case "add":
+                    table[key][data.draw(KEYS)] = data.draw(VALUES)
+                case "rename":
+                    table[data.draw(KEYS)] = table.pop(key)
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier mutation has removed this place
+    try:
+        assert isinstance(validate(tree), Params)
+    except UserError as error:
+        check_line(str(error))
+
+
+@given(st.binary(max_size=40), st.integers(0, len(TEXT)), st.integers(0, 40))
+@settings(max_examples=30, deadline=None)
+def test_no_bytes_raise_anything_else(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int, cut: int
+) -> None:
+    content = TEXT.encode()
+    path = write(tmp_path_factory.mktemp("params"), content[:at] + noise + content[at + cut :])
+    try:
+        assert isinstance(load(path), Params)
+    except UserError as error:
+        check_line(str(error))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if isinstance(path[-1], str)], ids=lambda path: ".".join(map(str, path))
+)
+def test_every_misspelt_key_is_named(path: tuple[Any, ...]) -> None:
+    """A doubled last letter: the line names the key where it stands, whatever else is then wrong."""
+    *above, key = path
+    tree = copy.deepcopy(TREE)
+    table = tree
+    for part in above:
+        table = table[part]
+    misspelt = key + key[-1]
+    table[misspelt] = table.pop(key)
+    free = len(path) == 2 and path[0] in SELECTORS.values()  # the name of a table is the user's own
+    if free:
+        selector = next(name for name, table_name in SELECTORS.items() if table_name == path[0])
+        tree[selector] = key
+    with pytest.raises(UserError) as caught:
+        validate(tree)
+    line = check_line(str(caught.value))
+    if free:
+        assert f"{selector}: there is no {key!r} in {path[0]}; did you mean {misspelt!r}?" in line
+    elif key == "kind":
+        assert f"{'.'.join(map(str, path))} is missing" in line
+    else:
+        assert f"unknown key {'.'.join(map(str, [*above, misspelt]))}; did you mean {key!r}?" in line

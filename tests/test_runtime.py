@@ -1,0 +1,154 @@
+"""Random numbers that belong to (seed, step, purpose) and to nothing else; the optimizer's rate and its refusals."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.io.runtime import draw_prompts, generator, set_up, uniforms
+from pipeline.reinforce.optim import learning_rate, make_optimizer, update
+from tests.models import recipe
+
+# --- random numbers
+
+
+def test_no_draw_depends_on_another() -> None:
+    first = uniforms(3, 5, "sample", 4, 6)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        torch.rand(7)
+        uniforms(3, 4, "sample", 100, 100)
+        draw_prompts(3, 5, 8, 50, "replacement")
+        draw_prompts(3, 5, 8, 50, "shuffled")
+        state = torch.get_rng_state()
+        again = uniforms(3, 5, "sample", 4, 6)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert first.dtype == torch.float64
+    assert 0 <= first.min() < first.max() < 1
+
+
+def test_seed_step_and_purpose_each_matter() -> None:
+    keys = [(seed, step, purpose) for seed in (0, 1, 11) for step in (0, 1, 11) for purpose in ("prompts", "sample")]
+    draws = {torch.randint(2**62, (1,), generator=generator(*key)).item() for key in keys}
+    assert len(draws) == len(keys)
+
+
+def test_the_largest_seed_is_taken() -> None:
+    assert uniforms(2**63 - 1, 10**6, "sample", 1, 1).shape == (1, 1)
+
+
+# --- prompts
+
+
+@settings(deadline=None)
+@given(st.integers(0, 100), st.integers(1, 12), st.integers(1, 9))
+def test_shuffled_prompts_come_once_an_epoch(seed: int, available: int, count: int) -> None:
+    steps = -(-3 * available // count)
+    row = [i for step in range(steps) for i in draw_prompts(seed, step, count, available, "shuffled")]
+    for epoch in range(3):
+        assert sorted(row[epoch * available : (epoch + 1) * available]) == list(range(available))
+
+
+def test_epochs_and_seeds_have_other_orders() -> None:
+    orders = [tuple(draw_prompts(seed, epoch, 50, 50, "shuffled")) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+@pytest.mark.parametrize("draw", ["shuffled", "replacement"])
+def test_prompts_of_a_step_depend_on_the_step_alone(draw: str) -> None:
+    """Whoever goes on from step 7 draws what an uninterrupted run would have drawn."""
+    forwards = [draw_prompts(2, step, 5, 12, draw) for step in range(10)]
+    backwards = [draw_prompts(2, step, 5, 12, draw) for step in reversed(range(10))]
+    assert forwards == backwards[::-1]
+    assert len(set(map(tuple, forwards))) > 1
+
+
+def test_prompts_with_replacement_are_uniform_and_repeat() -> None:
+    row = [i for step in range(300) for i in draw_prompts(0, step, 10, 6, "replacement")]
+    counts = Counter(row)
+    assert sorted(counts) == list(range(6))
+    assert all(abs(n - 500) < 5 * (3000 * (1 / 6) * (5 / 6)) ** 0.5 for n in counts.values())
+    assert any(len(set(draw_prompts(0, step, 4, 6, "replacement"))) < 4 for step in range(50))
+
+
+# --- device and threads
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with mock.patch.dict(os.environ):
+        yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.usefixtures("restored")
+def test_set_up_fixes_threads_and_asks_for_deterministic_kernels() -> None:
+    assert set_up("cpu", 1).type == "cpu"
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        assert set_up("auto", 1).type == "cpu"
+        with pytest.raises(UserError, match=r"train\.device = cuda.*auto or cpu"):
+            set_up("cuda", 1)
+
+
+# --- optimizer
+
+
+def ones(grad: float) -> torch.nn.Linear:
+    model = torch.nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1)
+    model.weight.grad = torch.full_like(model.weight, grad)
+    return model
+
+
+def test_warm_up_is_linear_and_then_constant() -> None:
+    warm = recipe("stable", lr=0.4, warmup_steps=3)
+    assert [learning_rate(step, warm) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    cold = recipe("stable", lr=0.4, warmup_steps=0)
+    assert [learning_rate(step, cold) for step in range(2)] == [0.4, 0.4]
+
+
+@pytest.mark.parametrize(("limit", "moves"), [(0.0, 3.0), (100.0, 3.0), (1.0, 1 / 2**0.5)])
+def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> None:
+    """Two weights with gradient 3: norm 3 sqrt 2; clipped to 1, each moves by 1 / sqrt 2."""
+    model, sgd = ones(3.0), recipe("stable", optimizer="sgd", lr=1.0, warmup_steps=1, max_grad_norm=limit)
+    norm, withheld = update(model, make_optimizer(model.parameters(), sgd), sgd, 0, 0.0)
+    assert norm == pytest.approx(3 * 2**0.5)
+    assert not withheld
+    assert model.weight.flatten().tolist() == pytest.approx([1 - moves / 2] * 2, rel=1e-5)  # half the rate: warm-up
+
+
+@pytest.mark.parametrize(("grad", "loss"), [(torch.nan, 0.0), (torch.inf, 0.0), (1.0, torch.nan), (1.0, torch.inf)])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_what_is_not_finite_is_withheld(grad: float, loss: float, optimizer: str) -> None:
+    chosen = recipe("stable", optimizer=optimizer)
+    model = ones(grad)
+    made = make_optimizer(model.parameters(), chosen)
+    assert update(model, made, chosen, 0, loss)[1]
+    assert model.weight.flatten().tolist() == [1, 1]
+    assert not made.state  # Adam's moments are as clean as before
+
+
+def test_adam_s_first_step_is_the_rate_and_its_eps_is_the_recipe_s() -> None:
+    """m / (sqrt(v) + eps) is g / (|g| + eps) at first: the sign of g, unless eps is of g's size."""
+    for eps, expected in ((1e-8, 1.0), (1.0, 2 / (2 + 1))):
+        chosen = recipe("stable", lr=0.5, warmup_steps=0, max_grad_norm=0.0, adam_eps=eps)
+        model = ones(2.0)
+        update(model, make_optimizer(model.parameters(), chosen), chosen, 0, 0.0)
+        assert model.weight.flatten().tolist() == pytest.approx([1 - 0.5 * expected] * 2)

@@ -1,0 +1,228 @@
+"""Stage `train` by itself, on a tiny model: resuming, stopping, refusing; and `evaluate` behind it."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from tests.conftest import Project
+
+pytestmark = pytest.mark.slow  # each run of the stage imports torch and transformers
+
+OUTPUTS = ("data/policy", "reports/train")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, pythia: Path, bert: Path) -> Path:
+    """What `cache` leaves, of a tiny policy and a tiny encoder."""
+    folder = tmp_path_factory.mktemp("cached") / "checkpoint"
+    shutil.copytree(pythia, folder / "policy")
+    shutil.copytree(bert, folder / "encoder")
+    (folder / "manifest.json").write_text("{}\n")
+    return folder
+
+
+@pytest.fixture
+def ready(project: Project, checkpoint: Path) -> Project:
+    """A project in which `train` can run, for 6 quick steps with the length reward."""
+    shutil.copytree(checkpoint, project.root / "data/checkpoint")
+    prompts = ["Hello there!", "Who are you?", "Thanks a lot.", "Tell me about rain, please."]
+    for name in ("train", "heldout"):
+        lines = [json.dumps({"prompt": prompt, "message_id": None}) + "\n" for prompt in prompts]
+        (project.root / "data/prompts").mkdir(exist_ok=True)
+        (project.root / f"data/prompts/{name}.jsonl").write_text("".join(lines))
+    # A machine without mlflow: training needs none, and is quicker for it.
+    (project.root / "mlflow.py").write_text("raise ImportError('not here', name='mlflow')\n")
+    sizes = {
+        "steps": 6,
+        "prompts_per_step": 3,
+        "samples_per_prompt": 2,
+        "max_tokens": 6,
+        "checkpoint_every": 1,
+        "threads": 1,
+    }
+    project.edit(reward="length", **{f"train__{key}": value for key, value in sizes.items()})
+    project.edit(evaluate__prompts=0, evaluate__samples_per_prompt=2, evaluate__bootstrap=100)
+    return project
+
+
+def contents(project: Project) -> dict[str, bytes]:
+    files = [path for folder in OUTPUTS for path in sorted((project.root / folder).rglob("*")) if path.is_file()]
+    return {path.relative_to(project.root).as_posix(): path.read_bytes() for path in files}
+
+
+def history(project: Project) -> list[dict[str, float]]:
+    with (project.root / "reports/train/history.csv").open(newline="") as lines:
+        return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(lines)]
+
+
+def forget(project: Project) -> None:
+    """As DVC before it runs the stage, and without resume states."""
+    for folder in (*OUTPUTS, ".checkpoints"):
+        shutil.rmtree(project.root / folder, ignore_errors=True)
+
+
+def succeed(project: Project, **environment: str) -> str:
+    done = project.run("train", **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def states(project: Project) -> list[Path]:
+    return sorted(project.root.glob(".checkpoints/*/state-*.pt"))
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(ready: Project) -> None:
+    succeed(ready, PYTHONHASHSEED="1")
+    first = contents(ready)
+    assert {"data/policy/model.safetensors", "data/policy/tokenizer.json", "reports/train/run.json"} <= set(first)
+    forget(ready)
+    succeed(ready, PYTHONHASHSEED="2")
+    assert contents(ready) == first
+    ready.edit(seed=1)
+    succeed(ready)
+    assert contents(ready)["reports/train/history.csv"] != first["reports/train/history.csv"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_was_ended_goes_on_to_the_same_bytes(ready: Project, number: signal.Signals) -> None:
+    succeed(ready)
+    undisturbed = contents(ready)
+    forget(ready)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.train"], cwd=ready.root, env=ready.environment, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not states(ready):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number, said
+        assert "the same command goes on" in said
+        assert not (ready.root / "reports/train/history.csv").exists(), "half a history is no output"
+    assert not (ready.root / "data/policy").exists()
+    shutil.rmtree(ready.root / "reports", ignore_errors=True)
+    succeed(ready)
+    assert contents(ready) == undisturbed
+
+
+def test_a_damaged_state_is_passed_over(ready: Project) -> None:
+    succeed(ready)
+    undisturbed = contents(ready)
+    newest = states(ready)[-1]
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    said = succeed(ready)
+    assert f"{newest.name} is damaged" in said
+    assert contents(ready) == undisturbed
+    newest = states(ready)[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert "is damaged" in succeed(ready)
+    assert contents(ready) == undisturbed
+
+
+def test_a_second_trainer_says_who_is_at_work(ready: Project) -> None:
+    succeed(ready)
+    folder = next(path for path in (ready.root / ".checkpoints").iterdir() if path.is_dir())
+    (folder / "owner").write_text("4711\n")
+    with FileLock(folder.with_suffix(".lock")):
+        assert "process 4711" in ready.refuse("train")
+
+
+CUSTOM = {
+    "raises": ("def f(prompts, completions):\n    return 1 / 0\n", "ZeroDivisionError: division by zero (line 2 of custom/mine.py)"),
+    "too few": ("def f(prompts, completions):\n    return [1.0]\n", "returned 1 values for 6 completions"),
+    "nan": ("def f(prompts, completions):\n    return [float('nan')] * len(completions)\n", "not a finite number"),
+    "text": ("def f(prompts, completions):\n    return ['good'] * len(completions)\n", "'good'"),
+    "none": ("def f(prompts, completions):\n    pass\n", "NoneType"),
+    "no function": ("def g(prompts, completions):\n    pass\n", "defines no function 'f'"),
+    "syntax": ("def f(:\n", "SyntaxError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CUSTOM)
+def test_a_bad_custom_reward_is_one_line_and_leaves_nothing(ready: Project, case: str) -> None:
+    code, expected = CUSTOM[case]
+    (ready.root / "custom/mine.py").write_text(code)
+    ready.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
+    assert expected in ready.refuse("train")
+    assert contents(ready) == {}
+
+
+def test_editing_a_custom_reward_is_another_run(ready: Project) -> None:
+    (ready.root / "custom/mine.py").write_text("def f(prompts, completions):\n    return [0.0] * len(completions)\n")
+    ready.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__steps=1)
+    succeed(ready)
+    (ready.root / "custom/mine.py").write_text("def f(prompts, completions):\n    return [1.0] * len(completions)\n")
+    succeed(ready)
+    assert history(ready)[0]["reward_mean"] == 1.0
+    assert len([path for path in (ready.root / ".checkpoints").iterdir() if path.is_dir()]) == 2
+
+
+@pytest.mark.parametrize(("choice", "rows"), [("stop", 1), ("skip", 6)])
+def test_a_non_finite_loss_is_never_applied(ready: Project, choice: str, rows: int) -> None:
+    """Rewards too large for float32 make the loss infinite: the policy must stay what the checkpoint is."""
+    code = "def f(prompts, completions):\n    return [1e200 * i for i in range(len(completions))]\n"
+    (ready.root / "custom/mine.py").write_text(code)
+    ready.edit(
+        reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__on_nonfinite=choice
+    )
+    succeed(ready)
+    assert [row["nonfinite"] for row in history(ready)] == [1.0] * rows
+    summary: dict[str, Any] = json.loads((ready.root / "reports/train/summary.json").read_text())
+    assert summary["stopped"] == (choice == "stop")
+    assert summary["steps"] == rows
+    from safetensors.torch import load_file
+
+    trained = load_file(ready.root / "data/policy/model.safetensors")
+    before = load_file(ready.root / "data/checkpoint/policy/model.safetensors")
+    assert trained.keys() == before.keys()
+    assert all((trained[name] == before[name].float()).all() for name in trained)
+
+
+def test_a_misaligned_objective_shows_at_step_0(ready: Project) -> None:
+    ready.edit(train__steps=1)
+    succeed(ready)
+    assert history(ready)[0]["logprob_gap"] < 1e-4
+    ready.edit(recipe="notebook")
+    succeed(ready)
+    assert history(ready)[0]["logprob_gap"] > 0.1
+
+
+def test_evaluate_gives_an_unchanged_policy_the_same_completions(ready: Project) -> None:
+    """The same random numbers for both: with a learning rate of (almost) nothing every pair is equal."""
+    ready.edit(train__steps=1, recipes__stable__lr=1e-30)
+    succeed(ready)
+    done = ready.run("evaluate")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((ready.root / "reports/evaluate/metrics.json").read_text())
+    assert metrics["length"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert metrics["length"]["win_rate"] == 0.5
+    rows = [json.loads(line) for line in (ready.root / "reports/evaluate/completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 2
+    assert all(row["checkpoint"] == row["policy"] for row in rows)
+    means = [sum(row["rewards"]["length"][0] for row in rows) / len(rows)]
+    assert means == pytest.approx([metrics["length"]["checkpoint"]["mean"]])
+
+
+def test_missing_inputs_are_one_line(project: Project) -> None:
+    assert "data/prompts/train.jsonl" in project.refuse("train")
+    assert "data/prompts/heldout.jsonl" in project.refuse("evaluate")
+    done = project.run("generate", "Hello")
+    assert done.returncode == 1
+    assert "no model in" in done.stderr
+    assert os.listdir(project.root / "data") == ["pocket"]
