@@ -11,6 +11,7 @@ help:  ## print the targets
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
+	@echo 'installing into .venv, some minutes the first time'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
@@ -19,7 +20,7 @@ repro: $(BIN)/installed  ## install into .venv and run the pipeline on the embed
 	$(RUN) dvc repro
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
-	$(RUN) pytest
+	$(RUN) SCREENSHOTS=.screenshots pytest
 
 unit: $(BIN)/installed  ## the fast tests
 	$(RUN) pytest -m 'not slow'

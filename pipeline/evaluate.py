@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.diagnostics.bootstrap import interval
 from pipeline.diagnostics.text import text_statistics
@@ -16,8 +17,8 @@ from pipeline.io.artifacts import finite_or_none, read_jsonl, write_json, write_
 from pipeline.io.runtime import generator, set_up, uniforms
 from pipeline.params import Params, load
 from pipeline.policy.load import load_policy, load_tokenizer
-from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
-from pipeline.policy.sampling import Rollout, pad_prompts, sample
+from pipeline.policy.rollout import check_context, completion_limits, completion_texts, completion_tokens
+from pipeline.policy.sampling import pad_prompts, sample
 from pipeline.policy.scoring import score_rollout
 from pipeline.rewards.build import build_reward
 
@@ -48,19 +49,24 @@ def main() -> None:
 def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """metrics.json and the rows of completions.jsonl."""
     group = params.evaluate.samples_per_prompt
+    rewards = {
+        name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
+    }
+    reference = load_policy(CHECKPOINT / "policy", device)
+    policies = {"checkpoint": reference, "policy": load_policy(POLICY, device)}
+    tokenizer = load_tokenizer(POLICY)
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
-    for name, folder in zip(NAMES, (CHECKPOINT / "policy", POLICY), strict=True):
+    for name, policy in policies.items():
         texts[name], metrics["text"][name], metrics["ref_logprob_per_token"][name] = complete(
-            params, prompts, folder, device
+            params, prompts, policy, reference, tokenizer
         )
     repeated = [prompt for prompt in prompts for _ in range(group)]
     scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
-    for reward_name, table in params.rewards.items():
-        reward = build_reward(reward_name, table, CHECKPOINT / "encoder", device)
-        both = torch.tensor([reward(repeated, texts[name]) for name in NAMES], dtype=torch.float64)
-        scores[reward_name] = both.view(2, len(prompts), group)
-        metrics[reward_name] = compare(scores[reward_name], params)
+    for name, reward in rewards.items():
+        both = torch.tensor([reward(repeated, texts[which]) for which in NAMES], dtype=torch.float64)
+        scores[name] = both.view(2, len(prompts), group)
+        metrics[name] = compare(scores[name], params)
     rows = [
         {
             "prompt": prompt, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
@@ -72,14 +78,18 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
 
 
 def complete(
-    params: Params, prompts: list[str], folder: Path, device: torch.device
+    params: Params,
+    prompts: list[str],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[str], dict[str, float | None], float]:
-    """Texts [B * G] of a policy, their statistics, and their log-likelihood a token under the untouched checkpoint."""
+    """Texts [B * G] of a policy as the reward reads them, their statistics, and their log-likelihood a token under the
+    untouched checkpoint."""
     recipe, group, size = params.selected("recipe"), params.evaluate.samples_per_prompt, params.train.max_tokens
-    tokenizer, policy = load_tokenizer(folder), load_policy(folder, device)
-    reference = load_policy(CHECKPOINT / "policy", device)
-    eos = tokenizer.eos_token_id
+    eos, device = tokenizer.eos_token_id, policy.device
     texts: list[str] = []
+    plain: list[str] = []  # without special tokens
     tokens: list[list[int]] = []
     nats, counted, ended = 0.0, 0, 0
     for start in range(0, len(prompts), PROMPT_BATCH):
@@ -87,17 +97,19 @@ def complete(
         # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
         noise = torch.cat([uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
-        rollout: Rollout = sample(
+        check_context(policy, [len(p) for p in ids], limits)
+        rollout = sample(
             policy, *pad_prompts(ids, eos, device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
             recipe.top_p,
         )  # fmt: skip
         texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group)
+        plain += completion_texts(rollout, tokenizer, "strip", group)
         tokens += completion_tokens(rollout, eos)
         ref_logprobs = score_rollout(reference, rollout, params.train.micro_batch, recipe.temperature)
         nats += ref_logprobs[rollout.completion_mask].double().sum().item()
         counted += int(rollout.lengths.sum())
         ended += int(rollout.ended(eos).sum())
-    statistics: dict[str, float] = text_statistics(texts, tokens, group)
+    statistics: dict[str, float] = text_statistics(plain, tokens, group)
     statistics |= {"completion_tokens": counted / len(texts), "ended_share": ended / len(texts)}
     return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
 

@@ -5,11 +5,9 @@ The files are the record and MLflow is a view of them, so running this again cha
 evaluating the same policy with other `evaluate` parameters adds newer values to the same metrics of the same run.
 """
 
-import hashlib
 import json
 import math
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from ruamel.yaml import YAML
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io import artifacts, tracking, workspace
@@ -107,28 +104,17 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> None:
 
 
 def drop_resume_state(train_key: str) -> None:
-    """Deletes the resume state once dvc.lock says that the outputs of this training are committed."""
-    state = workspace.root() / ".checkpoints" / train_key
-    if not state.is_dir() or not _committed(Path("dvc.lock")):
+    """Deletes the resume state once dvc.lock says that the outputs of this training are committed. The timings stay:
+    they are nowhere else but in MLflow."""
+    folder = workspace.root() / ".checkpoints" / train_key
+    if not folder.is_dir() or not workspace.is_committed(RUN.read_text(encoding="utf-8")):
         return
-    condemned = state.with_name(f".{train_key}.old")  # renamed first: a kill must not leave half a state in its place
     try:
-        with FileLock(state.with_suffix(".lock"), timeout=0):  # the trainer's
-            shutil.rmtree(condemned, ignore_errors=True)
-            state.rename(condemned)
-            shutil.rmtree(condemned)
+        with FileLock(folder.with_suffix(".lock"), timeout=0):  # the trainer's
+            for state in sorted(folder.glob("state-*.pt")):  # the oldest first: a kill leaves the newest, whole
+                state.unlink()
     except Timeout:
         print("note: this very run is being trained again; its resume state is left alone", file=sys.stderr)
-
-
-def _committed(lock: Path) -> bool:
-    """Whether the lock has the current run.json and a policy as outputs of `train`."""
-    if not lock.is_file():
-        return False
-    stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    recorded = {out["path"]: str(out.get("md5")) for out in stages.get("train", {}).get("outs", [])}
-    digest = hashlib.md5(RUN.read_bytes(), usedforsecurity=False).hexdigest()
-    return recorded.get(RUN.as_posix()) == digest and recorded.get("data/policy", "").endswith(".dir")
 
 
 def _contradict(logged: list[Point], training: list[Point]) -> bool:

@@ -4,10 +4,12 @@ Left out of what the field's trainers have: a value network, a replay buffer, se
 sampled from the policy that it updates, once.
 """
 
+import contextlib
 import dataclasses
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,16 @@ from pipeline.io.artifacts import (
     folder_digests,
     read_jsonl,
     sha256,
+    to_json,
     write_json,
     write_jsonl,
 )
 from pipeline.io.history import HistoryFile, Progress
 from pipeline.io.runtime import draw_prompts, set_up, uniforms
-from pipeline.io.workspace import root
-from pipeline.params import SELECTORS, Params, load
+from pipeline.io.workspace import is_committed, root
+from pipeline.params import SELECTORS, Params, Recipe, load
 from pipeline.policy.load import load_policy, load_tokenizer
-from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
+from pipeline.policy.rollout import check_context, completion_limits, completion_texts, completion_tokens
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import score_rollout
 from pipeline.reinforce.advantages import BASELINES, advantages, with_kl_penalty
@@ -71,6 +74,8 @@ class Stopwatch:
         self.last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # kernels run on after the call that starts them
         now = time.perf_counter()
         self.seconds[f"seconds_{phase}"] = now - self.last
         self.last = now
@@ -80,26 +85,30 @@ def main() -> None:
     params = load()
     if not PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
-    identity = run_identity(params)
-    folder = root() / ".checkpoints" / identity["train_key"]
     device = set_up(params.train.device, params.train.threads)
+    identity = run_identity(params, device)
+    folder = root() / ".checkpoints" / identity["train_key"]
     with checkpoints.exclusive(folder):
+        if is_committed(to_json(identity)):  # DVC has this very result and wants it made anew: `dvc repro -f`
+            checkpoints.forget(folder, params.train.steps)
         train(params, identity, folder, device)
 
 
-def run_identity(params: Params) -> dict[str, Any]:
+def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     """What the result depends on, and its digest, the train_key."""
-    tables = {name: {"": getattr(params, name), **params.selected(name).model_dump()} for name in SELECTORS}
-    flat = provenance.flatten({**tables, "seed": params.seed, "train": params.train.model_dump()})
+    tables = {name: params.selected(name).model_dump() for name in SELECTORS}
+    chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
     parts = {
         "code": provenance.digest([provenance.code_digest("pipeline.train"), provenance.library_versions()]),
-        "custom": provenance.digest({k: v for k, v in folder_digests(Path("custom")).items() if k.endswith(".py")}),
+        "custom": provenance.digest(folder_digests(Path("custom"))),
         "prompts": sha256(PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
-        "params": {key.removesuffix("."): value for key, value in flat.items()},
+        "params": chosen | provenance.flatten({**tables, "train": params.train.model_dump()}),
+        "device": device.type,
         "processes": 1,
     }
-    return {"train_key": provenance.digest(parts), **parts}
+    # the tables once more as they are: flattening shows them to people and may blur a difference
+    return {"train_key": provenance.digest([parts, tables]), **parts}
 
 
 def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.device) -> None:
@@ -110,8 +119,11 @@ def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.
         load_policy(CHECKPOINT / "policy", device).requires_grad_(False),
         build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
     )  # fmt: skip
+    tokens = [len(setting.tokenizer(prompt)["input_ids"]) for prompt in setting.prompts]
+    limits = completion_limits(tokens, params.train.max_tokens, params.selected("recipe").length_limit)
+    check_context(policy, tokens, limits)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
-    run = resume(folder, policy, optimizer, device)
+    run = resume(folder, policy, optimizer)
     tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
     try:
         loop(run, setting, policy, optimizer, tracker, folder)
@@ -130,10 +142,9 @@ def loop(
     steps, every = setting.params.train.steps, setting.params.train.checkpoint_every
     for step in range(run.step):  # of the run that this one resumes; what the tracker has, it leaves out
         tracker.log(step, run.points(step), int(run.timings[step]["timestamp_ms"]))
-    signals = catch_signals()
     bar = tqdm(total=steps, initial=run.step, disable=None, unit="step")
-    with bar, HistoryFile(REPORTS / "history.csv", run.rows) as history:
-        while run.step < steps and not run.stopped:
+    with bar, caught_signals() as signals, HistoryFile(REPORTS / "history.csv", run.rows) as history:
+        while not finished(run, setting.params):
             train_step(run, setting, policy, optimizer)
             history.append(run.rows[-1])
             tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
@@ -145,6 +156,10 @@ def loop(
             if signals and run.step < steps:
                 print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
                 sys.exit(128 + signals[0])
+
+
+def finished(run: Progress, params: Params) -> bool:
+    return run.step >= params.train.steps or run.stopped
 
 
 def train_step(
@@ -164,7 +179,8 @@ def train_step(
     watch.lap("reward")
 
     mask = rollout.completion_mask
-    ref_logprobs = score_rollout(setting.reference, rollout, micro_batch, recipe.temperature)
+    with half_precision(recipe, setting.device):
+        ref_logprobs = score_rollout(setting.reference, rollout, micro_batch, recipe.temperature)
     penalised = rewards
     if recipe.kl == "reward_k1":
         penalised = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, recipe.kl_coef)
@@ -204,11 +220,16 @@ def sample_batch(prompts: list[str], setting: Setting, step: int, policy: PreTra
     prompt_ids, prompt_mask = pad_prompts(ids, eos, device)
     limits = completion_limits([len(p) for p in ids], sizes.max_tokens, recipe.length_limit)
     noise = uniforms(params.seed, step, "sample", len(ids) * sizes.samples_per_prompt, sizes.max_tokens)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+    with half_precision(recipe, device):
         return sample(
             policy, prompt_ids, prompt_mask, limits.to(device), noise.to(device), eos, recipe.temperature,
             recipe.top_k, recipe.top_p,
         )  # fmt: skip
+
+
+def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the recipe says so; the weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
 def sample_rows(
@@ -241,8 +262,8 @@ def timing_row(seconds: dict[str, float], samples: int, device: torch.device) ->
     return {"timestamp_ms": now, **seconds, "samples_per_second": samples / total, "peak_memory_mb": peak}
 
 
-def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
-    state = checkpoints.load(folder, device)
+def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Progress:
+    state = checkpoints.load(folder)
     if state is None:
         return Progress()
     policy.load_state_dict(state["policy"])
@@ -258,12 +279,22 @@ def keep(folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.
     checkpoints.write_timings(folder, rows)
 
 
-def catch_signals() -> list[int]:
-    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the returned list."""
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list."""
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: received.append(n))
-    return received
+
+    def note(number: int, _: object) -> None:
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_outputs(

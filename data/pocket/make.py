@@ -28,10 +28,12 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
+REVISION = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OpenAssistant/oasst1, as in params.yaml
 RUN_CHARACTERS = 1500  # about 450 tokens: most documents fit one window
 WINDOW = 512  # tokens of context
 BATCH = 16  # windows per optimizer step
 SAVE_SECONDS = 120
+CURVE_DOCUMENTS = 8  # every so many-th validation document makes the curve, all of them the final figure
 
 
 def read_messages(source: str, split: str) -> list[str]:
@@ -43,7 +45,7 @@ def read_messages(source: str, split: str) -> list[str]:
     else:
         from datasets import load_dataset
 
-        rows = load_dataset(source, split=split)
+        rows = load_dataset(source, split=split, revision=REVISION)
     return [row["text"] for row in rows if row["lang"] == "en" and row["text"].strip()]
 
 
@@ -102,7 +104,7 @@ def bits_per_byte(model: GPTNeoXForCausalLM, encoded: list[Tensor], texts: list[
 
 def batches(encoded: list[Tensor], tokens: int, generator: torch.Generator):
     """Documents in a new order each epoch, laid end to end and cut into BATCH windows. Yields ids [BATCH, WINDOW + 1]."""
-    rows, need = [], BATCH * (WINDOW + 1)
+    need = BATCH * (WINDOW + 1)
     done = 0
     rest = torch.empty(0, dtype=torch.long)
     while done < tokens:
@@ -161,10 +163,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--muon-lr", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop here, resumably")
     args = parser.parse_args()
 
+    names = ("vocabulary", "hidden", "layers", "heads", "tokens", "lr", "muon_lr", "seed")
+    arguments = {name: getattr(args, name) for name in names}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_texts = documents(read_messages(args.train, "train"))
     validation_texts = documents(read_messages(args.validation, "validation"))
@@ -185,8 +188,8 @@ def main() -> None:
             max_position_embeddings=WINDOW,
             bos_token_id=0,
             eos_token_id=0,
-            attention_dropout=args.dropout,
-            hidden_dropout=args.dropout,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
         )
     ).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
@@ -196,6 +199,10 @@ def main() -> None:
     first, seconds, curve = 0, 0.0, []
     if args.state.exists():
         state = torch.load(args.state, weights_only=True, map_location=device)
+        if state["arguments"] != arguments:
+            parser.error(
+                f"{args.state} is of a run with other arguments: {state['arguments']}; delete it to begin anew"
+            )
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
@@ -203,7 +210,7 @@ def main() -> None:
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts]}
-        state |= {"step": step, "seconds": seconds, "curve": curve}
+        state |= {"step": step, "seconds": seconds, "curve": curve, "arguments": arguments}
         torch.save(state, args.state.with_suffix(".tmp"))
         args.state.with_suffix(".tmp").replace(args.state)
 
@@ -229,12 +236,11 @@ def main() -> None:
         if step % 20 == 0:
             print(f"step {step}/{steps} loss {loss.item():.4f} {seconds / (step + 1):.3f} s a step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            sample = slice(None) if step + 1 == steps else slice(None, None, 8)
-            bpb = bits_per_byte(model, held_out[sample], validation_texts[sample])
+            bpb = bits_per_byte(model, held_out[::CURVE_DOCUMENTS], validation_texts[::CURVE_DOCUMENTS])
             curve.append(
                 {"tokens": (step + 1) * BATCH * WINDOW, "seconds": round(seconds), "bits_per_byte": round(bpb, 4)}
             )
-            print(f"step {step + 1} validation {bpb:.4f} bits a byte", flush=True)
+            print(f"step {step + 1} validation {bpb:.4f} bits a byte on a sample", flush=True)
         if time.time() - saved_at > SAVE_SECONDS:
             save(step + 1)
             saved_at = time.time()
@@ -242,10 +248,18 @@ def main() -> None:
             save(step + 1)
             print("stopped at the time limit; the same command goes on", flush=True)
             return
-    figures = {"arguments": {k: v for k, v in vars(args).items() if k in
-                             ("vocabulary", "hidden", "layers", "heads", "tokens", "lr", "muon_lr", "seed")},
-               "parameters": sum(p.numel() for p in model.parameters()), "device": device.type, "curve": curve}  # fmt: skip
+    bpb = bits_per_byte(model, held_out, validation_texts)
+    print(f"validation, all documents: {bpb:.4f} bits a byte", flush=True)
+    figures = {
+        "bits_per_byte": round(bpb, 4),
+        "documents": len(held_out),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "arguments": arguments,
+        "curve_documents": len(held_out[::CURVE_DOCUMENTS]),
+        "curve": curve,
+    }
     write_checkpoint(model, tokenizer, args.out, figures)
+    args.state.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,13 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_json(target: Path, value: Any) -> None:
+def to_json(value: Any) -> str:
     """Indented and in the order given, so that a diff reads well. NaN is refused: it is not JSON."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(target: Path, value: Any) -> None:
+    write_text(target, to_json(value))
 
 
 def write_jsonl(target: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -79,6 +83,6 @@ def sha256(path: Path) -> str:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, by relative POSIX path, sorted."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """sha256 of every file below `folder` but Python's caches, by relative POSIX path, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

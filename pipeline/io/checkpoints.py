@@ -51,14 +51,22 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
         old.unlink()
 
 
-def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest whole state, or None. A damaged one is named in a warning and passed over."""
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest whole state, on the CPU, or None. A damaged one is named in a warning and passed over."""
     for path in reversed(_states(folder)):
-        content = path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            return torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
+        with path.open("rb") as source:
+            expected, payload = source.read(32), source.read()
+        if hashlib.sha256(payload).digest() == expected:
+            return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         print(f"warning: {path} is damaged (its checksum differs); going back to an earlier state", file=sys.stderr)
     return None
+
+
+def forget(folder: Path, step: int) -> None:
+    """Deletes the states of a run that had come to its last step, if these are such."""
+    if (folder / f"state-{step:08d}.pt").exists():
+        for path in _states(folder):
+            path.unlink()
 
 
 def _states(folder: Path) -> list[Path]:

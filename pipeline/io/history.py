@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ class Progress:
         """summary.json: the metrics' means over the first and the last SUMMARY_STEPS steps."""
         ends = {"first": self.rows[:SUMMARY_STEPS], "last": self.rows[-SUMMARY_STEPS:]}
         means = {
-            end: {c: finite_or_none(math.fsum(row[c] for row in rows) / len(rows)) for c in HISTORY_COLUMNS[1:]}
+            end: {c: finite_or_none(sum(row[c] for row in rows) / len(rows)) for c in HISTORY_COLUMNS[1:]}
             for end, rows in ends.items()
         }
         return {"steps": self.step, "stopped": self.stopped, **means}

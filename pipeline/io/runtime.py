@@ -22,6 +22,10 @@ def set_up(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads)
     # some CUDA kernels (cumsum) have no deterministic form: a warning there, an error on a CPU
     torch.use_deterministic_algorithms(True, warn_only=chosen.type == "cuda")
+    if chosen.type == "cuda":  # the fused attention kernels add up gradients in any order
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return chosen
 
 

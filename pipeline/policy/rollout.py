@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.errors import UserError
 from pipeline.policy.sampling import Rollout
 
 
@@ -16,6 +17,16 @@ def completion_limits(prompt_tokens: list[int], max_tokens: int, length_limit: s
     if length_limit == "completion":
         return torch.full((len(prompt_tokens),), max_tokens)
     return torch.tensor([max(1, max_tokens - tokens) for tokens in prompt_tokens])
+
+
+def check_context(model: PreTrainedModel, prompt_tokens: list[int], limits: Tensor) -> None:
+    """Raises UserError where a prompt and its completion need more positions than the model has."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    need = max(tokens + limit for tokens, limit in zip(prompt_tokens, limits.tolist(), strict=True))
+    if room is not None and need > room:
+        raise UserError(
+            f"train.max_tokens: prompt and completion together need {need} tokens, the model's context has {room}"
+        )
 
 
 def completion_texts(

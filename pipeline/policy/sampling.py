@@ -60,13 +60,13 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     Exact, with one uniform number a row; looks first for the block of CDF_BLOCK entries, then inside it, so that
     nothing cumulative of the vocabulary's size is made. logits [N, V], uniforms [N] float64 in [0, 1) -> [N] int64.
     """
-    weights = (logits - logits.amax(-1, keepdim=True)).float().exp()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
     weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % CDF_BLOCK))
     blocks = weights.unflatten(-1, (-1, CDF_BLOCK))
     block_mass = blocks.sum(-1, dtype=torch.float64)  # [N, V / CDF_BLOCK]
     block, rest = _search(block_mass, uniforms * block_mass.sum(-1))
     inside = blocks[torch.arange(len(block), device=block.device), block].double()  # [N, CDF_BLOCK]
-    return block * CDF_BLOCK + _search(inside, rest)[0]
+    return (block * CDF_BLOCK + _search(inside, rest)[0]).clamp(max=logits.shape[-1] - 1)  # NaN: see _search
 
 
 def _search(mass: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,8 @@ def _search(mass: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     goal = torch.minimum(goal, cumulative[:, -1] * (1 - 1e-15))
     # the clamp is for NaN, which no comparison finds: its logprob, NaN too, then stops the run in an orderly way
     index = torch.searchsorted(cumulative, goal[:, None], right=True).clamp(max=mass.shape[1] - 1)
-    return index.squeeze(1), goal - (cumulative - mass).gather(1, index).squeeze(1)
+    # rounding can leave a hair less than nothing, and would then choose a first entry without mass
+    return index.squeeze(1), (goal - (cumulative - mass).gather(1, index).squeeze(1)).clamp(min=0)
 
 
 @torch.no_grad()
@@ -107,7 +108,7 @@ def sample(
     lengths = torch.zeros_like(limits)
     tokens, sampled, full = [], [], []
     for t in range(int(limits.max())):
-        logits = logits.float() / temperature
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
         kept = truncate(logits, top_k, top_p)
         token = inverse_cdf(kept, uniforms[:, t]).masked_fill(done, eos)
         tokens.append(token)

@@ -47,8 +47,7 @@ def score(
 ) -> Scores:
     """Scores completions; the gradient flows through both kinds of log-probabilities."""
     logits = completion_logits(model, prompt_ids, prompt_mask, completions)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = _precise(logits)
     logprobs = _selected(logits[:, :-1] / temperature, completions)
     shifted = _selected(logits[:, 1:] / temperature, completions) if alignment == "shifted" else None
     with torch.no_grad():
@@ -63,11 +62,15 @@ def score_rollout(model: PreTrainedModel, rollout: Rollout, micro_batch: int, te
     parts = []
     for start in range(0, len(rollout.completions), micro_batch):
         rows = slice(start, start + micro_batch)
-        scores = score(
-            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature
-        )
-        parts.append(scores.logprobs)
+        completions = rollout.completions[rows]
+        logits = completion_logits(model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], completions)
+        parts.append(_selected(_precise(logits)[:, :-1] / temperature, completions))
     return torch.cat(parts)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """float32 for what an autocast model gives in half precision; float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _selected(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mas
     The policy gradient of R' is the gradient of E[R] - coef * KL(pi || ref) (arXiv 2510.01555).
     rewards [B, G]; logprobs, ref_logprobs, mask [B * G, T].
     """
-    log_ratio = ((logprobs - ref_logprobs) * mask).sum(1).view_as(rewards)
+    log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).view_as(rewards)
     return rewards - coef * log_ratio.to(rewards.dtype).detach()
 
 

@@ -55,7 +55,7 @@ class Sample(TypedDict):
     prompt: str
     completion: str
     reward: float
-    advantage: float
+    advantage: float | None  # null where it was not finite
 
 
 class Completion(TypedDict):

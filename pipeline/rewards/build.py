@@ -22,9 +22,8 @@ def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> 
 
     Raises UserError, at once or on a call, for a custom reward that is missing or does not keep to its convention.
     """
-    if isinstance(table, SumReward):
-        return _weighted_sum(name, table, encoder, device)
-    return _checked(name, _plain(table, encoder, device))
+    weighted = isinstance(table, SumReward)
+    return _checked(name, _weighted_sum(name, table, encoder, device) if weighted else _plain(table, encoder, device))
 
 
 def _plain(table: Any, encoder: Path, device: torch.device) -> Reward:
@@ -51,9 +50,16 @@ def _weighted_sum(name: str, table: SumReward, encoder: Path, device: torch.devi
     return reward
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond float's range
+        return False
+
+
 def _checked(name: str, reward: Reward) -> Reward:
     def checked(prompts: list[str], completions: list[str]) -> list[float]:
-        values = reward(prompts, completions)
+        values = reward(list(prompts), list(completions))  # copies: a user's function may edit what it is given
         try:
             values = list(values)
         except TypeError:
@@ -62,7 +68,7 @@ def _checked(name: str, reward: Reward) -> Reward:
             raise UserError(f"reward {name} returned {len(values)} values for {len(completions)} completions")
         for value, completion in zip(values, completions, strict=True):
             number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-            if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            if not _is_finite(number):
                 raise UserError(f"reward {name} returned {value!r} for {completion[:60]!r}, not a finite number")
         return [float(value) for value in values]
 

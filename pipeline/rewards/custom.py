@@ -1,8 +1,9 @@
 """A reward of the user's: `reward(prompts, completions, **params) -> list[float]`, the convention of trl."""
 
 import importlib.util
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -32,7 +34,8 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         try:
-            return target(prompts=prompts, completions=completions, **params)
+            values = target(prompts=prompts, completions=completions, **params)
+            return list(values) if isinstance(values, Iterator) else values  # a generator raises only now
         except Exception as error:
             raise UserError(f"reward {function} raised {_describe(error, path)}") from error
 

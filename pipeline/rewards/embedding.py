@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.errors import UserError
+
 
 def embedding_reward(target: str, encoder: Path, device: torch.device) -> Callable[[list[str], list[str]], list[float]]:
     """R(y) = -||e(y) - e(target)||_2, e the mean over all tokens of the encoder's last hidden state, not normalised.
@@ -12,8 +14,11 @@ def embedding_reward(target: str, encoder: Path, device: torch.device) -> Callab
     The notebook's reward. An empty completion is embedded like any text (its special tokens remain).
     encoder: folder of a BERT-like model and its tokenizer.
     """
-    from sentence_transformers import SentenceTransformer  # heavy: only for who uses this reward
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    try:  # heavy: only for who uses this reward
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    except ImportError as error:
+        raise UserError(f"the embedding reward needs sentence-transformers >= 5, which is not here ({error})") from None
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,0 +1,97 @@
+"""The embedded default keeps what data/pocket promises: small, literate enough, and made by make.py."""
+
+import importlib.util
+import json
+import statistics
+from types import ModuleType
+
+import pytest
+import torch
+
+from pipeline.io.runtime import uniforms
+from pipeline.policy.load import load_policy, load_tokenizer
+from pipeline.policy.rollout import completion_limits, completion_texts
+from pipeline.policy.sampling import pad_prompts, sample
+from tests.conftest import ROOT
+
+POCKET = ROOT / "data/pocket"
+
+
+@pytest.fixture(scope="module")
+def make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make", POCKET / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def heldout_prompts() -> list[str]:
+    rows = [json.loads(line) for line in (POCKET / "prompts/validation.jsonl").read_text().split("\n") if line]
+    return [
+        row["text"] for row in rows if row["lang"] == "en" and 0 < len(row["text"]) < 32 and row["text"][0].isupper()
+    ]
+
+
+def test_the_checkpoint_is_small_and_of_pythias_architecture() -> None:
+    assert (POCKET / "checkpoint/model.safetensors").stat().st_size <= 16_000_000
+    model = load_policy(POCKET / "checkpoint", torch.device("cpu"))
+    assert model.config.model_type == "gpt_neox"
+    assert 3_000_000 <= sum(p.numel() for p in model.parameters()) <= 8_000_000
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_untouched_completions_are_seldom_empty_and_long_enough() -> None:
+    tokenizer = load_tokenizer(POCKET / "checkpoint")
+    ids = [tokenizer(prompt)["input_ids"] for prompt in heldout_prompts()]
+    eos, group, limit = tokenizer.eos_token_id, 2, 20
+    rollout = sample(
+        load_policy(POCKET / "checkpoint", torch.device("cpu")), *pad_prompts(ids, eos, torch.device("cpu")),
+        completion_limits([len(p) for p in ids], limit, "completion"),
+        uniforms(0, 0, "test", len(ids) * group, limit), eos,
+    )  # fmt: skip
+    texts = completion_texts(rollout, tokenizer, "strip", group)
+    assert sum(not text.strip() for text in texts) <= 0.1 * len(texts)
+    assert statistics.median(rollout.lengths.tolist()) >= 8
+
+
+def test_documents_are_runs_of_messages(make: ModuleType) -> None:
+    messages = ["a" * 1000, "b" * 400, "c" * 100, "d" * 2000, "e"]
+    assert make.documents(messages) == ["\n\n".join(messages[:3]), messages[3], "e"]
+
+
+def test_windows_score_every_token_once(make: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that knows nothing costs log2(V) bits for every token that is predicted, however long the document."""
+    monkeypatch.setattr(make, "WINDOW", 8)
+
+    class Ignorant(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids: torch.Tensor) -> object:
+            assert ids.shape[1] <= 8
+            return type("Output", (), {"logits": torch.zeros(*ids.shape, 4)})
+
+    for length in range(2, 40):
+        ids = torch.randint(0, 4, (length,), generator=torch.Generator().manual_seed(length))
+        assert make.bits_per_byte(Ignorant(), [ids], ["xx"]) == pytest.approx(2 * (length - 1) / 2)
+
+
+def test_figures_name_what_was_reached() -> None:
+    figures = json.loads((POCKET / "figures.json").read_text())
+    curve = [point["bits_per_byte"] for point in figures["curve"]]
+    assert curve == sorted(curve, reverse=True)
+    assert f"{figures['bits_per_byte']:.2f}" in (POCKET / "README.md").read_text()
+
+
+@pytest.mark.shared
+def test_bits_per_byte_on_real_validation_texts(make: ModuleType, real_texts: dict[str, list[str]]) -> None:
+    """A sample of the documents: the whole set takes a minute."""
+    texts = make.documents([text for text in real_texts["validation"] if text.strip()])[::25]
+    encoded = make.token_stream(load_tokenizer(POCKET / "checkpoint"), texts)
+    reached = make.bits_per_byte(load_policy(POCKET / "checkpoint", torch.device("cpu")), encoded, texts)
+    published = json.loads((POCKET / "figures.json").read_text())["bits_per_byte"]
+    assert reached == pytest.approx(published, abs=0.1)
+    assert reached < 1.7
