@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--tokens", type=float, default=24e6, help="tokens to train on")
+    parser.add_argument("--tokens", type=float, default=10.5e6, help="tokens to train on")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--muon-lr", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
