@@ -305,6 +305,16 @@ def test_a_directory_that_holds_no_usable_model(place: Path, spoil: Callable[[Pa
     assert not (place / "run-by-the-pickle").exists()
 
 
+def test_a_model_without_a_key_value_cache_is_refused(tmp_path: Path, tiny: Path) -> None:
+    """Mamba and its like keep another kind of state, which sampling does not know how to share among samples."""
+    from transformers import MambaConfig
+
+    folder = shutil.copytree(tiny, tmp_path / "mamba")
+    MambaConfig(hidden_size=8, num_hidden_layers=1, architectures=["MambaForCausalLM"]).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"models\.x: mamba keeps no key-value cache"):
+        modelfiles.check_policy(folder, "models.x")
+
+
 def test_an_error_leaves_the_earlier_checkpoint(place: Path) -> None:
     cache.main()
     assert stored(place)

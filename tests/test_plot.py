@@ -336,6 +336,14 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path, monkeypatch: pytes
         assert not (tmp_path / "reports/figures").exists()
 
 
+def test_a_sample_without_a_finite_advantage_is_still_shown(tmp_path: Path) -> None:
+    """What `train` writes of a diverged step."""
+    path = reports(tmp_path / "reports", steps=3) / "train/samples.jsonl"
+    rows = [json.loads(line) | {"advantage": None} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(inputs.load(tmp_path / "reports").samples) == len(rows)
+
+
 def test_a_number_that_is_none_names_row_and_column(tmp_path: Path) -> None:
     path = reports(tmp_path / "reports", steps=3) / "train/history.csv"
     table = pd.read_csv(path).astype({"entropy": object})

@@ -1,6 +1,7 @@
 """Stage `train` by itself, on a tiny model: resuming, stopping, refusing; and `evaluate` behind it."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from filelock import FileLock
 
 from pipeline import evaluate, train
 from pipeline.errors import UserError
+from pipeline.policy.sampling import Rollout
 from tests.conftest import Project
 
 pytestmark = pytest.mark.slow  # each run of the stage imports torch and transformers
@@ -237,6 +239,73 @@ def test_evaluate_gives_an_unchanged_policy_the_same_completions(here: Project) 
     assert all(row["checkpoint"] == row["policy"] for row in rows)
     means = [sum(row["rewards"]["length"][0] for row in rows) / len(rows)]
     assert means == pytest.approx([metrics["length"]["checkpoint"]["mean"]])
+
+
+def test_a_forced_run_trains_anew_each_time(here: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dvc repro -f` of what DVC has already: the finished state of the run before must not stand in for training."""
+    train.main()
+    first = contents(here)
+    assert capsys.readouterr().out.count("Step: ") == 6
+    train.main()  # not committed yet, as after a kill between the end of train and DVC's commit
+    assert capsys.readouterr().out.count("Step: ") == 0
+    digest = hashlib.md5(first["reports/train/run.json"]).hexdigest()
+    (here.root / "dvc.lock").write_text(
+        f"stages:\n  train:\n    outs:\n    - path: data/policy\n      md5: 12.dir\n"
+        f"    - path: reports/train/run.json\n      md5: {digest}\n"
+    )
+    for _ in range(2):
+        train.main()
+        assert capsys.readouterr().out.count("Step: ") == 6
+        assert contents(here) == first
+
+
+def test_a_custom_reward_may_edit_what_it_is_given(here: Project) -> None:
+    code = "def f(prompts, completions):\n    n = len(completions)\n    completions.clear()\n    return [0.0] * n\n"
+    (here.root / "custom/mine.py").write_text(code)
+    here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__steps=1)
+    train.main()
+    rows = [json.loads(line) for line in (here.root / "reports/train/samples.jsonl").read_text().splitlines()]
+    assert any(row["completion"] for row in rows)
+
+
+def test_completions_that_do_not_fit_the_context_are_refused(here: Project) -> None:
+    here.edit(train__max_tokens=3000)
+    with pytest.raises(UserError, match=r"train.max_tokens: .* the model's context has 2048"):
+        train.main()
+    assert contents(here) == {}
+
+
+def test_empty_completions_are_seen_where_the_reward_reads_special_tokens(
+    here: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notebook's recipe feeds `<|endoftext|>` to the reward as text; the statistics look at the text without it."""
+    here.edit(recipe="notebook", train__steps=1)
+    train.main()
+
+    def ends_at_once(policy: Any, ids: Any, mask: Any, limits: Any, noise: Any, eos: int, *rest: Any) -> Rollout:
+        rows, group = len(noise), len(noise) // len(ids)
+        return Rollout(
+            ids.repeat_interleave(group, 0), mask.repeat_interleave(group, 0), torch.full((rows, 1), eos),
+            torch.ones(rows, dtype=torch.int64), torch.zeros(rows, 1), torch.zeros(rows, 1),
+        )  # fmt: skip
+
+    monkeypatch.setattr(evaluate, "sample", ends_at_once)
+    evaluate.main()
+    metrics = json.loads((here.root / "reports/evaluate/metrics.json").read_text())
+    assert metrics["text"]["policy"]["empty_share"] == 1.0
+    assert metrics["text"]["policy"]["ended_share"] == 1.0
+    rows = [json.loads(line) for line in (here.root / "reports/evaluate/completions.jsonl").read_text().splitlines()]
+    assert {row["policy"] for row in rows} == {"<|endoftext|>"}
+
+
+def test_rewards_without_a_finite_mean_are_one_line_in_evaluate(here: Project) -> None:
+    here.edit(train__steps=1)
+    train.main()
+    (here.root / "custom/mine.py").write_text("def f(prompts, completions):\n    return [1.7e308] * len(completions)\n")
+    here.edit(rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
+    with pytest.raises(UserError, match=r"reward mine: values up to 1\.7e"):
+        evaluate.main()
+    assert not (here.root / "reports/evaluate").exists()
 
 
 def test_missing_inputs_are_one_line(project: Project) -> None:
