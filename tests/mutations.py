@@ -1,0 +1,238 @@
+"""Which test turns red if a sign, a mask, a normaliser or a baseline were wrong? Plants one error at a time and looks.
+
+    python -m tests.mutations [substring of a file ...]    all errors, or those in the files named (loss, rewards/)
+    python -m tests.mutations --check                      only whether each error can still be planted
+
+Each error goes into a fresh copy of the project in a temporary folder, on which the tests of the numerical core run
+until the first one fails. Exit code 1 where no test notices an error, where its text does not occur exactly once (the
+code has changed, so this table must), or where the tests fail without any error. Takes half an hour on one busy core,
+hence no test of pytest's: run it after changes to the core or its tests, and add the errors that a new formula invites.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("sampling", "scoring", "objective", "notebook", "diagnostics", "runtime", "rewards")
+
+# file below pipeline/: the tests to try first, then (text, text with the error)
+MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "policy/sampling.py": ("sampling", [
+        ("right=True", "right=False"),
+        ("_search(inside, rest)[0]", "_search(inside, uniforms * inside.sum(-1))[0]"),
+        (".squeeze(1)).clamp(min=0)", ".squeeze(1))"),
+        (".clamp(max=mass.shape[1] - 1)", ""),
+        (".clamp(max=logits.shape[-1] - 1)", ""),
+        ("logits < kth", "logits <= kth"),
+        (" - ordered.softmax(-1)  #", "  #"),
+        (".float()) / temperature", ".float())"),
+        (".masked_fill(done, eos)", ""),
+        ("lengths += ~done", "lengths += ~done & (token != eos)"),
+        ("(lengths >= limits)", "(lengths > limits)"),
+        ("(position + t)[", "(position + t + 1)["),
+        ("(mask.long().cumsum(-1) - 1).clamp(min=0)", "torch.arange(mask.shape[1]).expand(mask.shape)"),
+        ("attention_mask=prompt_mask.long()", "attention_mask=torch.ones_like(prompt_ids)"),
+        ("torch.ones_like(mask[:, :1])", "torch.zeros_like(mask[:, :1])"),
+        ("full[-1] if kept is logits else chosen - kept.logsumexp(-1)", "full[-1]"),
+        (") < self.lengths[:, None]", ") <= self.lengths[:, None]"),
+        ("self.lengths[:, None] - 1)", "self.lengths[:, None] * 0)"),
+        ("= limits.repeat_interleave(group, 0)", "= limits.repeat(group)"),
+        ("prompt_mask=prompt_mask.repeat_interleave(group, 0)", "prompt_mask=prompt_mask.repeat(group, 1)"),
+        ("else logits.float())", "else logits.bfloat16())"),
+        ("[filler] * (width - len(p)) + p", "p + [filler] * (width - len(p))"),
+    ]),
+    "policy/scoring.py": ("scoring", [
+        ("logprobs = _selected(logits[:, :-1]", "logprobs = _selected(logits[:, 1:]"),
+        ("logprobs = _selected(logits[:, :-1] / temperature", "logprobs = _selected(logits[:, :-1]"),
+        ("shifted = _selected(logits[:, 1:]", "shifted = _selected(logits[:, :-1]"),
+        ("entropy = -(", "entropy = ("),
+        ("full = logits[:, :-1]", "full = (logits[:, :-1] / temperature)"),
+        ("full = logits[:, :-1]", "full = logits[:, 1:]"),
+        ("torch.cat([prompt_mask,", "torch.cat([torch.ones_like(prompt_mask),"),
+        ("completions.shape[1] + 1,", "completions.shape[1],"),
+        ("_precise(logits)[:, :-1] / temperature", "_precise(logits)[:, :-1]"),
+        ("_precise(logits)[:, :-1]", "_precise(logits)[:, 1:]"),
+        ("return logits if logits.dtype == torch.float64 else logits.float()", "return logits.float()"),
+        ("- logits.logsumexp(-1)", "- logits.amax(-1)"),
+    ]),
+    "policy/rollout.py": ("notebook", [
+        ("max_tokens - tokens)", "max_tokens - tokens + 1)"),
+        ("lengths.view(-1, group).amax(1).repeat_interleave(group)", "lengths * 0 + lengths.amax()"),
+        ("row[: length - ended]", "row[:length]"),
+        ('special_tokens == "strip")', 'special_tokens != "strip")'),
+    ]),
+    "reinforce/advantages.py": ("objective", [
+        ("/ (group - 1)", "/ group"),
+        ("return rewards.mean(1, keepdim=True).expand_as", "return rewards.mean().expand_as"),
+        ("return rewards.mean().expand_as", "return rewards.mean(1, keepdim=True).expand_as"),
+        ("(rewards.sum(1, keepdim=True) - rewards)", "rewards.sum(1, keepdim=True)"),
+        ("centred = rewards - baseline", "centred = rewards + baseline"),
+        ("rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
+        ("(rewards.std() + eps)", "(rewards.std(1, keepdim=True) + eps)"),
+        ("rewards - coef * log_ratio", "rewards + coef * log_ratio"),
+        ("torch.where(mask, logprobs - ref_logprobs, 0.0)", "(logprobs - ref_logprobs)"),
+        (".to(rewards.dtype).detach()", ".to(rewards.dtype)"),
+        (".sum(1).view_as(rewards)", ".mean(1).view_as(rewards)"),
+        (".all(1)", ".any(1)"),
+    ]),
+    "reinforce/loss.py": ("objective", [
+        ("return -((weights", "return ((weights"),
+        ("return ones / len(mask)", "return ones"),
+        ("return ones / len(mask)", "return ones / mask.numel()"),
+        (".clamp(min=1) / len(mask)", ".clamp(min=1)"),
+        ("return ones / ones.sum().clamp(min=1)", "return ones / mask.numel()"),
+        ("torch.where(weights > 0, logprobs, 0.0)", "logprobs"),
+        ("return 0.5 * log_ratio", "return log_ratio"),
+        ("0.0).sum(1)", "0.0)"),
+        (".square().sum() / batch", ".square().sum() / len(logprobs)"),
+        ("torch.where(mask, logprobs - ref_logprobs.detach(), 0.0)", "(logprobs - ref_logprobs.detach())"),
+        ("logprobs - ref_logprobs.detach()", "logprobs.detach() - ref_logprobs"),
+    ]),
+    "reinforce/step.py": ("objective", [
+        ("= token_weights(counted, recipe.aggregation)",
+         "= torch.cat([token_weights(part, recipe.aggregation) for part in counted.split(micro_batch)])"),
+        (".view(-1, group).amax(1).repeat_interleave(group)", ".amax().expand(len(rollout.lengths))"),
+        ("recipe.temperature, recipe.alignment,", 'recipe.temperature, "correct",'),
+        ("recipe.temperature, recipe.alignment,", "1.0, recipe.alignment,"),
+        ("kl_loss_k2(scores.logprobs", "kl_loss_k2(scored"),
+        ("recipe.kl_coef * kl_loss_k2", "kl_loss_k2"),
+        ("mask, len(advantages))", "mask, len(advantages[rows]))"),
+        ("mask = rollout.completion_mask[rows]", "mask = counted[rows]"),
+        ("advantages[rows], weights[rows])", "advantages[rows], weights[: len(scored)])"),
+        ('if padding == "masked":', 'if padding != "masked":'),
+    ]),
+    "reinforce/optim.py": ("runtime", [
+        ("(step + 1) / (recipe", "step / (recipe"),
+        ("if recipe.max_grad_norm > 0:", "if False:"),
+        ("eps=recipe.adam_eps", "eps=1e-8"),
+        ("torch.optim.Adam(", "torch.optim.AdamW("),
+        ("if not (math.isfinite(loss) and torch.isfinite(norm)):", "if not torch.isfinite(norm):"),
+        ("if not (math.isfinite(loss) and torch.isfinite(norm)):", "if not math.isfinite(loss):"),
+    ]),
+    "diagnostics/metrics.py": ("diagnostics", [
+        ("torch.expm1(-log_ratio) + log_ratio", "torch.expm1(log_ratio) - log_ratio"),
+        ("between / len(rewards) ** 0.5", "between / rewards.numel() ** 0.5"),
+        ("rewards.var(1).mean().sqrt()", "rewards.std(1).mean()"),
+        ("log_ratio = (logprobs - ref_logprobs)", "log_ratio = (ref_logprobs - logprobs)"),
+        (".masked_fill(~mask, 0).sum(1)", ".sum(1)"),
+        ("[mask].abs().max()", ".abs().max()"),
+        ("advantages.std(correction=0)", "advantages.std()"),
+    ]),
+    "diagnostics/text.py": ("diagnostics", [
+        ("1 - len(set(grams)) / len(grams) for", "len(set(grams)) / len(grams) for"),
+        ("len(tokens) - n + 1", "len(tokens) - n"),
+        ("not text.strip()", "not text"),
+        ("texts[i : i + group]", "texts[i : i + 1]"),
+    ]),
+    "io/runtime.py": ("runtime", [
+        ('f"{seed}/{step}/{purpose}"', 'f"{seed}/{purpose}"'),
+        ('f"{seed}/{step}/{purpose}"', 'f"{seed}{step}{purpose}"'),
+        ('generator(seed, epoch, "prompts")', 'generator(seed, step, "prompts")'),
+        ("range(step * count, (step + 1) * count)", "range(count)"),
+        ("if not chosen or place == 0:", "if not chosen:"),
+        ("use_deterministic_algorithms(True,", "use_deterministic_algorithms(False,"),
+    ]),
+    "rewards/surface.py": ("rewards", [
+        ("-abs(len(completion) - target)", "abs(len(completion) - target)"),
+        ("len(required & set(completion.lower().split()))", "sum(w in required for w in completion.lower().split())"),
+        ("completion.lower().split()", "completion.split()"),
+    ]),
+    "rewards/embedding.py": ("rewards", [
+        ('pooling_mode="mean"', 'pooling_mode="cls"'),
+        ("(-distances)", "(distances)"),
+        ("vector_norm(embed(distinct) - goal, dim=1)", "vector_norm(embed(distinct) - goal, dim=1).square()"),
+    ]),
+    "rewards/build.py": ("rewards", [
+        ("weight * values[i]", "values[i]"),
+        ("_checked(name, _weighted_sum(name, table, encoder, device) if weighted else _plain(",
+         "_weighted_sum(name, table, encoder, device) if weighted else _checked(name, _plain("),
+        ("len(values) != len(completions)", "len(values) < len(completions)"),
+        ("not isinstance(value, bool) and ", ""),
+        (" and math.isfinite(value)", ""),
+        ("[float(value) for value in values]", "values"),
+    ]),
+    "rewards/custom.py": ("rewards", [
+        ("if not callable(target):", "if False:"),
+        ("list(values) if isinstance(values, Iterator) else values", "values"),
+        ("{lines[-1]}", "{lines[0]}"),
+        ("sys.modules[spec.name] = module", "pass"),
+    ]),
+}  # fmt: skip
+
+
+def planted(file: str, before: str, after: str) -> tuple[str, int]:
+    """The file's text with the error, and the error's line. ValueError where it cannot be planted."""
+    text = (ROOT / "pipeline" / file).read_text(encoding="utf-8")
+    if text.count(before) != 1:
+        raise ValueError(f"occurs {text.count(before)} times, not once")
+    changed = text.replace(before, after)
+    try:
+        compile(changed, file, "exec")  # what does not even parse would turn any test red
+    except SyntaxError as error:
+        raise ValueError(f"is no Python with the error: {error}") from None
+    return changed, text[: text.index(before)].count("\n") + 1
+
+
+def first_red(file: str | None, text: str, first: str) -> str | None:
+    """Runs the tests, those named `first` before the others, on a copy in which `file` has the given text.
+
+    Returns the test that failed, None where all passed. Raises RuntimeError where pytest got no result.
+    """
+    with TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        for name in ("pipeline", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("params.yaml", "pyproject.toml"):
+            shutil.copy(ROOT / name, copy)
+        if file is not None:
+            (copy / "pipeline" / file).write_text(text, encoding="utf-8")
+        paths = [f"tests/test_{name}.py" for name in sorted(TESTS, key=lambda name: name != first)]
+        options = ["-x", "-q", "-m", "not hub", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *paths],
+            cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return None
+    # a test has a `::`; without, the file could not even be imported
+    red = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or red is None:
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return red[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="*", help="only errors in files whose name contains one of these")
+    parser.add_argument("--check", action="store_true", help="only whether each error can be planted; runs no tests")
+    arguments = parser.parse_args()
+    parts = arguments.files or [""]
+    chosen = [(file, *pair) for file in MUTATIONS if any(part in file for part in parts) for pair in MUTATIONS[file][1]]
+    if not chosen:
+        parser.error(f"no file contains {' or '.join(parts)}; there are {', '.join(MUTATIONS)}")
+    if not arguments.check and (red := first_red(None, "", TESTS[0])):
+        sys.exit(f"nothing can be learned: {red} fails without any error")
+    counts = Counter[str]()
+    for file, before, after in chosen:
+        try:
+            text, line = planted(file, before, after)
+            red = None if arguments.check else first_red(file, text, MUTATIONS[file][0])
+            result = "applies" if arguments.check else "red" if red else "SURVIVED"
+        except (OSError, ValueError, RuntimeError) as error:
+            result, line, red = "ERROR", 0, str(error)
+        counts[result] += 1
+        if result != "applies":
+            print(f"{result:8} {file}:{line} {before!r} -> {after!r}: {red or 'no test fails'}", flush=True)
+    print(f"{len(chosen)} errors: {', '.join(f'{count} {result}' for result, count in counts.items())}")
+    return int(counts["SURVIVED"] + counts["ERROR"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
