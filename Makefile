@@ -20,7 +20,7 @@ repro: $(BIN)/installed  ## install into .venv and run the pipeline on the embed
 	$(RUN) dvc repro
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
-	$(RUN) SCREENSHOTS=.screenshots pytest
+	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest
 
 unit: $(BIN)/installed  ## the fast tests
 	$(RUN) pytest -m 'not slow'
