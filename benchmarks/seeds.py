@@ -22,7 +22,9 @@ PERCENT = ("different completions, %",)
 def main() -> None:
     listing = subprocess.run(["dvc", "exp", "show", "--csv"], capture_output=True, text=True, check=True).stdout
     table = pd.read_csv(io.StringIO(listing))
-    table = table[table["State"] == "Success"]  # neither the workspace nor what is still queued
+    table = table[table["typ"].str.startswith("branch")]  # experiments, not the workspace or a commit
+    if "State" in table:  # of queued ones: empty for those that were run at once
+        table = table[~table["State"].isin(["Queued", "Running", "Failed"])]
     print("| reward | recipe | seeds | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 3) + "|")
     for (reward, recipe), rows in table.groupby(["reward", "recipe"]):
