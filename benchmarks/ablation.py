@@ -90,7 +90,7 @@ def overrides(start: str, variant: tuple[str, ...]) -> list[str]:
 
 def queue(starts: list[str], seeds: list[int]) -> None:
     """One experiment a variant and seed, up to the stage `evaluate`, which is all that the tables need."""
-    for start, variant in ((start, variant) for start in starts for variant in VARIANTS[start]):
+    for start, variant in ((name, variant) for name in starts for variant in VARIANTS[name]):
         values = [*overrides(start, variant), f"seed={','.join(map(str, seeds))}"]
         options = itertools.chain.from_iterable(("-S", value) for value in values)
         subprocess.run(["dvc", "exp", "run", "--queue", *options, "evaluate"], check=True)

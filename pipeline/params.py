@@ -131,6 +131,7 @@ class Recipe(Table):
     """The algorithm: every choice that an ablation may want to change alone."""
 
     alignment: Literal["correct", "shifted"]
+    scoring: Literal["full", "sampler"]
     draw: Literal["shuffled", "replacement"]
     length_limit: Literal["completion", "total"]
     padding: Literal["masked", "counted"]
@@ -138,17 +139,35 @@ class Recipe(Table):
     temperature: float = Field(gt=0, le=100)
     top_k: int = Field(ge=0, description="0 is off")
     top_p: float = Field(gt=0, le=1, description="1 is off")
-    baseline: Literal["none", "batch", "group", "rloo"]
+    baseline: Literal["none", "batch", "group", "rloo", "running", "greedy"]
+    baseline_decay: float = Field(ge=0, lt=1, description="share of the running mean that a step keeps")
     advantage_norm: Literal["none", "group", "batch"]
-    aggregation: Literal["sequence_sum", "sequence_mean", "token_mean"]
-    kl: Literal["none", "reward_k1", "loss_k2"]
+    aggregation: Literal["sequence_sum", "sequence_mean", "token_mean", "constant_length"]
+    importance: Literal["none", "token", "sequence"]
+    clip_range: float = Field(ge=0, description="0 is off")
+    epochs: int = Field(ge=1, le=1000, description="updates on each batch")
+    kl: Literal["none", "reward_k1", "loss_k2", "loss_k3"]
     kl_coef: float = Field(ge=0, description="reward units per nat")
+    kl_target: float = Field(ge=0, description="nats per completion; 0 keeps kl_coef fixed")
+    entropy_coef: float = Field(ge=0, description="reward units per nat; 0 is off")
     optimizer: Literal["adam", "sgd"]
     lr: float = Field(gt=0, le=1000, description="learning rate")
     adam_eps: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0, le=1_000_000, description="steps of linear warm-up")
+    lr_decay: Literal["none", "linear", "cosine"]
     max_grad_norm: float = Field(ge=0, description="0 is off")
     precision: Literal["float32", "bfloat16"]
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Recipe":
+        if self.alignment == "shifted" and self.scoring == "sampler":
+            raise ValueError("scoring: sampler needs alignment: correct; the sampler never drew the shifted tokens")
+        if self.importance == "none" and (self.epochs > 1 or self.clip_range > 0):
+            key, value = ("epochs", self.epochs) if self.epochs > 1 else ("clip_range", self.clip_range)
+            raise ValueError(f"{key} = {value} needs importance: token or sequence, the ratio that it weighs or clips")
+        if self.kl_target > 0 and (self.kl == "none" or self.kl_coef == 0):
+            raise ValueError(f"kl_target = {self.kl_target} needs a kl other than none and a kl_coef above 0 to adapt")
+        return self
 
 
 class Train(Table):

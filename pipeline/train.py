@@ -1,7 +1,7 @@
 """Stage `train`: REINFORCE. Sample, score, compare with the baseline, step.
 
-Left out of what the field's trainers have: a value network, a replay buffer, several updates a batch. Each batch is
-sampled from the policy that it updates, once.
+Left out of what the field's trainers have: a value network and a replay buffer. Each batch is sampled from the policy
+that it updates, and used for one update, or for several where the recipe weighs them by importance (`epochs`).
 """
 
 import contextlib
@@ -40,9 +40,16 @@ from pipeline.policy.load import load_policy, load_tokenizer
 from pipeline.policy.rollout import check_context, completion_limits, completion_texts, completion_tokens
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import score_rollout
-from pipeline.reinforce.advantages import BASELINES, advantages, with_kl_penalty
+from pipeline.reinforce.advantages import (
+    BASELINES,
+    adapted_kl_coef,
+    advantages,
+    next_running_mean,
+    with_kl_penalty,
+)
+from pipeline.reinforce.loss import BatchSize
 from pipeline.reinforce.optim import learning_rate, make_optimizer, update
-from pipeline.reinforce.step import accumulate_gradient, loss_mask
+from pipeline.reinforce.step import Batch, Gradient, accumulate_gradient, loss_mask
 from pipeline.rewards.build import Reward, build_reward
 
 PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
@@ -90,7 +97,9 @@ def main() -> None:
     folder = root() / ".checkpoints" / identity["train_key"]
     with checkpoints.exclusive(folder):
         if is_committed(to_json(identity)):  # DVC has this very result and wants it made anew: `dvc repro -f`
-            checkpoints.forget(folder, params.train.steps)
+            state = checkpoints.load(folder)
+            if state is not None and finished(Progress(**state["run"]), params):
+                checkpoints.forget(folder)
         train(params, identity, folder, device)
 
 
@@ -169,10 +178,12 @@ def train_step(
     params, eos, step, watch = setting.params, setting.eos, run.step, Stopwatch()
     recipe, group, micro_batch = params.selected("recipe"), params.train.samples_per_prompt, params.train.micro_batch
     drawn = draw_prompts(params.seed, step, params.train.prompts_per_step, len(setting.prompts), recipe.draw)
-    rollout = sample_batch([setting.prompts[i] for i in drawn], setting, step, policy)
+    noise = uniforms(params.seed, step, "sample", len(drawn) * group, params.train.max_tokens)
+    drawn_prompts = [setting.prompts[i] for i in drawn]
+    rollout = sample_batch(drawn_prompts, setting, policy, noise, recipe.top_k, recipe.top_p)
     watch.lap("sample")
 
-    prompts = [setting.prompts[i] for i in drawn for _ in range(group)]
+    prompts = [prompt for prompt in drawn_prompts for _ in range(group)]
     completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group)
     rewards = torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
     rewards = rewards.view(-1, group)  # [B, G]
@@ -181,17 +192,19 @@ def train_step(
     mask = rollout.completion_mask
     with half_precision(recipe, setting.device):
         ref_logprobs = score_rollout(setting.reference, rollout, micro_batch, recipe.temperature)
-    penalised = rewards
+    penalised, kl_coef = rewards, recipe.kl_coef if run.kl_coef is None else run.kl_coef
     if recipe.kl == "reward_k1":
-        penalised = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, recipe.kl_coef)
-    baseline = BASELINES[recipe.baseline](penalised)
+        acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
+        penalised = with_kl_penalty(rewards, acting, ref_logprobs, mask, kl_coef)
+    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, policy, drawn_prompts))
     advantage = advantages(penalised, baseline, recipe.advantage_norm)
-    counted = loss_mask(rollout, group, recipe.padding)
     watch.lap("reference")
 
-    optimizer.zero_grad()
-    gradient = accumulate_gradient(policy, rollout, advantage.flatten(), counted, ref_logprobs, recipe, micro_batch)
-    norm, nonfinite = update(policy, optimizer, recipe, step, gradient.loss)
+    counted = loss_mask(rollout, group, recipe.padding)
+    size = BatchSize(len(counted), int(counted.sum()), params.train.max_tokens)
+    batch = Batch(rollout, advantage.flatten(), counted, ref_logprobs, size, kl_coef)
+    lr = learning_rate(step, params.train.steps, recipe)
+    gradient, updated = update_on(batch, policy, optimizer, recipe, lr, micro_batch)
     watch.lap("update")
 
     plain = completion_texts(rollout, setting.tokenizer, "strip", group)
@@ -199,31 +212,66 @@ def train_step(
         **reward_metrics(rewards, baseline, advantage),
         **policy_metrics(gradient.logprobs, ref_logprobs, gradient.entropy, mask),
         **text_statistics(plain, completion_tokens(rollout, eos), group),
-        "step": step, "loss": gradient.loss, "grad_norm": norm, "lr": learning_rate(step, recipe),
+        **updated, "step": step, "loss": gradient.loss, "lr": lr, "kl_coef": kl_coef,
         "logprob_gap": logprob_gap(rollout.sampler_logprobs, gradient.scored, mask),
         "completion_tokens": rollout.lengths.double().mean().item(),
         "ended_share": rollout.ended(eos).double().mean().item(),
-        "nonfinite": float(nonfinite),
     }  # fmt: skip
     run.rows.append({column: measured[column] for column in HISTORY_COLUMNS})
     run.samples += sample_rows(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, eos)
-    run.stopped = nonfinite and params.train.on_nonfinite == "stop"
+    run.stopped = bool(updated["nonfinite"]) and params.train.on_nonfinite == "stop"
+    if recipe.baseline == "running":
+        run.running_mean = next_running_mean(run.running_mean, penalised, recipe.baseline_decay)
+    if recipe.kl_target > 0:
+        run.kl_coef = adapted_kl_coef(kl_coef, measured["ref_kl_sequence"], recipe.kl_target)
     watch.lap("diagnostics")
     run.timings.append(timing_row(watch.seconds, len(prompts), setting.device))
 
 
-def sample_batch(prompts: list[str], setting: Setting, step: int, policy: PreTrainedModel) -> Rollout:
-    """G completions of each of B prompts."""
-    params, device, eos = setting.params, setting.device, setting.eos
-    recipe, sizes = params.selected("recipe"), params.train
+def outside_baseline(run: Progress, setting: Setting, policy: PreTrainedModel, prompts: list[str]) -> Tensor | None:
+    """What the recipe's baseline needs to know beyond the batch's own rewards; prompts [B]."""
+    recipe = setting.params.selected("recipe")
+    if recipe.baseline == "running" and run.running_mean is not None:
+        return torch.tensor(run.running_mean, dtype=torch.float64, device=setting.device)
+    if recipe.baseline != "greedy":
+        return None
+    noise = torch.zeros(len(prompts), setting.params.train.max_tokens, dtype=torch.float64)
+    rollout = sample_batch(prompts, setting, policy, noise, top_k=1, top_p=1.0)
+    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, 1)
+    return torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
+
+
+def update_on(
+    batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float, micro_batch: int
+) -> tuple[Gradient, dict[str, float]]:
+    """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
+    first = None
+    for _ in range(recipe.epochs):
+        optimizer.zero_grad()
+        gradient = accumulate_gradient(policy, batch, recipe, micro_batch)
+        norm, nonfinite = update(policy, optimizer, recipe.max_grad_norm, lr, gradient.loss)
+        if first is None:
+            first, first_norm = gradient, norm
+            batch = dataclasses.replace(batch, old_logprobs=gradient.scored)
+        if nonfinite:
+            break
+    assert first is not None  # epochs is at least 1
+    return first, {"grad_norm": first_norm, "clip_share": gradient.clip_share, "nonfinite": float(nonfinite)}
+
+
+def sample_batch(
+    prompts: list[str], setting: Setting, policy: PreTrainedModel, noise: Tensor, top_k: int, top_p: float
+) -> Rollout:
+    """Completions of B prompts, as many of each as `noise` [N, T] has rows for it."""
+    params, device = setting.params, setting.device
+    recipe = params.selected("recipe")
     ids = [setting.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    prompt_ids, prompt_mask = pad_prompts(ids, eos, device)
-    limits = completion_limits([len(p) for p in ids], sizes.max_tokens, recipe.length_limit)
-    noise = uniforms(params.seed, step, "sample", len(ids) * sizes.samples_per_prompt, sizes.max_tokens)
+    prompt_ids, prompt_mask = pad_prompts(ids, setting.eos, device)
+    limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
     with half_precision(recipe, device):
         return sample(
-            policy, prompt_ids, prompt_mask, limits.to(device), noise.to(device), eos, recipe.temperature,
-            recipe.top_k, recipe.top_p,
+            policy, prompt_ids, prompt_mask, limits.to(device), noise.to(device), setting.eos, recipe.temperature,
+            top_k, top_p,
         )  # fmt: skip
 
 

@@ -75,12 +75,12 @@ def mask_of(lengths: Tensor, columns: int) -> Tensor:
     return torch.arange(columns) < lengths[:, None]
 
 
-def tabular_logprobs(table: Tensor, completions: Tensor) -> Tensor:
-    """Log-probabilities [K, T] under a policy that is a table of logits [T, V ** (T - 1), V]: one row a prefix."""
+def tabular_rows(table: Tensor, completions: Tensor) -> Tensor:
+    """[K, T, V] what a policy that is a table of logits [T, V ** (T - 1), V], one row a prefix, says at each place."""
     vocabulary = table.shape[-1]
     prefix, columns = torch.zeros(len(completions), dtype=torch.long), []
     for t, tokens in enumerate(completions.T):
-        columns.append(table[t, prefix].log_softmax(-1).gather(1, tokens[:, None]).squeeze(1))
+        columns.append(table[t, prefix].log_softmax(-1))
         prefix = prefix * vocabulary + tokens
     return torch.stack(columns, 1)
 

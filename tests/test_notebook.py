@@ -10,8 +10,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from pipeline.policy.rollout import completion_limits, completion_texts
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.reinforce.advantages import BASELINES, advantages
-from pipeline.reinforce.optim import make_optimizer, update
-from pipeline.reinforce.step import Gradient, accumulate_gradient, loss_mask
+from pipeline.reinforce.loss import BatchSize
+from pipeline.reinforce.optim import learning_rate, make_optimizer, update
+from pipeline.reinforce.step import Batch, Gradient, accumulate_gradient, loss_mask
 from tests import repositories
 from tests.models import EOS, difference, gradient, recipe, tiny_neox, uniform
 
@@ -99,7 +100,8 @@ def our_gradient(model: PreTrainedModel, rollout: Rollout, drawn: Drawn, **chang
     counted = loss_mask(rollout, GROUP, chosen.padding)
     ref = torch.zeros(rollout.completions.shape, dtype=torch.float64)
     model.zero_grad()
-    return accumulate_gradient(model, rollout, advantage, counted, ref, chosen, micro_batch=3)
+    size = BatchSize(len(counted), int(counted.sum()), MAX_LENGTH)
+    return accumulate_gradient(model, Batch(rollout, advantage, counted, ref, size), chosen, micro_batch=3)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -164,7 +166,7 @@ def test_the_update_is_adam_s_of_the_notebook(model: PreTrainedModel, rollout: R
             mine.grad = theirs.grad.clone()
         expected_norm = gradient(notebook).norm().item()
         opt.step()
-        norm, withheld = update(policy, ours, NOTEBOOK, step, loss=0.0)
+        norm, withheld = update(policy, ours, NOTEBOOK.max_grad_norm, learning_rate(step, 3, NOTEBOOK), loss=0.0)
         assert norm == pytest.approx(expected_norm)
         assert not withheld
         for mine, theirs in zip(policy.parameters(), notebook.parameters(), strict=True):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from pipeline.errors import UserError
 from pipeline.io.runtime import draw_prompts, generator, set_up, uniforms
@@ -119,16 +120,35 @@ def ones(grad: float) -> torch.nn.Linear:
 
 def test_warm_up_is_linear_and_then_constant() -> None:
     warm = recipe("stable", lr=0.4, warmup_steps=3)
-    assert [learning_rate(step, warm) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert [learning_rate(step, 6, warm) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
     cold = recipe("stable", lr=0.4, warmup_steps=0)
-    assert [learning_rate(step, cold) for step in range(2)] == [0.4, 0.4]
+    assert [learning_rate(step, 2, cold) for step in range(2)] == [0.4, 0.4]
+    assert [learning_rate(step, 2, warm) for step in range(2)] == [0.1, 0.2]  # ends before it has warmed up
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_the_rate_decays_as_transformers_schedules_do(decay: str, warmup: int) -> None:
+    """Their warm-up starts at zero, one step before ours; after it the two are the same."""
+    chosen, steps = recipe("stable", lr=0.4, warmup_steps=warmup, lr_decay=decay), 12
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.4)
+    schedules = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+    schedule, truth = schedules[decay](optimizer, warmup, steps), []
+    for _ in range(steps):
+        truth.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    measured = [learning_rate(step, steps, chosen) for step in range(steps)]
+    assert measured[warmup:] == pytest.approx(truth[warmup:], rel=1e-9)
+    assert measured[:warmup] == pytest.approx([0.4 * (step + 1) / (warmup + 1) for step in range(warmup)])
+    assert schedule.get_last_lr()[0] == pytest.approx(learning_rate(steps, steps, chosen), abs=1e-12) == 0
 
 
 @pytest.mark.parametrize(("limit", "moves"), [(0.0, 3.0), (100.0, 3.0), (1.0, 1 / 2**0.5)])
 def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> None:
     """Two weights with gradient 3: norm 3 sqrt 2; clipped to 1, each moves by 1 / sqrt 2."""
     model, sgd = ones(3.0), recipe("stable", optimizer="sgd", lr=1.0, warmup_steps=1, max_grad_norm=limit)
-    norm, withheld = update(model, make_optimizer(model.parameters(), sgd), sgd, 0, 0.0)
+    norm, withheld = update(model, make_optimizer(model.parameters(), sgd), limit, learning_rate(0, 2, sgd), 0.0)
     assert norm == pytest.approx(3 * 2**0.5)
     assert not withheld
     assert model.weight.flatten().tolist() == pytest.approx([1 - moves / 2] * 2, rel=1e-5)  # half the rate: warm-up
@@ -140,7 +160,7 @@ def test_what_is_not_finite_is_withheld(grad: float, loss: float, optimizer: str
     chosen = recipe("stable", optimizer=optimizer)
     model = ones(grad)
     made = make_optimizer(model.parameters(), chosen)
-    assert update(model, made, chosen, 0, loss)[1]
+    assert update(model, made, chosen.max_grad_norm, chosen.lr, loss)[1]
     assert model.weight.flatten().tolist() == [1, 1]
     assert not made.state  # Adam's moments are as clean as before
 
@@ -150,5 +170,5 @@ def test_adam_s_first_step_is_the_rate_and_its_eps_is_the_recipe_s() -> None:
     for eps, expected in ((1e-8, 1.0), (1.0, 2 / (2 + 1))):
         chosen = recipe("stable", lr=0.5, warmup_steps=0, max_grad_norm=0.0, adam_eps=eps)
         model = ones(2.0)
-        update(model, make_optimizer(model.parameters(), chosen), chosen, 0, 0.0)
+        update(model, make_optimizer(model.parameters(), chosen), 0.0, 0.5, 0.0)
         assert model.weight.flatten().tolist() == pytest.approx([1 - 0.5 * expected] * 2)

@@ -47,7 +47,6 @@ def test_scores_are_those_of_each_sequence_alone(
     model = architecture().to(dtype)  # type: ignore[arg-type]  # wrapped without types
     with torch.no_grad():
         scores = score(model, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, temperature, "shifted")
-    assert scores.shifted_logprobs is not None
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         with torch.no_grad():
             logits = plain_logits(model, prompt, completion)
@@ -55,16 +54,18 @@ def test_scores_are_those_of_each_sequence_alone(
         correct = torch.stack([logprobs[t, token] for t, token in enumerate(completion)])
         one_later = torch.stack([logprobs[t + 1, token] for t, token in enumerate(completion)])
         entropy = torch.distributions.Categorical(logits=logits[:-1]).entropy()  # at temperature 1, whatever the loss's
-        truths = {"logprobs": correct, "shifted_logprobs": one_later, "entropy": entropy}
+        truths = {"logprobs": correct, "scored": one_later, "entropy": entropy}
         for name, truth in truths.items():
             torch.testing.assert_close(getattr(scores, name)[i, : len(completion)], truth, rtol=0, atol=tolerance)
 
 
-def test_the_shifted_reading_is_made_only_where_asked(rollout: Rollout) -> None:
-    scores = score(tiny_neox(), rollout.prompt_ids, rollout.prompt_mask, rollout.completions)
-    assert scores.shifted_logprobs is None
+def test_by_default_what_is_scored_is_the_log_probability(rollout: Rollout) -> None:
+    arguments = (tiny_neox(), rollout.prompt_ids, rollout.prompt_mask, rollout.completions)
+    scores = score(*arguments)
+    assert scores.scored is scores.logprobs
     assert scores.logprobs.requires_grad
     assert not scores.entropy.requires_grad
+    assert score(*arguments, entropy_gradient=True).entropy.requires_grad
 
 
 @settings(deadline=None, max_examples=20)
@@ -85,7 +86,7 @@ def test_garbage_in_the_padding_changes_nothing(
     with torch.no_grad():
         truth = score(model, clean.prompt_ids, clean.prompt_mask, clean.completions, 1.0, "shifted")
         soiled = score(model, ids, prompt_mask, tokens, 1.0, "shifted")
-    for name in ("logprobs", "shifted_logprobs", "entropy"):
+    for name in ("logprobs", "scored", "entropy"):
         measured, expected = getattr(soiled, name)[:, : mask.shape[1]], getattr(truth, name)
         torch.testing.assert_close(measured[mask], expected[mask], rtol=0, atol=1e-12)
 
@@ -97,6 +98,20 @@ def test_scored_logprobs_equal_the_sampled_ones(dtype: torch.dtype, tolerance: f
     scored = score_rollout(model, rollout, micro_batch=4, temperature=0.8)
     counts = rollout.completion_mask
     torch.testing.assert_close(scored[counts], rollout.sampler_logprobs[counts], rtol=0, atol=tolerance)
+
+
+def test_truncated_scores_equal_the_truncated_sampler_s() -> None:
+    """Also in float32, where rounding may put the sampled token just outside of what is kept."""
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+        model, (ids, mask) = tiny_neox(dtype=dtype, eos_logit=1.0), pad_prompts(PROMPTS, EOS, torch.device("cpu"))
+        how = {"temperature": 0.8, "top_k": 4, "top_p": 0.8}
+        rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(50, 6), EOS, **how)
+        arguments = (model, rollout.prompt_ids, rollout.prompt_mask, rollout.completions)
+        scored, counts = score(*arguments, **how).scored, rollout.completion_mask
+        torch.testing.assert_close(scored[counts], rollout.sampler_logprobs[counts], rtol=0, atol=tolerance)
+        assert (rollout.sampler_logprobs - rollout.logprobs)[counts].max() > 0.1
+        never = score(*arguments, top_k=1).scored  # of the most likely token alone; the others stay finite
+        assert torch.isfinite(never).all()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 5, 100])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import evaluate, train
 from pipeline.errors import UserError
@@ -139,6 +140,79 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(ready: Project, number: 
     assert contents(ready) == undisturbed
 
 
+STATEFUL = {"baseline": "running", "kl_target": 0.01, "kl_coef": 0.5, "lr_decay": "linear", "lr": 0.01}
+
+
+def test_running_baseline_and_adapting_kl_go_on_where_they_were(here: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both live from step to step: against their recurrences, read off the history; and through an interruption."""
+    here.edit(**{f"recipes__stable__{key}": value for key, value in STATEFUL.items()})
+    train.main()
+    undisturbed, rows = contents(here), history(here)
+    coef, running = 0.5, None
+    for row in rows:
+        assert row["kl_coef"] == pytest.approx(coef, rel=1e-12)
+        penalised = row["reward_mean"] - coef * row["ref_kl_sequence"]
+        if running is not None:
+            assert row["baseline"] == pytest.approx(running, rel=1e-5)
+        running = penalised if running is None else 0.9 * running + 0.1 * penalised
+        coef *= 1 + 0.1 * min(max(row["ref_kl_sequence"] / 0.01 - 1, -0.2), 0.2)
+    assert len({row["kl_coef"] for row in rows}) > 2
+    assert [row["lr"] for row in rows] == pytest.approx([0.01 * (step + 1) / 6 for step in range(5)] + [0.01])
+
+    forget(here)
+    real, steps = train.train_step, []
+
+    def dies_after_three(*arguments: Any) -> None:
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(real(*arguments))
+
+    monkeypatch.setattr(train, "train_step", dies_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    monkeypatch.setattr(train, "train_step", real)
+    train.main()
+    assert contents(here) == undisturbed
+
+
+def test_the_greedy_baseline_is_the_reward_of_transformers_greedy_completion(here: Project) -> None:
+    here.edit(recipes__stable__baseline="greedy", recipes__stable__kl="none", train__steps=1)
+    train.main()
+    folder = here.root / "data/checkpoint/policy"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in (here.root / "reports/train/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 3  # the first sample of every prompt of the step
+    lengths = []
+    for row in rows:
+        ids = tokenizer(row["prompt"], return_tensors="pt")
+        output = model.generate(**ids, do_sample=False, max_new_tokens=6, pad_token_id=tokenizer.eos_token_id)
+        lengths.append(len(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))
+    assert history(here)[0]["baseline"] == pytest.approx(sum(-abs(n - 40) for n in lengths) / 3)
+
+
+def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Project) -> None:
+    """A sampler of one token is certain of it: its log-ratio is minus the reference's log-likelihood, nothing else."""
+    here.edit(recipes__stable__top_k=1, recipes__stable__scoring="sampler", train__steps=1)
+    train.main()
+    row = history(here)[0]
+    ref = row["ref_logprob"] * row["completion_tokens"]
+    assert row["baseline"] == pytest.approx(row["reward_mean"] + 0.05 * ref, rel=1e-5)
+    assert row["logprob_gap"] == 0.0
+
+
+def test_a_batch_can_be_used_for_several_updates(here: Project) -> None:
+    here.edit(recipes__stable__importance="token", recipes__stable__clip_range=1e-4, recipes__stable__lr=0.01)
+    train.main()
+    once = history(here)
+    forget(here)
+    here.edit(recipes__stable__epochs=3)
+    train.main()
+    several = history(here)
+    assert several[0]["grad_norm"] == once[0]["grad_norm"]  # of the first update, on-policy
+    assert once[0]["clip_share"] == 0 < several[0]["clip_share"]
+    assert several[1]["ref_kl_k3"] > once[1]["ref_kl_k3"]
+
+
 def test_a_damaged_state_is_passed_over(here: Project, capsys: pytest.CaptureFixture[str]) -> None:
     ready = here
     train.main()
@@ -257,6 +331,21 @@ def test_a_forced_run_trains_anew_each_time(here: Project, capsys: pytest.Captur
         train.main()
         assert capsys.readouterr().out.count("Step: ") == 6
         assert contents(here) == first
+
+
+def test_a_forced_run_that_stopped_early_trains_anew(here: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "def f(prompts, completions):\n    return [1e200 * i for i in range(len(completions))]\n"
+    (here.root / "custom/mine.py").write_text(code)
+    here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
+    train.main()
+    digest = hashlib.md5(contents(here)["reports/train/run.json"]).hexdigest()
+    (here.root / "dvc.lock").write_text(
+        f"stages:\n  train:\n    outs:\n    - path: data/policy\n      md5: 12.dir\n"
+        f"    - path: reports/train/run.json\n      md5: {digest}\n"
+    )
+    capsys.readouterr()
+    train.main()
+    assert capsys.readouterr().out.count("Step: ") == 1
 
 
 def test_a_custom_reward_may_edit_what_it_is_given(here: Project) -> None:

@@ -8,9 +8,9 @@ from pipeline.reinforce.advantages import zero_spread
 HISTORY_COLUMNS = (
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
     "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
-    "policy_logprob", "logprob_gap", "grad_norm", "lr", "completion_tokens", "ended_share", "empty_share",
-    "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
-    "nonfinite",
+    "policy_logprob", "logprob_gap", "grad_norm", "lr", "kl_coef", "clip_share", "completion_tokens",
+    "ended_share", "empty_share", "distinct_completions", "distinct_within", "distinct_1", "distinct_2",
+    "repeated_3grams", "top_token_share", "nonfinite",
 )  # fmt: skip
 
 

@@ -62,11 +62,10 @@ def load(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def forget(folder: Path, step: int) -> None:
-    """Deletes the states of a run that had come to its last step, if these are such."""
-    if (folder / f"state-{step:08d}.pt").exists():
-        for path in _states(folder):
-            path.unlink()
+def forget(folder: Path) -> None:
+    """Deletes the states."""
+    for path in _states(folder):
+        path.unlink()
 
 
 def _states(folder: Path) -> list[Path]:

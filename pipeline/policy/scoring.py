@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.policy.sampling import Rollout, positions
+from pipeline.policy.sampling import Rollout, positions, truncate
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Scores:
     """Log-probabilities in nats under softmax(logits / temperature)."""
 
     logprobs: Tensor  # [N, T] of token t given what precedes it: log pi(y_t | x, y_<t)
-    shifted_logprobs: Tensor | None  # [N, T] the notebook's: token t read off the prediction made after it
-    entropy: Tensor  # [N, T] of the full softmax at temperature 1, no gradient
+    scored: Tensor  # [N, T] for the loss: the same, or shifted (the notebook's), or of the truncated softmax
+    entropy: Tensor  # [N, T] of the full softmax at temperature 1
 
 
 def completion_logits(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, completions: Tensor) -> Tensor:
@@ -44,16 +44,27 @@ def score(
     completions: Tensor,  # [N, T]
     temperature: float = 1.0,
     alignment: Literal["correct", "shifted"] = "correct",
+    top_k: int = 0,
+    top_p: float = 1.0,
+    *,
+    entropy_gradient: bool = False,
 ) -> Scores:
-    """Scores completions; the gradient flows through both kinds of log-probabilities."""
+    """Scores completions. The gradient flows through both kinds of log-probabilities, through the entropy if asked.
+
+    alignment: shifted reads token t off the prediction made after it. top_k and top_p: what `scored` is truncated by,
+    0 and 1 being the full softmax; the sampled token always stays, since rounding may put it just outside.
+    """
     logits = completion_logits(model, prompt_ids, prompt_mask, completions)
     logits = _precise(logits)
-    logprobs = _selected(logits[:, :-1] / temperature, completions)
-    shifted = _selected(logits[:, 1:] / temperature, completions) if alignment == "shifted" else None
-    with torch.no_grad():
+    logprobs = scored = _selected(logits[:, :-1] / temperature, completions)
+    if alignment == "shifted":
+        scored = _selected(logits[:, 1:] / temperature, completions)
+    elif top_k > 0 or top_p < 1:
+        scored = _selected(_truncated(logits[:, :-1] / temperature, completions, top_k, top_p), completions)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         full = logits[:, :-1].log_softmax(-1)
         entropy = -(full.exp() * full).sum(-1)
-    return Scores(logprobs, shifted, entropy)
+    return Scores(logprobs, scored, entropy)
 
 
 @torch.no_grad()
@@ -71,6 +82,13 @@ def score_rollout(model: PreTrainedModel, rollout: Rollout, micro_batch: int, te
 def _precise(logits: Tensor) -> Tensor:
     """float32 for what an autocast model gives in half precision; float64 stays."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _truncated(logits: Tensor, tokens: Tensor, top_k: int, top_p: float) -> Tensor:
+    """What the sampler drew from: [N, T, V] with -inf outside of top-k and top-p, the tokens [N, T] themselves kept."""
+    kept = truncate(logits.flatten(0, 1), top_k, top_p).view_as(logits)
+    index = tokens[..., None]
+    return kept.scatter(-1, index, logits.gather(-1, index))
 
 
 def _selected(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -1,42 +1,68 @@
 """What a completion's reward is compared with: baselines and advantages.
 
-B prompts, G samples a prompt; rewards are [B, G]. A baseline is one function rewards [B, G] -> baseline [B, G]; it
-leaves the expected gradient unchanged as long as it does not depend on the sample it is subtracted from
-(Williams 1992).
+B prompts, G samples a prompt; rewards are [B, G]. A baseline is one function (rewards [B, G], outside) -> baseline
+[B, G]; it leaves the expected gradient unchanged as long as it does not depend on the sample it is subtracted from
+(Williams 1992). `outside` is what some of them know beyond the batch's own rewards; the others ignore it.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def no_baseline(rewards: Tensor) -> Tensor:
+def no_baseline(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     """b = 0. Unbiased, and the most noisy."""
     return torch.zeros_like(rewards)
 
 
-def batch_mean(rewards: Tensor) -> Tensor:
+def batch_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     """b = mean over all samples, each sample itself included: the expected gradient shrinks by (BG - 1) / BG."""
     return rewards.mean().expand_as(rewards)
 
 
-def group_mean(rewards: Tensor) -> Tensor:
+def group_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     """b = mean over the prompt's samples, each itself included: the notebook's, exactly (G - 1) / G of `leave_one_out`."""
     return rewards.mean(1, keepdim=True).expand_as(rewards)
 
 
-def leave_one_out(rewards: Tensor) -> Tensor:
+def leave_one_out(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     """b_i = mean over the prompt's other samples: unbiased (RLOO; Kool et al. 2019; Ahmadian et al., arXiv 2402.14740)."""
     group = rewards.shape[1]
     return (rewards.sum(1, keepdim=True) - rewards) / (group - 1)
 
 
-BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
+def running_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
+    """b = `outside` [], the running mean of the steps before (`next_running_mean`): unbiased.
+
+    Without one, at the first step, the mean over the batch's other samples, unbiased as well.
+    """
+    if outside is not None:
+        return outside.to(rewards).expand_as(rewards)
+    return leave_one_out(rewards.view(1, -1)).view_as(rewards)
+
+
+def greedy_reward(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
+    """b = `outside` [B], the reward of the prompt's greedy completion: unbiased (ReMax; Li et al., arXiv 2310.10505)."""
+    if outside is None:
+        raise ValueError("the greedy baseline needs the rewards of the greedy completions")
+    return outside.to(rewards)[:, None].expand_as(rewards)
+
+
+def next_running_mean(before: float | None, rewards: Tensor, decay: float) -> float:
+    """decay * before + (1 - decay) * mean of this step's rewards; that mean itself at the first step."""
+    mean = rewards.mean().item()
+    return mean if before is None else decay * before + (1 - decay) * mean
+
+
+BASELINES: dict[str, Callable[..., Tensor]] = {
     "none": no_baseline,
     "batch": batch_mean,
     "group": group_mean,
     "rloo": leave_one_out,
+    "running": running_mean,
+    "greedy": greedy_reward,
 }
 
 
@@ -61,6 +87,17 @@ def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mas
     """
     log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).view_as(rewards)
     return rewards - coef * log_ratio.to(rewards.dtype).detach()
+
+
+def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
+    """coef * (1 + 0.1 clip(kl / target - 1, -0.2, 0.2)): up where the KL is above its target, down where below.
+
+    kl: nats per completion, measured on this step's samples; target: where it should be; 0 leaves coef as it is
+    (Ziegler et al., arXiv 1909.08593, section 2.2). A kl that is no number leaves it too.
+    """
+    if target == 0 or math.isnan(kl):
+        return coef
+    return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def zero_spread(rewards: Tensor) -> Tensor:

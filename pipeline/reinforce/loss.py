@@ -3,31 +3,47 @@
     loss = - (1 / N) sum_i A_i sum_t log pi(y_it | x_i, y_i,<t)          (aggregation: sequence_sum)
 
 whose gradient is REINFORCE's (Williams 1992) when A_i is a reward minus a baseline that does not depend on y_i.
+Every function here is a sum over rows with normalisers of the whole batch: the losses of micro-batches, and those of
+processes, add up to the loss of the batch.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def token_weights(mask: Tensor, aggregation: str) -> Tensor:
-    """How much each token's log-probability counts, [N, T], computed once for the whole batch of an optimizer step.
+@dataclass(frozen=True)
+class BatchSize:
+    """Of the whole batch of an optimizer step, over all micro-batches and processes."""
 
-    sequence_sum   1 / N                      the policy gradient
-    sequence_mean  1 / (N * length_i)         short completions weigh more (biased; GRPO)
-    token_mean     1 / sum_i length_i         in each batch the direction of sequence_sum, N / sum_i length_i as long
-                                              (DAPO, arXiv 2503.14476)
-    mask [N, T]: True = the token counts. float64, so that the normalisers are exact.
+    samples: int  # N
+    tokens: int  # sum_i length_i, tokens in the loss
+    longest: int  # tokens that a completion may have: train.max_tokens
+
+
+def token_weights(mask: Tensor, aggregation: str, batch: BatchSize) -> Tensor:
+    """How much each token's log-probability counts, [n, T] for any n rows of the batch.
+
+    sequence_sum     1 / N                      the policy gradient
+    sequence_mean    1 / (N * length_i)         short completions weigh more (biased; GRPO)
+    token_mean       1 / sum_i length_i         in each batch the direction of sequence_sum, N / sum_i length_i as long
+                                                (DAPO, arXiv 2503.14476)
+    constant_length  1 / (N * longest)          the policy gradient, 1 / longest as long (Dr. GRPO, arXiv 2503.20783)
+    mask [n, T]: True = the token counts. float64, so that the normalisers are exact.
     """
     ones = mask.double()
     if aggregation == "sequence_sum":
-        return ones / len(mask)
+        return ones / batch.samples
     if aggregation == "sequence_mean":
-        return ones / ones.sum(1, keepdim=True).clamp(min=1) / len(mask)
-    return ones / ones.sum().clamp(min=1)
+        return ones / ones.sum(1, keepdim=True).clamp(min=1) / batch.samples
+    if aggregation == "constant_length":
+        return ones / (batch.samples * batch.longest)
+    return ones / max(batch.tokens, 1)
 
 
 def policy_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
-    """- sum_it w_it A_i log pi_it. A sum: the losses of micro-batches add up to the loss of the batch.
+    """- sum_it w_it A_i log pi_it.
 
     logprobs [n, T] with gradient, advantages [n], weights [n, T] of any n rows of the batch.
     """
@@ -36,12 +52,35 @@ def policy_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor
     return -((weights * advantages.detach()[:, None]).to(counted.dtype) * counted).sum()
 
 
-def kl_loss_k2(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, batch: int) -> Tensor:
-    """(1 / batch) sum_i (sum_t log pi_it - log ref_it)^2 / 2: k2 of the *summed* log-ratio.
+def entropy_bonus(entropy: Tensor, weights: Tensor) -> Tensor:
+    """sum_it w_it H_it of the tokens' entropies [n, T], with gradient.
+
+    Its gradient raises the entropy at the places that were visited. It is not the gradient of the entropy of whole
+    completions, of which it drops how the choice of a token changes which places are visited (as token-level KL does).
+    """
+    counted = torch.where(weights > 0, entropy, 0.0)
+    return (weights.to(counted.dtype) * counted).sum()
+
+
+def kl_loss_k2(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, samples: int) -> Tensor:
+    """(1 / N) sum_i (sum_t log pi_it - log ref_it)^2 / 2: k2 of the *summed* log-ratio.
 
     On-policy its gradient is that of KL(pi || ref) of whole completions; squaring token by token would drop the terms
-    through which a token changes the later ones (Tang & Munos, arXiv 2506.09477). logprobs [n, T] with gradient, ref_logprobs and
-    mask [n, T], batch = N.
+    through which a token changes the later ones (Tang & Munos, arXiv 2506.09477). logprobs [n, T] with gradient,
+    ref_logprobs and mask [n, T], samples = N.
     """
     log_ratio = torch.where(mask, logprobs - ref_logprobs.detach(), 0.0).sum(1)
-    return 0.5 * log_ratio.square().sum() / batch
+    return 0.5 * log_ratio.square().sum() / samples
+
+
+def kl_loss_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, samples: int) -> Tensor:
+    """(1 / N) sum_it exp(-d_it) - 1 + d_it, with d = log pi - log ref: k3 token by token, as GRPO has it.
+
+    Its *value* is unbiased for the sum of the tokens' KL(pi || ref); its gradient is not that of KL(pi || ref), but
+    near the reference agrees with that of single tokens to first order (arXiv 2510.01555). Arguments as `kl_loss_k2`.
+    """
+    log_ratio = torch.where(mask, logprobs - ref_logprobs.detach(), 0.0)
+    return (torch.expm1(-log_ratio) + log_ratio).sum() / samples
+
+
+KL_LOSSES = {"loss_k2": kl_loss_k2, "loss_k3": kl_loss_k3}

@@ -16,15 +16,21 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> 
     return torch.optim.Adam(parameters, lr=recipe.lr, eps=recipe.adam_eps, foreach=False)
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Rises linearly over `warmup_steps` to the recipe's rate and stays there. `step` counts from 0."""
-    return recipe.lr * min(1.0, (step + 1) / (recipe.warmup_steps + 1))
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Rises linearly over `warmup_steps` to the recipe's rate; then stays, or decays so as to reach 0 after `steps`.
+
+    With p = (step - warmup_steps) / (steps - warmup_steps), from 0 to 1 after the warm-up:
+    linear lr (1 - p), cosine lr (1 + cos(pi p)) / 2. `step` counts from 0.
+    """
+    done = max(0, step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe.lr_decay]
+    return recipe.lr * min(1.0, (step + 1) / (recipe.warmup_steps + 1)) * decay
 
 
 def update(
-    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, loss: float
+    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float
 ) -> tuple[float, bool]:
-    """Clips the gradient and steps. A non-finite loss or gradient is not applied.
+    """Clips the gradient to `max_grad_norm` (0 = off) and steps. A non-finite loss or gradient is not applied.
 
     Returns the gradient's L2 norm before clipping, and whether the step was withheld.
     """
@@ -32,9 +38,9 @@ def update(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not (math.isfinite(loss) and torch.isfinite(norm)):
         return norm.item(), True
-    if recipe.max_grad_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, recipe)
+        group["lr"] = lr
     optimizer.step()
     return norm.item(), False

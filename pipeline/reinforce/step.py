@@ -9,17 +9,32 @@ from transformers import PreTrainedModel
 from pipeline.params import Recipe
 from pipeline.policy.sampling import Rollout
 from pipeline.policy.scoring import score
-from pipeline.reinforce.loss import kl_loss_k2, policy_loss, token_weights
+from pipeline.reinforce.importance import importance_weights
+from pipeline.reinforce.loss import KL_LOSSES, BatchSize, entropy_bonus, policy_loss, token_weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from: n completions, all N of the step or those of one process."""
+
+    rollout: Rollout
+    advantages: Tensor  # [n]
+    counted: Tensor  # [n, T] True = in the loss
+    ref_logprobs: Tensor  # [n, T]
+    size: BatchSize  # of all N
+    kl_coef: float = 0.0
+    old_logprobs: Tensor | None = None  # [n, T] `Gradient.scored` of the batch's first update; None = this is the first
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """What the backward pass leaves besides the gradient itself. N completions of T tokens."""
+    """What the backward pass leaves besides the gradient itself."""
 
     loss: float
-    logprobs: Tensor  # [N, T] of the policy, correctly aligned
-    scored: Tensor  # [N, T] what the loss used: equal to logprobs unless the recipe shifts them
-    entropy: Tensor  # [N, T]
+    logprobs: Tensor  # [n, T] of the policy, correctly aligned, full softmax
+    scored: Tensor  # [n, T] what the loss used: equal to logprobs unless the recipe shifts or truncates them
+    entropy: Tensor  # [n, T]
+    clip_share: float  # of the tokens in the loss, those whose importance ratio was clipped
 
 
 def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
@@ -34,35 +49,44 @@ def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
     return torch.arange(rollout.completions.shape[1], device=longest.device) < longest[:, None]
 
 
-def accumulate_gradient(
-    policy: PreTrainedModel,
-    rollout: Rollout,
-    advantages: Tensor,  # [N]
-    counted: Tensor,  # [N, T] True = in the loss
-    ref_logprobs: Tensor,  # [N, T]
-    recipe: Recipe,
-    micro_batch: int,
-) -> Gradient:
+def accumulate_gradient(policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int) -> Gradient:
     """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`.
 
-    Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient.
+    Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
+    gradients of processes that hold parts of the batch add up to it.
     """
-    weights = token_weights(counted, recipe.aggregation)
-    total, parts = 0.0, []
-    for start in range(0, len(advantages), micro_batch):
+    rollout, clipped, total, parts = batch.rollout, 0, 0.0, []
+    weights = token_weights(batch.counted, recipe.aggregation, batch.size)
+    for start in range(0, len(weights), micro_batch):
         rows = slice(start, start + micro_batch)
         with torch.autocast(weights.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             scores = score(
                 policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
-                recipe.temperature, recipe.alignment,
+                recipe.temperature, recipe.alignment, *truncation(recipe), entropy_gradient=recipe.entropy_coef > 0,
             )  # fmt: skip
-        scored = scores.logprobs if scores.shifted_logprobs is None else scores.shifted_logprobs
-        loss = policy_loss(scored, advantages[rows], weights[rows])
-        if recipe.kl == "loss_k2":
-            mask = rollout.completion_mask[rows]
-            loss = loss + recipe.kl_coef * kl_loss_k2(scores.logprobs, ref_logprobs[rows], mask, len(advantages))
+        factors, advantages = weights[rows], batch.advantages[rows]
+        if recipe.importance != "none":
+            old = scores.scored.detach() if batch.old_logprobs is None else batch.old_logprobs[rows]
+            ratio = importance_weights(
+                scores.scored, old, batch.counted[rows], advantages, recipe.importance, recipe.clip_range
+            )
+            clipped += int((ratio[batch.counted[rows]] == 0).sum())
+            factors = factors * ratio
+        loss = policy_loss(scores.scored, advantages, factors)
+        if recipe.kl in KL_LOSSES:
+            # of what acts: shifted scores are nobody's, and full ones not the truncated sampler's
+            acting = scores.scored if recipe.scoring == "sampler" else scores.logprobs
+            kl_loss, mask = KL_LOSSES[recipe.kl], rollout.completion_mask[rows]
+            loss = loss + batch.kl_coef * kl_loss(acting, batch.ref_logprobs[rows], mask, batch.size.samples)
+        if recipe.entropy_coef > 0:
+            loss = loss - recipe.entropy_coef * entropy_bonus(scores.entropy, weights[rows])
         loss.backward()
         total += loss.item()
-        parts.append((scores.logprobs.detach(), scored.detach(), scores.entropy))
+        parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
     logprobs, scored, entropy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Gradient(total, logprobs, scored, entropy)
+    return Gradient(total, logprobs, scored, entropy, clipped / max(int(batch.counted.sum()), 1))
+
+
+def truncation(recipe: Recipe) -> tuple[int, float]:
+    """(top_k, top_p) of the distribution that the loss scores; (0, 1.0) is the full softmax."""
+    return (recipe.top_k, recipe.top_p) if recipe.scoring == "sampler" else (0, 1.0)

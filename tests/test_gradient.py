@@ -1,0 +1,250 @@
+"""The gradient of one batch: the formula's, whatever the micro-batches, the padding, the order and the processes."""
+
+import functools
+import itertools
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, distributed, multiprocessing
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from pipeline.params import Recipe
+from pipeline.policy.sampling import Rollout
+from pipeline.reinforce.advantages import with_kl_penalty
+from pipeline.reinforce.loss import BatchSize, kl_loss_k2, policy_loss, token_weights
+from pipeline.reinforce.step import Batch, accumulate_gradient, loss_mask
+from tests.enumeration import COEF, random, size_of
+from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
+
+
+def accumulate(
+    model: torch.nn.Module, rollout: Rollout, advantage: Tensor, chosen: object, micro_batch: int, group: int = 1,
+    ref_logprobs: Tensor | None = None,
+) -> float:  # fmt: skip
+    counted = loss_mask(rollout, group, chosen.padding)  # type: ignore[attr-defined]
+    ref = torch.zeros(rollout.completions.shape, dtype=torch.float64) if ref_logprobs is None else ref_logprobs
+    batch = Batch(rollout, advantage, counted, ref, size_of(counted, LONGEST), chosen.kl_coef)  # type: ignore[attr-defined]
+    return accumulate_gradient(model, batch, chosen, micro_batch).loss  # type: ignore[arg-type]
+
+
+GROUP = 2
+LONGEST = 11  # train.max_tokens, longer than any completion here
+RECIPES = {
+    "stable": {},
+    "correct, padding counted": {"padding": "counted"},
+    "shifted": {"alignment": "shifted"},
+    "sequence_mean": {"aggregation": "sequence_mean"},
+    "token_mean": {"aggregation": "token_mean", "temperature": 0.5},
+    "constant_length": {"aggregation": "constant_length"},
+    "loss_k2": {"kl": "loss_k2", "kl_coef": COEF},
+    "loss_k3": {"kl": "loss_k3", "kl_coef": COEF},
+    "entropy bonus": {"entropy_coef": 0.4, "aggregation": "token_mean"},
+    "sampler's distribution": {"scoring": "sampler", "top_k": 3, "top_p": 0.9, "kl": "loss_k2", "kl_coef": COEF},
+    "importance": {"importance": "sequence"},
+    "shifted loss_k2": {"alignment": "shifted", "padding": "counted", "kl": "loss_k2", "kl_coef": COEF},
+}
+
+
+@functools.cache
+def batch() -> tuple[list[list[int]], list[list[int]], Tensor, Tensor]:
+    """Prompts [N], completions [N] (EOS included where they have one), advantages [N], ref_logprobs [N, T]."""
+    prompts = [p for p in token_lists([2, 5, 1], 7) for _ in range(GROUP)]
+    completions = token_lists([4, 1, 2, 6, 3, 3], 7, seed=1)
+    return prompts, [[*c[:-1], 0] if len(c) % 2 else c for c in completions], random(6, seed=2), random(6, 6, seed=3)
+
+
+def rollout_of_batch(order: list[int], wider: int = 0, longer: int = 0, garbage: int = 0) -> Rollout:
+    prompts, completions = batch()[:2]
+    lengths = torch.tensor([len(completions[i]) for i in order])
+    columns = 6 + longer
+    ids = torch.tensor([completions[i] + [0] * (columns - len(completions[i])) for i in order])
+    rollout = rollout_of([prompts[i] for i in order], ids, lengths)
+    if wider:
+        rollout = Rollout(
+            torch.nn.functional.pad(torch.where(rollout.prompt_mask, rollout.prompt_ids, garbage), (wider, 0), value=garbage),
+            torch.nn.functional.pad(rollout.prompt_mask, (wider, 0)),
+            torch.where(rollout.completion_mask, ids, garbage), lengths, rollout.logprobs, rollout.logprobs,
+        )  # fmt: skip
+    return rollout
+
+
+def loss_and_gradient(
+    chosen: object, order: list[int], micro_batch: int, dtype: torch.dtype = torch.float64, **padding: int
+) -> tuple[float, Tensor]:
+    model = tiny_neox(dtype=dtype)
+    ref = torch.nn.functional.pad(batch()[3][order], (0, padding.get("longer", 0)), value=9).to(dtype)
+    loss = accumulate(model, rollout_of_batch(order, **padding), batch()[2][order], chosen, micro_batch, GROUP, ref)
+    return loss, gradient(model)
+
+
+def sampler_logprobs(logits: Tensor, row: list[int], chosen: Recipe) -> Tensor:
+    """[T] under top-k and top-p of transformers; a token that they leave out, which no sampler draws, stays in."""
+    kept = TopPLogitsWarper(chosen.top_p)(None, TopKLogitsWarper(chosen.top_k)(None, logits))
+    token = torch.tensor(row)[:, None]
+    return kept.scatter(1, token, logits.gather(1, token)).log_softmax(-1).gather(1, token).squeeze(1)
+
+
+@pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
+def test_the_gradient_of_a_batch_is_the_formula_s_on_compacted_sequences(changes: dict[str, object]) -> None:
+    """Sequence by sequence, each alone and without padding, loss written out from its definition."""
+    chosen, model, (prompts, completions, advantage, ref) = recipe("stable", **changes), tiny_neox(), batch()
+    longest = [max(map(len, completions[i - i % GROUP : i - i % GROUP + GROUP])) for i in range(6)]
+    ends = longest if chosen.padding == "counted" else list(map(len, completions))
+    loss = torch.zeros((), dtype=torch.float64)
+    for i, end in enumerate(ends):
+        row = completions[i] + [0] * (end - len(completions[i]))
+        logits = plain_logits(model, prompts[i], row) / chosen.temperature
+        logprobs = logits.log_softmax(-1)
+        correct, one_later = (torch.stack([logprobs[t + k, token] for t, token in enumerate(row)]) for k in (0, 1))
+        scored = one_later if chosen.alignment == "shifted" else correct
+        if chosen.scoring == "sampler":
+            correct = scored = sampler_logprobs(logits[:-1], row, chosen)
+        normaliser = {
+            "sequence_sum": 6, "sequence_mean": 6 * end, "token_mean": sum(ends), "constant_length": 6 * LONGEST,
+        }[chosen.aggregation]  # fmt: skip
+        loss = loss - advantage[i] * scored.sum() / normaliser
+        d = (correct - ref[i, :end])[: len(completions[i])]
+        if chosen.kl == "loss_k2":
+            loss = loss + chosen.kl_coef * d.sum() ** 2 / 2 / 6
+        if chosen.kl == "loss_k3":
+            loss = loss + chosen.kl_coef * ((-d).exp() - 1 + d).sum() / 6
+        entropy = torch.distributions.Categorical(logits=logits[:end] * chosen.temperature).entropy()
+        loss = loss - chosen.entropy_coef * entropy.sum() / normaliser
+    loss.backward()
+    measured_loss, measured = loss_and_gradient(chosen, list(range(6)), micro_batch=4)
+    assert measured_loss == pytest.approx(loss.item(), rel=1e-12)
+    assert difference(measured, gradient(model)) < 1e-12
+
+
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
+def test_the_gradient_does_not_move(changes: dict[str, object], dtype: torch.dtype, tolerance: float) -> None:
+    """With the size of the micro-batches, the order of the prompts, the width of the padding or what stands in it."""
+    chosen, order = recipe("stable", **changes), list(range(6))
+    loss, truth = loss_and_gradient(chosen, order, 6, dtype)
+    others = {
+        **{f"micro-batches of {n}": loss_and_gradient(chosen, order, n, dtype) for n in (1, 4, 100)},
+        "order of prompts": loss_and_gradient(chosen, [4, 5, 0, 1, 2, 3], 4, dtype),
+        "columns behind": loss_and_gradient(chosen, order, 6, dtype, longer=3),
+        "columns before": loss_and_gradient(chosen, order, 6, dtype, wider=2),
+    }
+    if chosen.padding == "masked":
+        others["garbage"] = loss_and_gradient(chosen, order, 6, dtype, wider=2, longer=1, garbage=5)
+    for what, (other_loss, measured) in others.items():
+        assert difference(measured, truth) < tolerance, what
+        assert other_loss == pytest.approx(loss, rel=tolerance, abs=tolerance), what
+
+
+def test_gradients_of_two_batches_add_up() -> None:
+    """`accumulate_gradient` adds to what is there, and leaves its inputs alone."""
+    model, chosen, order = tiny_neox(), recipe("stable"), list(range(6))
+    rollout, advantage = rollout_of_batch(order), batch()[2].clone()
+    for _ in range(2):
+        accumulate(model, rollout, advantage, chosen, 4, GROUP)
+    assert difference(gradient(model), 2 * loss_and_gradient(chosen, order, 4)[1]) < 1e-12
+    assert torch.equal(advantage, batch()[2])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=2, max_size=2)), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+def test_batches_of_any_shape(shapes: list[tuple[int, list[int]]], micro_batch: int) -> None:
+    """Prompts and completions of any lengths: the loss is - mean of A sum log pi, one sequence at a time."""
+    prompts = [p for p in token_lists([n for n, _ in shapes], 7) for _ in range(2)]
+    completions = token_lists([n for _, pair in shapes for n in pair], 7, seed=1)
+    model, advantage = tiny_neox(), random(len(prompts), seed=8)
+    triples = zip(prompts, completions, advantage, strict=True)
+    truth = -torch.stack([a * plain_logprobs(model, p, c).sum() for p, c, a in triples]).mean()
+    truth.backward()
+    expected = gradient(model)
+    model.zero_grad()
+    columns = max(map(len, completions))
+    ids = torch.tensor([c + [0] * (columns - len(c)) for c in completions])
+    rollout = rollout_of(prompts, ids, torch.tensor(list(map(len, completions))))
+    assert accumulate(model, rollout, advantage, recipe("stable"), micro_batch) == pytest.approx(
+        truth.item(), rel=1e-10, abs=1e-12
+    )
+    assert difference(gradient(model), expected) < 1e-10
+
+
+ORDER, PARTS = list(range(6)), ([0, 1, 2, 3], [4, 5])  # whole prompts, unequal shares
+
+
+def one_process(rank: int, port: int, results: str) -> None:
+    """Its share of the batch; the batch's size and the gradient are summed over the processes."""
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(PARTS))
+    torch.set_num_threads(1)
+    sums = {}
+    for (name, changes), dtype in itertools.product(RECIPES.items(), (torch.float64, torch.float32)):
+        chosen, rows, model = recipe("stable", **changes), PARTS[rank], tiny_neox(dtype=dtype)
+        rollout = rollout_of_batch(rows)
+        counted = loss_mask(rollout, GROUP, chosen.padding)
+        sizes = torch.tensor([len(rows), int(counted.sum())])
+        distributed.all_reduce(sizes)
+        size = BatchSize(*sizes.tolist(), LONGEST)
+        share = Batch(rollout, batch()[2][rows], counted, batch()[3][rows].to(dtype), size, chosen.kl_coef)
+        accumulate_gradient(model, share, chosen, 3)
+        total = gradient(model)
+        distributed.all_reduce(total)
+        sums[f"{name} {dtype}"] = total
+    if rank == 0:
+        torch.save(sums, results)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_gradient_does_not_move_with_the_number_of_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = str(tmp_path / "sums.pt")
+    multiprocessing.spawn(one_process, (port, results), nprocs=len(PARTS))
+    sums = torch.load(results)
+    for (name, changes), (dtype, tolerance) in itertools.product(RECIPES.items(), TOLERANCES):
+        truth = loss_and_gradient(recipe("stable", **changes), ORDER, 6, dtype)[1]
+        assert difference(sums[f"{name} {dtype}"], truth) < tolerance, name
+
+
+def test_what_is_not_finite_behind_the_end_does_not_reach_the_loss() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+    logprobs = torch.tensor([[-1.0, torch.nan], [-2.0, -3.0]], requires_grad=True)
+    ref = torch.tensor([[-1.5, torch.inf], [-2.0, -1.0]])
+    loss = policy_loss(logprobs, torch.tensor([1.0, 2.0]), token_weights(mask, "sequence_sum", size_of(mask)))
+    assert loss.item() == (1 + 2 * 5) / 2
+    k2 = kl_loss_k2(logprobs, ref, mask, 2)
+    assert k2.item() == (0.5**2 + 2**2) / 2 / 2
+    (loss + k2).backward()
+    assert logprobs.grad is not None
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.5 + 0.25, 0], [-1.0 - 1, -1.0 - 1]]))
+    penalised = with_kl_penalty(torch.tensor([[1.0, 1.0]]), logprobs, ref, mask, 0.5)
+    assert penalised.tolist() == [[1 - 0.5 * 0.5, 1 + 0.5 * 2]]
+    assert not penalised.requires_grad
+
+
+def test_token_weights_by_hand() -> None:
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    truth = {
+        "sequence_sum": [[1 / 2, 0, 0], [1 / 2] * 3],
+        "sequence_mean": [[1 / 2, 0, 0], [1 / 6] * 3],
+        "token_mean": [[1 / 4, 0, 0], [1 / 4] * 3],
+        "constant_length": [[1 / 20, 0, 0], [1 / 20] * 3],
+    }
+    assert {name: token_weights(mask, name, size_of(mask, 10)).tolist() for name in truth} == truth
+
+
+def test_masks_of_the_loss() -> None:
+    """Counted padding reaches to the end of the prompt's own group, no further."""
+    rollout = rollout_of_batch(list(range(6)))
+    lengths = rollout.lengths.tolist()
+    assert loss_mask(rollout, GROUP, "masked").sum(1).tolist() == lengths
+    assert loss_mask(rollout, GROUP, "counted").sum(1).tolist() == [4, 4, 6, 6, 3, 3]
+    assert (loss_mask(rollout, GROUP, "counted").int().diff(dim=1) <= 0).all()  # no holes
