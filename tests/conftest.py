@@ -48,6 +48,14 @@ class Project:
             table[key] = value
         yaml.dump(tree, self.root / "params.yaml")
 
+    def keep_rewards(self, *names: str) -> None:
+        """Drops the other rewards: `evaluate` measures all there are, and the embedding takes its time."""
+        yaml = YAML()
+        tree = yaml.load(self.root / "params.yaml")
+        for name in set(tree["rewards"]) - set(names):
+            del tree["rewards"][name]
+        yaml.dump(tree, self.root / "params.yaml")
+
     def use(self, hub: Hub) -> None:
         self.environment["HF_ENDPOINT"] = hub.url
 
@@ -70,14 +78,29 @@ class Project:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    root = tmp_path / "project"
+    return copy_of_project(tmp_path)
+
+
+def copy_of_project(base: Path) -> Project:
+    root = base / "project"
     for folder in ("pipeline", "custom", "data/pocket"):
         if (ROOT / folder).exists():
             shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "make-state*"))
     shutil.copy(ROOT / "params.yaml", root)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "DVC_"))}
     nowhere = "http://127.0.0.1:9"  # nothing listens here: a stage that asks the hub unbidden fails at once
-    return Project(root, {**kept, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": nowhere})
+    return Project(root, {**kept, "HF_HOME": str(base / "hf"), "HF_ENDPOINT": nowhere})
+
+
+@pytest.fixture
+def torch_as_before() -> Iterator[None]:
+    """For stages that run in this process: they set torch's threads and determinism."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,7 @@ def history(steps: int, collapsed: bool) -> pd.DataFrame:
     table["logprob_gap"] = np.where(collapsed, noisy(9 - 5 * fall, 0.5), np.abs(noisy(3e-6 * np.ones(steps), 1e-6)))
     table["grad_norm"] = np.exp(noisy(0.5 + 7 * fall, 0.2))
     table["lr"] = 1e-4 * np.minimum((t + 1) / 5, 1)
+    table["kl_coef"], table["clip_share"] = 0.05, 0.0
     table["completion_tokens"] = noisy(14 + 2 * rise + 6 * fall, 0.4)
     table["ended_share"] = np.clip(noisy(0.5 - 0.1 * rise - 0.5 * fall, 0.04), 0, 1)
     table["empty_share"] = np.clip(noisy(0.03 * (1 - fall), 0.01), 0, 1)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +86,12 @@ def succeed(project: Project, **environment: str) -> str:
 
 
 @pytest.fixture
-def here(ready: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+def here(ready: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None) -> Project:
     """`ready` as the current directory, for stages that run in this process: quicker, where a process adds nothing."""
     monkeypatch.chdir(ready.root)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    threads = torch.get_num_threads()
-    yield ready
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+    return ready
 
 
 def states(project: Project) -> list[Path]:

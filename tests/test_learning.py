@@ -1,0 +1,52 @@
+"""It learns: the rewards `length` and `words` rise on the pocket model, on every one of five seeds."""
+
+import json
+import shutil
+import sys
+
+import pandas as pd
+import pytest
+
+from pipeline import evaluate, train
+from tests.conftest import Project, copy_of_project
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_tokens": 12, "threads": 1, "checkpoint_every": 100}
+STEPS = {"length": 8, "words": 20}  # a required word has to be said by chance first
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The pocket model and its prompts, cached; `stable` at ten times its rate, so that a few steps suffice."""
+    project = copy_of_project(tmp_path_factory.mktemp("pocket"))
+    for stage in ("prepare", "cache"):
+        done = project.run(stage)
+        assert done.returncode == 0, done.stderr
+    project.edit(recipes__stable__lr=1e-3, **{f"train__{key}": value for key, value in SIZES.items()})
+    project.edit(evaluate__prompts=40, evaluate__bootstrap=100)
+    project.keep_rewards("length", "words")
+    return project
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("reward", ["length", "words"])
+def test_the_held_out_reward_rises_by_three_standard_errors(
+    pocket: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None, reward: str, seed: int
+) -> None:
+    """Over the untouched checkpoint, paired by prompt and random numbers; the standard error is that of prompts."""
+    monkeypatch.chdir(pocket.root)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    for folder in ("data/policy", "reports", ".checkpoints"):
+        shutil.rmtree(folder, ignore_errors=True)
+    pocket.edit(reward=reward, seed=seed, train__steps=STEPS[reward])
+    train.main()
+    evaluate.main()
+    rows = [json.loads(line) for line in (pocket.root / "reports/evaluate/completions.jsonl").read_text().splitlines()]
+    gains = pd.DataFrame(
+        {"prompt": row["prompt"], "gain": row["rewards"][reward][1] - row["rewards"][reward][0]} for row in rows
+    )
+    of_prompts = gains.groupby("prompt")["gain"].mean()
+    assert len(of_prompts) > 30
+    assert of_prompts.mean() > 3 * of_prompts.sem() > 0
