@@ -177,6 +177,7 @@ class Train(Table):
     max_tokens: int = Field(ge=1, le=100_000, description="tokens")
     micro_batch: Count
     checkpoint_every: Count
+    rescored_share: float = Field(gt=0, le=1, description="of a step's prompts")
     threads: int = Field(ge=1, le=4096, description="CPU threads")
     device: Literal["auto", "cpu", "cuda"]
     on_nonfinite: Literal["stop", "skip"]

@@ -18,7 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.diagnostics.metrics import HISTORY_COLUMNS, logprob_gap, policy_metrics, reward_metrics
+from pipeline.diagnostics.metrics import (
+    HISTORY_COLUMNS,
+    logprob_gap,
+    policy_metrics,
+    reference_metrics,
+    reward_metrics,
+    update_metrics,
+)
 from pipeline.diagnostics.text import text_statistics
 from pipeline.errors import UserError, run_stage
 from pipeline.io import checkpoints, provenance, tracking
@@ -33,7 +40,7 @@ from pipeline.io.artifacts import (
     write_jsonl,
 )
 from pipeline.io.history import HistoryFile, Progress
-from pipeline.io.runtime import draw_prompts, set_up, uniforms
+from pipeline.io.runtime import draw_prompts, draw_rescored, set_up, uniforms
 from pipeline.io.workspace import is_committed, root
 from pipeline.params import SELECTORS, Params, Recipe, load
 from pipeline.policy.load import load_policy, load_tokenizer
@@ -48,7 +55,7 @@ from pipeline.reinforce.advantages import (
     with_kl_penalty,
 )
 from pipeline.reinforce.loss import BatchSize
-from pipeline.reinforce.optim import learning_rate, make_optimizer, update
+from pipeline.reinforce.optim import Update, learning_rate, make_optimizer, update
 from pipeline.reinforce.step import Batch, Gradient, accumulate_gradient, loss_mask
 from pipeline.rewards.build import Reward, build_reward
 
@@ -189,9 +196,11 @@ def train_step(
     rewards = rewards.view(-1, group)  # [B, G]
     watch.lap("reward")
 
-    mask = rollout.completion_mask
+    mask, rescored = rollout.completion_mask, rescored_rows(params, step, setting.device)
+    # the KL term needs all completions; without one, a share of the prompts tells how far the policy has gone
+    measured_rows = rescored if recipe.kl == "none" else torch.arange(len(mask), device=setting.device)
     with half_precision(recipe, setting.device):
-        ref_logprobs = score_rollout(setting.reference, rollout, micro_batch, recipe.temperature)
+        ref_logprobs = score_rollout(setting.reference, rollout.take(measured_rows), micro_batch, recipe.temperature)
     penalised, kl_coef = rewards, recipe.kl_coef if run.kl_coef is None else run.kl_coef
     if recipe.kl == "reward_k1":
         acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
@@ -202,17 +211,26 @@ def train_step(
 
     counted = loss_mask(rollout, group, recipe.padding)
     size = BatchSize(len(counted), int(counted.sum()), params.train.max_tokens)
-    batch = Batch(rollout, advantage.flatten(), counted, ref_logprobs, size, kl_coef)
+    batch = Batch(
+        rollout, advantage.flatten(), counted, None if recipe.kl == "none" else ref_logprobs, size, kl_coef
+    )  # fmt: skip
     lr = learning_rate(step, params.train.steps, recipe)
-    gradient, updated = update_on(batch, policy, optimizer, recipe, lr, micro_batch)
+    gradient, updated = update_on(batch, policy, optimizer, recipe, lr, micro_batch, group)
     watch.lap("update")
+
+    part = rollout.take(rescored)
+    with half_precision(recipe, setting.device):
+        after = score_rollout(policy, part, micro_batch, recipe.temperature)
+    watch.lap("rescore")
 
     plain = completion_texts(rollout, setting.tokenizer, "strip", group)
     measured = {
         **reward_metrics(rewards, baseline, advantage),
-        **policy_metrics(gradient.logprobs, ref_logprobs, gradient.entropy, mask),
+        **policy_metrics(gradient.logprobs, gradient.entropy, mask),
+        **reference_metrics(gradient.logprobs[measured_rows], ref_logprobs, mask[measured_rows], group),
+        **update_metrics(gradient.logprobs[rescored], after, mask[rescored], group),
         **text_statistics(plain, completion_tokens(rollout, eos), group),
-        **updated, "step": step, "loss": gradient.loss, "lr": lr, "kl_coef": kl_coef,
+        **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
         "logprob_gap": logprob_gap(rollout.sampler_logprobs, gradient.scored, mask),
         "completion_tokens": rollout.lengths.double().mean().item(),
         "ended_share": rollout.ended(eos).double().mean().item(),
@@ -242,21 +260,29 @@ def outside_baseline(run: Progress, setting: Setting, policy: PreTrainedModel, p
 
 
 def update_on(
-    batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float, micro_batch: int
-) -> tuple[Gradient, dict[str, float]]:
+    batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
+    micro_batch: int, group: int,
+) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
     """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
-    first = None
-    for _ in range(recipe.epochs):
+    gradients: list[Gradient] = []
+    updates: list[Update] = []
+    while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
         optimizer.zero_grad()
-        gradient = accumulate_gradient(policy, batch, recipe, micro_batch)
-        norm, nonfinite = update(policy, optimizer, recipe.max_grad_norm, lr, gradient.loss)
-        if first is None:
-            first, first_norm = gradient, norm
-            batch = dataclasses.replace(batch, old_logprobs=gradient.scored)
-        if nonfinite:
-            break
-    assert first is not None  # epochs is at least 1
-    return first, {"grad_norm": first_norm, "clip_share": gradient.clip_share, "nonfinite": float(nonfinite)}
+        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group))
+        updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss))
+        batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
+    return gradients[0], {
+        "grad_norm": updates[0].grad_norm, "relative_update": updates[0].relative,
+        "clip_share": gradients[-1].clip_share, "nonfinite": float(updates[-1].withheld),
+    }  # fmt: skip
+
+
+def rescored_rows(params: Params, step: int, device: torch.device) -> Tensor:
+    """Indices of the completions that are scored again: all of each of the chosen prompts."""
+    sizes = params.train
+    chosen = draw_rescored(params.seed, step, sizes.prompts_per_step, sizes.rescored_share)
+    group = sizes.samples_per_prompt
+    return torch.tensor([row for b in chosen for row in range(b * group, (b + 1) * group)], device=device)
 
 
 def sample_batch(

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.diagnostics.bootstrap import interval
-from pipeline.diagnostics.metrics import HISTORY_COLUMNS, logprob_gap, policy_metrics, reward_metrics
+from pipeline.diagnostics.metrics import (
+    HISTORY_COLUMNS,
+    logprob_gap,
+    longest_runs,
+    policy_metrics,
+    reference_metrics,
+    reward_metrics,
+    token_mean_error,
+    update_metrics,
+)
 from pipeline.diagnostics.text import (
     distinct_ngrams,
     distinct_share,
@@ -81,7 +90,56 @@ def test_policy_metrics_are_masked_means_of_the_formulas() -> None:
     }
     for filler in (0.0, torch.nan, -torch.inf):  # what stands behind the ends does not matter
         one, two, three = (x.masked_fill(~mask, filler) for x in (logprobs, ref, entropy))
-        assert policy_metrics(one, two, three, mask) == pytest.approx(truth, rel=1e-12)
+        measured = policy_metrics(one, three, mask) | reference_metrics(one, two, mask, 1)
+        assert {name: measured[name] for name in truth} == pytest.approx(truth, rel=1e-12)
+        assert measured["nonfinite_logprobs"] == 0
+        update = update_metrics(one, two, mask, 1)["update_kl"]  # KL(pi || q) on samples of pi, by k3 as well
+        assert update == pytest.approx((np.exp(q - pi) - 1 - (q - pi)).mean(), rel=1e-12)
+
+
+def test_the_kl_of_an_update_has_the_exact_kl_for_mean() -> None:
+    """Every token of a vocabulary, as often as the policy before the update says it."""
+    before, after = random(6, seed=1).log_softmax(0), random(6, seed=2).log_softmax(0)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    values = [
+        update_metrics(b.view(1, 1), a.view(1, 1), one, 1)["update_kl"] for b, a in zip(before, after, strict=True)
+    ]
+    truth = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (before, after)))
+    assert (before.exp() * torch.tensor(values, dtype=torch.float64)).sum().item() == pytest.approx(
+        truth.item(), rel=1e-12
+    )
+
+
+def test_the_standard_error_is_that_of_prompts() -> None:
+    """Completions of one length: that of the prompts' means. Of any length: the spread of the ratio over resamples."""
+    values, full = random(PROMPTS * GROUP, 3, seed=4), torch.ones(PROMPTS * GROUP, 3, dtype=torch.bool)
+    means = pd.Series(values.view(PROMPTS, -1).mean(1).numpy())
+    assert token_mean_error(values, full, GROUP) == pytest.approx(means.sem(), rel=1e-12)
+
+    prompts = 400
+    lengths = torch.randint(1, 7, (prompts * 2,), generator=torch.Generator().manual_seed(0))
+    mask, values = (
+        mask_of(lengths, 6),
+        1 + random(prompts * 2, 6, seed=5) + random(prompts, seed=6).repeat_interleave(2)[:, None],
+    )
+    totals, tokens = ((x * mask).sum(1).view(prompts, 2).sum(1).numpy() for x in (values, torch.ones_like(values)))
+    drawn = np.random.default_rng(0).integers(prompts, size=(4000, prompts))
+    spread = (totals[drawn].sum(1) / tokens[drawn].sum(1)).std()
+    assert token_mean_error(values, mask, 2) == pytest.approx(spread, rel=0.05)
+    assert math.isnan(token_mean_error(values[:2], mask[:2], 2))
+
+
+def test_runs_of_near_certain_tokens_by_hand() -> None:
+    marked = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    assert longest_runs(marked).tolist() == [2, 0, 4, 3]
+    p = torch.tensor([[0.995, 0.999, 0.98, 1.0], [0.5, 0.999, 0.999, 0.999]])
+    mask = mask_of(torch.tensor([4, 2]), 4)  # the second run goes on behind the end
+    assert policy_metrics(p.log(), p, mask)["certain_run"] == (2 + 1) / 2
+
+
+def test_faults_are_counted() -> None:
+    logprobs = torch.tensor([[-1.0, torch.nan], [-torch.inf, -2.0]])
+    assert policy_metrics(logprobs, logprobs, torch.ones(2, 2, dtype=torch.bool))["nonfinite_logprobs"] == 0.5
 
 
 def test_logprob_gap_is_the_largest_difference_of_a_token_that_counts() -> None:
@@ -167,7 +225,9 @@ def test_every_metric_of_a_step_has_a_column() -> None:
     rewards, mask = random(2, 2, seed=0), torch.ones(4, 2, dtype=torch.bool)
     measured = {
         **reward_metrics(rewards, rewards, rewards),
-        **policy_metrics(rewards.view(2, 2), rewards, rewards, mask[:2]),
+        **policy_metrics(rewards, rewards, mask[:2]),
+        **reference_metrics(rewards, rewards, mask[:2], 1),
+        **update_metrics(rewards, rewards, mask[:2], 1),
         **text_statistics(["a"] * 4, [[1]] * 4, 2),
     }
     assert set(measured) <= set(HISTORY_COLUMNS)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import socket
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pipeline.params import Recipe
 from pipeline.policy.sampling import Rollout
 from pipeline.reinforce.advantages import with_kl_penalty
 from pipeline.reinforce.loss import BatchSize, kl_loss_k2, policy_loss, token_weights
-from pipeline.reinforce.step import Batch, accumulate_gradient, loss_mask
+from pipeline.reinforce.step import Batch, accumulate_gradient, loss_mask, signal_to_noise
 from tests.enumeration import COEF, random, size_of
 from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 
@@ -140,6 +141,40 @@ def test_the_gradient_does_not_move(changes: dict[str, object], dtype: torch.dty
     for what, (other_loss, measured) in others.items():
         assert difference(measured, truth) < tolerance, what
         assert other_loss == pytest.approx(loss, rel=tolerance, abs=tolerance), what
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_prompts_gradients() -> None:
+    """A prompt a micro-batch: by the gradients of single prompts, |mean|^2 without its bias over the mean's variance."""
+    chosen, order, prompts = recipe("stable"), list(range(6)), 3
+    model, rows = tiny_neox(), rollout_of_batch(order)
+    whole = Batch(rows, batch()[2], rows.completion_mask, None, size_of(rows.completion_mask))
+    measured = accumulate_gradient(model, whole, chosen, GROUP, GROUP).snr
+    singles = []
+    for b in range(prompts):
+        own = torch.arange(b * GROUP, (b + 1) * GROUP)
+        model.zero_grad()
+        part = rows.take(own)
+        one = Batch(part, batch()[2][own], part.completion_mask, None, BatchSize(GROUP, 1, 1))
+        accumulate_gradient(model, one, chosen, GROUP, GROUP)
+        singles.append(gradient(model))
+    of_mean = torch.stack(singles).var(0).sum() / prompts
+    signal = torch.stack(singles).mean(0).square().sum() - of_mean
+    assert measured == pytest.approx((signal / of_mean).item(), rel=1e-9)
+    for micro_batch in (3, 6, 100):  # half a prompt, or all in one: nothing is independent
+        assert math.isnan(accumulate_gradient(tiny_neox(), whole, chosen, micro_batch, GROUP).snr)
+
+
+def test_signal_and_noise_of_unequal_parts() -> None:
+    """Its two numbers are right on average: many draws of parts with known mean and variance."""
+    sizes, dimensions, draws = [1, 2, 5], 40, 4000
+    g = random(dimensions, seed=1)
+    prompts = g + 2 * random(draws, sum(sizes), dimensions, seed=2)
+    parts = torch.stack([part.sum(1) / sum(sizes) for part in prompts.split(sizes, dim=1)], 1)  # [draws, 3, dimensions]
+    whole, squares = parts.sum(1).square().sum(1), parts.square().sum(2)
+    snrs = [signal_to_noise(w, s, sizes) for w, s in zip(whole.tolist(), squares.tolist(), strict=True)]
+    signals = torch.tensor([snr * w / (1 + snr) for snr, w in zip(snrs, whole.tolist(), strict=True)])
+    assert signals.mean().item() == pytest.approx(g.square().sum().item(), rel=0.05)
+    assert (whole - signals).mean().item() == pytest.approx(4 * dimensions / sum(sizes), rel=0.05)
 
 
 def test_gradients_of_two_batches_add_up() -> None:

@@ -104,12 +104,12 @@ def test_several_updates_on_a_batch_are_ppo_s(level: str) -> None:
         "stable", importance=level, clip_range=0.1, epochs=3, lr=0.01, warmup_steps=0, max_grad_norm=0.0, kl="none"
     )
     ours, theirs = tiny_neox(), tiny_neox()
-    first, updated = update_on(batch(), ours, make_optimizer(ours.parameters(), chosen), chosen, chosen.lr, 2)
+    first, updated = update_on(batch(), ours, make_optimizer(ours.parameters(), chosen), chosen, chosen.lr, 2, 1)
 
     adam = torch.optim.Adam(theirs.parameters(), lr=0.01)
     pairs = list(zip(PROMPTS, COMPLETIONS, strict=True))
     old = [plain_logprobs(theirs, *pair).detach() for pair in pairs]
-    clipped, norms = 0, []
+    clipped, norms, lengths = 0, [], []
     for _ in range(3):
         adam.zero_grad()
         loss, clipped = torch.zeros(()), 0
@@ -121,7 +121,11 @@ def test_several_updates_on_a_batch_are_ppo_s(level: str) -> None:
             clipped += int((cut < raw).sum()) * (len(before) if level == "sequence" else 1)
         loss.backward()
         norms.append(gradient(theirs).norm().item())
+        weights = torch.cat([p.detach().flatten() for p in theirs.parameters()])
         adam.step()
+        moved = torch.cat([p.detach().flatten() for p in theirs.parameters()]) - weights
+        lengths.append((moved.norm() / weights.norm()).item())
+    assert updated.pop("relative_update") == pytest.approx(lengths[0], rel=1e-6)  # of the first update
     assert clipped > 0
     assert updated == {"grad_norm": pytest.approx(norms[0]), "clip_share": clipped / 8, "nonfinite": 0.0}
     for i, before in enumerate(old):
@@ -135,6 +139,6 @@ def test_an_update_that_is_not_finite_ends_the_batch() -> None:
     chosen, model = recipe("stable", importance="token", epochs=3), tiny_neox()
     bad = dataclasses.replace(batch(), advantages=torch.full((3,), torch.inf, dtype=torch.float64))
     before = [p.clone() for p in model.parameters()]
-    _, updated = update_on(bad, model, make_optimizer(model.parameters(), chosen), chosen, 0.1, 2)
+    _, updated = update_on(bad, model, make_optimizer(model.parameters(), chosen), chosen, 0.1, 2, 1)
     assert updated["nonfinite"] == 1.0
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))

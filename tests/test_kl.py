@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diagnostics.metrics import policy_metrics
+from pipeline.diagnostics.metrics import reference_metrics
 from pipeline.reinforce.advantages import adapted_kl_coef
 from pipeline.reinforce.loss import entropy_bonus, kl_loss_k2, kl_loss_k3, token_weights
 from tests.enumeration import COEF, World, reinforce, size_of, world
@@ -94,7 +94,7 @@ def test_the_kl_that_is_reported_has_the_exact_kl_for_mean() -> None:
         one = world(limit)
         p, log_p, log_q = one.p[0].detach(), one.log_p[0].detach(), one.log_q[0]
         seen = [
-            policy_metrics(one.logprobs[0, [k]].detach(), one.ref_logprobs[0, [k]], one.logprobs[0, [k]], one.mask[[k]])
+            reference_metrics(one.logprobs[0, [k]].detach(), one.ref_logprobs[0, [k]], one.mask[[k]], 1)
             for k in range(len(p))
         ]
         mean = sum(chance * row[name] for chance, row in zip(p.tolist(), seen, strict=True))

@@ -166,9 +166,9 @@ def test_the_update_is_adam_s_of_the_notebook(model: PreTrainedModel, rollout: R
             mine.grad = theirs.grad.clone()
         expected_norm = gradient(notebook).norm().item()
         opt.step()
-        norm, withheld = update(policy, ours, NOTEBOOK.max_grad_norm, learning_rate(step, 3, NOTEBOOK), loss=0.0)
-        assert norm == pytest.approx(expected_norm)
-        assert not withheld
+        done = update(policy, ours, NOTEBOOK.max_grad_norm, learning_rate(step, 3, NOTEBOOK), loss=0.0)
+        assert done.grad_norm == pytest.approx(expected_norm)
+        assert not done.withheld
         for mine, theirs in zip(policy.parameters(), notebook.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
 

@@ -19,10 +19,11 @@ from pipeline.report import figures, inputs, page, style
 ROOT = Path(__file__).parents[1]
 COLUMNS = [
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
-    "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
-    "policy_logprob", "logprob_gap", "grad_norm", "lr", "kl_coef", "clip_share", "completion_tokens",
-    "ended_share", "empty_share", "distinct_completions", "distinct_within", "distinct_1", "distinct_2",
-    "repeated_3grams", "top_token_share", "nonfinite",
+    "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_se", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
+    "policy_logprob", "certain_run", "logprob_gap", "grad_norm", "grad_snr", "update_kl", "update_kl_se",
+    "relative_update", "lr", "kl_coef", "clip_share", "completion_tokens", "ended_share", "empty_share",
+    "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
+    "nonfinite", "nonfinite_logprobs",
 ]  # fmt: skip
 EVALUATE = ["mean", "low", "high", "difference", "win_rate", "text", "ref_logprob_per_token"]
 NAMES = ["collapse", "evaluate", "overview", "reward", "variance"]
@@ -58,7 +59,9 @@ def history(steps: int, collapsed: bool) -> pd.DataFrame:
     table["logprob_gap"] = np.where(collapsed, noisy(9 - 5 * fall, 0.5), np.abs(noisy(3e-6 * np.ones(steps), 1e-6)))
     table["grad_norm"] = np.exp(noisy(0.5 + 7 * fall, 0.2))
     table["lr"] = 1e-4 * np.minimum((t + 1) / 5, 1)
-    table["kl_coef"], table["clip_share"] = 0.05, 0.0
+    table["kl_coef"], table["clip_share"], table["nonfinite_logprobs"] = 0.05, 0.0, 0.0
+    table["ref_kl_se"], table["certain_run"], table["grad_snr"] = 0.01, 0.2 + 19 * fall, 0.5
+    table["update_kl"], table["update_kl_se"], table["relative_update"] = 1e-3, 1e-4, 1e-4
     table["completion_tokens"] = noisy(14 + 2 * rise + 6 * fall, 0.4)
     table["ended_share"] = np.clip(noisy(0.5 - 0.1 * rise - 0.5 * fall, 0.04), 0, 1)
     table["empty_share"] = np.clip(noisy(0.03 * (1 - fall), 0.01), 0, 1)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from pipeline.errors import UserError
-from pipeline.io.runtime import draw_prompts, generator, set_up, uniforms
+from pipeline.io.runtime import draw_prompts, draw_rescored, generator, set_up, uniforms
 from pipeline.reinforce.optim import learning_rate, make_optimizer, update
 from tests.models import recipe
 
@@ -107,6 +108,20 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             set_up("cuda", 1)
 
 
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 200), st.floats(0.001, 1))
+def test_a_share_of_the_prompts_is_rescored(step: int, prompts: int, share: float) -> None:
+    chosen = draw_rescored(3, step, prompts, share)
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(range(prompts))
+    assert len(chosen) == max(1, round(share * prompts))
+
+
+def test_every_prompt_s_turn_to_be_rescored_comes() -> None:
+    seen = Counter(place for step in range(400) for place in draw_rescored(0, step, 8, 0.125))
+    assert chisquare([seen[place] for place in range(8)]).pvalue > 0.001
+
+
 # --- optimizer
 
 
@@ -148,9 +163,10 @@ def test_the_rate_decays_as_transformers_schedules_do(decay: str, warmup: int) -
 def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> None:
     """Two weights with gradient 3: norm 3 sqrt 2; clipped to 1, each moves by 1 / sqrt 2."""
     model, sgd = ones(3.0), recipe("stable", optimizer="sgd", lr=1.0, warmup_steps=1, max_grad_norm=limit)
-    norm, withheld = update(model, make_optimizer(model.parameters(), sgd), limit, learning_rate(0, 2, sgd), 0.0)
-    assert norm == pytest.approx(3 * 2**0.5)
-    assert not withheld
+    done = update(model, make_optimizer(model.parameters(), sgd), limit, learning_rate(0, 2, sgd), 0.0)
+    assert done.grad_norm == pytest.approx(3 * 2**0.5)
+    assert done.relative == pytest.approx(moves / 2, rel=1e-5)  # both weights are 1
+    assert not done.withheld
     assert model.weight.flatten().tolist() == pytest.approx([1 - moves / 2] * 2, rel=1e-5)  # half the rate: warm-up
 
 
@@ -160,7 +176,8 @@ def test_what_is_not_finite_is_withheld(grad: float, loss: float, optimizer: str
     chosen = recipe("stable", optimizer=optimizer)
     model = ones(grad)
     made = make_optimizer(model.parameters(), chosen)
-    assert update(model, made, chosen.max_grad_norm, chosen.lr, loss)[1]
+    done = update(model, made, chosen.max_grad_norm, chosen.lr, loss)
+    assert (done.withheld, done.relative) == (True, 0.0)
     assert model.weight.flatten().tolist() == [1, 1]
     assert not made.state  # Adam's moments are as clean as before
 

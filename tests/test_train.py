@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -194,6 +195,29 @@ def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Pro
     ref = row["ref_logprob"] * row["completion_tokens"]
     assert row["baseline"] == pytest.approx(row["reward_mean"] + 0.05 * ref, rel=1e-5)
     assert row["logprob_gap"] == 0.0
+
+
+def test_the_share_of_rescored_prompts_changes_what_is_measured_alone(here: Project) -> None:
+    """And a KL term of nothing, which needs all prompts, measures what a share of one does."""
+    here.edit(recipes__stable__kl="none", train__rescored_share=1.0)
+    train.main()
+    whole, policy = history(here), contents(here)["data/policy/model.safetensors"]
+    forget(here)
+    here.edit(train__rescored_share=0.4)
+    train.main()
+    share = history(here)
+    assert contents(here)["data/policy/model.safetensors"] == policy
+    rescored = {"ref_kl_k1", "ref_kl_se", "ref_kl_k3", "ref_kl_sequence", "ref_logprob", "update_kl", "update_kl_se"}
+    for name in set(whole[0]) - rescored:
+        assert [row[name] for row in share] == pytest.approx([row[name] for row in whole], nan_ok=True), name
+    assert all(row["ref_kl_se"] > 0 for row in whole[1:])
+    assert all(math.isnan(row["ref_kl_se"]) for row in share)  # one of three prompts
+    assert {row["ref_logprob"] for row in share} != {row["ref_logprob"] for row in whole}
+    forget(here)
+    here.edit(recipes__stable__kl="reward_k1", recipes__stable__kl_coef=0.0, train__rescored_share=1.0)
+    train.main()
+    for name in rescored - {"ref_kl_se"}:
+        assert [row[name] for row in history(here)] == pytest.approx([row[name] for row in whole]), name
 
 
 def test_a_batch_can_be_used_for_several_updates(here: Project) -> None:

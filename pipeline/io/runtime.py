@@ -40,6 +40,12 @@ def uniforms(seed: int, step: int, purpose: str, samples: int, tokens: int) -> T
     return torch.rand(samples, tokens, generator=generator(seed, step, purpose), dtype=torch.float64)
 
 
+def draw_rescored(seed: int, step: int, prompts: int, share: float) -> list[int]:
+    """The prompts of a step, by their place in it, whose completions are scored again: at least one, in order."""
+    count = max(1, round(share * prompts))
+    return sorted(torch.randperm(prompts, generator=generator(seed, step, "rescored"))[:count].tolist())
+
+
 def draw_prompts(seed: int, step: int, count: int, available: int, draw: str) -> list[int]:
     """Indices of a step's prompts.
 

@@ -3,6 +3,7 @@
 B prompts, G samples a prompt, N = B * G, P prompt tokens (left-padded), T completion tokens, V vocabulary.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,10 @@ class Rollout:
     def completion_mask(self) -> Tensor:
         """[N, T] True = up to and including the first EOS. From lengths, never from ids: EOS is also the filler."""
         return torch.arange(self.completions.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def take(self, rows: Tensor) -> "Rollout":
+        """The completions at these indices [n]."""
+        return Rollout(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     def ended(self, eos: int) -> Tensor:
         """[N] True = the completion ended by itself, with EOS."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -27,20 +28,31 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.lr * min(1.0, (step + 1) / (recipe.warmup_steps + 1)) * decay
 
 
+@dataclass(frozen=True)
+class Update:
+    """What one step of the optimizer did."""
+
+    grad_norm: float  # L2, before clipping
+    relative: float  # |change of the weights| / |weights|, L2 over all of them
+    withheld: bool  # since loss or gradient were not finite
+
+
 def update(
     policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float
-) -> tuple[float, bool]:
-    """Clips the gradient to `max_grad_norm` (0 = off) and steps. A non-finite loss or gradient is not applied.
-
-    Returns the gradient's L2 norm before clipping, and whether the step was withheld.
-    """
+) -> Update:
+    """Clips the gradient to `max_grad_norm` (0 = off) and steps. A non-finite loss or gradient is not applied."""
     parameters = list(policy.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not (math.isfinite(loss) and torch.isfinite(norm)):
-        return norm.item(), True
+        return Update(norm.item(), 0.0, True)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    before = [p.detach().clone() for p in parameters]
     optimizer.step()
-    return norm.item(), False
+    moved, size = (
+        torch.nn.utils.get_total_norm(tensors).item()
+        for tensors in ([p.detach() - was for p, was in zip(parameters, before, strict=True)], before)
+    )
+    return Update(norm.item(), moved / size, False)

@@ -1,5 +1,6 @@
 """The gradient of one batch, accumulated over micro-batches."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ class Batch:
     rollout: Rollout
     advantages: Tensor  # [n]
     counted: Tensor  # [n, T] True = in the loss
-    ref_logprobs: Tensor  # [n, T]
+    ref_logprobs: Tensor | None  # [n, T]; None where the recipe has no KL term in the loss
     size: BatchSize  # of all N
     kl_coef: float = 0.0
     old_logprobs: Tensor | None = None  # [n, T] `Gradient.scored` of the batch's first update; None = this is the first
@@ -35,6 +36,7 @@ class Gradient:
     scored: Tensor  # [n, T] what the loss used: equal to logprobs unless the recipe shifts or truncates them
     entropy: Tensor  # [n, T]
     clip_share: float  # of the tokens in the loss, those whose importance ratio was clipped
+    snr: float  # see `signal_to_noise`; NaN where the micro-batches do not tell
 
 
 def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
@@ -49,13 +51,18 @@ def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
     return torch.arange(rollout.completions.shape[1], device=longest.device) < longest[:, None]
 
 
-def accumulate_gradient(policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int) -> Gradient:
+def accumulate_gradient(
+    policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1
+) -> Gradient:
     """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`.
 
     Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
-    gradients of processes that hold parts of the batch add up to it.
+    gradients of processes that hold parts of the batch add up to it. `group`, the samples of a prompt, only tells
+    whether micro-batches hold whole prompts.
     """
     rollout, clipped, total, parts = batch.rollout, 0, 0.0, []
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    sums, squares = [p.grad for p in parameters], []
     weights = token_weights(batch.counted, recipe.aggregation, batch.size)
     for start in range(0, len(weights), micro_batch):
         rows = slice(start, start + micro_batch)
@@ -77,14 +84,48 @@ def accumulate_gradient(policy: PreTrainedModel, batch: Batch, recipe: Recipe, m
             # of what acts: shifted scores are nobody's, and full ones not the truncated sampler's
             acting = scores.scored if recipe.scoring == "sampler" else scores.logprobs
             kl_loss, mask = KL_LOSSES[recipe.kl], rollout.completion_mask[rows]
+            assert batch.ref_logprobs is not None
             loss = loss + batch.kl_coef * kl_loss(acting, batch.ref_logprobs[rows], mask, batch.size.samples)
         if recipe.entropy_coef > 0:
             loss = loss - recipe.entropy_coef * entropy_bonus(scores.entropy, weights[rows])
+        for p in parameters:
+            p.grad = None
         loss.backward()
+        squares.append(square_norm([p.grad for p in parameters]))
+        sums = [before if p.grad is None else p.grad if before is None else before.add_(p.grad)
+                for before, p in zip(sums, parameters, strict=True)]  # fmt: skip
         total += loss.item()
         parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
+    for p, gradient in zip(parameters, sums, strict=True):
+        p.grad = gradient
+    sizes = [len(part[0]) for part in parts]
+    snr = signal_to_noise(square_norm(sums), squares, sizes) if micro_batch % group == 0 else math.nan
     logprobs, scored, entropy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Gradient(total, logprobs, scored, entropy, clipped / max(int(batch.counted.sum()), 1))
+    return Gradient(total, logprobs, scored, entropy, clipped / max(int(batch.counted.sum()), 1), snr)
+
+
+def square_norm(gradients: list[Tensor | None]) -> float:
+    """Squared L2 norm of all of them as one vector."""
+    return sum(g.detach().double().square().sum().item() for g in gradients if g is not None)
+
+
+def signal_to_noise(whole: float, parts: list[float], sizes: list[int]) -> float:
+    """Of the batch's gradient G = sum_m G_m over micro-batches m of whole prompts, with shares s_m of the batch.
+
+    The G_m are independent with means s_m g, where g is the expected gradient, so that the products of different ones
+    tell signal from noise (as McCandlish et al., arXiv 1812.06162, appendix A.1, do with two batch sizes):
+
+        |g|^2 = (|G|^2 - sum_m |G_m|^2) / (1 - sum_m s_m^2),    snr = |g|^2 / (|G|^2 - |g|^2)
+
+    Unbiased in numerator and denominator, noisy with few micro-batches, and below zero by chance. whole: |G|^2; parts:
+    |G_m|^2; sizes: samples in each. NaN for a single micro-batch, or without any gradient.
+    """
+    shares = [size / sum(sizes) for size in sizes]
+    rest = 1 - sum(share**2 for share in shares)
+    if len(parts) < 2:
+        return math.nan
+    signal = (whole - sum(parts)) / rest
+    return signal / (whole - signal) if whole != signal else math.nan
 
 
 def truncation(recipe: Recipe) -> tuple[int, float]:
