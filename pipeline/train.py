@@ -4,12 +4,8 @@ Left out of what the field's trainers have: a value network and a replay buffer.
 that it updates, and used for one update, or for several where the recipe weighs them by importance (`epochs`).
 """
 
-import contextlib
 import dataclasses
-import signal
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +37,8 @@ from pipeline.io.artifacts import (
 )
 from pipeline.io.history import HistoryFile, Progress
 from pipeline.io.runtime import draw_prompts, draw_rescored, set_up, uniforms
+from pipeline.io.signals import caught_signals
+from pipeline.io.stopwatch import Stopwatch, timing_row
 from pipeline.io.workspace import is_committed, root
 from pipeline.params import SELECTORS, Params, Recipe, load
 from pipeline.policy.load import load_policy, load_tokenizer
@@ -55,8 +53,8 @@ from pipeline.reinforce.advantages import (
     with_kl_penalty,
 )
 from pipeline.reinforce.loss import BatchSize
-from pipeline.reinforce.optim import Update, learning_rate, make_optimizer, update
-from pipeline.reinforce.step import Batch, Gradient, accumulate_gradient, loss_mask
+from pipeline.reinforce.optim import learning_rate, make_optimizer
+from pipeline.reinforce.step import Batch, loss_mask, update_on
 from pipeline.rewards.build import Reward, build_reward
 
 PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
@@ -78,21 +76,6 @@ class Setting:
     @property
     def eos(self) -> int:
         return self.tokenizer.eos_token_id
-
-
-class Stopwatch:
-    """Seconds by phase of one step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # kernels run on after the call that starts them
-        now = time.perf_counter()
-        self.seconds[f"seconds_{phase}"] = now - self.last
-        self.last = now
 
 
 def main() -> None:
@@ -259,24 +242,6 @@ def outside_baseline(run: Progress, setting: Setting, policy: PreTrainedModel, p
     return torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
 
 
-def update_on(
-    batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
-    micro_batch: int, group: int,
-) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
-    """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
-    gradients: list[Gradient] = []
-    updates: list[Update] = []
-    while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
-        optimizer.zero_grad()
-        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group))
-        updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss))
-        batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
-    return gradients[0], {
-        "grad_norm": updates[0].grad_norm, "relative_update": updates[0].relative,
-        "clip_share": gradients[-1].clip_share, "nonfinite": float(updates[-1].withheld),
-    }  # fmt: skip
-
-
 def rescored_rows(params: Params, step: int, device: torch.device) -> Tensor:
     """Indices of the completions that are scored again: all of each of the chosen prompts."""
     sizes = params.train
@@ -323,19 +288,6 @@ def sample_rows(
     return rows
 
 
-def timing_row(seconds: dict[str, float], samples: int, device: torch.device) -> dict[str, float]:
-    """Phase times, throughput and peak memory of a step; for the tracker only, never in a hashed file."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    total = sum(seconds.values())
-    now = int(time.time() * 1000)
-    return {"timestamp_ms": now, **seconds, "samples_per_second": samples / total, "peak_memory_mb": peak}
-
-
 def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Progress:
     state = checkpoints.load(folder)
     if state is None:
@@ -351,24 +303,6 @@ def keep(folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.
     checkpoints.save(folder, run.step, state)
     rows = [{"step": step, **timing} for step, timing in enumerate(run.timings)]
     checkpoints.write_timings(folder, rows)
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        print("stopping after this step; once more stops at once", file=sys.stderr)
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def write_outputs(

@@ -12,8 +12,7 @@ from pipeline.reinforce.advantages import BASELINES, advantages
 from pipeline.reinforce.importance import importance_weights
 from pipeline.reinforce.loss import policy_loss, token_weights
 from pipeline.reinforce.optim import make_optimizer
-from pipeline.reinforce.step import Batch, accumulate_gradient
-from pipeline.train import update_on
+from pipeline.reinforce.step import Batch, accumulate_gradient, update_on
 from tests.enumeration import random, size_of, world
 from tests.models import difference, gradient, mask_of, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 

@@ -1,5 +1,6 @@
 """The gradient of one batch, accumulated over micro-batches."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from pipeline.policy.sampling import Rollout
 from pipeline.policy.scoring import score
 from pipeline.reinforce.importance import importance_weights
 from pipeline.reinforce.loss import KL_LOSSES, BatchSize, entropy_bonus, policy_loss, token_weights
+from pipeline.reinforce.optim import Update, update
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,24 @@ def accumulate_gradient(
     snr = signal_to_noise(square_norm(sums), squares, sizes) if micro_batch % group == 0 else math.nan
     logprobs, scored, entropy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Gradient(total, logprobs, scored, entropy, clipped / max(int(batch.counted.sum()), 1), snr)
+
+
+def update_on(
+    batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
+    micro_batch: int, group: int,
+) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
+    """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
+    gradients: list[Gradient] = []
+    updates: list[Update] = []
+    while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
+        optimizer.zero_grad()
+        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group))
+        updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss))
+        batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
+    return gradients[0], {
+        "grad_norm": updates[0].grad_norm, "relative_update": updates[0].relative,
+        "clip_share": gradients[-1].clip_share, "nonfinite": float(updates[-1].withheld),
+    }  # fmt: skip
 
 
 def square_norm(gradients: list[Tensor | None]) -> float:
