@@ -67,7 +67,6 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("length_limit=total",),
         ("special_tokens=keep",),
         ("train.prompts_per_step=2",),
-        ("precision=bfloat16",),
     ),
     "clean": (
         ("lr=0.0001",),
@@ -77,6 +76,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("padding=masked",),
         ("warmup_steps=10",),
         ("baseline=none",),
+        ("lr=0.0001", "train.steps=90"),  # as far as lr 0.0003 goes in 30
     ),
 }
 
@@ -207,8 +207,8 @@ def verdict(start: str, base: pd.DataFrame, variant: pd.DataFrame) -> str:
             found = "contributes"
         else:
             found = "harmless"
-    elif not there.all():
-        return "the start does not collapse on every seed"
+    elif there.mean() <= 0.5:
+        return "not decided: the start does not collapse on most seeds"
     elif not here.any():
         found = "causes"
     elif not here.all() or (gap >= size and gap > 2 * error) or variant["onset"].mean() >= 2 * base["onset"].mean():

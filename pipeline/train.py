@@ -185,10 +185,10 @@ def train_step(
     with half_precision(recipe, setting.device):
         ref_logprobs = score_rollout(setting.reference, rollout.take(measured_rows), micro_batch, recipe.temperature)
     penalised, kl_coef = rewards, recipe.kl_coef if run.kl_coef is None else run.kl_coef
+    acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
     if recipe.kl == "reward_k1":
-        acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
         penalised = with_kl_penalty(rewards, acting, ref_logprobs, mask, kl_coef)
-    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, policy, drawn_prompts))
+    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, policy, drawn_prompts, kl_coef))
     advantage = advantages(penalised, baseline, recipe.advantage_norm)
     watch.lap("reference")
 
@@ -224,12 +224,15 @@ def train_step(
     if recipe.baseline == "running":
         run.running_mean = next_running_mean(run.running_mean, penalised, recipe.baseline_decay)
     if recipe.kl_target > 0:
-        run.kl_coef = adapted_kl_coef(kl_coef, measured["ref_kl_sequence"], recipe.kl_target)
+        kl = torch.where(mask, acting - ref_logprobs, 0.0).sum(1).mean().item()
+        run.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target)
     watch.lap("diagnostics")
     run.timings.append(timing_row(watch.seconds, len(prompts), setting.device))
 
 
-def outside_baseline(run: Progress, setting: Setting, policy: PreTrainedModel, prompts: list[str]) -> Tensor | None:
+def outside_baseline(
+    run: Progress, setting: Setting, policy: PreTrainedModel, prompts: list[str], kl_coef: float
+) -> Tensor | None:
     """What the recipe's baseline needs to know beyond the batch's own rewards; prompts [B]."""
     recipe = setting.params.selected("recipe")
     if recipe.baseline == "running" and run.running_mean is not None:
@@ -239,7 +242,15 @@ def outside_baseline(run: Progress, setting: Setting, policy: PreTrainedModel, p
     noise = torch.zeros(len(prompts), setting.params.train.max_tokens, dtype=torch.float64)
     rollout = sample_batch(prompts, setting, policy, noise, top_k=1, top_p=1.0)
     completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, 1)
-    return torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
+    rewards = torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
+    if recipe.kl == "reward_k1":  # what the samples are judged by; the penalty would else stay in every advantage
+        with half_precision(recipe, setting.device):
+            ref_logprobs = score_rollout(
+                setting.reference, rollout, setting.params.train.micro_batch, recipe.temperature
+            )
+        mask = rollout.completion_mask
+        rewards = with_kl_penalty(rewards[:, None], rollout.logprobs, ref_logprobs, mask, kl_coef).squeeze(1)
+    return rewards
 
 
 def rescored_rows(params: Params, step: int, device: torch.device) -> Tensor:

@@ -24,11 +24,11 @@ from tests.models import difference, gradient, plain_logits, plain_logprobs, rec
 
 def accumulate(
     model: torch.nn.Module, rollout: Rollout, advantage: Tensor, chosen: object, micro_batch: int, group: int = 1,
-    ref_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None, old_logprobs: Tensor | None = None,
 ) -> float:  # fmt: skip
     counted = loss_mask(rollout, group, chosen.padding)  # type: ignore[attr-defined]
     ref = torch.zeros(rollout.completions.shape, dtype=torch.float64) if ref_logprobs is None else ref_logprobs
-    batch = Batch(rollout, advantage, counted, ref, size_of(counted, LONGEST), chosen.kl_coef)  # type: ignore[attr-defined]
+    batch = Batch(rollout, advantage, counted, ref, size_of(counted, LONGEST), chosen.kl_coef, old_logprobs)  # type: ignore[attr-defined]
     return accumulate_gradient(model, batch, chosen, micro_batch).loss  # type: ignore[arg-type]
 
 
@@ -44,18 +44,29 @@ RECIPES = {
     "loss_k2": {"kl": "loss_k2", "kl_coef": COEF},
     "loss_k3": {"kl": "loss_k3", "kl_coef": COEF},
     "entropy bonus": {"entropy_coef": 0.4, "aggregation": "token_mean"},
+    "entropy bonus, padding counted": {"entropy_coef": 0.4, "padding": "counted"},
     "sampler's distribution": {"scoring": "sampler", "top_k": 3, "top_p": 0.9, "kl": "loss_k2", "kl_coef": COEF},
+    "sampler's distribution, k3": {"scoring": "sampler", "top_k": 3, "kl": "loss_k3", "kl_coef": COEF},
     "importance": {"importance": "sequence"},
+    "importance, padding counted": {"importance": "sequence", "padding": "counted"},
+    "importance of tokens, clipped": {"importance": "token", "clip_range": 0.2},
     "shifted loss_k2": {"alignment": "shifted", "padding": "counted", "kl": "loss_k2", "kl_coef": COEF},
 }
 
 
 @functools.cache
-def batch() -> tuple[list[list[int]], list[list[int]], Tensor, Tensor]:
-    """Prompts [N], completions [N] (EOS included where they have one), advantages [N], ref_logprobs [N, T]."""
+def batch() -> tuple[list[list[int]], list[list[int]], Tensor, Tensor, Tensor]:
+    """Prompts [N], completions [N] (EOS included where they have one), advantages [N], ref_logprobs and those of the
+    policy that sampled [N, T]."""
     prompts = [p for p in token_lists([2, 5, 1], 7) for _ in range(GROUP)]
     completions = token_lists([4, 1, 2, 6, 3, 3], 7, seed=1)
-    return prompts, [[*c[:-1], 0] if len(c) % 2 else c for c in completions], random(6, seed=2), random(6, 6, seed=3)
+    return (
+        prompts,
+        [[*c[:-1], 0] if len(c) % 2 else c for c in completions],
+        random(6, seed=2),
+        random(6, 6, seed=3),
+        random(6, 6, seed=4) - 2,
+    )
 
 
 def rollout_of_batch(order: list[int], wider: int = 0, longer: int = 0, garbage: int = 0) -> Rollout:
@@ -77,9 +88,20 @@ def loss_and_gradient(
     chosen: object, order: list[int], micro_batch: int, dtype: torch.dtype = torch.float64, **padding: int
 ) -> tuple[float, Tensor]:
     model = tiny_neox(dtype=dtype)
-    ref = torch.nn.functional.pad(batch()[3][order], (0, padding.get("longer", 0)), value=9).to(dtype)
-    loss = accumulate(model, rollout_of_batch(order, **padding), batch()[2][order], chosen, micro_batch, GROUP, ref)
+    longer = (0, padding.get("longer", 0))
+    ref, old = (torch.nn.functional.pad(x[order], longer, value=9).to(dtype) for x in batch()[3:])
+    rollout = rollout_of_batch(order, **padding)
+    loss = accumulate(model, rollout, batch()[2][order], chosen, micro_batch, GROUP, ref, old)
     return loss, gradient(model)
+
+
+def ratio_times_score(scored: Tensor, old: Tensor, n: int, advantage: Tensor, chosen: Recipe) -> Tensor:
+    """[end] each term as often as its ratio says, over the completion's own n tokens; 0 where PPO cuts it."""
+    ratios = (scored[:n] - old[:n]).detach().exp()
+    if chosen.importance == "sequence":
+        return ratios.prod() * scored
+    beyond = (ratios - 1) * advantage.sign() > chosen.clip_range
+    return torch.cat([torch.where(beyond, 0.0, ratios) * scored[:n], scored[n:]])
 
 
 def sampler_logprobs(logits: Tensor, row: list[int], chosen: Recipe) -> Tensor:
@@ -92,7 +114,7 @@ def sampler_logprobs(logits: Tensor, row: list[int], chosen: Recipe) -> Tensor:
 @pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
 def test_the_gradient_of_a_batch_is_the_formula_s_on_compacted_sequences(changes: dict[str, object]) -> None:
     """Sequence by sequence, each alone and without padding, loss written out from its definition."""
-    chosen, model, (prompts, completions, advantage, ref) = recipe("stable", **changes), tiny_neox(), batch()
+    chosen, model, (prompts, completions, advantage, ref, old) = recipe("stable", **changes), tiny_neox(), batch()
     longest = [max(map(len, completions[i - i % GROUP : i - i % GROUP + GROUP])) for i in range(6)]
     ends = longest if chosen.padding == "counted" else list(map(len, completions))
     loss = torch.zeros((), dtype=torch.float64)
@@ -107,13 +129,17 @@ def test_the_gradient_of_a_batch_is_the_formula_s_on_compacted_sequences(changes
         normaliser = {
             "sequence_sum": 6, "sequence_mean": 6 * end, "token_mean": sum(ends), "constant_length": 6 * LONGEST,
         }[chosen.aggregation]  # fmt: skip
-        loss = loss - advantage[i] * scored.sum() / normaliser
-        d = (correct - ref[i, :end])[: len(completions[i])]
+        n = len(completions[i])
+        surrogate = scored
+        if chosen.importance != "none":
+            surrogate = ratio_times_score(scored, old[i], n, advantage[i], chosen)
+        loss = loss - advantage[i] * surrogate.sum() / normaliser
+        d = correct[:n] - ref[i, :n]
         if chosen.kl == "loss_k2":
             loss = loss + chosen.kl_coef * d.sum() ** 2 / 2 / 6
         if chosen.kl == "loss_k3":
             loss = loss + chosen.kl_coef * ((-d).exp() - 1 + d).sum() / 6
-        entropy = torch.distributions.Categorical(logits=logits[:end] * chosen.temperature).entropy()
+        entropy = torch.distributions.Categorical(logits=logits[:n] * chosen.temperature).entropy()
         loss = loss - chosen.entropy_coef * entropy.sum() / normaliser
     loss.backward()
     measured_loss, measured = loss_and_gradient(chosen, list(range(6)), micro_batch=4)
@@ -226,7 +252,8 @@ def one_process(rank: int, port: int, results: str) -> None:
         sizes = torch.tensor([len(rows), int(counted.sum())])
         distributed.all_reduce(sizes)
         size = BatchSize(*sizes.tolist(), LONGEST)
-        share = Batch(rollout, batch()[2][rows], counted, batch()[3][rows].to(dtype), size, chosen.kl_coef)
+        ref, old = (x[rows].to(dtype) for x in batch()[3:])
+        share = Batch(rollout, batch()[2][rows], counted, ref, size, chosen.kl_coef, old)
         accumulate_gradient(model, share, chosen, 3)
         total = gradient(model)
         distributed.all_reduce(total)

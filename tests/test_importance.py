@@ -24,7 +24,8 @@ def test_whole_completions_weighed_by_their_ratio_are_unbiased(level: str, limit
 
     def loss(rewards: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         advantage = advantages(rewards, BASELINES["none"](rewards), "none").flatten()
-        ratio = importance_weights(logprobs, old_logprobs, mask, advantage, level, clip_range=0.0)
+        ratio, cut = importance_weights(logprobs, old_logprobs, mask, advantage, level, clip_range=0.0)
+        assert not cut.any()
         return policy_loss(logprobs, advantage, token_weights(mask, "sequence_sum", size_of(mask)) * ratio)
 
     measured, truth = world(limit).expected(loss, 1, sampled_by="reference"), -world(limit).policy_gradient()
@@ -41,14 +42,16 @@ def test_weights_by_hand() -> None:
     advantage = torch.tensor([1.0, -1.0])
 
     def weights(level: str, clip_range: float) -> list[list[float]]:
-        measured = importance_weights(new, old, mask, advantage, level, clip_range)
-        return torch.where(mask, measured, 0.0).round(decimals=12).tolist()
+        ratio, cut = importance_weights(new, old, mask, advantage, level, clip_range)
+        return ratio.masked_fill(cut, 0.0).round(decimals=12).tolist()
 
-    assert weights("token", 0.0) == [[2, 0.5, 3], [0.5, 1, 0]]
-    assert weights("sequence", 0.0) == [[3, 3, 3], [0.5, 0.5, 0]]
-    assert weights("token", 0.2) == [[0, 0.5, 0], [0, 1, 0]]  # pulled up from above, pushed down from below
+    assert weights("token", 0.0) == [[2, 0.5, 3], [0.5, 1, 1]]  # behind the end, 1
+    assert weights("sequence", 0.0) == [[3, 3, 3], [0.5, 0.5, 0.5]]
+    assert weights("token", 0.2) == [[0, 0.5, 0], [0, 1, 1]]  # pulled up from above, pushed down from below
     assert weights("sequence", 0.2) == [[0, 0, 0], [0, 0, 0]]
-    assert weights("sequence", 2.5) == [[3, 3, 3], [0.5, 0.5, 0]]
+    assert weights("sequence", 2.5) == [[3, 3, 3], [0.5, 0.5, 0.5]]
+    _, cut = importance_weights(new, old, mask, torch.zeros(2), "token", 0.2)
+    assert not cut.any()  # an advantage of zero pulls nowhere
 
 
 @settings(deadline=None, max_examples=50)
@@ -66,9 +69,9 @@ def test_the_gradient_is_that_of_ppo_s_clipped_surrogate(seed: int, level: str, 
     )
     loss = -(surrogate.squeeze(1) if level == "sequence" else (surrogate * mask).sum(1)).sum() / 3
     truth = torch.autograd.grad(loss, new)[0]
-    factors = importance_weights(new, old, mask, advantage, level, clip_range)
+    factors, cut = importance_weights(new, old, mask, advantage, level, clip_range)
     assert not factors.requires_grad
-    weights = token_weights(mask, "sequence_sum", size_of(mask)) * factors
+    weights = token_weights(mask, "sequence_sum", size_of(mask)) * factors.masked_fill(cut, 0.0)
     measured = torch.autograd.grad(policy_loss(new, advantage, weights), new, allow_unused=True)[0]
     torch.testing.assert_close(measured, truth, rtol=1e-10, atol=1e-12)
 

@@ -187,6 +187,23 @@ def test_the_greedy_baseline_is_the_reward_of_transformers_greedy_completion(her
     assert history(here)[0]["baseline"] == pytest.approx(sum(-abs(n - 40) for n in lengths) / 3)
 
 
+def test_the_greedy_completion_is_penalised_as_the_samples_are(here: Project) -> None:
+    """A sampler of one token samples the greedy completion itself: reward and penalty are the baseline's."""
+    here.edit(recipes__stable__baseline="greedy", recipes__stable__top_k=1, train__steps=3)
+    train.main()
+    assert all(row["advantage_std"] < 1e-5 for row in history(here))
+    assert history(here)[2]["ref_kl_sequence"] != 0
+
+
+def test_the_coefficient_adapts_to_the_kl_that_is_penalised(here: Project) -> None:
+    """Of the truncated sampler, not of the full softmax, which at step 0 is the reference's own."""
+    here.edit(recipes__stable__top_k=1, recipes__stable__scoring="sampler", recipes__stable__kl_target=1.0)
+    train.main()
+    rows = history(here)
+    assert abs(rows[0]["ref_kl_sequence"]) < 1e-4
+    assert rows[1]["kl_coef"] == pytest.approx(0.05 * 1.02)
+
+
 def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Project) -> None:
     """A sampler of one token is certain of it: its log-ratio is minus the reference's log-likelihood, nothing else."""
     here.edit(recipes__stable__top_k=1, recipes__stable__scoring="sampler", train__steps=1)

@@ -50,9 +50,14 @@ def greedy_reward(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     return outside.to(rewards)[:, None].expand_as(rewards)
 
 
-def next_running_mean(before: float | None, rewards: Tensor, decay: float) -> float:
-    """decay * before + (1 - decay) * mean of this step's rewards; that mean itself at the first step."""
+def next_running_mean(before: float | None, rewards: Tensor, decay: float) -> float | None:
+    """decay * before + (1 - decay) * mean of this step's rewards; that mean itself at the first step.
+
+    Rewards that are not finite, as a penalty with a diverged policy can make them, leave it as it is.
+    """
     mean = rewards.mean().item()
+    if not math.isfinite(mean):
+        return before
     return mean if before is None else decay * before + (1 - decay) * mean
 
 

@@ -7,26 +7,24 @@ from torch import Tensor
 def importance_weights(
     logprobs: Tensor,  # [n, T] of the policy now
     old_logprobs: Tensor,  # [n, T] of the policy that sampled
-    mask: Tensor,  # [n, T] True = in the loss
+    mask: Tensor,  # [n, T] True = a token of the completion; elsewhere token ratios are 1
     advantages: Tensor,  # [n]
     level: str,
     clip_range: float,
-) -> Tensor:
-    """Factors [n, T], without gradient, on the tokens' terms of the loss.
+) -> tuple[Tensor, Tensor]:
+    """Ratios [n, T] on the tokens' terms of the loss, without gradient, and where they are clipped to 0 [n, T].
 
     token     r_it = pi(y_it) / old(y_it), each token for itself (PPO; Schulman et al., arXiv 1707.06347)
     sequence  r_i = prod_t r_it, of whole completions: unbiased without clipping; its variance grows with the length
 
-    With clip_range = c > 0 a factor is 0 where the ratio has left [1 - c, 1 + c] on the side to which the advantage
-    pulls: sum_t w A factor grad log pi is then the gradient of PPO's min(r A, clip(r, 1 - c, 1 + c) A), since
+    With clip_range = c > 0 a term is cut where its ratio has left [1 - c, 1 + c] on the side to which the advantage
+    pulls: sum_t w A ratio grad log pi over the others is the gradient of PPO's min(r A, clip(r, 1 - c, 1 + c) A), since
     grad r = r grad log pi.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).detach()
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
-    ratio = log_ratio.exp()
+    ratio, pull = log_ratio.exp(), advantages.detach()[:, None]
     if clip_range == 0:
-        return ratio
-    rising = advantages.detach()[:, None] > 0
-    outside = torch.where(rising, ratio > 1 + clip_range, ratio < 1 - clip_range)
-    return ratio.masked_fill(outside, 0.0)
+        return ratio, torch.zeros_like(mask)
+    return ratio, ((pull > 0) & (ratio > 1 + clip_range)) | ((pull < 0) & (ratio < 1 - clip_range))

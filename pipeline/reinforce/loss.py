@@ -74,7 +74,9 @@ def kl_loss_k2(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, samples: in
 
 
 def kl_loss_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, samples: int) -> Tensor:
-    """(1 / N) sum_it exp(-d_it) - 1 + d_it, with d = log pi - log ref: k3 token by token, as GRPO has it.
+    """(1 / N) sum_it exp(-d_it) - 1 + d_it, with d = log pi - log ref: k3 token by token.
+
+    GRPO's (arXiv 2402.03300), but for its mean over each completion's tokens, where this is their sum.
 
     Its *value* is unbiased for the sum of the tokens' KL(pi || ref); its gradient is not that of KL(pi || ref), but
     near the reference agrees with that of single tokens to first order (arXiv 2510.01555). Arguments as `kl_loss_k2`.

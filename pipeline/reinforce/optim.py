@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pipeline.params import Recipe
 
@@ -21,7 +22,7 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     """Rises linearly over `warmup_steps` to the recipe's rate; then stays, or decays so as to reach 0 after `steps`.
 
     With p = (step - warmup_steps) / (steps - warmup_steps), from 0 to 1 after the warm-up:
-    linear lr (1 - p), cosine lr (1 + cos(pi p)) / 2. `step` counts from 0.
+    linear lr (1 - p), cosine lr (1 + cos(pi p)) / 2. `step` counts from 0; the last is steps - 1, so still above 0.
     """
     done = max(0, step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
     decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe.lr_decay]
@@ -50,9 +51,14 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     before = [p.detach().clone() for p in parameters]
+    size = square_norm(before)
     optimizer.step()
-    moved, size = (
-        torch.nn.utils.get_total_norm(tensors).item()
-        for tensors in ([p.detach() - was for p, was in zip(parameters, before, strict=True)], before)
-    )
-    return Update(norm.item(), moved / size, False)
+    for was, p in zip(before, parameters, strict=True):
+        was.sub_(p.detach())
+    return Update(norm.item(), (square_norm(before) / size) ** 0.5, False)
+
+
+def square_norm(tensors: Iterable[Tensor | None]) -> float:
+    """Squared L2 norm of all of them as one vector; rows in their own precision, their sum in float64."""
+    rows = [torch.linalg.vector_norm(x, dim=-1).double().square().sum() for x in tensors if x is not None]
+    return torch.stack(rows).sum().item() if rows else 0.0

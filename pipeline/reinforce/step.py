@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from pipeline.params import Recipe
 from pipeline.policy.sampling import Rollout
-from pipeline.policy.scoring import score
+from pipeline.policy.scoring import Scores, score
 from pipeline.reinforce.importance import importance_weights
 from pipeline.reinforce.loss import KL_LOSSES, BatchSize, entropy_bonus, policy_loss, token_weights
-from pipeline.reinforce.optim import Update, update
+from pipeline.reinforce.optim import Update, square_norm, update
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Batch:
     rollout: Rollout
     advantages: Tensor  # [n]
     counted: Tensor  # [n, T] True = in the loss
-    ref_logprobs: Tensor | None  # [n, T]; None where the recipe has no KL term in the loss
+    ref_logprobs: Tensor | None  # [n, T]; not needed without a KL term in the loss
     size: BatchSize  # of all N
     kl_coef: float = 0.0
     old_logprobs: Tensor | None = None  # [n, T] `Gradient.scored` of the batch's first update; None = this is the first
@@ -56,16 +56,18 @@ def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
 def accumulate_gradient(
     policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1
 ) -> Gradient:
-    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`.
+    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad` (empty, for the ratio to be right).
 
     Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
     gradients of processes that hold parts of the batch add up to it. `group`, the samples of a prompt, only tells
     whether micro-batches hold whole prompts.
     """
-    rollout, clipped, total, parts = batch.rollout, 0, 0.0, []
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    sums, squares = [p.grad for p in parameters], []
+    rollout, total, clipped, parts = batch.rollout, 0.0, 0, []
     weights = token_weights(batch.counted, recipe.aggregation, batch.size)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    # the ratio needs the gradient of each micro-batch by itself: one more copy of it, only where it can tell something
+    apart = len(weights) > micro_batch and micro_batch % group == 0
+    sums, squares = [p.grad for p in parameters], []
     for start in range(0, len(weights), micro_batch):
         rows = slice(start, start + micro_batch)
         with torch.autocast(weights.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
@@ -73,37 +75,56 @@ def accumulate_gradient(
                 policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
                 recipe.temperature, recipe.alignment, *truncation(recipe), entropy_gradient=recipe.entropy_coef > 0,
             )  # fmt: skip
-        factors, advantages = weights[rows], batch.advantages[rows]
-        if recipe.importance != "none":
-            old = scores.scored.detach() if batch.old_logprobs is None else batch.old_logprobs[rows]
-            ratio = importance_weights(
-                scores.scored, old, batch.counted[rows], advantages, recipe.importance, recipe.clip_range
-            )
-            clipped += int((ratio[batch.counted[rows]] == 0).sum())
-            factors = factors * ratio
-        loss = policy_loss(scores.scored, advantages, factors)
-        if recipe.kl in KL_LOSSES:
-            # of what acts: shifted scores are nobody's, and full ones not the truncated sampler's
-            acting = scores.scored if recipe.scoring == "sampler" else scores.logprobs
-            kl_loss, mask = KL_LOSSES[recipe.kl], rollout.completion_mask[rows]
-            assert batch.ref_logprobs is not None
-            loss = loss + batch.kl_coef * kl_loss(acting, batch.ref_logprobs[rows], mask, batch.size.samples)
-        if recipe.entropy_coef > 0:
-            loss = loss - recipe.entropy_coef * entropy_bonus(scores.entropy, weights[rows])
-        for p in parameters:
-            p.grad = None
+        loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
+        if apart:
+            for p in parameters:
+                p.grad = None
         loss.backward()
-        squares.append(square_norm([p.grad for p in parameters]))
-        sums = [before if p.grad is None else p.grad if before is None else before.add_(p.grad)
-                for before, p in zip(sums, parameters, strict=True)]  # fmt: skip
+        if apart:
+            squares.append(square_norm([p.grad for p in parameters]))
+            sums = [_added(before, p.grad) for before, p in zip(sums, parameters, strict=True)]
         total += loss.item()
+        clipped += cut
         parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
-    for p, gradient in zip(parameters, sums, strict=True):
-        p.grad = gradient
-    sizes = [len(part[0]) for part in parts]
-    snr = signal_to_noise(square_norm(sums), squares, sizes) if micro_batch % group == 0 else math.nan
+    snr = math.nan
+    if apart:
+        for p, gradient in zip(parameters, sums, strict=True):
+            p.grad = gradient
+        snr = signal_to_noise(square_norm(sums), squares, [len(part[0]) for part in parts])
     logprobs, scored, entropy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Gradient(total, logprobs, scored, entropy, clipped / max(int(batch.counted.sum()), 1), snr)
+
+
+def loss_of_rows(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
+    """The rows' part of the batch's loss, and how many of their tokens are clipped.
+
+        - sum_it w_it f_it A_i log pi_it  +  kl_coef * KL term  -  entropy_coef * sum_it w_it H_it
+
+    w: `token_weights`; f: `importance_weights`, else 1. The KL term is per completion, whatever the aggregation.
+    """
+    factors, mask, clipped = weights[rows], batch.rollout.completion_mask[rows], 0
+    if recipe.importance != "none":
+        old = scores.scored.detach() if batch.old_logprobs is None else batch.old_logprobs[rows]
+        ratio, cut = importance_weights(
+            scores.scored, old, mask, batch.advantages[rows], recipe.importance, recipe.clip_range
+        )
+        # where: behind the ends a ratio may be infinite
+        factors = torch.where(factors > 0, factors * ratio.masked_fill(cut, 0.0), 0.0)
+        clipped = int((cut & batch.counted[rows]).sum())
+    loss = policy_loss(scores.scored, batch.advantages[rows], factors)
+    if recipe.kl in KL_LOSSES:
+        assert batch.ref_logprobs is not None
+        # of what acts: shifted scores are nobody's, and full ones not the truncated sampler's
+        acting = scores.scored if recipe.scoring == "sampler" else scores.logprobs
+        kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.size.samples)
+        loss = loss + batch.kl_coef * kl
+    if recipe.entropy_coef > 0:
+        loss = loss - recipe.entropy_coef * entropy_bonus(scores.entropy, weights[rows] * mask)
+    return loss, clipped
+
+
+def _added(before: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if before is None else before if more is None else before.add_(more)
 
 
 def update_on(
@@ -122,11 +143,6 @@ def update_on(
         "grad_norm": updates[0].grad_norm, "relative_update": updates[0].relative,
         "clip_share": gradients[-1].clip_share, "nonfinite": float(updates[-1].withheld),
     }  # fmt: skip
-
-
-def square_norm(gradients: list[Tensor | None]) -> float:
-    """Squared L2 norm of all of them as one vector."""
-    return sum(g.detach().double().square().sum().item() for g in gradients if g is not None)
 
 
 def signal_to_noise(whole: float, parts: list[float], sizes: list[int]) -> float:
