@@ -1,10 +1,10 @@
 """Which choice makes the reward collapse: one choice changed at a time, as queued DVC experiments.
 
-python -m benchmarks.ablation queue     # queues every variant; `dvc queue start --jobs 2` runs them
-python -m benchmarks.ablation collect   # finished experiments -> docs/collapse.csv, one row a run
+python -m benchmarks.ablation queue     # queues every variant on 3 seeds; `dvc queue start --jobs 2` runs them
+python -m benchmarks.ablation collect   # finished experiments of the commit -> docs/collapse.csv, one row a run
 python -m benchmarks.ablation tables    # docs/collapse.csv -> the tables of docs/COLLAPSE.md
 
-The rule behind each verdict is in docs/COLLAPSE.md and in `collapsed` and `verdict` below; it was written before the runs.
+The rule behind each verdict stands in docs/COLLAPSE.md; `collapsed` and `verdict` below are that rule.
 """
 
 import argparse
@@ -14,24 +14,28 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from ruamel.yaml import YAML
 
 RUNS = Path("docs/collapse.csv")
-SEEDS = (0, 1, 2)
-SETTING = ("train.steps=30", "train.prompts_per_step=8", "train.threads=1", "evaluate.prompts=100")
-CLEAN = {"alignment": "correct", "special_tokens": "strip"}
 WINDOW = 3  # the end of a run: its last steps
+UNCERTAIN = 2  # standard errors
+FEWEST, MOST = 3, 5  # seeds: for a verdict; where three do not decide
 
-# what each start is, and what is changed in it, one variant a line; NAME.key is a key of that recipe
-STARTS: dict[str, tuple[str, ...]] = {
-    "notebook": ("recipe=notebook",),
-    # what the first table finds to be wrong, put right
-    "clean": ("recipe=notebook", "recipes.notebook.alignment=correct", "recipes.notebook.special_tokens=strip"),
-    "stable": ("recipe=stable",),
-}
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "pocket": ("train.steps=30", "train.prompts_per_step=8", "train.threads=1", "evaluate.prompts=100"),
+    "smollm2": (
+        "model=smollm2", "train.steps=15", "train.prompts_per_step=4", "train.threads=1", "evaluate.prompts=40",
+    ),
+}  # fmt: skip
+CLEAN = ("alignment=correct", "special_tokens=strip")  # what the first table finds to be wrong, put right
+# a start: its recipe, and what is changed in it for all of its variants
+STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "notebook": ("notebook", ()), "clean": ("notebook", CLEAN), "stable": ("stable", ()),
+}  # fmt: skip
+# a variant a line; keys without a dot are keys of the start's recipe
 VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "notebook": (
         (),
@@ -46,12 +50,22 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("kl=reward_k1", "kl_coef=0.05"),
         ("padding=masked",),
         ("special_tokens=strip",),
-        ("alignment=correct", "special_tokens=strip"),
         ("top_k=0",),
         ("baseline=none",),
         ("baseline=rloo",),
         ("train.prompts_per_step=16",),
         ("precision=bfloat16",),
+    ),
+    "clean": (
+        (),
+        ("lr=0.0001",),
+        ("lr=0.0001", "train.steps=90"),  # as far as lr 0.0003 goes in 30
+        ("kl=reward_k1", "kl_coef=0.05"),
+        ("max_grad_norm=1.0",),
+        ("top_k=0",),
+        ("padding=masked",),
+        ("warmup_steps=10",),
+        ("baseline=none",),
     ),
     "stable": (
         (),
@@ -68,50 +82,83 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("special_tokens=keep",),
         ("train.prompts_per_step=2",),
     ),
-    "clean": (
-        ("lr=0.0001",),
-        ("kl=reward_k1", "kl_coef=0.05"),
-        ("max_grad_norm=1.0",),
-        ("top_k=0",),
-        ("padding=masked",),
-        ("warmup_steps=10",),
-        ("baseline=none",),
-        ("lr=0.0001", "train.steps=90"),  # as far as lr 0.0003 goes in 30
-    ),
 }
+# these also change what the held-out texts are, so that gains with and without them cannot be compared
+MEASURING = ("special_tokens", "top_k", "length_limit")
 
 
-def overrides(start: str, variant: tuple[str, ...]) -> list[str]:
-    """The `-S` values of one variant."""
-    table = "stable" if start == "stable" else "notebook"
-    changed = [change if change.startswith("train.") else f"recipes.{table}.{change}" for change in variant]
-    keys = {change.partition("=")[0] for change in changed}
-    setting = [value for value in SETTING if value.partition("=")[0] not in keys]
-    return [*STARTS[start], *setting, *changed]
+class Experiment(NamedTuple):
+    setting: str
+    start: str
+    variant: tuple[str, ...]
+
+    def overrides(self) -> dict[str, str]:
+        """The `-S` values, by key."""
+        recipe, common = STARTS[self.start]
+        changes = [
+            change if "." in change.partition("=")[0] else f"recipes.{recipe}.{change}"
+            for change in (*common, *self.variant)
+        ]
+        pairs = [value.partition("=") for value in (f"recipe={recipe}", *SETTINGS[self.setting], *changes)]
+        return {key: value for key, _, value in pairs}
 
 
-def queue(starts: list[str], seeds: list[int]) -> None:
+EXPERIMENTS = [
+    Experiment(setting, start, variant) for setting in SETTINGS for start in STARTS for variant in VARIANTS[start]
+]
+
+
+def queue(setting: str, starts: list[str], changes: list[str] | None, seeds: list[int], extra: list[str]) -> None:
     """One experiment a variant and seed, up to the stage `evaluate`, which is all that the tables need."""
-    for start, variant in ((name, variant) for name in starts for variant in VARIANTS[name]):
-        values = [*overrides(start, variant), f"seed={','.join(map(str, seeds))}"]
-        options = itertools.chain.from_iterable(("-S", value) for value in values)
-        subprocess.run(["dvc", "exp", "run", "--queue", *options, "evaluate"], check=True)
+    for experiment in EXPERIMENTS:
+        wanted = changes is None or ",".join(experiment.variant) in changes
+        if experiment.setting == setting and experiment.start in starts and wanted:
+            values = [f"{key}={value}" for key, value in experiment.overrides().items()]
+            values += [f"seed={','.join(map(str, seeds))}", *extra]
+            options = itertools.chain.from_iterable(("-S", value) for value in values)
+            subprocess.run(["dvc", "exp", "run", "--queue", *options, "evaluate"], check=True)
 
 
-def collapsed(history: pd.DataFrame, difference: dict[str, float]) -> list[str]:
+def identify(params: dict[str, Any], committed: dict[str, Any]) -> Experiment | None:
+    """Which of EXPERIMENTS has these parameters, given those of the commit; None for any other experiment."""
+    yaml = YAML(typ="safe", pure=True)
+    for experiment in EXPERIMENTS:
+        expected = {"model": committed["model"], "recipe": None, "reward": committed["reward"]}
+        tables = {"train": dict(committed["train"]), "evaluate": dict(committed["evaluate"])}
+        recipe = STARTS[experiment.start][0]
+        tables["recipe"] = dict(committed["recipes"][recipe])
+        for key, text in experiment.overrides().items():
+            *table, name = key.removeprefix(f"recipes.{recipe}.").rpartition(".")[::2]
+            value = yaml.load(text)
+            if key.startswith("recipes."):
+                tables["recipe"][name] = value
+            elif table[0]:
+                tables[table[0]][name] = value
+            else:
+                expected[name] = value
+        found = {name: params[name] for name in expected}
+        own = {"train": params["train"], "evaluate": params["evaluate"], "recipe": params["recipes"][params["recipe"]]}
+        if found == expected and own == tables:
+            return experiment
+    return None
+
+
+def collapsed(history: pd.DataFrame, steps: int, difference: dict[str, float]) -> list[str]:
     """How a run has collapsed; empty if it has not.
 
-    entropy   mean of the last WINDOW steps below a tenth of the first step's
+    entropy   mean of the last WINDOW steps below a tenth of the first step's, or no number
     distinct  fewer than a tenth of the completions of a step differ, same window
     empty     more than half of the completions are empty, same window
     reward    the held-out reward is below the untouched checkpoint's, with the 95% interval of the difference
+    stopped   before its last step, at a number that is not finite
     """
     end = history.iloc[-WINDOW:].mean()
     signs = {
-        "entropy": end["entropy"] < 0.1 * history["entropy"].iloc[0],
+        "entropy": not end["entropy"] >= 0.1 * history["entropy"].iloc[0],
         "distinct": end["distinct_completions"] < 0.1,
         "empty": end["empty_share"] > 0.5,
         "reward": difference["high"] < 0,
+        "stopped": len(history) < steps,
     }
     return [name for name, holds in signs.items() if holds]
 
@@ -119,7 +166,7 @@ def collapsed(history: pd.DataFrame, difference: dict[str, float]) -> list[str]:
 def onset(history: pd.DataFrame) -> float:
     """The step from which, to the end, the entropy is below a tenth, completions are alike, or most are empty."""
     bad = (
-        (history["entropy"] < 0.1 * history["entropy"].iloc[0])
+        ~(history["entropy"] >= 0.1 * history["entropy"].iloc[0])
         | (history["distinct_completions"] < 0.1)
         | (history["empty_share"] > 0.5)
     )
@@ -128,95 +175,86 @@ def onset(history: pd.DataFrame) -> float:
     return float(first) if first < len(history) else float("nan")
 
 
-def git_file(revision: str, path: str) -> str:
-    return subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=True).stdout
-
-
-def changes(params: dict[str, Any], committed: dict[str, Any]) -> tuple[str, str]:
-    """Start and variant of an experiment, read off its parameters."""
-    table = params["recipe"]
-    recipe, base = params["recipes"][table], committed["recipes"][table]
-    differing = {key: value for key, value in recipe.items() if value != base[key]}
-    usual = {f"train.{key}": str(value) for key, value in committed["train"].items()}
-    usual |= dict(value.split("=") for value in SETTING)
-    sizes = {f"train.{key}": value for key, value in params["train"].items() if str(value) != usual[f"train.{key}"]}
-    start = table
-    if table == "notebook" and CLEAN.items() <= differing.items() and len({**differing, **sizes}) > len(CLEAN):
-        start = "clean"
-        differing = {key: value for key, value in differing.items() if key not in CLEAN}
-    return start, named({**differing, **sizes})
-
-
-def named(changed: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in changed.items())
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def collect() -> None:
-    """Adds the finished experiments of the current commit to docs/collapse.csv."""
-    committed = YAML(typ="safe", pure=True).load(git_file("HEAD", "params.yaml"))
+    """Adds the finished experiments of the current commit to docs/collapse.csv; others than EXPERIMENTS are left out."""
+    yaml = YAML(typ="safe", pure=True)
+    committed, commit = yaml.load(git("show", "HEAD:params.yaml")), git("rev-parse", "--short=10", "HEAD").strip()
     listing = subprocess.run(["dvc", "exp", "list", "--sha-only"], capture_output=True, text=True, check=True).stdout
     rows = []
     for revision in listing.split():
-        params = YAML(typ="safe", pure=True).load(git_file(revision, "params.yaml"))
-        start, variant = changes(params, committed)
-        history = pd.read_csv(io.StringIO(git_file(revision, "reports/train/history.csv")))
-        metrics = json.loads(git_file(revision, "reports/evaluate/metrics.json"))
-        summary = json.loads(git_file(revision, "reports/train/summary.json"))
-        held_out, end = metrics[params["reward"]], history.iloc[-WINDOW:].mean()
-        likelihood = metrics["ref_logprob_per_token"]
+        params = yaml.load(git("show", f"{revision}:params.yaml"))
+        if (found := identify(params, committed)) is None:
+            print(f"{revision[:10]}: not one of this file's experiments", file=sys.stderr)
+            continue
+        history = pd.read_csv(io.StringIO(git("show", f"{revision}:reports/train/history.csv")))
+        metrics = json.loads(git("show", f"{revision}:reports/evaluate/metrics.json"))
         rows.append({
-            "model": params["model"], "reward": params["reward"], "start": start, "variant": variant,
-            "seed": params["seed"], "steps": len(history), "stopped": summary["stopped"],
-            "held_out": held_out["policy"]["mean"], "gain": held_out["difference"]["mean"],
-            "gain_low": held_out["difference"]["low"], "gain_high": held_out["difference"]["high"],
-            "ref_logprob": likelihood["policy"],
-            "ref_logprob_change": likelihood["policy"] - likelihood["checkpoint"],
-            "distinct": metrics["text"]["policy"]["distinct_completions"],
-            "empty": metrics["text"]["policy"]["empty_share"],
-            "entropy": end["entropy"], "entropy_start": history["entropy"].iloc[0],
-            "logprob_gap_start": history["logprob_gap"].iloc[0],
-            "peak_step": int(history["reward_mean"].rolling(WINDOW, min_periods=1).mean().idxmax()),
-            "onset": onset(history), "collapsed": " ".join(collapsed(history, held_out["difference"])),
+            "setting": found.setting, "start": found.start, "variant": ", ".join(found.variant), "seed": params["seed"],
+            "commit": commit, **row_of_run(history, metrics, params),
         })  # fmt: skip
-    keys = ["model", "reward", "start", "variant", "steps", "seed"]
     if not rows:
         sys.exit("error: the current commit has no finished experiments; `queue` them, then `dvc queue start --jobs 2`")
     table = pd.DataFrame(rows)
     if RUNS.exists():
-        table = pd.concat([read_runs(), table]).drop_duplicates(keys, keep="last")
-    table.sort_values(keys).to_csv(RUNS, index=False, float_format="%.6g", lineterminator="\n")
+        table = pd.concat([read_runs(), table])
+    keys = ["setting", "start", "variant", "seed"]
+    table = table.drop_duplicates(keys, keep="last").sort_values(keys)
+    table.to_csv(RUNS, index=False, float_format="%.6g", lineterminator="\n")
     print(f"{RUNS}: {len(table)} runs", file=sys.stderr)
 
 
+def row_of_run(history: pd.DataFrame, metrics: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    held_out, end = metrics[params["reward"]], history.iloc[-WINDOW:].mean()
+    likelihood, text = metrics["ref_logprob_per_token"], metrics["text"]["policy"]
+    return {
+        "steps": len(history), "held_out": held_out["policy"]["mean"], "gain": held_out["difference"]["mean"],
+        "gain_low": held_out["difference"]["low"], "gain_high": held_out["difference"]["high"],
+        "ref_logprob_change": likelihood["policy"] - likelihood["checkpoint"],
+        "distinct": text["distinct_completions"], "empty": text["empty_share"],
+        "entropy": end["entropy"], "entropy_start": history["entropy"].iloc[0],
+        "logprob_gap_start": history["logprob_gap"].iloc[0], "onset": onset(history),
+        "collapsed": " ".join(collapsed(history, params["train"]["steps"], held_out["difference"])),
+    }  # fmt: skip
+
+
 def read_runs() -> pd.DataFrame:
-    return pd.read_csv(
-        RUNS, keep_default_na=False, na_values={"onset": [""], "ref_logprob": [""], "ref_logprob_change": [""]}
-    )
+    table = pd.read_csv(RUNS, dtype={"commit": str})
+    return table.fillna({"variant": "", "collapsed": ""})
 
 
 def verdict(start: str, base: pd.DataFrame, variant: pd.DataFrame) -> str:
     """Of the choice that `variant` changes in `base`, by the rule of docs/COLLAPSE.md."""
+    if min(len(base), len(variant)) < FEWEST:
+        return "too few seeds"
     here, there = variant["collapsed"] != "", base["collapsed"] != ""
+    if there.mean() > 0.5 if start == "stable" else there.mean() <= 0.5:
+        return "open: the start itself does not behave as it should"
     gap = variant["gain"].mean() - base["gain"].mean()
     error = (variant["gain"].var() / len(variant) + base["gain"].var() / len(base)) ** 0.5
-    size = abs(base["gain"].mean()) / 4
+    names = [change.partition("=")[0] for change in variant["variant"].iloc[0].split(", ")]
+    # what the start loses, or gains; a quarter of it counts
+    reach = base["gain"].mean() if start == "stable" else -base["gain"].mean()
+    effect, quarter = (-gap if start == "stable" else gap), reach / 4
+    comparable = reach > 0 and not set(names) & set(MEASURING)
+    moved = comparable and effect >= quarter and effect > UNCERTAIN * error
     if start == "stable":
-        if here.all():
-            found = "causes"
-        elif here.any() or (gap <= -size and gap < -2 * error) or variant["ref_logprob_change"].mean() < -1:
-            found = "contributes"
-        else:
-            found = "harmless"
-    elif there.mean() <= 0.5:
-        return "not decided: the start does not collapse on most seeds"
-    elif not here.any():
-        found = "causes"
-    elif not here.all() or (gap >= size and gap > 2 * error) or variant["onset"].mean() >= 2 * base["onset"].mean():
-        found = "contributes"
+        part = here.any() or moved or variant["ref_logprob_change"].mean() < -1
+        found = "causes" if here.all() else "contributes" if part else "harmless"
     else:
-        found = "harmless"
-    undecided = here.any() != here.all() or abs(abs(gap) - size) < 2 * error
-    return found + (" (undecided: more seeds)" if undecided and len(variant) < 5 else "")
+        late = onsets(variant) >= 2 * onsets(base)
+        found = "causes" if not here.any() else "contributes" if not here.all() or moved or late else "harmless"
+    undecided = here.any() != here.all() or (comparable and abs(effect - quarter) < UNCERTAIN * error)
+    return found + (" (undecided: more seeds)" if undecided and len(variant) < MOST else "")
+
+
+def onsets(rows: pd.DataFrame) -> float:
+    """Mean step of the onset over collapsed runs; one that shows in the held-out reward alone counts as at its end."""
+    bad = rows[rows["collapsed"] != ""]
+    return bad["onset"].fillna(bad["steps"]).mean()
 
 
 COLUMNS = (
@@ -226,17 +264,19 @@ COLUMNS = (
 
 
 def tables() -> None:
-    """Markdown: mean ± standard deviation over seeds, one table a model, reward and start."""
+    """Markdown: mean ± standard deviation over seeds, one table a setting and start."""
     runs = read_runs()
-    for (model, reward, start), part in runs.groupby(["model", "reward", "start"], sort=False):
-        base = part[part["variant"] == ""]
-        if start == "clean":
-            same = (runs["model"] == model) & (runs["reward"] == reward) & (runs["start"] == "notebook")
-            base = runs[same & (runs["variant"] == named(CLEAN))]
-        print(f"\n**{model}, {reward}, from `{start}`**\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for setting, start in itertools.product(SETTINGS, STARTS):
+        own = runs[(runs["setting"] == setting) & (runs["start"] == start)]
+        if own.empty:
+            continue
+        base = own[own["variant"] == ""]
+        print(f"\n**{setting}, from `{start}`**\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
         print(table_row(f"nothing: `{start}` itself", base, ""))
-        for variant, rows in part[part["variant"] != ""].groupby("variant", sort=False):
-            print(table_row(f"`{variant}`", rows, verdict(start, base, rows)))
+        for changes in VARIANTS[start]:
+            rows = own[own["variant"] == ", ".join(changes)]
+            if changes and len(rows):
+                print(table_row(f"`{', '.join(changes)}`", rows, verdict(start, base, rows)))
 
 
 def table_row(name: str, rows: pd.DataFrame, found: str) -> str:
@@ -244,25 +284,32 @@ def table_row(name: str, rows: pd.DataFrame, found: str) -> str:
     signs = sorted({sign for signs in bad for sign in signs.split()})
     cells = [
         name, str(len(rows)), spread(rows["held_out"]), spread(rows["gain"], "+"), spread(rows["entropy"]),
-        spread(100 * rows["distinct"]), spread(100 * rows["empty"]), spread(rows["ref_logprob_change"], "+"),
-        f"{len(bad)} of {len(rows)}{': ' if signs else ''}{', '.join(signs)}", spread(rows["onset"]), found,
+        spread(100 * rows["distinct"], places=0), spread(100 * rows["empty"], places=0),
+        spread(rows["ref_logprob_change"], "+"),
+        f"{len(bad)} of {len(rows)}{': ' if signs else ''}{', '.join(signs)}", spread(rows["onset"], places=0), found,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
-def spread(values: pd.Series, sign: str = "") -> str:
+def spread(values: pd.Series, sign: str = "", places: int = 2) -> str:
     values = values.dropna()
-    return "" if values.empty else f"{values.mean():{sign}.2f} ± {values.std(ddof=1):.2f}"
+    if values.empty:
+        return ""
+    deviation = "" if len(values) == 1 else f" ± {values.std():.{places}f}"
+    return f"{values.mean():{sign}.{places}f}{deviation}".replace("-", "−")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["queue", "collect", "tables"])
+    parser.add_argument("--setting", choices=list(SETTINGS), default="pocket")
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--changes", nargs="+", help="only these variants; '' is the start itself")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(FEWEST)))
+    parser.add_argument("-S", dest="extra", action="append", default=[], help="passed on to `dvc exp run`")
     arguments = parser.parse_args()
     if arguments.command == "queue":
-        queue(arguments.starts, arguments.seeds)
+        queue(arguments.setting, arguments.starts, arguments.changes, arguments.seeds, arguments.extra)
     else:
         {"collect": collect, "tables": tables}[arguments.command]()
 
