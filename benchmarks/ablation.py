@@ -195,11 +195,9 @@ def collect() -> None:
         if (found := identify(params, committed)) is None:
             print(f"{revision[:10]}: not one of this file's experiments", file=sys.stderr)
             continue
-        history = pd.read_csv(io.StringIO(git("show", f"{revision}:reports/train/history.csv")))
-        metrics = json.loads(git("show", f"{revision}:reports/evaluate/metrics.json"))
         rows.append({
             "setting": found.setting, "start": found.start, "variant": ", ".join(found.variant), "seed": params["seed"],
-            "commit": commit, **row_of_run(history, metrics, params),
+            "commit": commit, **row_of_run(*read_run(revision), params),
         })  # fmt: skip
     if not rows:
         sys.exit("error: the current commit has no finished experiments; `queue` them, then `dvc queue start --jobs 2`")
@@ -210,6 +208,12 @@ def collect() -> None:
     table = table.drop_duplicates(keys, keep="last").sort_values(keys)
     table.to_csv(RUNS, index=False, float_format="%.6g", lineterminator="\n")
     print(f"{RUNS}: {len(table)} runs", file=sys.stderr)
+
+
+def read_run(revision: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """history.csv and evaluate's metrics of an experiment."""
+    history = pd.read_csv(io.StringIO(git("show", f"{revision}:reports/train/history.csv")))
+    return history, json.loads(git("show", f"{revision}:reports/evaluate/metrics.json"))
 
 
 def row_of_run(history: pd.DataFrame, metrics: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:

@@ -1,38 +1,51 @@
 """Prints a Markdown table of all experiments of the current commit, mean ± standard deviation over seeds.
 
-python benchmarks/seeds.py      # reads `dvc exp show --csv`
+python -m benchmarks.seeds      # after `dvc exp run`s, queued or not
+
+A run counts as collapsed by the rule of docs/COLLAPSE.md.
 """
 
-import io
 import subprocess
 
 import pandas as pd
+from ruamel.yaml import YAML
 
-COLUMNS = {
-    "held-out reward": "{reward}.policy.mean",
-    "over the untouched checkpoint": "{reward}.difference.mean",
-    "its log-likelihood of the completions, nats a token": "ref_logprob_per_token.policy",
-    "entropy, nats a token": "last.entropy",
-    "different completions, %": "last.distinct_completions",
-    "sampled − scored logprob, nats": "first.logprob_gap",
-}
-PERCENT = ("different completions, %",)
+from benchmarks.ablation import git, read_run, row_of_run, spread
+
+COLUMNS = (
+    "reward", "recipe", "seeds", "held-out reward", "over the untouched checkpoint", "seeds whose 95% interval is above 0",
+    "checkpoint's log-likelihood of what it says, change, nats a token", "entropy at the end, nats a token",
+    "different completions, %", "sampled − scored logprob at the start, nats", "collapsed",
+)  # fmt: skip
+
+
+def experiments() -> pd.DataFrame:
+    """A row an experiment of the current commit."""
+    yaml = YAML(typ="safe", pure=True)
+    listing = subprocess.run(["dvc", "exp", "list", "--sha-only"], capture_output=True, text=True, check=True).stdout
+    rows = []
+    for revision in listing.split():
+        params = yaml.load(git("show", f"{revision}:params.yaml"))
+        names = {name: params[name] for name in ("reward", "recipe", "seed")}
+        rows.append(names | row_of_run(*read_run(revision), params))
+    return pd.DataFrame(rows)
+
+
+def table_row(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    cells = [
+        first["reward"], first["recipe"], str(rows["seed"].nunique()), spread(rows["held_out"]), spread(rows["gain"], "+"),
+        str((rows["gain_low"] > 0).sum()), spread(rows["ref_logprob_change"], "+"), spread(rows["entropy"]),
+        spread(100 * rows["distinct"], places=0), f"{rows['logprob_gap_start'].mean():.2g}",
+        f"{(rows['collapsed'] != '').sum()} of {len(rows)}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    listing = subprocess.run(["dvc", "exp", "show", "--csv"], capture_output=True, text=True, check=True).stdout
-    table = pd.read_csv(io.StringIO(listing))
-    table = table[table["typ"].str.startswith("branch")]  # experiments, not the workspace or a commit
-    if "State" in table:  # of queued ones: empty for those that were run at once
-        table = table[~table["State"].isin(["Queued", "Running", "Failed"])]
-    print("| reward | recipe | seeds | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 3) + "|")
-    for (reward, recipe), rows in table.groupby(["reward", "recipe"]):
-        cells = []
-        for name, column in COLUMNS.items():
-            values = rows[column.format(reward=reward)].astype(float) * (100 if name in PERCENT else 1)
-            cells.append(f"{values.mean():.3g} ± {values.std():.2g}")
-        print(f"| {reward} | {recipe} | {rows['seed'].nunique()} | " + " | ".join(cells) + " |")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for _, rows in experiments().groupby(["reward", "recipe"]):
+        print(table_row(rows))
 
 
 if __name__ == "__main__":
