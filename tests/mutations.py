@@ -241,7 +241,7 @@ def first_red(file: str | None, text: str, first: str) -> str | None:
     """
     with TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for name in ("pipeline", "tests"):
+        for name in ("pipeline", "tests", "docs"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("params.yaml", "pyproject.toml"):
             shutil.copy(ROOT / name, copy)
