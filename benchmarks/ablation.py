@@ -231,8 +231,9 @@ def row_of_run(history: pd.DataFrame, metrics: dict[str, Any], params: dict[str,
 
 
 def read_runs() -> pd.DataFrame:
-    table = pd.read_csv(RUNS, dtype={"commit": str})
-    return table.fillna({"variant": "", "collapsed": ""})
+    texts = ("commit", "variant", "collapsed")
+    table = pd.read_csv(RUNS, dtype=dict.fromkeys(texts, str))
+    return table.fillna(dict.fromkeys(texts, ""))
 
 
 def verdict(start: str, base: pd.DataFrame, variant: pd.DataFrame) -> str:

@@ -235,7 +235,7 @@ def planted(file: str, before: str, after: str) -> tuple[str, int]:
 
 
 def first_red(file: str | None, text: str, first: str) -> str | None:
-    """Runs the tests, those named `first` before the others, on a copy in which `file` has the given text.
+    """Runs the tests named `first`, then where they pass the others, on a copy in which `file` has the given text.
 
     Returns the test that failed, None where all passed. Raises RuntimeError where pytest got no result.
     """
@@ -247,14 +247,16 @@ def first_red(file: str | None, text: str, first: str) -> str | None:
             shutil.copy(ROOT / name, copy)
         if file is not None:
             (copy / "pipeline" / file).write_text(text, encoding="utf-8")
-        paths = [f"tests/test_{name}.py" for name in sorted(TESTS, key=lambda name: name != first)]
         options = ["-x", "-q", "-m", "not hub", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *paths],
-            cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True,
-        )  # fmt: skip
-    if done.returncode == 0:
-        return None
+        for names in ([first], [name for name in TESTS if name != first]):
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, *(f"tests/test_{name}.py" for name in names)],
+                cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode != 0:
+                break
+        else:
+            return None
     # a test has a `::`; without, the file could not even be imported
     red = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or red is None:
