@@ -6,6 +6,7 @@ A run counts as collapsed by the rule of docs/COLLAPSE.md.
 """
 
 import subprocess
+import sys
 
 import pandas as pd
 from ruamel.yaml import YAML
@@ -44,7 +45,11 @@ def table_row(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    for _, rows in experiments().groupby(["reward", "recipe"]):
+    table = experiments()
+    if table.empty:
+        print("the current commit has no experiments yet: `dvc exp run`", file=sys.stderr)
+        return
+    for _, rows in table.groupby(["reward", "recipe"]):
         print(table_row(rows))
 
 
