@@ -1,0 +1,233 @@
+"""The verdict as a detector: healthy and collapsed runs over rewards, recipes and seeds, judged by docs/DETECTOR.md.
+
+python -m benchmarks.detector run choose     # the runs that thresholds were chosen on (resumes; --jobs 2)
+python -m benchmarks.detector run measure    # those that it is measured on: other seeds, more recipes
+python -m benchmarks.detector collect        # runs -> docs/detector.csv
+python -m benchmarks.detector tables         # docs/detector.csv -> the tables of docs/DETECTOR.md
+
+Run `dvc repro prepare cache` first. Every policy along a run is evaluated on held-out prompts as soon as it exists, which
+saves storing it; the labels come from these evaluations alone (`labels`).
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RUNS = Path("benchmarks/runs/detector")
+STEPS, HELD_OUT, SAMPLES = 20, 32, 2
+LASTING = 3  # evaluations in a row that must be bad
+SIZES = {"train.steps": STEPS, "train.prompts_per_step": 8, "train.threads": 1}
+
+STABLE: dict[str, Any] = {"recipe": "stable"}
+NOTEBOOK: dict[str, Any] = {"recipe": "notebook"}
+CLEAN = NOTEBOOK | {"alignment": "correct", "special_tokens": "strip"}
+LOOSE = STABLE | {"kl": "none", "warmup_steps": 0}
+LENGTH, WORDS, QUESTIONS = {"reward": "length"}, {"reward": "words"}, {"reward": "questions"}
+UNKNOWN_WORDS = WORDS | {"rewards.words.words": ["zyzzyva", "syzygy"]}
+
+
+class Plan(NamedTuple):
+    """A run: what is changed in params.yaml (a plain key is one of the recipe's) and the seeds of each set."""
+
+    name: str
+    changes: dict[str, Any]
+    choose: tuple[int, ...]
+    measure: tuple[int, ...]
+
+
+# Meant to collapse or not; whether they do is for `labels` to say.
+PLANS = [
+    # seeds 100.. choose, seeds 200.. measure; plans without seeds to choose on are new to the measured set
+    Plan("notebook", NOTEBOOK, (100, 101), (200, 201, 202, 203)),
+    Plan("notebook, correct", NOTEBOOK | {"alignment": "correct"}, (100,), (200, 201, 202, 203)),
+    Plan("notebook, correct, sgd", NOTEBOOK | {"alignment": "correct", "optimizer": "sgd", "lr": 0.08}, (), (200, 201, 202)),
+    Plan("clean, lr 1e-3", CLEAN | {"lr": 1e-3}, (100, 101), (200, 201, 202, 203)),
+    Plan("clean, lr 5e-4", CLEAN | {"lr": 5e-4}, (), (200, 201, 202)),
+    Plan("clean, no baseline", CLEAN | {"baseline": "none"}, (100,), (200, 201, 202, 203)),
+    Plan("notebook, no baseline", NOTEBOOK | {"alignment": "correct", "baseline": "none"}, (), (200, 201, 202)),
+    Plan("length 0, lr 1e-3", LOOSE | {"reward": "length", "rewards.length.target": 0, "lr": 1e-3}, (100,), (200, 201, 202, 203)),
+    Plan("length, lr 1e-3", LOOSE | LENGTH | {"lr": 1e-3}, (100,), (200, 201, 202)),
+    Plan("questions, lr 1e-3", LOOSE | QUESTIONS | {"lr": 1e-3}, (100, 101), (200, 201, 202, 203)),
+    Plan("questions, lr 5e-4", LOOSE | QUESTIONS | {"lr": 5e-4}, (), (200, 201, 202)),
+    Plan("words, lr 1e-3", LOOSE | WORDS | {"lr": 1e-3}, (100,), (200, 201, 202)),
+    Plan("embedding, lr 1e-2, no clipping", LOOSE | {"lr": 1e-2, "max_grad_norm": 0.0}, (100, 101), (200, 201, 202, 203)),
+    Plan("embedding, lr 3e-3, no clipping", LOOSE | {"lr": 3e-3, "max_grad_norm": 0.0}, (), (200, 201, 202, 203)),
+    Plan("length, lr 1e-2", LOOSE | LENGTH | {"lr": 1e-2}, (100,), (200, 201, 202, 203)),
+    Plan("shifted", STABLE | {"alignment": "shifted"}, (100,), (200, 201, 202, 203)),
+    Plan("length, shifted", STABLE | LENGTH | {"alignment": "shifted"}, (), (200, 201)),
+    Plan("no such words", STABLE | UNKNOWN_WORDS, (100,), (200, 201, 202, 203)),
+    Plan("sgd, lr 1000", LOOSE | {"optimizer": "sgd", "lr": 1000.0, "max_grad_norm": 0.0}, (100,), (200, 201, 202)),
+    Plan("length, sgd lr 900", LOOSE | LENGTH | {"optimizer": "sgd", "lr": 900.0, "max_grad_norm": 0.0}, (), (200, 201)),
+    Plan("stable", STABLE, (100, 101), (200, 201, 202, 203, 204, 205)),
+    Plan("stable, length", STABLE | LENGTH, (100, 101), (200, 201, 202, 203, 204, 205)),
+    Plan("stable, words", STABLE | WORDS, (100, 101), (200, 201, 202, 203, 204, 205)),
+    Plan("stable, questions", STABLE | QUESTIONS, (100,), (200, 201, 202, 203)),
+    Plan("short greeting", STABLE | {"reward": "short_greeting"}, (), (200, 201, 202)),
+    Plan("lr 3e-4", STABLE | {"lr": 3e-4}, (100,), (200, 201, 202, 203)),
+    Plan("length, lr 3e-4", STABLE | LENGTH | {"lr": 3e-4}, (100,), (200, 201, 202, 203)),
+    Plan("words, lr 3e-4", STABLE | WORDS | {"lr": 3e-4}, (), (200, 201, 202)),
+    Plan("no KL", LOOSE, (100,), (200, 201, 202, 203)),
+    Plan("length, no KL", LOOSE | LENGTH, (), (200, 201, 202, 203)),
+    Plan("words, no KL", LOOSE | WORDS, (), (200, 201, 202)),
+    Plan("top-k 50", STABLE | {"top_k": 50}, (100,), (200, 201, 202, 203)),
+    Plan("length, top-k 50", STABLE | LENGTH | {"top_k": 50}, (), (200, 201, 202)),
+    Plan("bfloat16", STABLE | {"precision": "bfloat16"}, (100,), (200, 201, 202)),
+    Plan("batch baseline, norm", STABLE | {"baseline": "batch", "advantage_norm": "batch"}, (), (200, 201, 202)),
+    Plan("k2 loss, length", STABLE | LENGTH | {"kl": "loss_k2"}, (), (200, 201, 202)),
+    Plan("clean, lr 3e-5", CLEAN | {"lr": 3e-5}, (100,), (200, 201, 202)),
+    Plan("temperature 0.7", STABLE | {"temperature": 0.7}, (), (200, 201, 202)),
+    Plan("4 prompts", STABLE | {"train.prompts_per_step": 4}, (), (200, 201, 202)),
+]  # fmt: skip
+
+
+def params_of(changes: dict[str, Any], seed: int) -> Any:
+    """params.yaml with changes; a key without a dot that is no selector is the recipe's."""
+    from ruamel.yaml import YAML
+
+    from pipeline.params import PARAMS_FILE, SELECTORS, validate
+
+    tree = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
+    tree["seed"] = seed
+    for key, value in {**SIZES, **changes}.items():
+        path = key if "." in key or key in SELECTORS else f"recipes.{changes['recipe']}.{key}"
+        *tables, name = path.split(".")
+        table = tree
+        for part in tables:
+            table = table[part]
+        table[name] = value
+    return validate(tree)
+
+
+def run(plan: Plan, seed: int) -> None:
+    """Trains, evaluating before the first update and after each; writes one JSON file."""
+    from pipeline.experience.calibrate import calibrate
+    from pipeline.io.history import Progress
+    from pipeline.io.runtime import set_up
+    from pipeline.reinforce.optim import make_optimizer
+    from pipeline.train import set_stage, train_step
+
+    file = RUNS / f"{plan.name.replace(' ', '_').replace(',', '')}-{seed}.json"
+    if file.exists():
+        return
+    params = params_of(plan.changes, seed)
+    device = set_up("cpu", params.train.threads)
+    setting, policy = set_stage(params, device)
+    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
+    progress = Progress(calibration=calibrate(setting))
+    held_out = [evaluate(setting, policy)]
+    while progress.step < STEPS and not progress.stopped:
+        train_step(progress, setting, policy, optimizer)
+        held_out.append(evaluate(setting, policy))
+    content = {"plan": plan.name, "seed": seed, "rows": progress.rows, "calibration": progress.calibration,
+               "held_out": held_out, "stopped": progress.stopped, "alignment": params.selected("recipe").alignment,
+               "prompts": params.train.prompts_per_step}  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".tmp").write_text(json.dumps(content))
+    file.with_suffix(".tmp").rename(file)
+    print(file, flush=True)
+
+
+def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
+    """Held-out prompts with the same random numbers at every step: rewards [P][S] and statistics of the texts."""
+    import torch
+
+    from pipeline.diagnostics.text import text_statistics
+    from pipeline.experience.batch import half_precision, reward_batch, sample_batch
+    from pipeline.experience.calibrate import score_batch
+    from pipeline.io.artifacts import read_jsonl
+    from pipeline.io.runtime import uniforms
+    from pipeline.policy.rollout import completion_texts, completion_tokens
+    from pipeline.policy.scoring import score_rollout
+
+    params, recipe = setting.params, setting.params.selected("recipe")
+    prompts = [row["prompt"] for row in read_jsonl(Path("data/prompts/heldout.jsonl"))][:HELD_OUT]
+    noise = uniforms(params.seed, 0, "detector", len(prompts) * SAMPLES, params.train.max_tokens)
+    rollout = sample_batch(prompts, setting, policy, noise, recipe.top_k, recipe.top_p)
+    _, rewards = reward_batch(prompts, rollout, setting)
+    with half_precision(recipe, setting.device):
+        reference = score_rollout(setting.reference, rollout, params.train.micro_batch, recipe.temperature)
+    mask, entropy = rollout.completion_mask, score_batch(rollout, setting, policy).entropy
+    texts, tokens = (
+        completion_texts(rollout, setting.tokenizer, "strip", SAMPLES),
+        completion_tokens(rollout, setting.eos),
+    )
+    text = text_statistics(texts, tokens, SAMPLES)
+    return {
+        "rewards": rewards.tolist(), "entropy": entropy[mask].mean().item(), "ref_logprob": reference[mask].mean().item(),
+        "empty": text["empty_share"], "repeated": text["repeated_3grams"],
+        "distinct": text["distinct_completions"], "finite": all(bool(torch.isfinite(p).all()) for p in policy.parameters()),
+    }  # fmt: skip
+
+
+def labels(content: dict[str, Any]) -> dict[str, int]:
+    """Kinds of collapse of a run with their onsets, by the rule of docs/DETECTOR.md; {} = healthy."""
+    held_out, first = content["held_out"], content["held_out"][0]
+    found = {}
+    if content["alignment"] == "shifted":
+        found["misaligned"] = 0
+    if content["stopped"]:
+        found["numeric"] = len(content["rows"]) - 1
+    if all(len({reward for pair in evaluation["rewards"] for reward in pair}) == 1 for evaluation in held_out):
+        found["starved"] = 0
+    ways = [bad(evaluation, first) for evaluation in held_out]
+    for kind in sorted(set().union(*ways)):
+        for onset in range(len(ways)):
+            if all(kind in way for way in ways[onset : onset + LASTING]):
+                found[kind] = onset
+                break
+    return found
+
+
+def bad(evaluation: dict[str, Any], first: dict[str, Any]) -> set[str]:
+    """The ways in which one held-out evaluation is bad, compared with the untouched policy's."""
+    spread = math.sqrt(sum(statistics.variance(pair) for pair in first["rewards"]) / len(first["rewards"]))
+    pairs = zip(evaluation["rewards"], first["rewards"], strict=True)
+    differences = [statistics.fmean(after) - statistics.fmean(before) for after, before in pairs]
+    change, (low, high) = statistics.fmean(differences), bootstrap_interval(differences)
+    empty = evaluation["empty"] > 0.5
+    found = {
+        "empty": empty,
+        "repetition": (evaluation["repeated"] or 0) > 0.5,
+        "gibberish": evaluation["ref_logprob"] < first["ref_logprob"] - 2,
+        "mode": not empty
+        and (evaluation["distinct"] < 0.5 * first["distinct"] or evaluation["entropy"] < 0.2 * first["entropy"]),
+        "step-size": high < 0 and change < -0.5 * spread,
+    }
+    broken = found["empty"] or found["repetition"] or found["gibberish"]
+    found["hacking"] = broken and low > 0 and change > 0.5 * spread
+    return {kind for kind, holds in found.items() if holds}
+
+
+def bootstrap_interval(values: list[float], resamples: int = 500) -> tuple[float, float]:
+    """The percentile 95% interval of the mean, always of the same resamples."""
+    draw = random.Random(0)
+    means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(resamples))
+    return means[round(0.025 * resamples)], means[round(0.975 * resamples) - 1]
+
+
+def run_all(chosen: str, jobs: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    runs = [(plan, seed) for plan in PLANS for seed in getattr(plan, chosen)]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for future in [pool.submit(run, plan, seed) for plan, seed in sorted(runs, key=lambda pair: pair[1])]:
+            future.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run",))
+    parser.add_argument("set", choices=("choose", "measure"))
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    run_all(arguments.set, arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()
