@@ -178,9 +178,15 @@ class Train(Table):
     micro_batch: Count
     checkpoint_every: Count
     rescored_share: float = Field(gt=0, le=1, description="of a step's prompts")
+    calibration_batches: int = Field(ge=2, le=10_000, description="batches of the untouched policy")
     threads: int = Field(ge=1, le=4096, description="CPU threads")
     device: Literal["auto", "cpu", "cuda"]
     on_nonfinite: Literal["stop", "skip"]
+    on_collapse: Literal["continue", "stop"]
+
+    @property
+    def rescored_prompts(self) -> int:
+        return max(1, round(self.rescored_share * self.prompts_per_step))
 
 
 class Evaluate(Table):

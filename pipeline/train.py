@@ -12,26 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from pipeline.diagnostics.calibration import untouched
 from pipeline.diagnostics.metrics import (
     HISTORY_COLUMNS,
-    logprob_gap,
+    largest_gap,
     policy_metrics,
     reference_metrics,
     reward_metrics,
     update_metrics,
 )
-from pipeline.diagnostics.text import text_statistics
+from pipeline.diagnostics.verdict import THRESHOLDS, TITLES, Finding, findings
 from pipeline.errors import UserError, run_stage
+from pipeline.experience.batch import (
+    Setting,
+    half_precision,
+    reward_batch,
+    rollout_metrics,
+    sample_batch,
+    sample_rows,
+)
+from pipeline.experience.calibrate import calibrate
 from pipeline.io import checkpoints, provenance, tracking
 from pipeline.io.artifacts import (
     atomic_folder,
-    finite_or_none,
     folder_digests,
     read_jsonl,
     sha256,
     to_json,
+    write_csv,
     write_json,
     write_jsonl,
 )
@@ -40,10 +50,9 @@ from pipeline.io.runtime import draw_prompts, draw_rescored, set_up, uniforms
 from pipeline.io.signals import caught_signals
 from pipeline.io.stopwatch import Stopwatch, timing_row
 from pipeline.io.workspace import is_committed, root
-from pipeline.params import SELECTORS, Params, Recipe, load
+from pipeline.params import SELECTORS, Params, load
 from pipeline.policy.load import load_policy, load_tokenizer
-from pipeline.policy.rollout import check_context, completion_limits, completion_texts, completion_tokens
-from pipeline.policy.sampling import Rollout, pad_prompts, sample
+from pipeline.policy.rollout import check_context, completion_limits
 from pipeline.policy.scoring import score_rollout
 from pipeline.reinforce.advantages import (
     BASELINES,
@@ -55,27 +64,10 @@ from pipeline.reinforce.advantages import (
 from pipeline.reinforce.loss import BatchSize
 from pipeline.reinforce.optim import learning_rate, make_optimizer
 from pipeline.reinforce.step import Batch, loss_mask, update_on
-from pipeline.rewards.build import Reward, build_reward
+from pipeline.rewards.build import build_reward
 
 PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
-POLICY, REPORTS = Path("data/policy"), Path("reports/train")
-SAMPLES_KEPT = 4  # completions a step in samples.jsonl
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What stays the same through a run."""
-
-    params: Params
-    prompts: list[str]
-    tokenizer: PreTrainedTokenizerBase
-    reference: PreTrainedModel  # the untouched checkpoint
-    reward: Reward
-    device: torch.device
-
-    @property
-    def eos(self) -> int:
-        return self.tokenizer.eos_token_id
+POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
 
 
 def main() -> None:
@@ -112,6 +104,22 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
 
 def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.device) -> None:
     """The loop. Writes the stage's outputs when it ends; saves a resume state every `checkpoint_every` steps."""
+    setting, policy = set_stage(params, device)
+    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
+    run = resume(folder, policy, optimizer)
+    run.calibration = run.calibration or calibrate(setting)
+    tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
+    try:
+        loop(run, setting, policy, optimizer, tracker, folder)
+        write_outputs(run, identity, setting, policy, folder)
+    except BaseException as error:
+        tracker.close("KILLED" if isinstance(error, SystemExit) else "FAILED")
+        raise
+    tracker.close("FINISHED")
+
+
+def set_stage(params: Params, device: torch.device) -> tuple[Setting, PreTrainedModel]:
+    """What `prepare` and `cache` left, and the policy to train. Raises UserError where a prompt is too long for it."""
     policy = load_policy(CHECKPOINT / "policy", device)
     setting = Setting(
         params, [row["prompt"] for row in read_jsonl(PROMPTS)], load_tokenizer(CHECKPOINT / "policy"),
@@ -119,28 +127,22 @@ def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.
         build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
     )  # fmt: skip
     tokens = [len(setting.tokenizer(prompt)["input_ids"]) for prompt in setting.prompts]
-    limits = completion_limits(tokens, params.train.max_tokens, params.selected("recipe").length_limit)
-    check_context(policy, tokens, limits)
-    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
-    run = resume(folder, policy, optimizer)
-    tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
-    try:
-        loop(run, setting, policy, optimizer, tracker, folder)
-        write_outputs(run, identity, policy, setting.tokenizer)
-    except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, SystemExit) else "FAILED")
-        raise
-    tracker.close("FINISHED")
+    check_context(
+        policy, tokens, completion_limits(tokens, params.train.max_tokens, params.selected("recipe").length_limit)
+    )
+    return setting, policy
 
 
 def loop(
     run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, tracker: tracking.Live,
     folder: Path,
 ) -> None:  # fmt: skip
-    """Steps until the last one, a non-finite number or a signal, which ends the process after the step in progress."""
+    """Steps until the last one, a non-finite number, a collapse where that is to end the run, or a signal, which ends
+    the process after the step in progress."""
     steps, every = setting.params.train.steps, setting.params.train.checkpoint_every
     for step in range(run.step):  # of the run that this one resumes; what the tracker has, it leaves out
         tracker.log(step, run.points(step), int(run.timings[step]["timestamp_ms"]))
+    announced = {finding.kind for finding in diagnose(run, setting.params)}
     bar = tqdm(total=steps, initial=run.step, disable=None, unit="step")
     with bar, caught_signals() as signals, HistoryFile(REPORTS / "history.csv", run.rows) as history:
         while not finished(run, setting.params):
@@ -149,12 +151,23 @@ def loop(
             tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
             tqdm.write(run.progress_line())
             bar.update()
+            found = diagnose(run, setting.params)
+            for finding in found:
+                if finding.kind not in announced:
+                    tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")
+                announced.add(finding.kind)
+            run.stopped = run.stopped or bool(found and setting.params.train.on_collapse == "stop")
             if run.step % every == 0 or run.step == steps or run.stopped or signals:
-                keep(folder, run, policy, optimizer)
+                onset = found[0].onset if found else steps
+                keep(folder, run, policy, optimizer, judged=min(onset, run.step - THRESHOLDS.patience))
                 tracker.flush()
             if signals and run.step < steps:
                 print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
                 sys.exit(128 + signals[0])
+
+
+def diagnose(run: Progress, params: Params) -> list[Finding]:
+    return findings(run.rows, untouched(run.calibration, params.train.prompts_per_step), params.train.steps)
 
 
 def finished(run: Progress, params: Params) -> bool:
@@ -165,18 +178,15 @@ def train_step(
     run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:  # fmt: skip
     """One step of REINFORCE on B prompts with G samples each; appends its row, samples and timings to `run`."""
-    params, eos, step, watch = setting.params, setting.eos, run.step, Stopwatch()
+    params, step, watch = setting.params, run.step, Stopwatch()
     recipe, group, micro_batch = params.selected("recipe"), params.train.samples_per_prompt, params.train.micro_batch
     drawn = draw_prompts(params.seed, step, params.train.prompts_per_step, len(setting.prompts), recipe.draw)
     noise = uniforms(params.seed, step, "sample", len(drawn) * group, params.train.max_tokens)
-    drawn_prompts = [setting.prompts[i] for i in drawn]
-    rollout = sample_batch(drawn_prompts, setting, policy, noise, recipe.top_k, recipe.top_p)
+    prompts = [setting.prompts[i] for i in drawn]
+    rollout = sample_batch(prompts, setting, policy, noise, recipe.top_k, recipe.top_p)
     watch.lap("sample")
 
-    prompts = [prompt for prompt in drawn_prompts for _ in range(group)]
-    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group)
-    rewards = torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
-    rewards = rewards.view(-1, group)  # [B, G]
+    completions, rewards = reward_batch(prompts, rollout, setting)
     watch.lap("reward")
 
     mask, rescored = rollout.completion_mask, rescored_rows(params, step, setting.device)
@@ -188,7 +198,7 @@ def train_step(
     acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
     if recipe.kl == "reward_k1":
         penalised = with_kl_penalty(rewards, acting, ref_logprobs, mask, kl_coef)
-    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, policy, drawn_prompts, kl_coef))
+    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, policy, prompts, kl_coef))
     advantage = advantages(penalised, baseline, recipe.advantage_norm)
     watch.lap("reference")
 
@@ -206,20 +216,18 @@ def train_step(
         after = score_rollout(policy, part, micro_batch, recipe.temperature)
     watch.lap("rescore")
 
-    plain = completion_texts(rollout, setting.tokenizer, "strip", group)
     measured = {
         **reward_metrics(rewards, baseline, advantage),
         **policy_metrics(gradient.logprobs, gradient.entropy, mask),
         **reference_metrics(gradient.logprobs[measured_rows], ref_logprobs, mask[measured_rows], group),
         **update_metrics(gradient.logprobs[rescored], after, mask[rescored], group),
-        **text_statistics(plain, completion_tokens(rollout, eos), group),
+        **rollout_metrics(rollout, setting),
         **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
-        "logprob_gap": logprob_gap(rollout.sampler_logprobs, gradient.scored, mask),
-        "completion_tokens": rollout.lengths.double().mean().item(),
-        "ended_share": rollout.ended(eos).double().mean().item(),
+        "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.scored, mask),
+        "truncation_gap": largest_gap(rollout.sampler_logprobs, rollout.logprobs, mask),
     }  # fmt: skip
     run.rows.append({column: measured[column] for column in HISTORY_COLUMNS})
-    run.samples += sample_rows(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, eos)
+    run.samples += sample_rows(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, setting)
     run.stopped = bool(updated["nonfinite"]) and params.train.on_nonfinite == "stop"
     if recipe.baseline == "running":
         run.running_mean = next_running_mean(run.running_mean, penalised, recipe.baseline_decay)
@@ -227,7 +235,7 @@ def train_step(
         kl = torch.where(mask, acting - ref_logprobs, 0.0).sum(1).mean().item()
         run.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target)
     watch.lap("diagnostics")
-    run.timings.append(timing_row(watch.seconds, len(prompts), setting.device))
+    run.timings.append(timing_row(watch.seconds, rewards.numel(), setting.device))
 
 
 def outside_baseline(
@@ -241,62 +249,23 @@ def outside_baseline(
         return None
     noise = torch.zeros(len(prompts), setting.params.train.max_tokens, dtype=torch.float64)
     rollout = sample_batch(prompts, setting, policy, noise, top_k=1, top_p=1.0)
-    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, 1)
-    rewards = torch.tensor(setting.reward(prompts, completions), dtype=torch.float64, device=setting.device)
+    rewards = reward_batch(prompts, rollout, setting)[1]  # [B, 1]
     if recipe.kl == "reward_k1":  # what the samples are judged by; the penalty would else stay in every advantage
         with half_precision(recipe, setting.device):
             ref_logprobs = score_rollout(
                 setting.reference, rollout, setting.params.train.micro_batch, recipe.temperature
             )
         mask = rollout.completion_mask
-        rewards = with_kl_penalty(rewards[:, None], rollout.logprobs, ref_logprobs, mask, kl_coef).squeeze(1)
-    return rewards
+        rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, kl_coef)
+    return rewards.squeeze(1)
 
 
 def rescored_rows(params: Params, step: int, device: torch.device) -> Tensor:
     """Indices of the completions that are scored again: all of each of the chosen prompts."""
     sizes = params.train
-    chosen = draw_rescored(params.seed, step, sizes.prompts_per_step, sizes.rescored_share)
+    chosen = draw_rescored(params.seed, step, sizes.prompts_per_step, sizes.rescored_prompts)
     group = sizes.samples_per_prompt
     return torch.tensor([row for b in chosen for row in range(b * group, (b + 1) * group)], device=device)
-
-
-def sample_batch(
-    prompts: list[str], setting: Setting, policy: PreTrainedModel, noise: Tensor, top_k: int, top_p: float
-) -> Rollout:
-    """Completions of B prompts, as many of each as `noise` [N, T] has rows for it."""
-    params, device = setting.params, setting.device
-    recipe = params.selected("recipe")
-    ids = [setting.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    prompt_ids, prompt_mask = pad_prompts(ids, setting.eos, device)
-    limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
-    with half_precision(recipe, device):
-        return sample(
-            policy, prompt_ids, prompt_mask, limits.to(device), noise.to(device), setting.eos, recipe.temperature,
-            top_k, top_p,
-        )  # fmt: skip
-
-
-def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the recipe says so; the weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-
-
-def sample_rows(
-    step: int, prompts: list[str], completions: list[str], rewards: Tensor, advantage: Tensor, rollout: Rollout,
-    logprobs: Tensor, eos: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The first completion of each of the first SAMPLES_KEPT prompts, as rows of samples.jsonl."""
-    group, rows = rewards.shape[1], []
-    ended = rollout.ended(eos)
-    for b in range(min(SAMPLES_KEPT, len(rewards))):
-        i, length = b * group, int(rollout.lengths[b * group])
-        rows.append({
-            "step": step, "prompt": prompts[i], "completion": completions[i], "reward": rewards[b, 0].item(),
-            "advantage": finite_or_none(advantage[b, 0].item()), "tokens": rollout.completions[i, :length].tolist(),
-            "token_logprobs": [finite_or_none(x) for x in logprobs[i, :length].tolist()], "ended": bool(ended[i]),
-        })  # fmt: skip
-    return rows
 
 
 def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Progress:
@@ -308,20 +277,35 @@ def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimiz
     return Progress(**state["run"])
 
 
-def keep(folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Saves the resume state, and the timings beside it for `track`."""
+def keep(
+    folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, judged: int
+) -> None:  # fmt: skip
+    """Saves the resume state, and the timings beside it for `track`. The policies after fewer than `judged` updates are
+    known to be healthy: the last of them is kept too."""
     state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "run": dataclasses.asdict(run)}
-    checkpoints.save(folder, run.step, state)
-    rows = [{"step": step, **timing} for step, timing in enumerate(run.timings)]
-    checkpoints.write_timings(folder, rows)
+    checkpoints.save(folder, run.step, state, judged)
+    write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
 
 def write_outputs(
-    run: Progress, identity: dict[str, Any], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+    run: Progress, identity: dict[str, Any], setting: Setting, policy: PreTrainedModel, folder: Path
+) -> None:  # fmt: skip
+    """data/policy is the last policy, its numbers finite; data/healthy the last one before a collapse, at the steps that
+    were saved, and only a note where there was none."""
+    found, tokenizer = diagnose(run, setting.params), setting.tokenizer
     with atomic_folder(POLICY) as target:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)
+    with atomic_folder(HEALTHY) as target:
+        step = run.step
+        if found:
+            state = checkpoints.load(folder, before=found[0].onset)
+            step = len(state["run"]["rows"]) if state else 0
+            policy.load_state_dict(state["policy"] if state else setting.reference.state_dict())
+            policy.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        write_json(target / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
+    write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
     write_json(REPORTS / "summary.json", run.summary())
     write_json(REPORTS / "run.json", identity)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.diagnostics.bootstrap import interval
 from pipeline.diagnostics.metrics import (
     HISTORY_COLUMNS,
-    logprob_gap,
+    largest_gap,
     longest_runs,
     policy_metrics,
     reference_metrics,
@@ -146,8 +146,8 @@ def test_logprob_gap_is_the_largest_difference_of_a_token_that_counts() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     sampled = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, 0.0, torch.nan]])
     scored = torch.tensor([[-1.0, -2.5, 0.0], [-2.0, 7.0, 1.0]])
-    assert logprob_gap(sampled, scored, mask) == 1.0
-    assert logprob_gap(sampled, sampled, mask) == 0.0
+    assert largest_gap(sampled, scored, mask) == 1.0
+    assert largest_gap(sampled, sampled, mask) == 0.0
 
 
 # --- text

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
 STAGES = {
-    f"pipeline.{name}" for name in ("check", "prepare", "cache", "train", "evaluate", "plot", "track", "generate", "ui")
+    f"pipeline.{name}"
+    for name in ("check", "prepare", "cache", "train", "diagnose", "evaluate", "plot", "track", "generate", "ui")
 }
 CORE = ("pipeline.policy", "pipeline.reinforce", "pipeline.diagnostics")
 MODULES = {
@@ -237,7 +238,7 @@ HEAVY = {"torch", "transformers", "datasets", "mlflow", "dvc", "pandas", "matplo
 NEVER_AT_IMPORT = {"pipeline.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
                    "pipeline.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
                    "pipeline.prepare": HEAVY, "pipeline.cache": HEAVY, "pipeline.track": HEAVY, "pipeline.ui": HEAVY,
-                   "pipeline.plot": HEAVY - {"pandas", "matplotlib"}, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
+                   "pipeline.diagnose": HEAVY, "pipeline.plot": HEAVY - {"pandas", "matplotlib"}, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NEVER_AT_IMPORT)
@@ -257,9 +258,9 @@ def test_only_train_track_and_ui_can_reach_mlflow() -> None:
         assert reaches == (stage in ("pipeline.train", "pipeline.track", "pipeline.ui")), stage
 
 
-# `prepare` and `plot` never load torch, neither on import nor when they run: nothing that they reach imports it.
-@pytest.mark.parametrize("stage", ["pipeline.prepare", "pipeline.plot"])
-def test_prepare_and_plot_never_import_torch(stage: str) -> None:
+# `prepare`, `diagnose` and `plot` never load torch, neither on import nor when they run: nothing that they reach imports it.
+@pytest.mark.parametrize("stage", ["pipeline.prepare", "pipeline.diagnose", "pipeline.plot"])
+def test_stages_without_a_model_never_import_torch(stage: str) -> None:
     for module in reached(stage):
         assert not any(inside(name, ["torch", "transformers"]) for name in imported(syntax(module))), module
 

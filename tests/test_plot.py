@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 COLUMNS = [
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
     "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_se", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
-    "policy_logprob", "certain_run", "logprob_gap", "grad_norm", "grad_snr", "update_kl", "update_kl_se",
+    "policy_logprob", "certain_run", "logprob_gap", "truncation_gap", "grad_norm", "grad_snr", "update_kl", "update_kl_se",
     "relative_update", "lr", "kl_coef", "clip_share", "completion_tokens", "ended_share", "empty_share",
     "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
     "nonfinite", "nonfinite_logprobs",
@@ -57,6 +57,7 @@ def history(steps: int, collapsed: bool) -> pd.DataFrame:
     table["ref_logprob"] = noisy(-3.1 - 0.1 * rise - 49 * fall, 0.04)
     table["policy_logprob"] = noisy(-3.0 + 0.3 * rise + 3.0 * fall, 0.04)
     table["logprob_gap"] = np.where(collapsed, noisy(9 - 5 * fall, 0.5), np.abs(noisy(3e-6 * np.ones(steps), 1e-6)))
+    table["truncation_gap"] = np.zeros(steps)
     table["grad_norm"] = np.exp(noisy(0.5 + 7 * fall, 0.2))
     table["lr"] = 1e-4 * np.minimum((t + 1) / 5, 1)
     table["kl_coef"], table["clip_share"], table["nonfinite_logprobs"] = 0.05, 0.0, 0.0

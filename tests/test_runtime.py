@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from pipeline.errors import UserError
 from pipeline.io.runtime import draw_prompts, draw_rescored, generator, set_up, uniforms
 from pipeline.reinforce.optim import learning_rate, make_optimizer, update
-from tests.models import recipe
+from tests.models import PARAMS, recipe
 
 # --- random numbers
 
@@ -109,16 +109,23 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 200), st.floats(0.001, 1))
-def test_a_share_of_the_prompts_is_rescored(step: int, prompts: int, share: float) -> None:
-    chosen = draw_rescored(3, step, prompts, share)
+@given(st.integers(0, 1000), st.integers(1, 200), st.data())
+def test_some_of_the_prompts_are_rescored(step: int, prompts: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, prompts))
+    chosen = draw_rescored(3, step, prompts, count)
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(range(prompts))
-    assert len(chosen) == max(1, round(share * prompts))
+    assert len(chosen) == count
+
+
+@pytest.mark.parametrize(("prompts", "share", "count"), [(16, 0.125, 2), (4, 0.125, 1), (1, 1.0, 1), (10, 0.25, 2)])
+def test_a_share_of_the_prompts_is_at_least_one(prompts: int, share: float, count: int) -> None:
+    train = PARAMS.train.model_copy(update={"prompts_per_step": prompts, "rescored_share": share})
+    assert train.rescored_prompts == count
 
 
 def test_every_prompt_s_turn_to_be_rescored_comes() -> None:
-    seen = Counter(place for step in range(400) for place in draw_rescored(0, step, 8, 0.125))
+    seen = Counter(place for step in range(400) for place in draw_rescored(0, step, 8, 1))
     assert chisquare([seen[place] for place in range(8)]).pvalue > 0.001
 
 

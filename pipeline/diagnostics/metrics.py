@@ -10,7 +10,7 @@ from pipeline.reinforce.advantages import zero_spread
 HISTORY_COLUMNS = (
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
     "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_se", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
-    "policy_logprob", "certain_run", "logprob_gap", "grad_norm", "grad_snr", "update_kl", "update_kl_se",
+    "policy_logprob", "certain_run", "logprob_gap", "truncation_gap", "grad_norm", "grad_snr", "update_kl", "update_kl_se",
     "relative_update", "lr", "kl_coef", "clip_share", "completion_tokens", "ended_share", "empty_share",
     "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
     "nonfinite", "nonfinite_logprobs",
@@ -97,9 +97,10 @@ def longest_runs(marked: Tensor) -> Tensor:
     return longest
 
 
-def logprob_gap(sampler_logprobs: Tensor, scored_logprobs: Tensor, mask: Tensor) -> float:
-    """max |sampled - scored| in nats over the tokens of the completions; what the loss scores must be what was sampled.
+def largest_gap(logprobs: Tensor, others: Tensor, mask: Tensor) -> float:
+    """max |difference| in nats over the tokens of the completions. All [N, T].
 
-    Rounding leaves about 1e-5; a misaligned objective or a truncated sampler leaves nats. All [N, T].
+    Between the sampler's and what the loss scores, rounding leaves about 1e-5; a misaligned objective or a truncated
+    sampler leaves nats.
     """
-    return (sampler_logprobs - scored_logprobs)[mask].abs().max().item()
+    return (logprobs - others)[mask].abs().max().item()

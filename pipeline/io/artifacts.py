@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, synced, then renamed into it."""
 
 import contextlib
+import csv
 import hashlib
 import json
 import math
@@ -61,6 +62,28 @@ def write_json(target: Path, value: Any) -> None:
 def write_jsonl(target: Path, rows: Iterable[dict[str, Any]]) -> None:
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
     write_text(target, "".join(line + "\n" for line in lines))
+
+
+def write_csv(target: Path, rows: list[dict[str, float]]) -> None:
+    """A header from the first row's keys; undefined values are `nan`."""
+    columns = list(rows[0])
+    lines = [",".join(columns), *(",".join(repr(row[column]) for column in columns) for row in rows)]
+    write_text(target, "\n".join(lines) + "\n")
+
+
+def read_csv(source: Path) -> list[dict[str, float]]:
+    """Rows of numbers. Raises ValueError for anything else, naming the line."""
+    with source.open(encoding="utf-8", newline="") as lines:
+        reader, rows = csv.reader(lines), []
+        columns = next(reader, [])
+        for number, cells in enumerate(reader, start=2):
+            try:
+                rows.append({name: float(cell) for name, cell in zip(columns, cells, strict=True)})
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    if not rows:
+        raise ValueError("no rows")
+    return rows
 
 
 def read_json(source: Path) -> Any:

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
-from pipeline.io.artifacts import atomic_path, write_text
+from pipeline.io.artifacts import atomic_path
 
 KEPT = 2  # states kept: where the newest is damaged, the one before it serves
 
@@ -39,21 +39,24 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes the state after `step` steps: its sha256, then torch's format. Older ones beyond KEPT are removed."""
+def save(folder: Path, step: int, state: dict[str, Any], judged: int) -> None:
+    """Writes the state after `step` steps: its sha256, then torch's format. Older ones beyond KEPT are removed, all but
+    the newest of those after fewer than `judged` steps."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
-    with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
+    with atomic_path(_path(folder, step)) as temporary, temporary.open("wb") as target:
         target.write(hashlib.sha256(payload).digest())
         target.write(payload)
-    for old in _states(folder)[:-KEPT]:
+    kept = {*_states(folder)[-KEPT:], *_states(folder, judged)[-1:]}
+    for old in set(_states(folder)) - kept:
         old.unlink()
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The newest whole state, on the CPU, or None. A damaged one is named in a warning and passed over."""
-    for path in reversed(_states(folder)):
+def load(folder: Path, before: int | None = None) -> dict[str, Any] | None:
+    """The newest whole state (after fewer than `before` steps), on the CPU, or None. A damaged one is named in a warning
+    and passed over."""
+    for path in reversed(_states(folder, before)):
         with path.open("rb") as source:
             expected, payload = source.read(32), source.read()
         if hashlib.sha256(payload).digest() == expected:
@@ -68,12 +71,9 @@ def forget(folder: Path) -> None:
         path.unlink()
 
 
-def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("state-*.pt"))
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"state-{step:08d}.pt"
 
 
-def write_timings(folder: Path, rows: list[dict[str, float]]) -> None:
-    """timings.csv: for the tracker, which may have been away."""
-    columns = list(rows[0])
-    lines = [",".join(columns), *(",".join(repr(row[column]) for column in columns) for row in rows)]
-    write_text(folder / "timings.csv", "\n".join(lines) + "\n")
+def _states(folder: Path, before: int | None = None) -> list[Path]:
+    return [path for path in sorted(folder.glob("state-*.pt")) if before is None or path < _path(folder, before)]

@@ -18,7 +18,8 @@ class Progress:
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # history.csv
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples.jsonl
     timings: list[dict[str, float]] = dataclasses.field(default_factory=list)  # never in a hashed file
-    stopped: bool = False  # before its last step, at a non-finite number
+    calibration: list[dict[str, float]] = dataclasses.field(default_factory=list)  # calibration.csv
+    stopped: bool = False  # before its last step, at a non-finite number or a collapse
     running_mean: float | None = None  # of the rewards of the steps so far: `baseline: running`
     kl_coef: float | None = None  # where it adapts to a target; None = still the recipe's
 

@@ -14,8 +14,9 @@ from pipeline.io.tracking import Point, Scalar
 REPORTS = Path("reports")
 RUN, HISTORY = REPORTS / "train/run.json", REPORTS / "train/history.csv"
 EVALUATION, PREPARE = REPORTS / "evaluate/metrics.json", REPORTS / "prepare.json"
+DIAGNOSIS = REPORTS / "diagnosis.json"
 TABLES = [RUN, HISTORY, REPORTS / "train/summary.json", REPORTS / "train/samples.jsonl",
-          EVALUATION, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
+          REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
 
 
 class Record(NamedTuple):
@@ -29,6 +30,7 @@ class Record(NamedTuple):
     training: list[Point]
     timings: list[Point]
     evaluation: dict[str, float]
+    diagnosis: dict[str, Any]  # diagnosis.json
     artifacts: dict[str, list[Path]]  # folder of the artifact store -> files
 
 
@@ -59,6 +61,7 @@ def read_record() -> Record:
         training=_points("train", history, times, written_ms),
         timings=_points("time", {step: row for step, row in timings.items() if step in history}, times, written_ms),
         evaluation=_flat("evaluate", evaluation),
+        diagnosis=_json(DIAGNOSIS),
         artifacts=files,
     )
 

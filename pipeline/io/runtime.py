@@ -40,9 +40,8 @@ def uniforms(seed: int, step: int, purpose: str, samples: int, tokens: int) -> T
     return torch.rand(samples, tokens, generator=generator(seed, step, purpose), dtype=torch.float64)
 
 
-def draw_rescored(seed: int, step: int, prompts: int, share: float) -> list[int]:
-    """The prompts of a step, by their place in it, whose completions are scored again: at least one, in order."""
-    count = max(1, round(share * prompts))
+def draw_rescored(seed: int, step: int, prompts: int, count: int) -> list[int]:
+    """The prompts of a step, by their place in it, whose completions are scored again: `count` of them, in order."""
     return sorted(torch.randperm(prompts, generator=generator(seed, step, "rescored"))[:count].tolist())
 
 

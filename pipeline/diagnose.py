@@ -1,0 +1,111 @@
+"""Stage `diagnose`: whether, how and from when on the run collapsed, and what to try (reports/diagnosis.json)."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pipeline.diagnostics.calibration import Limit, Row, Spread, untouched
+from pipeline.diagnostics.cures import Cure, cure, treated
+from pipeline.diagnostics.text import repeated_ngrams
+from pipeline.diagnostics.verdict import TITLES, Finding, findings
+from pipeline.diagnostics.words import headline, summary
+from pipeline.errors import UserError, run_stage
+from pipeline.io.artifacts import finite_or_none, read_csv, read_json, read_jsonl, write_json
+from pipeline.params import SELECTORS, Params, load
+
+REPORTS, TARGET = Path("reports/train"), Path("reports/diagnosis.json")
+HEALTHY = Path("data/healthy/healthy.json")
+SHOWN = 3  # completions a finding
+
+
+def main() -> None:
+    """Raises UserError where a file of the stage `train` is missing or is not what it writes."""
+    params = load()
+    files = [REPORTS / "history.csv", REPORTS / "calibration.csv", REPORTS / "samples.jsonl", HEALTHY]
+    readers = [read_csv, read_csv, read_jsonl, read_json]
+    contents: list[Any] = []
+    for file, read in zip(files, readers, strict=True):
+        try:
+            contents.append(read(file))
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; run `dvc repro train`") from None
+        except ValueError as error:
+            raise UserError(f"{file}: not what the stage writes: {error}; run `dvc repro train`") from None
+    rows, calibration, samples, healthy = contents
+    diagnosis = diagnose(params, rows, calibration, samples) | {"healthy_step": healthy["step"]}
+    write_json(TARGET, diagnosis)
+    print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
+    if diagnosis["cure"]:
+        print(f"to try: {diagnosis['cure']['command']}")
+
+
+def diagnose(
+    params: Params, rows: list[dict[str, float]], calibration: list[dict[str, float]], samples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of diagnosis.json but for the healthy policy's step."""
+    spreads = untouched(calibration, params.train.prompts_per_step)
+    found = findings(rows, spreads, params.train.steps)
+    summaries = [summary(finding, rows, spreads) for finding in found]
+    cures = {finding.kind: cure(finding.kind, params, spreads) for finding in found}
+    changes: dict[str, Any] = {}
+    for finding in treated(found):
+        changes |= {key: value for key, value in cures[finding.kind].changes.items() if key not in changes}
+    return {
+        "verdict": found[0].kind if found else "healthy",
+        "onset": found[0].onset if found else None,
+        "headline": headline(found, summaries, len(rows)),
+        "steps": len(rows),
+        "findings": [
+            report(finding, text, cures[finding.kind], rows, samples)
+            for finding, text in zip(found, summaries, strict=True)
+        ],
+        "cure": {"changes": changes, "command": command(params, changes)} if changes else None,
+    }
+
+
+def report(
+    finding: Finding, text: str, remedy: Cure, rows: list[dict[str, float]], samples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One finding, with its evidence."""
+    return {
+        "kind": finding.kind, "title": TITLES[finding.kind], "onset": finding.onset, "summary": text,
+        "evidence": [evidence(limit, finding.shown_at, rows[finding.shown_at]) for limit in finding.limits],
+        "completions": shown(finding, samples),
+        "changes": remedy.changes, "reason": remedy.reason, "source": remedy.source,
+    }  # fmt: skip
+
+
+def evidence(limit: Limit, step: int, row: Row) -> dict[str, Any]:
+    spread: Spread | None = limit.untouched
+    return {
+        "metric": limit.metric, "step": step, "value": finite_or_none(row[limit.metric]),
+        "untouched": spread.mean if spread else None, "spread": spread.std if spread else None,
+        "threshold": finite_or_none(limit.threshold), "side": limit.side,
+    }  # fmt: skip
+
+
+def shown(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Completions of the step that shows the finding, the clearest first; a misaligned loss does not show in texts."""
+    if finding.kind == "misaligned":
+        return []
+    of_step = [sample for sample in samples if sample["step"] == finding.shown_at]
+    if finding.kind == "empty":
+        of_step.sort(key=lambda sample: len(sample["tokens"]))
+    elif finding.kind in ("repetition", "hacking"):
+        of_step.sort(key=lambda sample: _or_zero(repeated_ngrams([sample["tokens"]], 3)), reverse=True)
+    return [{key: sample[key] for key in ("step", "prompt", "completion", "reward")} for sample in of_step[:SHOWN]]
+
+
+def command(params: Params, changes: dict[str, Any]) -> str:
+    """What runs the experiment: the selectors as they are and the changes."""
+    chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")} | changes
+    return " ".join(["dvc exp run", *(f"-S {shlex.quote(f'{key}={value}')}" for key, value in chosen.items())])
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,91 @@
+"""What the untouched policy does by itself: batches sampled before training, and the limits that they set."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+FALSE_ALARMS = 0.01  # a run, over all of its steps and metrics
+CALIBRATION_COLUMNS = (
+    "batch", "reward_mean", "reward_se", "reward_std_within", "zero_spread_share", "entropy", "ref_logprob",
+    "completion_tokens", "ended_share", "empty_share", "distinct_completions", "distinct_within", "repeated_3grams",
+    "top_token_share",
+)  # fmt: skip
+
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A metric over batches without learning."""
+
+    mean: float
+    std: float  # of one batch
+    freedom: int  # degrees of freedom behind std
+    batches: int
+
+    def margin(self, tail: float) -> float:
+        """How far a further batch strays from the mean, one-sided, with probability `tail`, where batches are normal:
+
+        t_{freedom, 1 - tail} std sqrt(1 + 1 / batches)   (prediction interval; Hahn & Meeker 1991, section 4.2)
+        """
+        return student_quantile(1 - tail, self.freedom) * self.std * math.sqrt(1 + 1 / self.batches)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where a metric leaves what chance explains and is bad enough to matter."""
+
+    metric: str
+    side: Literal["above", "below"]
+    threshold: float
+    untouched: Spread | None = None  # None: the threshold is a published or a stated one
+
+    def passed(self, row: Row) -> bool:
+        value = row[self.metric]
+        return value >= self.threshold if self.side == "above" else value <= self.threshold  # False for NaN
+
+
+def untouched(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
+    """The spread of each metric over the calibration's batches of B = `prompts` prompts; undefined metrics are left out.
+
+    The reward's comes from the prompts inside the batches (`reward_se`), which are many more than the batches.
+    """
+    spreads = {}
+    for name in CALIBRATION_COLUMNS[1:]:
+        values = [row[name] for row in rows if math.isfinite(row[name])]
+        if len(values) >= 2:
+            mean = sum(values) / len(values)
+            variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+            spreads[name] = Spread(mean, math.sqrt(variance), len(values) - 1, len(values))
+    errors = [row["reward_se"] for row in rows if math.isfinite(row["reward_se"])]
+    if errors and "reward_mean" in spreads:
+        pooled = math.sqrt(sum(error**2 for error in errors) / len(errors))
+        spreads["reward_mean"] = Spread(
+            spreads["reward_mean"].mean, pooled, len(errors) * (prompts - 1), spreads["reward_mean"].batches
+        )
+    return spreads
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t above its median, by bisection of `student_cdf`."""
+    low, high = 0.0, 1.0
+    while student_cdf(high, freedom) < probability:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
+    return high
+
+
+def student_cdf(t: float, freedom: int) -> float:
+    """P(T <= t) for t >= 0, as a finite sum (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
+    theta = math.atan2(t, math.sqrt(freedom))
+    cosine, start = math.cos(theta), 1 + freedom % 2
+    term = total = cosine if freedom % 2 else 1.0
+    for k in range(start, freedom - 2, 2):
+        term *= k / (k + 1) * cosine**2
+        total += term
+    if freedom % 2 == 0:
+        return 0.5 + 0.5 * math.sin(theta) * total
+    return 0.5 + (theta + (math.sin(theta) * total if freedom > 1 else 0.0)) / math.pi

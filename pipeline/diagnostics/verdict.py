@@ -1,0 +1,161 @@
+"""Whether, how and from when on a run has collapsed: pure functions of its history and of the untouched batches.
+
+docs/DETECTOR.md measures them and says how the thresholds were chosen.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.diagnostics.calibration import FALSE_ALARMS, Limit, Row, Spread
+
+Kind = Literal[
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size"
+]  # fmt: skip
+# where several begin together, the first of these names the verdict: the cause before what follows from it
+ORDER: tuple[Kind, ...] = (
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size",
+)  # fmt: skip
+TITLES: dict[Kind, str] = {
+    "numeric": "Numeric failure", "misaligned": "Misaligned objective", "starved": "Starved of signal",
+    "hacking": "Reward hacking", "empty": "Empty completions", "repetition": "Repetition", "gibberish": "Gibberish",
+    "mode": "Mode collapse", "step-size": "Step-size failure",
+}  # fmt: skip
+CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
+COMPARISONS = 6  # limits that chance could pass, a step
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Effect sizes: what chance does not explain must also be bad. docs/DETECTOR.md has what each was chosen from."""
+
+    patience: int = 2  # steps in a row before a sign counts: one batch may stray
+    misaligned: float = 1.0  # nats; half precision rounds by up to 0.3, the shifted objective is off by 10 and more
+    no_signal: float = 0.95  # share of prompts without any spread of reward
+    no_signal_steps: int = 5  # from the first step on
+    empty: float = 0.5  # share of completions
+    repeated: float = 0.5  # share of 3-grams
+    distinct: float = 0.5  # of the untouched policy's share of different completions
+    entropy: float = 0.2  # of the untouched policy's
+    unlikely: float = 2.0  # nats a token below the untouched policy's own texts
+    reward: float = 0.5  # of the spread of rewards within a prompt
+    certain: float = 0.9  # where chance alone could reach any share, this one counts all the same
+
+
+THRESHOLDS = Thresholds()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of collapse, confirmed."""
+
+    kind: Kind
+    onset: int  # first step
+    shown_at: int  # the step whose values are the evidence: the last one at which the signs held together
+    limits: tuple[Limit, ...]  # those passed at both
+
+
+def findings(
+    rows: Sequence[Row], spreads: dict[str, Spread], steps: int, thresholds: Thresholds = THRESHOLDS
+) -> list[Finding]:
+    """Every kind of collapse in the history so far, by onset; [] = healthy.
+
+    rows: of history.csv, from step 0; spreads: see `untouched`; steps: that the run is meant to have. A kind counts
+    once its signs have held for `patience` steps in a row. The limits keep the chance that a run which does not learn
+    is called collapsed below FALSE_ALARMS, all its steps and metrics together (Bonferroni).
+    """
+    found = [once(rows), misaligned(rows, thresholds), starved(rows, thresholds)]
+    limits = limits_of_run(spreads, steps, thresholds)
+    found += [lasting(kind, rows, alternatives, thresholds.patience) for kind, alternatives in signs(limits).items()]
+    return sorted(filter(None, found), key=lambda finding: (finding.onset, ORDER.index(finding.kind)))
+
+
+def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds) -> dict[str, Limit]:
+    """The limits that both chance and the effect sizes set, by name."""
+    tail = FALSE_ALARMS / (steps * COMPARISONS)
+
+    def limit(metric: str, side: Literal["above", "below"], effect: float) -> Limit:
+        """`effect` away from the untouched mean, or farther where chance goes farther."""
+        spread = spreads.get(metric)
+        if spread is None:
+            return Limit(metric, side, math.nan)
+        distance = max(effect, spread.margin(tail))
+        return Limit(metric, side, spread.mean + (distance if side == "above" else -distance), spread)
+
+    def share(metric: str, least: float) -> Limit:
+        """At least `least`, whatever the untouched policy does, and beyond chance as far as a share can be."""
+        spread = spreads.get(metric)
+        chance = 0.0 if spread is None else spread.mean + spread.margin(tail)
+        return Limit(metric, "above", max(least, min(thresholds.certain, chance)), spread)
+
+    def ratio(metric: str, least: float) -> Limit:
+        """At most `least` of the untouched mean."""
+        spread = spreads.get(metric)
+        return limit(metric, "below", (1 - least) * spread.mean if spread else math.nan)
+
+    within = spreads["reward_std_within"].mean if "reward_std_within" in spreads else math.nan
+    return {
+        "empty": share("empty_share", thresholds.empty),
+        "repetition": share("repeated_3grams", thresholds.repeated),
+        "alike": ratio("distinct_completions", thresholds.distinct),
+        "certain": ratio("entropy", thresholds.entropy),
+        "unlikely": limit("ref_logprob", "below", thresholds.unlikely),
+        "fallen": limit("reward_mean", "below", thresholds.reward * within),
+        "risen": limit("reward_mean", "above", thresholds.reward * within),
+    }
+
+
+def signs(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ...]]]:
+    """By kind, the sets of limits each of which shows it when all of the set are passed at once."""
+    empty, full = limits["empty"], not_passed(limits["empty"])
+    broken = (empty, limits["repetition"], limits["unlikely"])
+    return {
+        "hacking": [(limits["risen"], sign) for sign in broken],  # the reward pays for text that has fallen apart
+        "empty": [(empty,)],
+        "repetition": [(limits["repetition"],)],
+        "gibberish": [(limits["unlikely"],)],
+        # nothing said is the same text again, and certain: that is `empty`, not this
+        "mode": [(limits["alike"], full), (limits["certain"], full)],
+        "step-size": [(limits["fallen"],)],
+    }
+
+
+def not_passed(limit: Limit) -> Limit:
+    return Limit(limit.metric, "below" if limit.side == "above" else "above", limit.threshold, limit.untouched)
+
+
+def lasting(kind: Kind, rows: Sequence[Row], alternatives: list[tuple[Limit, ...]], patience: int) -> Finding | None:
+    """The first stretch of at least `patience` steps in which every step shows one of the alternatives."""
+    shown = [[limits for limits in alternatives if all(limit.passed(row) for limit in limits)] for row in rows]
+    for onset in range(len(rows) - patience + 1):
+        if all(shown[onset : onset + patience]):
+            end = next((t for t in range(onset, len(rows)) if not shown[t]), len(rows)) - 1
+            return Finding(kind, onset, end, tuple(dict.fromkeys(limit for limits in shown[end] for limit in limits)))
+    return None
+
+
+def once(rows: Sequence[Row]) -> Finding | None:
+    """Numbers that are not finite: one is enough."""
+    limits = (Limit("nonfinite", "above", 1.0), Limit("nonfinite_logprobs", "above", 1e-9))
+    for t, row in enumerate(rows):
+        if passed := tuple(limit for limit in limits if limit.passed(row)):
+            return Finding("numeric", t, t, passed)
+    return None
+
+
+def misaligned(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
+    """Before the first update the loss scores other tokens than were sampled, beyond what the truncated sampler
+    explains: |sampled - scored| <= |sampled - full softmax| + |full softmax - scored|, and the last is 0 if aligned."""
+    limit = Limit("logprob_gap", "above", thresholds.misaligned + rows[0]["truncation_gap"]) if rows else None
+    return Finding("misaligned", 0, 0, (limit,)) if limit and limit.passed(rows[0]) else None
+
+
+def starved(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
+    """From the first step on, all but a few prompts give each of their samples the same reward."""
+    limit, least = Limit("zero_spread_share", "above", thresholds.no_signal), thresholds.no_signal_steps
+    start = rows[:least]
+    if len(start) < least or not all(limit.passed(row) for row in start):
+        return None
+    end = next((t for t, row in enumerate(rows) if not limit.passed(row)), len(rows)) - 1
+    return Finding("starved", 0, end, (limit,))

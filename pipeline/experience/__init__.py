@@ -1,0 +1,1 @@
+"""What a policy is made to say: batches of prompts, completions and rewards, for training and for calibration."""

@@ -1,0 +1,94 @@
+"""One batch: B prompts, G samples of each, N = B * G completions of up to T tokens, their rewards and statistics."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.diagnostics.text import text_statistics
+from pipeline.io.artifacts import finite_or_none
+from pipeline.params import Params, Recipe
+from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
+from pipeline.policy.sampling import Rollout, pad_prompts, sample
+from pipeline.rewards.build import Reward
+
+PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same through a run."""
+
+    params: Params
+    prompts: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel  # the untouched checkpoint
+    reward: Reward
+    device: torch.device
+
+    @property
+    def eos(self) -> int:
+        return self.tokenizer.eos_token_id
+
+
+def sample_batch(
+    prompts: list[str], setting: Setting, policy: PreTrainedModel, noise: Tensor, top_k: int, top_p: float
+) -> Rollout:
+    """Completions of B prompts, as many of each as `noise` [N, T] has rows for it."""
+    params, device = setting.params, setting.device
+    recipe = params.selected("recipe")
+    ids = [setting.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    prompt_ids, prompt_mask = pad_prompts(ids, setting.eos, device)
+    limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
+    with half_precision(recipe, device):
+        return sample(
+            policy, prompt_ids, prompt_mask, limits.to(device), noise.to(device), setting.eos, recipe.temperature,
+            top_k, top_p,
+        )  # fmt: skip
+
+
+def reward_batch(prompts: list[str], rollout: Rollout, setting: Setting) -> tuple[list[str], Tensor]:
+    """Texts [N] as the recipe shows them to the reward, and their rewards [B, G] in float64, for B prompts."""
+    recipe, group = setting.params.selected("recipe"), len(rollout.lengths) // len(prompts)
+    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group)
+    repeated = [prompt for prompt in prompts for _ in range(group)]
+    rewards = torch.tensor(setting.reward(repeated, completions), dtype=torch.float64, device=setting.device)
+    return completions, rewards.view(-1, group)
+
+
+def rollout_metrics(rollout: Rollout, setting: Setting) -> dict[str, float]:
+    """Statistics of the completions as texts and tokens."""
+    group, eos = setting.params.train.samples_per_prompt, setting.eos
+    plain = completion_texts(rollout, setting.tokenizer, "strip", group)
+    return {
+        **text_statistics(plain, completion_tokens(rollout, eos), group),
+        "completion_tokens": rollout.lengths.double().mean().item(),
+        "ended_share": rollout.ended(eos).double().mean().item(),
+    }
+
+
+def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the recipe says so; the weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+
+def sample_rows(
+    step: int, prompts: list[str], completions: list[str], rewards: Tensor, advantage: Tensor, rollout: Rollout,
+    logprobs: Tensor, setting: Setting,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The first completions of the first prompts [B], as rows of samples.jsonl."""
+    group, ended, rows = rewards.shape[1], rollout.ended(setting.eos), []
+    for b in range(min(PROMPTS_KEPT, len(prompts))):
+        for g in range(min(SAMPLES_KEPT, group)):
+            i = b * group + g
+            tokens = rollout.completions[i, : int(rollout.lengths[i])].tolist()
+            rows.append({
+                "step": step, "prompt": prompts[b], "completion": completions[i], "reward": rewards[b, g].item(),
+                "advantage": finite_or_none(advantage[b, g].item()), "tokens": tokens,
+                "pieces": [setting.tokenizer.decode([token]) for token in tokens],
+                "token_logprobs": [finite_or_none(x) for x in logprobs[i, : len(tokens)].tolist()],
+                "ended": bool(ended[i]),
+            })  # fmt: skip
+    return rows

@@ -1,0 +1,55 @@
+"""Batches of the untouched policy, sampled before training: what its metrics are, and how they stray, without learning."""
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS
+from pipeline.diagnostics.metrics import policy_metrics, reward_metrics
+from pipeline.experience.batch import Setting, half_precision, reward_batch, rollout_metrics, sample_batch
+from pipeline.io.runtime import draw_prompts, uniforms
+from pipeline.policy.sampling import Rollout
+from pipeline.policy.scoring import Scores, score
+
+
+def calibrate(setting: Setting) -> list[dict[str, float]]:
+    """Rows of calibration.csv: batches like those of training, of prompts that come after its own in the draw."""
+    params = setting.params
+    return [calibration_batch(batch, setting) for batch in range(params.train.calibration_batches)]
+
+
+def calibration_batch(batch: int, setting: Setting) -> dict[str, float]:
+    params, recipe = setting.params, setting.params.selected("recipe")
+    sizes = params.train
+    drawn = draw_prompts(
+        params.seed, sizes.steps + batch, sizes.prompts_per_step, len(setting.prompts), recipe.draw
+    )  # fmt: skip
+    prompts = [setting.prompts[i] for i in drawn]
+    noise = uniforms(params.seed, batch, "calibration", len(prompts) * sizes.samples_per_prompt, sizes.max_tokens)
+    rollout = sample_batch(prompts, setting, setting.reference, noise, recipe.top_k, recipe.top_p)
+    _, rewards = reward_batch(prompts, rollout, setting)
+    nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt
+    scores, mask = score_batch(rollout, setting, setting.reference), rollout.completion_mask
+    # the checkpoint scores as many completions as in a step of training: fewer stray farther
+    scored = len(mask) if recipe.kl != "none" else sizes.rescored_prompts * sizes.samples_per_prompt
+    measured = {
+        **reward_metrics(rewards, nothing, nothing),
+        **policy_metrics(scores.logprobs, scores.entropy, mask),
+        **rollout_metrics(rollout, setting),
+        "batch": batch, "ref_logprob": scores.logprobs[:scored][mask[:scored]].mean().item(),
+    }  # fmt: skip
+    return {column: measured[column] for column in CALIBRATION_COLUMNS}
+
+
+@torch.no_grad()
+def score_batch(rollout: Rollout, setting: Setting, policy: PreTrainedModel) -> Scores:
+    """Teacher-forced scores of a whole batch, a micro-batch at a time."""
+    recipe, size, parts = setting.params.selected("recipe"), setting.params.train.micro_batch, []
+    for start in range(0, len(rollout.lengths), size):
+        rows = slice(start, start + size)
+        with half_precision(recipe, setting.device):
+            part = score(
+                policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
+                recipe.temperature,
+            )  # fmt: skip
+        parts.append((part.logprobs, part.scored, part.entropy))
+    return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

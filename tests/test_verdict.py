@@ -1,0 +1,339 @@
+"""The verdict: Student's t against scipy, the false-alarm rate against simulation, each kind against made-up histories."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pipeline import diagnose
+from pipeline.diagnostics.calibration import (
+    CALIBRATION_COLUMNS,
+    FALSE_ALARMS,
+    Limit,
+    Spread,
+    student_cdf,
+    student_quantile,
+    untouched,
+)
+from pipeline.diagnostics.cures import cure, treated
+from pipeline.diagnostics.metrics import HISTORY_COLUMNS
+from pipeline.diagnostics.verdict import (
+    COMPARISONS,
+    ORDER,
+    THRESHOLDS,
+    TITLES,
+    Kind,
+    findings,
+    limits_of_run,
+)
+from pipeline.errors import UserError
+from pipeline.params import Params, validate
+from tests.conftest import Project
+from tests.models import PARAMS
+
+STEPS, PROMPTS = 20, 16
+NORMAL = {  # of the untouched policy: mean and spread of a batch
+    "reward_mean": (-6.5, 0.06), "entropy": (3.7, 0.05), "ref_logprob": (-3.6, 0.08), "empty_share": (0.03, 0.02),
+    "distinct_completions": (0.97, 0.02), "repeated_3grams": (0.02, 0.01), "reward_std_within": (0.45, 0.03),
+}  # fmt: skip
+REST = {"logprob_gap": 1e-5, "truncation_gap": 0.0, "zero_spread_share": 0.0, "nonfinite": 0.0, "nonfinite_logprobs": 0.0,
+        "update_kl": 1e-3, "reward_se": 0.06}  # fmt: skip
+
+
+def batch(draw: random.Random) -> dict[str, float]:
+    row = dict.fromkeys((*HISTORY_COLUMNS, *CALIBRATION_COLUMNS), 0.0)
+    return row | REST | {name: draw.gauss(*normal) for name, normal in NORMAL.items()}
+
+
+def history(**changes: Any) -> list[dict[str, float]]:
+    """A run that does not learn, and from a step on (a list of values by step, None = as it was) does something else."""
+    draw = random.Random(1)
+    rows = [batch(draw) | {"step": float(step)} for step in range(STEPS)]
+    for name, values in changes.items():
+        for step, value in enumerate(values):
+            if value is not None:
+                rows[step][name] = value
+    return rows
+
+
+def since(onset: int, value: float, end: int = STEPS) -> list[float | None]:
+    return [value if onset <= step < end else None for step in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def calibration() -> list[dict[str, float]]:
+    draw = random.Random(2)
+    return [batch(draw) for _ in range(8)]
+
+
+@pytest.fixture(scope="module")
+def spreads(calibration: list[dict[str, float]]) -> dict[str, Spread]:
+    return untouched(calibration, PROMPTS)
+
+
+# --- calibration
+
+
+@given(st.integers(1, 300), st.floats(0, 50))
+def test_student_s_distribution_is_scipy_s(freedom: int, t: float) -> None:
+    assert student_cdf(t, freedom) == pytest.approx(stats.t.cdf(t, freedom), abs=1e-12)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 7, 8, 120])
+@pytest.mark.parametrize("tail", [0.05, 1e-3, 1e-5])
+def test_the_quantile_is_scipy_s(freedom: int, tail: float) -> None:
+    assert student_quantile(1 - tail, freedom) == pytest.approx(stats.t.isf(tail, freedom), rel=1e-6)
+
+
+def test_a_further_batch_stays_within_the_margin_as_often_as_it_says() -> None:
+    draw, outside, trials, tail = random.Random(0), 0, 20_000, 0.05
+    for _ in range(trials):
+        values = [draw.gauss(3, 2) for _ in range(6)]
+        rows = [dict.fromkeys(CALIBRATION_COLUMNS, math.nan) | {"entropy": value} for value in values]
+        spread = untouched(rows, PROMPTS)["entropy"]
+        outside += draw.gauss(3, 2) > spread.mean + spread.margin(tail)
+    assert stats.binomtest(outside, trials, tail).pvalue > 1e-3
+
+
+def test_the_reward_s_spread_comes_from_the_prompts(calibration: list[dict[str, float]]) -> None:
+    spread = untouched(calibration, PROMPTS)["reward_mean"]
+    assert spread.std == pytest.approx(REST["reward_se"])
+    assert spread.freedom == len(calibration) * (PROMPTS - 1)
+    assert spread.mean == pytest.approx(sum(row["reward_mean"] for row in calibration) / len(calibration))
+
+
+def test_undefined_metrics_have_no_spread() -> None:
+    rows = [dict.fromkeys(CALIBRATION_COLUMNS, math.nan) for _ in range(8)]
+    assert untouched(rows, 1) == {}
+    assert findings(history(), {}, STEPS) == []
+
+
+def test_false_alarms_are_as_rare_as_promised_without_the_effect_sizes() -> None:
+    """Limits from chance alone: in at most FALSE_ALARMS of runs without learning is any passed at any step."""
+    draw, runs, alarms = random.Random(3), 400, 0
+    metrics = [name for name in NORMAL if name != "reward_std_within"]
+    tail = FALSE_ALARMS / (STEPS * COMPARISONS)
+    assert len(metrics) == COMPARISONS
+    for _ in range(runs):
+        spreads = untouched([batch(draw) for _ in range(8)], PROMPTS)
+        limits = [Limit(name, "above", spreads[name].mean + spreads[name].margin(tail)) for name in metrics]
+        alarms += any(limit.passed(batch(draw)) for _ in range(STEPS) for limit in limits)
+    assert stats.binomtest(alarms, runs, FALSE_ALARMS, alternative="greater").pvalue > 1e-3
+
+
+# --- verdict
+
+COLLAPSES: dict[str, dict[str, Any]] = {
+    "misaligned": {"logprob_gap": since(0, 16.0)},
+    "numeric": {"nonfinite": since(7, 1.0)},
+    "starved": {"zero_spread_share": since(0, 1.0)},
+    "empty": {"empty_share": since(2, 0.7)},
+    "repetition": {"repeated_3grams": since(4, 0.8)},
+    "gibberish": {"ref_logprob": since(5, -9.0)},
+    "mode": {"distinct_completions": since(6, 0.2)},
+    "step-size": {"reward_mean": since(3, -7.4)},
+    "hacking": {"repeated_3grams": since(4, 0.8), "reward_mean": since(4, -5.0)},
+}
+ONSETS = {"misaligned": 0, "numeric": 7, "starved": 0, "empty": 2, "repetition": 4, "gibberish": 5, "mode": 6,
+          "step-size": 3, "hacking": 4}  # fmt: skip
+
+
+def test_a_run_without_learning_is_healthy(spreads: dict[str, Spread]) -> None:
+    assert findings(history(), spreads, STEPS) == []
+
+
+@pytest.mark.parametrize("kind", ORDER)
+def test_each_kind_is_seen_at_its_onset(kind: Kind, spreads: dict[str, Spread]) -> None:
+    found = findings(history(**COLLAPSES[kind]), spreads, STEPS)
+    assert (found[0].kind, found[0].onset) == (kind, ONSETS[kind])
+    assert {finding.kind for finding in found} == {kind} | ({"repetition"} if kind == "hacking" else set())
+
+
+@pytest.mark.parametrize("kind", ORDER)
+def test_the_evidence_is_passed_at_the_step_shown_and_not_before_the_onset(
+    kind: Kind, spreads: dict[str, Spread]
+) -> None:
+    rows = history(**COLLAPSES[kind])
+    finding = findings(rows, spreads, STEPS)[0]
+    assert finding.limits
+    assert all(limit.passed(rows[finding.shown_at]) for limit in finding.limits)
+    assert all(limit.passed(rows[finding.onset]) for limit in finding.limits)
+    assert finding.onset == 0 or not all(limit.passed(rows[finding.onset - 1]) for limit in finding.limits)
+
+
+def test_a_certain_policy_is_mode_collapse(spreads: dict[str, Spread]) -> None:
+    assert [f.kind for f in findings(history(entropy=since(4, 0.3)), spreads, STEPS)] == ["mode"]
+
+
+def test_silence_is_empty_and_not_mode_collapse(spreads: dict[str, Spread]) -> None:
+    rows = history(empty_share=since(4, 0.9), distinct_completions=since(4, 0.1), entropy=since(4, 0.1))
+    assert [f.kind for f in findings(rows, spreads, STEPS)] == ["empty"]
+
+
+def test_a_rising_reward_alone_is_healthy(spreads: dict[str, Spread]) -> None:
+    assert findings(history(reward_mean=since(2, -3.0)), spreads, STEPS) == []
+
+
+def test_one_batch_that_strays_is_no_collapse(spreads: dict[str, Spread]) -> None:
+    assert findings(history(empty_share=since(5, 0.9, 6)), spreads, STEPS) == []
+    assert [f.onset for f in findings(history(empty_share=since(5, 0.9, 7)), spreads, STEPS)] == [5]
+
+
+def test_a_collapse_is_confirmed_as_soon_as_its_second_step_is_in(spreads: dict[str, Spread]) -> None:
+    rows = history(empty_share=since(2, 0.9))
+    assert findings(rows[:3], spreads, STEPS) == []
+    assert [f.onset for f in findings(rows[:4], spreads, STEPS)] == [2]
+
+
+def test_the_truncated_sampler_is_not_misaligned(spreads: dict[str, Spread]) -> None:
+    rows = history(logprob_gap=since(0, 1.4), truncation_gap=since(0, 1.4))
+    assert findings(rows, spreads, STEPS) == []
+    assert findings(history(logprob_gap=since(0, 1.4)), spreads, STEPS)[0].kind == "misaligned"
+
+
+def test_a_gap_that_appears_later_is_not_called_misaligned(spreads: dict[str, Spread]) -> None:
+    assert findings(history(logprob_gap=since(3, 20.0)), spreads, STEPS) == []
+
+
+def test_signal_that_comes_later_is_not_starved(spreads: dict[str, Spread]) -> None:
+    at_least = THRESHOLDS.no_signal_steps
+    assert findings(history(zero_spread_share=since(0, 1.0, at_least - 1)), spreads, STEPS) == []
+    assert findings(history(zero_spread_share=since(0, 1.0, at_least)), spreads, STEPS)[0].kind == "starved"
+
+
+def test_a_loud_untouched_policy_moves_the_limits() -> None:
+    """Where batches differ that much without learning, more is asked for; of a share at most THRESHOLDS.certain."""
+    draw = random.Random(0)
+    rows = [batch(draw) | {"empty_share": draw.choice([0.0, 0.4]), "ref_logprob": draw.gauss(-3, 1)} for _ in range(8)]
+    limits = limits_of_run(untouched(rows, PROMPTS), STEPS, THRESHOLDS)
+    assert limits["empty"].threshold == THRESHOLDS.certain
+    assert limits["unlikely"].threshold < -3 - 2 * THRESHOLDS.unlikely
+
+
+def test_undefined_values_are_no_sign(spreads: dict[str, Spread]) -> None:
+    assert findings(history(repeated_3grams=since(2, math.nan), entropy=since(2, math.nan)), spreads, STEPS) == []
+
+
+def test_findings_come_by_onset_and_causes_first(spreads: dict[str, Spread]) -> None:
+    rows = history(logprob_gap=since(0, 9.0), empty_share=since(6, 0.9), reward_mean=since(9, -8.0))
+    found = findings(rows, spreads, STEPS)
+    assert [(f.kind, f.onset) for f in found] == [("misaligned", 0), ("empty", 6), ("step-size", 9)]
+    assert [f.kind for f in treated(found)] == ["misaligned", "empty"]
+
+
+def test_an_empty_history_is_healthy(spreads: dict[str, Spread]) -> None:
+    assert findings([], spreads, STEPS) == []
+
+
+# --- cures
+
+
+def changed(**selectors: Any) -> Params:
+    tree = PARAMS.model_dump(exclude_none=True)
+    recipe = selectors.pop("recipe", "notebook")
+    tree["recipe"] = recipe
+    tree["recipes"][recipe] |= selectors
+    return validate(tree)
+
+
+@pytest.mark.parametrize("kind", ORDER)
+@pytest.mark.parametrize("recipe", ["notebook", "stable"])
+def test_each_cure_changes_something_and_gives_valid_parameters(
+    kind: Kind, recipe: str, spreads: dict[str, Spread]
+) -> None:
+    params = changed(recipe=recipe)
+    remedy = cure(kind, params, spreads)
+    assert remedy.reason
+    assert remedy.source
+    if kind == "misaligned" and recipe == "stable":
+        assert remedy.changes == {}
+        return
+    tree = params.model_dump(exclude_none=True)
+    for key, value in remedy.changes.items():
+        *tables, name = key.split(".")
+        table = tree
+        for part in tables:
+            table = table[part]
+        assert table[name] != value
+        table[name] = value
+    assert validate(tree) != params
+
+
+def test_the_cure_of_the_notebook_is_what_the_ablation_found(spreads: dict[str, Spread]) -> None:
+    params = changed(recipe="notebook")
+    assert cure("misaligned", params, spreads).changes == {"recipes.notebook.alignment": "correct"}
+    assert cure("empty", params, spreads).changes == {
+        "recipes.notebook.special_tokens": "strip",
+        "recipes.notebook.kl": "reward_k1",
+        "recipes.notebook.kl_coef": 0.04,  # a tenth of the spread of rewards, 0.45, to one digit
+    }
+
+
+def test_a_leash_that_did_not_hold_is_tightened(spreads: dict[str, Spread]) -> None:
+    changes = cure("mode", changed(recipe="stable"), spreads).changes
+    stable = PARAMS.recipes["stable"]
+    assert changes["recipes.stable.kl_coef"] == pytest.approx(3 * stable.kl_coef, rel=0.1)
+    assert changes["recipes.stable.lr"] == pytest.approx(stable.lr / 3, rel=0.2)
+
+
+# --- the stage
+
+
+def sample(step: int, completion: str, tokens: int) -> dict[str, Any]:
+    return {"step": step, "prompt": "Hi", "completion": completion, "reward": -1.0, "tokens": [5] * tokens}
+
+
+def test_the_diagnosis_in_full(calibration: list[dict[str, float]]) -> None:
+    params = changed(recipe="notebook")
+    rows = history(logprob_gap=since(0, 9.0), empty_share=since(6, 0.9))
+    samples = [sample(step, text, n) for step in range(STEPS) for text, n in [("well said", 6), ("", 1)]]
+    content = diagnose.diagnose(params, rows, calibration, samples)
+    assert (content["verdict"], content["onset"], content["steps"]) == ("misaligned", 0, STEPS)
+    assert "9.0 nats" in content["headline"]
+    assert "From step 6 on most completions are empty: 90% at step 19, " in content["headline"]
+    empty = content["findings"][1]
+    assert (empty["kind"], empty["title"], empty["onset"]) == ("empty", TITLES["empty"], 6)
+    assert [shown["completion"] for shown in empty["completions"]] == ["", "well said"]
+    (evidence,) = empty["evidence"]
+    assert evidence["metric"] == "empty_share"
+    assert (evidence["step"], evidence["value"], evidence["side"]) == (19, 0.9, "above")
+    assert evidence["untouched"] == pytest.approx(sum(row["empty_share"] for row in calibration) / 8)
+    assert content["cure"]["command"].startswith("dvc exp run -S model=pocket ")
+    for key, value in content["cure"]["changes"].items():
+        assert f"-S {key}={value}" in content["cure"]["command"]
+
+
+def test_a_healthy_run_has_no_cure(calibration: list[dict[str, float]]) -> None:
+    content = diagnose.diagnose(PARAMS, history(), calibration, [])
+    assert content == {
+        "verdict": "healthy", "onset": None, "headline": f"No sign of collapse in {STEPS} steps.", "steps": STEPS,
+        "findings": [], "cure": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ORDER)
+def test_every_kind_has_words_without_undefined_numbers(kind: Kind, calibration: list[dict[str, float]]) -> None:
+    content = diagnose.diagnose(changed(), history(**COLLAPSES[kind]), calibration, [])
+    assert content["verdict"] == kind
+    assert content["headline"].endswith(".")
+    assert "nan" not in content["headline"]
+
+
+def test_a_missing_file_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.root)
+    with pytest.raises(UserError, match=r"reports/train/history\.csv: no such file; run `dvc repro train`"):
+        diagnose.main()
+
+
+def test_a_broken_file_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.root)
+    file = project.root / "reports/train/history.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("step,entropy\n0,3.5\n1,many\n")
+    with pytest.raises(UserError, match=r"history\.csv: not what the stage writes: line 3: .*many"):
+        diagnose.main()
+    assert not (project.root / "reports/diagnosis.json").exists()
