@@ -15,13 +15,16 @@ REPORTS = Path("reports")
 def draw(data: Inputs) -> dict[str, Figure]:
     """Every figure by the name of its file, in the order of the page."""
     history, run, held_out = data.history, data.run, data.rewards[data.trained]
-    return {
+    drawn = {
         "overview": figures.overview(history, held_out, run),
         "reward": figures.reward(history, held_out, run),
         "variance": figures.variance(history, run),
         "collapse": figures.collapse(history, run),
         "evaluate": heldout.evaluate(data.rewards, data.trained, run),
     }
+    for figure in drawn.values():
+        style.mark_onset(figure, data.diagnosis["onset"])
+    return drawn
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Figures and the report page from a made-up but realistic reports folder: a healthy run and a collapsed one."""
+"""Figures, and what `plot` does with a reports folder, from a made-up but realistic one: a healthy run and a collapsed one."""
 
 import json
 import os
@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import font_manager, get_data_path, rcParams
+from matplotlib.axes import Axes
 
 from pipeline import plot
 from pipeline.errors import UserError
@@ -27,7 +29,10 @@ COLUMNS = [
 ]  # fmt: skip
 EVALUATE = ["mean", "low", "high", "difference", "win_rate", "text", "ref_logprob_per_token"]
 NAMES = ["collapse", "evaluate", "overview", "reward", "variance"]
-HOSTILE = "<script>alert(1)</script>\n\t\u202egnp.exe \x00\x1b[31m\u2028'\"&amp;  "
+HOSTILE = (
+    "<script>window.hacked = 1</script></script><img src=x onerror='window.hacked = 1'><!-- <script>"
+    "\n\t\u202egnp.exe \x00\x1b[31m\u2028'\"&amp;  "
+)
 FOREIGN = "مرحبا 👩‍💻 Straße"
 
 
@@ -84,10 +89,34 @@ def interval(mean: float, width: float) -> dict[str, float]:
     return {"mean": mean, "low": mean - width, "high": mean + width}
 
 
+def diagnosis(steps: int, collapsed: bool) -> dict[str, Any]:
+    """diagnosis.json; the collapsed run has two findings, and text of its completions in what it says."""
+    verdict = {"verdict": "healthy", "onset": None, "headline": "No sign of collapse.", "steps": steps, "findings": [],
+               "cure": None, "healthy_step": steps}  # fmt: skip
+    if not collapsed:
+        return verdict
+    gap = {"metric": "logprob_gap", "step": 1, "value": 8.7, "untouched": None, "spread": None, "threshold": 0.5,
+           "side": "above"}  # fmt: skip
+    few = {"metric": "distinct_completions", "step": 6, "value": 0.0625, "untouched": 0.97, "spread": 0.012,
+           "threshold": 0.5, "side": "below"}  # fmt: skip
+    shown = {"step": 6, "prompt": HOSTILE, "completion": HOSTILE, "reward": -11.5}
+    changes: list[dict[str, Any]] = [{"recipes.stable.alignment": "correct"}, {"recipes.stable.lr": 0.0001}]
+    findings = [
+        {"kind": "misaligned", "title": "Misaligned objective", "onset": 1, "summary": "Other tokens are scored.",
+         "evidence": [gap], "completions": [], "changes": changes[0], "reason": "It is no gradient.", "source": "Williams"},
+        {"kind": "mode", "title": "One text for all", "onset": 4, "summary": f"All say {HOSTILE}", "evidence": [few],
+         "completions": [shown], "changes": changes[1], "reason": "Smaller steps.", "source": "docs/COLLAPSE.md"},
+    ]  # fmt: skip
+    command = "dvc exp run -S recipe=stable -S recipes.stable.alignment=correct -S recipes.stable.lr=0.0001"
+    cure = {"changes": changes[0] | changes[1], "command": command}
+    return verdict | {"verdict": "misaligned", "onset": 1, "headline": f"From step 1 on it says {HOSTILE}",
+                      "findings": findings, "cure": cure, "healthy_step": 0}  # fmt: skip
+
+
 def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
     """A whole reports folder as the stages write it."""
     prompts = [f"Prompt number {i}, what now?" for i in range(40)]
-    new = "iiii'di'd'd'd'd" if collapsed else "Hi! How can I help you?"
+    new = "Hi! iiii'di'd'd" if collapsed else "Hi! How can I help you?"
     names = {"embedding": (-6.2, -11.6 if collapsed else -5.0), "length": (-14.0, -13.9), "words": (0.02, 0.02)}
     metrics: dict[str, object] = {
         name: {
@@ -111,31 +140,23 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
         for i, prompt in enumerate(prompts) for sample in range(2)
     ]  # fmt: skip
     rows = [
-        {"step": step, "prompt": prompts[i], "completion": new if i else HOSTILE, "reward": -6.0, "advantage": 0.25,
-         "tokens": [1, 2], "token_logprobs": [-1.0, -2.0], "ended": True}
-        for step in range(steps) for i in range(6)
+        {"step": step, "prompt": HOSTILE if i == 0 else prompts[i], "completion": new if sample else HOSTILE,
+         "reward": -6.0 - step, "advantage": 0.25, "tokens": [5, 6, 0],
+         "pieces": [*(["Hi! ", new[4:]] if sample else [HOSTILE[:30], HOSTILE[30:]]), "<|endoftext|>"],
+         "token_logprobs": [-0.01234567, None, -7.5], "ended": True}
+        for step in range(steps) for i in range(4) for sample in range(2)
     ]  # fmt: skip
     for name in ("train", "evaluate"):
         (folder / name).mkdir(parents=True)
     history(steps, collapsed).to_csv(folder / "train/history.csv", index=False)
     run = {**digests, "params": params, "processes": 1}
-    files = {"train/run.json": run, "evaluate/metrics.json": metrics,
+    files = {"train/run.json": run, "evaluate/metrics.json": metrics, "diagnosis.json": diagnosis(steps, collapsed),
              "prepare.json": {"train": {"read": 600, "kept": 410, "dropped": {"language": 80}}}}  # fmt: skip
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
     for name, lines in {"train/samples.jsonl": rows, "evaluate/completions.jsonl": completions}.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reports(tmp_path_factory.mktemp("healthy") / "reports")
-
-
-@pytest.fixture(scope="module")
-def report(healthy: Path) -> str:
-    return page.render(inputs.load(healthy), dict.fromkeys(("overview", "reward"), b"\x89PNG"))
 
 
 def run_plot(project: Path, seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -270,59 +291,35 @@ def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
     assert "undefined" in page.render(data, made)
 
 
-def test_completions_are_escaped(report: str) -> None:
-    assert "<script" not in report
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in report
-    assert "&amp;amp;" in report
-    hidden = [character for character in report if ord(character) < 32 and character not in "\n\t"]
-    assert not hidden
-    assert "\u202e" not in report
-    assert "U+202E" in report
-    assert "U+2028" in report
-    assert "(empty)" in report
-    assert FOREIGN in report
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_the_onset_is_marked_in_every_panel_over_training_steps(tmp_path: Path, collapsed: bool) -> None:
+    """A line from bottom to top at the onset's step, and its name; nothing in a healthy run or a held-out panel."""
+
+    def onsets(axes: Axes) -> list[float]:
+        upright = [line for line in axes.lines if list(line.get_ydata()) == [0, 1] and line.get_color() == style.INK]
+        return [line.get_xdata()[0] for line in upright]
+
+    data = inputs.load(reports(tmp_path / "reports", collapsed=collapsed))
+    for name, figure in plot.draw(data).items():
+        marked = {"overview": 4, "reward": 1, "variance": 2, "collapse": 9, "evaluate": 0}[name] if collapsed else 0
+        assert [found for axes in figure.axes for found in onsets(axes)] == [1] * marked
+        assert ("onset, step 1" in " ".join(text.get_text() for text in figure.texts)) == bool(marked)
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [("", "(empty)"), ("   ", "···"), (" a b ", "·a b·"), ("a\nb", "a↵\nb"), ("\x00", "U+0000"), ("\ud800", "U+D800")],
+SAMPLE = (
+    '{"step": 0, "prompt": "a", "completion": "b", "reward": 0, "advantage": 0, "tokens": [1, 2],'
+    ' "pieces": %s, "token_logprobs": [-1, null], "ended": false}\n'
 )
-def test_nothing_in_a_text_hides(text: str, shown: str) -> None:
-    assert re.sub(r"<[^>]+>", "", page.visible(text)) == shown
-
-
-def test_the_page_needs_nothing_else(report: str) -> None:
-    sources = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]{0,30})", report)
-    assert sources
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "http" not in report.replace("http-equiv", "")
-
-
-def test_the_page_says_what_was_run(report: str) -> None:
-    for words in ("stable", "seed 3", "0b5d4045c3f466fa", "recipe.lr", "0.0001", "train.dropped.language", "80"):
-        assert words in report
-    assert "dvc exp run -S model=pocket -S prompts=pocket -S reward=embedding" in report
-    assert report.count('class="pair"') == page.EXAMPLES + 3 * page.SAMPLES
-    steps = [int(step) for step in re.findall(r"<h3>Step (\d+)</h3>", report)]
-    assert steps == [0, 25, 49]
-
-
-def test_examples_follow_a_rule() -> None:
-    rows = [{"prompt": i, "sample": sample} for i in range(30) for sample in range(2)]
-    chosen = page.examples(rows)
-    assert [row["prompt"] for row in chosen] == [i * 30 // 12 for i in range(12)]
-    assert {row["sample"] for row in chosen} == {0}
-    assert page.examples(rows[:6]) == [rows[0], rows[2], rows[4]]
-
-
 BROKEN = {
     "train/history.csv": ["", "step,reward_mean\n0,1\n", "a,b\n1,2,3\n1\n"],
     "train/run.json": ["{", "[]", '{"train_key": 1}'],
-    "train/samples.jsonl": ["{}\n", "nope\n"],
+    "train/samples.jsonl": ["{}\n", "nope\n", SAMPLE % '["a"]', SAMPLE % '["a", 3]'],
     "evaluate/metrics.json": ["{}", '{"embedding": {"checkpoint": 1}}'],
     "evaluate/completions.jsonl": ['{"prompt": 3}\n', "[1\n"],
     "prepare.json": ["3"],
+    "diagnosis.json": ["{", '{"verdict": "healthy"}'],
 }
+STAGES = {"prepare.json": "prepare", "diagnosis.json": "diagnose"}  # the folders are named as theirs
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -335,7 +332,7 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path, monkeypatch: pytes
             plot.main()
         message = str(raised.value)
         assert message.startswith(f"reports/{name}"), message
-        assert "run `dvc repro" in message
+        assert f"run `dvc repro {STAGES.get(name, name.split('/')[0])}`" in message
         assert "\n" not in message.strip()
         assert not (tmp_path / "reports/report.html").exists()
         assert not (tmp_path / "reports/figures").exists()

@@ -140,7 +140,8 @@ def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     line(bottom, steps, starved, RED)
     key(bottom, [("prompts whose samples all have the same reward", RED)])
     share_axis(bottom, "share of prompts")
-    steps_axis(bottom, steps)
+    for panel in (top, bottom):
+        steps_axis(panel, steps, label=panel is bottom)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Reads what train and evaluate wrote. Anything missing or broken is one line that names the file and the stage."""
+"""Reads what the stages before `plot` wrote. Anything missing or broken is one line that names the file and the stage."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # what pydantic asks for below Python 3.12
 
 from pipeline.errors import UserError
 from pipeline.io.artifacts import read_json, read_jsonl
+from pipeline.report.shapes import Comparison, Completion, Diagnosis, Sample, Sides, Train
 
 COLUMNS = (  # of history.csv, as far as the figures use them
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "zero_spread_share", "baseline",
@@ -18,52 +18,6 @@ COLUMNS = (  # of history.csv, as far as the figures use them
     "top_token_share", "nonfinite",
 )  # fmt: skip
 NOT_REWARDS = ("text", "ref_logprob_per_token")  # the other keys of evaluate's metrics
-
-
-class Interval(TypedDict):
-    """A mean with its bootstrap 95% interval; None is undefined."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-
-
-class Comparison(TypedDict):
-    """One reward on held-out prompts: the untouched checkpoint, the trained policy, their difference."""
-
-    checkpoint: Interval
-    policy: Interval
-    difference: Interval
-    win_rate: float | None
-
-
-class Sides(TypedDict):
-    checkpoint: Any
-    policy: Any
-
-
-class Train(TypedDict):
-    train_key: str
-    code: str
-    prompts: str
-    checkpoint: str
-    params: dict[str, Any]
-
-
-class Sample(TypedDict):
-    step: int
-    prompt: str
-    completion: str
-    reward: float
-    advantage: float | None  # null where it was not finite
-
-
-class Completion(TypedDict):
-    prompt: str
-    sample: int
-    checkpoint: str
-    policy: str
-    rewards: dict[str, tuple[float, float]]
 
 
 class Inputs(NamedTuple):
@@ -77,6 +31,7 @@ class Inputs(NamedTuple):
     ref_logprob: dict[str, Any]  # Sides, nats a token
     completions: list[dict[str, Any]]
     prepare: dict[str, Any]
+    diagnosis: dict[str, Any]
     trained: str  # the reward that training used
 
 
@@ -97,13 +52,14 @@ def load(reports: Path) -> Inputs:
         raise UserError(f"{metrics_file}: has no reward {trained!r}, which run.json names; run `dvc repro evaluate`")
     return Inputs(
         history=_history(reports / "train/history.csv"),
-        samples=_checked(reports / "train/samples.jsonl", list[Sample], "train"),
+        samples=_samples(reports / "train/samples.jsonl"),
         run=run,
         rewards=rewards,
         text=metrics["text"],
         ref_logprob=metrics["ref_logprob_per_token"],
         completions=_checked(reports / "evaluate/completions.jsonl", list[Completion], "evaluate"),
         prepare=_checked(reports / "prepare.json", dict[str, Any], "prepare"),
+        diagnosis=_checked(reports / "diagnosis.json", Diagnosis, "diagnose"),
         trained=trained,
     )
 
@@ -129,6 +85,16 @@ def _history(path: Path) -> pd.DataFrame:
     if history["step"].isna().any() or not history["step"].is_monotonic_increasing:
         raise UserError(f"{path}: steps must be numbers that increase; run `dvc repro train`")
     return history
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    rows = _checked(path, list[Sample], "train")
+    for number, row in enumerate(rows, start=1):
+        if len({len(row[name]) for name in ("tokens", "pieces", "token_logprobs")}) > 1:
+            raise UserError(
+                f"{path} row {number}: tokens, pieces and token_logprobs differ in length; run `dvc repro train`"
+            )
+    return rows
 
 
 def _checked(path: Path, shape: Any, stage: str) -> Any:

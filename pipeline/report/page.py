@@ -1,17 +1,24 @@
 """reports/report.html: one page that needs nothing else. Every text in it is escaped; completions are untrusted."""
 
 import base64
-import unicodedata
+import hashlib
+import json
+import re
+import shlex
 from collections.abc import Iterator
+from importlib import resources
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from pipeline.report.browser import NUMBERS, browser_data, key_numbers, script_json
 from pipeline.report.inputs import Inputs
 from pipeline.report.style import signed
+from pipeline.report.text import visible
+from pipeline.report.words import MEANING, measured, percent
 
-EXAMPLES = 12  # held-out prompts shown
+EXAMPLES, OPEN_EXAMPLES = 12, 4  # held-out prompts shown, and how many of them at once
 SAMPLES = 4  # completions shown of a training step
 CAPTIONS = {
     "overview": "Left, the mean reward of each step with its standard error and the baseline that is subtracted; "
@@ -29,63 +36,72 @@ CAPTIONS = {
 
 def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
     """The page for a run; `figures` maps a name of CAPTIONS to PNG bytes."""
-    environment = jinja2.Environment(
+    folder = resources.files("pipeline.report")
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "browser.js"))
+    browser = browser_data(inputs)
+    params = inputs.run["params"]
+    names = [name for name in ("model", "prompts", "reward", "encoder", "recipe", "seed") if name in params]
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            run=inputs.run,
+            params=params,
+            policy=policy_for(style, script),
+            style=Markup(style),  # ours, as is the script
+            script=Markup(script),
+            command="dvc exp run " + " ".join(f"-S {shlex.quote(f'{name}={params[name]}')}" for name in names),
+            diagnosis=inputs.diagnosis,
+            data=script_json(browser),
+            onset=browser["onset"],
+            steps=len(inputs.history),
+            numbers=NUMBERS,
+            key_numbers=key_numbers(inputs),
+            meaning=MEANING,
+            figures=[(name, CAPTIONS[name], base64.b64encode(content).decode()) for name, content in figures.items()],
+            rewards=sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0])),
+            trained=inputs.trained,
+            text=text_rows(inputs),
+            prepare=list(flatten(inputs.prepare)),
+            examples=examples(inputs.completions),
+            open_examples=OPEN_EXAMPLES,
+            samples=samples(inputs.samples),
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Templates that escape everything, with the filters they use."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(visible=visible, number=signed, percent=percent)
-    params = inputs.run["params"]
-    names = [name for name in ("model", "prompts", "reward", "encoder", "recipe", "seed") if name in params]
-    return environment.get_template("page.html.jinja").render(
-        run=inputs.run,
-        params=params,
-        command="dvc exp run " + " ".join(f"-S {name}={params[name]}" for name in names),
-        steps=len(inputs.history),
-        figures=[(name, CAPTIONS[name], base64.b64encode(content).decode()) for name, content in figures.items()],
-        rewards=sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0])),
-        trained=inputs.trained,
-        text=text_rows(inputs),
-        prepare=list(flatten(inputs.prepare)),
-        examples=examples(inputs.completions),
-        samples=samples(inputs.samples),
-    )
+    made.filters.update(visible=visible, number=signed, percent=percent, measured=measured, command_line=command_line)
+    made.globals.update(setting=setting)
+    return made
 
 
-def visible(text: str) -> Markup:
-    """Escaped text in which nothing hides: line ends, tabs and outer spaces are marked, control characters named.
+def policy_for(style: str, script: str) -> str:
+    """A Content-Security-Policy that allows these two texts, by their digest, and figures. Nothing else loads or runs."""
 
-    Characters that reorder or hide text (bidi controls, zero-width space) appear as their code point.
-    """
-    if not text:
-        return Markup('<span class="empty">(empty)</span>')
-    body = text.strip(" ")
-    start = len(text) - len(text.lstrip(" ")) if body else len(text)
-    parts = [_mark("·" * start)]
-    parts += [_character(character) for character in body]
-    parts += [_mark("·" * (len(text) - start - len(body)))]
-    return Markup("").join(parts)
+    def allowed(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    sources = f"img-src data:; style-src {allowed(style)}; script-src {allowed(script)}"
+    return f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
 
 
-def _character(character: str) -> Markup:
-    if character == "\n":
-        return _mark("↵") + "\n"
-    if character == "\t":
-        return _mark("→") + "\t"
-    joiner = character in "\u200c\u200d"  # part of ordinary words and emoji
-    if not joiner and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return _mark(f"U+{ord(character):04X}")
-    return escape(character)
+def command_line(command: str) -> Markup:
+    """A command that breaks between its options only, wherever the page is too narrow; copied, it is one line."""
+    return Markup(" ").join(Markup("<span>{}</span>").format(visible(part)) for part in re.split(r" (?=-S )", command))
 
 
-def _mark(text: str) -> Markup:
-    return Markup('<span class="mark">{}</span>').format(text) if text else Markup("")
-
-
-def percent(share: float | None) -> str:
-    return "undefined" if share is None else f"{100 * share:.1f}%"
+def setting(key: str, value: Any) -> str:
+    """key=value as `-S` takes it."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def text_rows(inputs: Inputs) -> list[tuple[str, Any, Any]]:

@@ -23,6 +23,7 @@ P = ParamSpec("P")
 # Okabe & Ito's palette, told apart by every common kind of colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 INK, GREY, PALE = "#222222", "#666666", "#DDDDDD"
+STEPS_AXIS = "training steps"  # marks the axes that `steps_axis` made
 DPI = 100  # 12 pt are 17 px: still readable when the figure is shown at half its size
 STYLE = {
     "font.family": ["DejaVu Sans"],  # the one that matplotlib ships
@@ -128,9 +129,22 @@ def steps_axis(axes: Axes, steps: np.ndarray, label: bool = True) -> None:
     """Whole training steps; the limits hold one step as well as a thousand."""
     margin = max(0.5, 0.02 * float(steps[-1] - steps[0]))
     axes.set_xlim(steps[0] - margin, steps[-1] + margin)
+    axes.set_gid(STEPS_AXIS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if label:
         axes.set_xlabel("training step")
+
+
+def mark_onset(figure: Figure, onset: int | None) -> None:
+    """A thin line at the step where the verdict sets in, through every panel over training steps."""
+    panels = [axes for axes in figure.axes if axes.get_gid() == STEPS_AXIS]
+    if onset is None or not panels:
+        return
+    for axes in panels:
+        axes.axvline(onset, color=INK, linewidth=1.1, alpha=0.75, zorder=1.5)
+    with styled():
+        right, below_title = 0.987, 1 - 35 / (figure.get_figheight() * DPI)
+        figure.text(right, below_title, f"vertical line: onset, step {onset}", ha="right", va="top", fontsize=12)
 
 
 def share_axis(axes: Axes, label: str) -> None:

@@ -1,0 +1,271 @@
+"""The report page: the verdict, what was run, the data of its browser; nothing in a completion becomes a part of it."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.report import browser, inputs, page, text, words
+from tests.test_plot import COLUMNS, FOREIGN, ROOT, reports
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and what its script and style elements hold."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: list[str] = []  # of script and style, in the order of the page
+        self.comments: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag in self.CDATA_CONTENT_ELEMENTS:
+            self.raw.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem:
+            self.raw[-1] += data
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+
+def rendered(folder: Path, **options: Any) -> str:
+    return page.render(inputs.load(reports(folder, **options)), dict.fromkeys(("overview", "reward"), b"\x89PNG"))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return rendered(tmp_path_factory.mktemp("healthy") / "reports")
+
+
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return rendered(tmp_path_factory.mktemp("collapsed") / "reports", collapsed=True)
+
+
+@pytest.fixture(params=["healthy", "collapsed"])
+def report(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue(request.param)
+
+
+def words_of(html: str) -> str:
+    """What the page says, on one line."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html.split("<script")[0]))
+
+
+# --- untrusted text
+
+
+def test_completions_are_escaped(report: str) -> None:
+    parsed = Elements(report)
+    assert [tag for tag, _ in parsed.found].count("script") == 2
+    assert {"img"} == {tag for tag, attributes in parsed.found if "src" in attributes}
+    assert not [name for _, attributes in parsed.found for name in attributes if name.startswith("on")]
+    assert not parsed.comments
+    assert "&lt;script&gt;window.hacked = 1&lt;/script&gt;" in report
+    assert "&amp;amp;" in report
+    hidden = [character for character in report if ord(character) < 32 and character not in "\n\t"]
+    assert not hidden
+    assert "\u202e" not in report
+    assert "\u2028" not in report
+    assert "U+202E" in report
+    assert "U+2028" in report
+    assert "(empty)" in report
+    assert FOREIGN in report
+
+
+def test_the_policy_allows_our_script_and_style_by_their_digest_alone(report: str) -> None:
+    parsed = Elements(report)
+    (policy,) = [str(names["content"]) for tag, names in parsed.found if tag == "meta" and "http-equiv" in names]
+    style, data, script = parsed.raw
+    assert "unsafe" not in policy
+    for source, content in (("style-src", style), ("script-src", script)):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{source} 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none';")
+    assert json.loads(data)["steps"]
+
+
+def test_the_script_never_makes_html_of_a_text() -> None:
+    script = (ROOT / "pipeline/report/browser.js").read_text()
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(|setTimeout", script)
+    assert not re.search(r"</script|<!--|https?:|import\s*\(|fetch\(", script)
+
+
+def test_data_cannot_leave_its_script_element(report: str) -> None:
+    data = Elements(report).raw[1]
+    assert not set("<>&\u2028\u2029") & set(data)
+    first = json.loads(data)["steps"][0]["prompts"][0]
+    shown = "".join(first["prompt"])
+    assert shown.startswith("<script>window.hacked = 1</script></script><img src=x onerror='window.hacked = 1'><!-- ")
+    assert first["prompt"][1::2] == ["↵", "→", "U+202E", "U+0000", "U+001B", "U+2028", "··"]
+
+
+@pytest.mark.parametrize("value", ["</script>", "<!--<script>", "a & b", "\u2028\u2029", '"\\"', "ü👩‍💻"])
+def test_json_in_the_page_is_what_it_was(value: str) -> None:
+    inside = browser.script_json({"text": value})
+    assert json.loads(inside) == {"text": value}
+    assert not set("<>&\u2028\u2029") & set(inside)
+
+
+@pytest.mark.parametrize(
+    ("string", "shown"),
+    [("", "(empty)"), ("   ", "···"), (" a b ", "·a b·"), ("a\nb", "a↵\nb"), ("\x00", "U+0000"), ("\ud800", "U+D800")],
+)
+def test_nothing_in_a_text_hides(string: str, shown: str) -> None:
+    assert re.sub(r"<[^>]+>", "", text.visible(string)) == shown
+    assert "".join(text.parts(string)) == shown
+
+
+@pytest.mark.parametrize(
+    ("piece", "parts"),
+    [(" the", [" the"]), ("\n", ["", "↵", "\n"]), ("", ["", "(empty)"]), ("a\u200bb", ["a", "U+200B", "b"])],
+)
+def test_a_token_keeps_its_spaces(piece: str, parts: list[str]) -> None:
+    assert text.parts(piece, ends=False) == parts
+
+
+# --- the verdict
+
+
+def test_a_healthy_run_says_so_and_shows_numbers_to_check(healthy: str, tmp_path: Path) -> None:
+    said = words_of(healthy)
+    assert "Healthy No sign of collapse. Nothing crossed a threshold in 50 steps." in said
+    history = inputs.load(reports(tmp_path / "reports")).history
+    first, last = (words.measured(history["entropy"].iloc[row], "entropy") for row in (0, -1))
+    assert f"entropy of the policy, nats a token entropy {first} {last}" in said
+    for absent in ("Not healthy", "cure", "to-onset", "data/healthy"):
+        assert absent not in healthy.split("<script")[0].split("</style>")[1]
+
+
+def test_a_collapsed_run_says_what_when_why_and_the_cure(collapsed: str) -> None:
+    said = words_of(collapsed)
+    assert "Not healthy Misaligned objective from step 1 One text for all from step 4" in said
+    assert "logprob_gap 8.70 step 1 above 0.500 –" in said
+    assert "distinct_completions 6.2% step 6 below 50.0% 97.0% ± 1.2%" in said
+    assert "step 6 , reward −11.5" in said
+    assert "dvc exp run -S recipe=stable -S recipes.stable.alignment=correct -S recipes.stable.lr=0.0001" in said
+    assert "recipes.stable.lr=0.0001 for: One text for all Smaller steps. docs/COLLAPSE.md" in said
+    assert "holds the untouched checkpoint" in said
+    assert '<a href="#step-6">' in collapsed
+    assert '<button id="to-onset" type="button">onset, step 1</button>' in collapsed
+
+
+def test_the_verdict_comes_first(report: str) -> None:
+    ids = [names["id"] for tag, names in Elements(report).found if tag == "section"]
+    assert ids == ["diagnosis", "parameters", "samples", "figures", "held-out", "examples", "prompts"]
+
+
+def test_the_policy_that_was_kept_is_named(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", collapsed=True, steps=9))
+    data.diagnosis["healthy_step"] = 5
+    assert "The policy after 5 updates was kept: data/healthy ." in words_of(page.render(data, {}))
+
+
+def test_every_metric_of_the_words_is_a_column() -> None:
+    assert set(words.MEANING) <= set(COLUMNS)
+    assert set(words.SHARES) <= set(words.MEANING)
+    assert set(browser.NUMBERS) <= set(inputs.COLUMNS) & set(words.MEANING)
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "said"),
+    [(0.0625, "empty_share", "6.2%"), (-3.14159, "entropy", "−3.14"), (None, "entropy", "undefined"),
+     (float("nan"), "empty_share", "undefined"), (float("inf"), "grad_norm", "undefined"), (2.0, "a_new_one", "2.00")],
+)  # fmt: skip
+def test_a_value_says_its_unit(value: float | None, metric: str, said: str) -> None:
+    assert words.measured(value, metric) == said
+
+
+# --- the browser's data
+
+
+def test_the_browser_has_every_step_with_its_tokens(tmp_path: Path) -> None:
+    data = browser.browser_data(inputs.load(reports(tmp_path / "reports", steps=3, collapsed=True)))
+    assert data["onset"] == 1
+    assert [step["step"] for step in data["steps"]] == [0, 1, 2]
+    first = data["steps"][2]["prompts"]
+    assert [len(prompt["completions"]) for prompt in first] == [2] * 4
+    hostile, plain = first[1]["completions"]
+    assert first[1]["prompt"] == ["Prompt number 1, what now?"]
+    assert plain["pieces"] == ["Hi! ", "iiii'di'd'd", "<|endoftext|>"]
+    assert plain["logprobs"] == [-0.012, None, -7.5]
+    assert (plain["reward"], plain["advantage"]) == ("−8.00", "0.250")
+    assert "text" not in hostile
+    assert "text" not in plain
+
+
+def test_what_the_reward_read_is_shown_where_the_tokens_do_not_say_it(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", steps=1))
+    for completion, shown in (("Hi! <|endoftext|>", False), ("Hi! ", False), ("Hi!", True), ("", True)):
+        row = data.samples[1] | {"completion": completion, "pieces": ["Hi", "! ", "<|endoftext|>"]}
+        (prompt,) = browser.browser_data(data._replace(samples=[row]))["steps"][0]["prompts"]
+        assert ("text" in prompt["completions"][0]) == shown
+    cut = data.samples[1] | {"completion": "Hi", "pieces": ["Hi", "!"], "ended": False}
+    (prompt,) = browser.browser_data(data._replace(samples=[cut]))["steps"][0]["prompts"]
+    assert prompt["completions"][0]["text"] == ["Hi"]
+
+
+def test_a_step_without_samples_and_an_onset_outside_the_run(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", steps=2))
+    data.diagnosis["onset"] = 7
+    steps = browser.browser_data(data._replace(samples=data.samples[:8]))
+    assert steps["onset"] is None
+    assert [len(step["prompts"]) for step in steps["steps"]] == [4, 0]
+
+
+def test_the_data_of_a_run_of_the_usual_size_stay_small(tmp_path: Path) -> None:
+    """50 steps of 8 completions with 20 tokens."""
+    data = inputs.load(reports(tmp_path / "reports"))
+    tokens = {"tokens": [7] * 20, "pieces": [" token"] * 20, "token_logprobs": [-1.2345678901] * 20}
+    rows = [row | tokens for row in data.samples]
+    assert len(rows) == 400
+    assert len(browser.script_json(browser.browser_data(data._replace(samples=rows)))) < 300_000
+
+
+# --- the rest of the page
+
+
+def test_the_page_needs_nothing_else(report: str) -> None:
+    sources = [
+        str(value) for _, names in Elements(report).found for name, value in names.items() if name in ("src", "href")
+    ]
+    assert sources
+    assert all(source.startswith(("data:image/png;base64,", "#step-")) for source in sources)
+    assert "url(" not in report
+    assert "http" not in report.replace("http-equiv", "")
+
+
+def test_the_page_says_what_was_run(healthy: str) -> None:
+    for said in ("stable", "seed 3", "0b5d4045c3f466fa", "recipe.lr", "0.0001", "train.dropped.language", "80"):
+        assert said in healthy
+    said = words_of(healthy)
+    assert "dvc exp run -S model=pocket -S prompts=pocket -S reward=embedding" in said
+    assert "dvc repro plot" in said
+    assert "Seed 3 draws everything" in said
+    assert healthy.count('class="pair"') == page.EXAMPLES + 3 * page.SAMPLES
+    steps = [int(step) for step in re.findall(r"<h3 id=\"step-\d+\">Step (\d+)</h3>", healthy)]
+    assert steps == [0, 25, 49]
+
+
+def test_a_command_is_quoted_for_the_shell(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", steps=1))
+    data.run["params"]["prompts"] = "mine; rm x"
+    assert "-S &#39;prompts=mine; rm x&#39;" in page.render(data, {})
+
+
+def test_examples_follow_a_rule() -> None:
+    rows = [{"prompt": i, "sample": sample} for i in range(30) for sample in range(2)]
+    chosen = page.examples(rows)
+    assert [row["prompt"] for row in chosen] == [i * 30 // 12 for i in range(12)]
+    assert {row["sample"] for row in chosen} == {0}
+    assert page.examples(rows[:6]) == [rows[0], rows[2], rows[4]]
