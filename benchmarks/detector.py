@@ -2,28 +2,25 @@
 
 python -m benchmarks.detector run choose     # the runs that thresholds were chosen on (resumes; --jobs 2)
 python -m benchmarks.detector run measure    # those that it is measured on: other seeds, more recipes
-python -m benchmarks.detector collect        # runs -> docs/detector.csv
+python -m benchmarks.detector collect        # runs -> docs/detector.csv (needs rldoctor: pip install -e '.[benchmarks]')
+python -m benchmarks.detector scan           # other thresholds on the runs to choose on
 python -m benchmarks.detector tables         # docs/detector.csv -> the tables of docs/DETECTOR.md
 
 Run `dvc repro prepare cache` first. Every policy along a run is evaluated on held-out prompts as soon as it exists, which
-saves storing it; the labels come from these evaluations alone (`labels`).
+saves storing it; the labels come from these evaluations alone (`benchmarks/labels.py`).
 """
 
 import argparse
 import json
-import math
 import os
-import random
-import statistics
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 RUNS = Path("benchmarks/runs/detector")
-STEPS, HELD_OUT, SAMPLES = 20, 32, 2
-LASTING = 3  # evaluations in a row that must be bad
-SIZES = {"train.steps": STEPS, "train.prompts_per_step": 8, "train.threads": 1}
+STEPS, HELD_OUT, SAMPLES = 20, 24, 2
+SIZES = {"train.steps": STEPS, "train.prompts_per_step": 6, "train.samples_per_prompt": 6, "train.threads": 1}
 
 STABLE: dict[str, Any] = {"recipe": "stable"}
 NOTEBOOK: dict[str, Any] = {"recipe": "notebook"}
@@ -45,19 +42,19 @@ class Plan(NamedTuple):
 # Meant to collapse or not; whether they do is for `labels` to say.
 PLANS = [
     # seeds 100.. choose, seeds 200.. measure; plans without seeds to choose on are new to the measured set
-    Plan("notebook", NOTEBOOK, (100, 101), (200, 201, 202, 203)),
+    Plan("notebook", NOTEBOOK, (100,), (200, 201, 202, 203)),
     Plan("notebook, correct", NOTEBOOK | {"alignment": "correct"}, (100,), (200, 201, 202, 203)),
     Plan("notebook, correct, sgd", NOTEBOOK | {"alignment": "correct", "optimizer": "sgd", "lr": 0.08}, (), (200, 201, 202)),
-    Plan("clean, lr 1e-3", CLEAN | {"lr": 1e-3}, (100, 101), (200, 201, 202, 203)),
+    Plan("clean, lr 1e-3", CLEAN | {"lr": 1e-3}, (100,), (200, 201, 202, 203)),
     Plan("clean, lr 5e-4", CLEAN | {"lr": 5e-4}, (), (200, 201, 202)),
     Plan("clean, no baseline", CLEAN | {"baseline": "none"}, (100,), (200, 201, 202, 203)),
     Plan("notebook, no baseline", NOTEBOOK | {"alignment": "correct", "baseline": "none"}, (), (200, 201, 202)),
     Plan("length 0, lr 1e-3", LOOSE | {"reward": "length", "rewards.length.target": 0, "lr": 1e-3}, (100,), (200, 201, 202, 203)),
     Plan("length, lr 1e-3", LOOSE | LENGTH | {"lr": 1e-3}, (100,), (200, 201, 202)),
-    Plan("questions, lr 1e-3", LOOSE | QUESTIONS | {"lr": 1e-3}, (100, 101), (200, 201, 202, 203)),
+    Plan("questions, lr 1e-3", LOOSE | QUESTIONS | {"lr": 1e-3}, (100,), (200, 201, 202, 203)),
     Plan("questions, lr 5e-4", LOOSE | QUESTIONS | {"lr": 5e-4}, (), (200, 201, 202)),
     Plan("words, lr 1e-3", LOOSE | WORDS | {"lr": 1e-3}, (100,), (200, 201, 202)),
-    Plan("embedding, lr 1e-2, no clipping", LOOSE | {"lr": 1e-2, "max_grad_norm": 0.0}, (100, 101), (200, 201, 202, 203)),
+    Plan("embedding, lr 1e-2, no clipping", LOOSE | {"lr": 1e-2, "max_grad_norm": 0.0}, (100,), (200, 201, 202, 203)),
     Plan("embedding, lr 3e-3, no clipping", LOOSE | {"lr": 3e-3, "max_grad_norm": 0.0}, (), (200, 201, 202, 203)),
     Plan("length, lr 1e-2", LOOSE | LENGTH | {"lr": 1e-2}, (100,), (200, 201, 202, 203)),
     Plan("shifted", STABLE | {"alignment": "shifted"}, (100,), (200, 201, 202, 203)),
@@ -65,9 +62,9 @@ PLANS = [
     Plan("no such words", STABLE | UNKNOWN_WORDS, (100,), (200, 201, 202, 203)),
     Plan("sgd, lr 1000", LOOSE | {"optimizer": "sgd", "lr": 1000.0, "max_grad_norm": 0.0}, (100,), (200, 201, 202)),
     Plan("length, sgd lr 900", LOOSE | LENGTH | {"optimizer": "sgd", "lr": 900.0, "max_grad_norm": 0.0}, (), (200, 201)),
-    Plan("stable", STABLE, (100, 101), (200, 201, 202, 203, 204, 205)),
-    Plan("stable, length", STABLE | LENGTH, (100, 101), (200, 201, 202, 203, 204, 205)),
-    Plan("stable, words", STABLE | WORDS, (100, 101), (200, 201, 202, 203, 204, 205)),
+    Plan("stable", STABLE, (100,), (200, 201, 202, 203, 204, 205)),
+    Plan("stable, length", STABLE | LENGTH, (100,), (200, 201, 202, 203, 204, 205)),
+    Plan("stable, words", STABLE | WORDS, (100,), (200, 201, 202, 203, 204, 205)),
     Plan("stable, questions", STABLE | QUESTIONS, (100,), (200, 201, 202, 203)),
     Plan("short greeting", STABLE | {"reward": "short_greeting"}, (), (200, 201, 202)),
     Plan("lr 3e-4", STABLE | {"lr": 3e-4}, (100,), (200, 201, 202, 203)),
@@ -83,7 +80,7 @@ PLANS = [
     Plan("k2 loss, length", STABLE | LENGTH | {"kl": "loss_k2"}, (), (200, 201, 202)),
     Plan("clean, lr 3e-5", CLEAN | {"lr": 3e-5}, (100,), (200, 201, 202)),
     Plan("temperature 0.7", STABLE | {"temperature": 0.7}, (), (200, 201, 202)),
-    Plan("4 prompts", STABLE | {"train.prompts_per_step": 4}, (), (200, 201, 202)),
+    Plan("3 prompts", STABLE | {"train.prompts_per_step": 3}, (), (200, 201, 202)),
 ]  # fmt: skip
 
 
@@ -166,52 +163,6 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def labels(content: dict[str, Any]) -> dict[str, int]:
-    """Kinds of collapse of a run with their onsets, by the rule of docs/DETECTOR.md; {} = healthy."""
-    held_out, first = content["held_out"], content["held_out"][0]
-    found = {}
-    if content["alignment"] == "shifted":
-        found["misaligned"] = 0
-    if content["stopped"]:
-        found["numeric"] = len(content["rows"]) - 1
-    if all(len({reward for pair in evaluation["rewards"] for reward in pair}) == 1 for evaluation in held_out):
-        found["starved"] = 0
-    ways = [bad(evaluation, first) for evaluation in held_out]
-    for kind in sorted(set().union(*ways)):
-        for onset in range(len(ways)):
-            if all(kind in way for way in ways[onset : onset + LASTING]):
-                found[kind] = onset
-                break
-    return found
-
-
-def bad(evaluation: dict[str, Any], first: dict[str, Any]) -> set[str]:
-    """The ways in which one held-out evaluation is bad, compared with the untouched policy's."""
-    spread = math.sqrt(sum(statistics.variance(pair) for pair in first["rewards"]) / len(first["rewards"]))
-    pairs = zip(evaluation["rewards"], first["rewards"], strict=True)
-    differences = [statistics.fmean(after) - statistics.fmean(before) for after, before in pairs]
-    change, (low, high) = statistics.fmean(differences), bootstrap_interval(differences)
-    empty = evaluation["empty"] > 0.5
-    found = {
-        "empty": empty,
-        "repetition": (evaluation["repeated"] or 0) > 0.5,
-        "gibberish": evaluation["ref_logprob"] < first["ref_logprob"] - 2,
-        "mode": not empty
-        and (evaluation["distinct"] < 0.5 * first["distinct"] or evaluation["entropy"] < 0.2 * first["entropy"]),
-        "step-size": high < 0 and change < -0.5 * spread,
-    }
-    broken = found["empty"] or found["repetition"] or found["gibberish"]
-    found["hacking"] = broken and low > 0 and change > 0.5 * spread
-    return {kind for kind, holds in found.items() if holds}
-
-
-def bootstrap_interval(values: list[float], resamples: int = 500) -> tuple[float, float]:
-    """The percentile 95% interval of the mean, always of the same resamples."""
-    draw = random.Random(0)
-    means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(resamples))
-    return means[round(0.025 * resamples)], means[round(0.975 * resamples) - 1]
-
-
 def run_all(chosen: str, jobs: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     runs = [(plan, seed) for plan in PLANS for seed in getattr(plan, chosen)]
@@ -221,12 +172,22 @@ def run_all(chosen: str, jobs: int) -> None:
 
 
 def main() -> None:
+    from benchmarks import detector_tables
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run",))
-    parser.add_argument("set", choices=("choose", "measure"))
+    parser.add_argument("command", choices=("run", "collect", "tables", "scan"))
+    parser.add_argument("set", nargs="?", choices=("choose", "measure"), default="measure")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    run_all(arguments.set, arguments.jobs)
+    match arguments.command:
+        case "run":
+            run_all(arguments.set, arguments.jobs)
+        case "collect":
+            detector_tables.collect(RUNS, {plan.name: plan.choose for plan in PLANS})
+        case "tables":
+            detector_tables.tables()
+        case "scan":
+            detector_tables.scan(RUNS, {plan.name: plan.choose for plan in PLANS})
 
 
 if __name__ == "__main__":
