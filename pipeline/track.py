@@ -167,10 +167,10 @@ def _tags(record: Record) -> dict[str, str]:
         "git_commit": commit,
         "mlflow.source.git.commit": commit,
         "git_dirty": None if changes is None else str(bool(changes)).lower(),
-        "verdict": record.diagnosis.get("verdict"),
-        "collapse_onset": str(record.diagnosis.get("onset")),
-        "collapse_kinds": ", ".join(finding["kind"] for finding in record.diagnosis.get("findings", [])) or "none",
-        "cure": (record.diagnosis.get("cure") or {}).get("command"),
+        "verdict": record.diagnosis["verdict"],
+        "collapse_onset": str(record.diagnosis["onset"]).lower(),  # none: healthy
+        "collapse_kinds": ", ".join(finding["kind"] for finding in record.diagnosis["findings"]) or "none",
+        "cure": record.diagnosis["cure"]["command"] if record.diagnosis["cure"] else "none",
         "dvc_exp_name": os.environ.get("DVC_EXP_NAME"),
         "dvc_exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
     }

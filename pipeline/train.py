@@ -159,7 +159,7 @@ def loop(
             run.stopped = run.stopped or bool(found and setting.params.train.on_collapse == "stop")
             if run.step % every == 0 or run.step == steps or run.stopped or signals:
                 onset = found[0].onset if found else steps
-                keep(folder, run, policy, optimizer, judged=min(onset, run.step - THRESHOLDS.patience))
+                keep(folder, run, policy, optimizer, judged=min(onset, run.step - THRESHOLDS.patience + 1))
                 tracker.flush()
             if signals and run.step < steps:
                 print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)

@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-    "sampling", "scoring", "objective", "gradient", "kl", "importance", "notebook", "diagnostics", "runtime", "rewards",
+    "sampling", "scoring", "objective", "gradient", "kl", "importance", "notebook", "diagnostics", "verdict", "runtime",
+    "rewards",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -184,6 +185,41 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("len(tokens) - n + 1", "len(tokens) - n"),
         ("not text.strip()", "not text"),
         ("texts[i : i + group]", "texts[i : i + 1]"),
+    ]),
+    "diagnostics/calibration.py": ("verdict", [
+        ("math.sqrt(1 + 1 / self.batches)", "math.sqrt(1 / self.batches)"),
+        ("student_quantile(1 - tail, self.freedom)", "student_quantile(1 - 100 * tail, self.freedom)"),
+        ("value >= self.threshold if", "value <= self.threshold if"),
+        ("/ (len(values) - 1)", "/ (len(values) + 9)"),
+        ("math.sqrt(variance), len(values) - 1", "math.sqrt(variance), len(values) + 9"),
+        ("len(errors) * (prompts - 1)", "len(errors) * prompts"),
+        ("error**2 for error", "error for error"),
+        ("k / (k + 1) * cosine**2", "k / (k + 1) * cosine"),
+        ("if math.isfinite(row[name])", ""),
+    ]),
+    "diagnostics/verdict.py": ("verdict", [
+        ("FALSE_ALARMS / (steps * COMPARISONS)", "FALSE_ALARMS * steps * COMPARISONS"),
+        ("max(effect, spread.margin(tail))", "effect"),
+        ("max(effect, spread.margin(tail))", "spread.margin(tail)"),
+        ("distance if side == \"above\" else -distance", "-distance if side == \"above\" else distance"),
+        ("min(thresholds.certain, chance)", "chance"),
+        ("(1 - least) * spread.mean", "least * spread.mean"),
+        ("range(len(rows) - patience + 1)", "range(len(rows) - patience)"),
+        ("all(shown[onset : onset + patience])", "all(shown[onset : onset + 1])"),
+        ("[(limits[\"risen\"], sign) for sign in broken]", "[(limits[\"fallen\"], sign) for sign in broken]"),
+        ("[(limits[\"alike\"], full), (limits[\"certain\"], full)]", "[(limits[\"alike\"],), (limits[\"certain\"],)]"),
+        ("[(limits[\"alike\"], full), (limits[\"certain\"], full)]", "[(limits[\"alike\"], full)]"),
+        (" + rows[0][\"truncation_gap\"]", ""),
+        ("key=lambda finding: (finding.onset, ORDER.index(finding.kind))", "key=lambda finding: ORDER.index(finding.kind)"),
+        ("if len(start) < least or not", "if not"),
+        ("Finding(kind, onset, end,", "Finding(kind, onset, onset + 9,"),
+    ]),
+    "diagnostics/cures.py": ("verdict", [
+        ("{\"special_tokens\": \"strip\"} | leash(recipe, spreads)", "{\"special_tokens\": \"strip\"}"),
+        ("KL_PER_SPREAD * spread.mean", "KL_PER_SPREAD"),
+        ("rounded(3 * recipe.kl_coef)", "rounded(recipe.kl_coef / 3)"),
+        ("finding.onset == min(others)", "True"),
+        ("{\"alignment\": \"correct\"}", "{\"alignment\": \"shifted\"}"),
     ]),
     "io/runtime.py": ("runtime", [
         ('f"{seed}/{step}/{purpose}"', 'f"{seed}/{purpose}"'),

@@ -65,12 +65,20 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     score = {"mean": -6.5, "low": -6.75, "high": -6.25}
     write(Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": score, "win_rate": 0.75}}))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
+    write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.5\n")
+    write_diagnosis()
     write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
     write(Path("reports/report.html"), "<h1>Report</h1>")
     write(Path("reports/figures/reward.png"), "png")
     if timings:
         lines = ["step,timestamp_ms,seconds_sample", *(f"{step},{timestamp(step)},0.5" for step in range(steps))]
         write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(lines) + "\n")
+
+
+def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
+    diagnosis = {"verdict": verdict, "onset": onset, "findings": [{"kind": kind} for kind in kinds]}
+    cure = {"changes": {"seed": 1}, "command": command} if command else None
+    write(Path("reports/diagnosis.json"), json.dumps({**diagnosis, "cure": cure}))
 
 
 def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
@@ -264,6 +272,27 @@ def test_experiment_names_the_run(project, monkeypatch):
     _, run = assert_complete()
     assert run.info.run_name == "embedding-stable-pocket-s0-lucky-otter"
     assert run.data.tags["dvc_exp_name"] == "lucky-otter"
+
+
+def test_the_verdict_is_in_the_tags_and_follows_the_file(project):
+    make_reports()
+    write_diagnosis("empty", 8, ["empty", "step-size"], "dvc exp run -S seed=1")
+    track.main()
+    tags = stored_runs()[1][0].data.tags
+    assert (tags["verdict"], tags["collapse_onset"], tags["collapse_kinds"]) == ("empty", "8", "empty, step-size")
+    assert tags["cure"] == "dvc exp run -S seed=1"
+    write_diagnosis()
+    track.main()
+    tags = stored_runs()[1][0].data.tags
+    assert {tags[key] for key in ("collapse_onset", "collapse_kinds", "cure")} == {"none"}
+    assert tags["verdict"] == "healthy"
+
+
+def test_a_diagnosis_of_another_make_is_refused(project):
+    make_reports()
+    write(Path("reports/diagnosis.json"), '{"verdict": "healthy"}')
+    with pytest.raises(UserError, match=r"reports/diagnosis\.json: has no cure"):
+        track.main()
 
 
 def test_git_commit_and_changes_are_tags(project):

@@ -17,16 +17,20 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import evaluate, train
+from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS, untouched
+from pipeline.diagnostics.verdict import TITLES, Finding, findings
 from pipeline.errors import UserError
+from pipeline.io.artifacts import read_csv
 from pipeline.policy.sampling import Rollout
 from tests.conftest import Project
 
 pytestmark = pytest.mark.slow  # each run of the stage imports torch and transformers
 
-OUTPUTS = ("data/policy", "reports/train")
+OUTPUTS = ("data/policy", "data/healthy", "reports/train")
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +182,9 @@ def test_the_greedy_baseline_is_the_reward_of_transformers_greedy_completion(her
     folder = here.root / "data/checkpoint/policy"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     rows = [json.loads(line) for line in (here.root / "reports/train/samples.jsonl").read_text().splitlines()]
-    assert len(rows) == 3  # the first sample of every prompt of the step
+    assert len(rows) == 6  # both samples of every prompt of the step
     lengths = []
-    for row in rows:
+    for row in rows[::2]:
         ids = tokenizer(row["prompt"], return_tensors="pt")
         output = model.generate(**ids, do_sample=False, max_new_tokens=6, pad_token_id=tokenizer.eos_token_id)
         lengths.append(len(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))
@@ -201,7 +205,7 @@ def test_the_coefficient_adapts_to_the_kl_that_is_penalised(here: Project) -> No
     train.main()
     rows = history(here)
     assert abs(rows[0]["ref_kl_sequence"]) < 1e-4
-    assert rows[1]["kl_coef"] == pytest.approx(0.05 * 1.02)
+    assert rows[1]["kl_coef"] == pytest.approx(0.1 * 1.02)
 
 
 def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Project) -> None:
@@ -210,7 +214,7 @@ def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Pro
     train.main()
     row = history(here)[0]
     ref = row["ref_logprob"] * row["completion_tokens"]
-    assert row["baseline"] == pytest.approx(row["reward_mean"] + 0.05 * ref, rel=1e-5)
+    assert row["baseline"] == pytest.approx(row["reward_mean"] + 0.1 * ref, rel=1e-5)
     assert row["logprob_gap"] == 0.0
 
 
@@ -248,6 +252,84 @@ def test_a_batch_can_be_used_for_several_updates(here: Project) -> None:
     assert several[0]["grad_norm"] == once[0]["grad_norm"]  # of the first update, on-policy
     assert once[0]["clip_share"] == 0 < several[0]["clip_share"]
     assert several[1]["ref_kl_k3"] > once[1]["ref_kl_k3"]
+
+
+COLLAPSING = {"kl": "none", "optimizer": "sgd", "lr": 30.0, "warmup_steps": 40, "max_grad_norm": 0.0}
+
+
+def diagnosed(project: Project) -> list[Finding]:
+    """What the verdict says of the files."""
+    reports = project.root / "reports/train"
+    return findings(read_csv(reports / "history.csv"), untouched(read_csv(reports / "calibration.csv"), 3), 12)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_collapse_can_end_the_run_and_the_last_healthy_policy_is_kept(
+    here: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, with and without the stop: the same steps until then, and the policy from before the onset both times."""
+    here.edit(train__steps=12, **{f"recipes__stable__{key}": value for key, value in COLLAPSING.items()})
+    train.main()
+    went_on, found = repr(history(here)), diagnosed(here)  # nan is not equal to itself
+    assert found
+    onset = found[0].onset
+    assert 1 < onset < 10
+    assert f"Diagnosis: {TITLES[found[0].kind].lower()} from step {onset} on" in capsys.readouterr().out
+    healthy = json.loads((here.root / "data/healthy/healthy.json").read_text())
+    assert healthy == {"step": onset - 1, "weights": "data/healthy"}
+    kept = weights(here.root / "data/healthy")
+
+    forget(here)
+    here.edit(train__on_collapse="stop")
+    train.main()
+    stopped = history(here)
+    assert len(stopped) < 12
+    assert went_on.startswith(repr(stopped)[:-1])
+    assert json.loads((here.root / "reports/train/summary.json").read_text())["stopped"] is True
+    assert json.loads((here.root / "data/healthy/healthy.json").read_text()) == healthy
+    again = weights(here.root / "data/healthy")
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+    forget(here)  # the policy after `step` updates, by training for as many
+    here.edit(train__steps=healthy["step"], train__on_collapse="continue")
+    train.main()
+    truth = weights(here.root / "data/policy")
+    assert all(torch.equal(truth[name], kept[name]) for name in kept)
+
+
+def test_a_healthy_run_points_to_its_policy(here: Project) -> None:
+    here.edit(train__on_collapse="stop")
+    train.main()
+    assert diagnosed(here) == []
+    assert json.loads((here.root / "data/healthy/healthy.json").read_text()) == {"step": 6, "weights": "data/policy"}
+    assert [path.name for path in (here.root / "data/healthy").iterdir()] == ["healthy.json"]
+
+
+def test_calibration_changes_nothing_else(here: Project) -> None:
+    train.main()
+    before, first = contents(here), read_csv(here.root / "reports/train/calibration.csv")
+    forget(here)
+    here.edit(train__calibration_batches=3)
+    train.main()
+    after = contents(here)
+    assert read_csv(here.root / "reports/train/calibration.csv") == first[:3]
+    for name in ("data/policy/model.safetensors", "reports/train/history.csv", "reports/train/samples.jsonl"):
+        assert after[name] == before[name], name
+
+
+def test_calibration_measures_what_training_does_where_nothing_is_learnt(here: Project) -> None:
+    """A step at a learning rate of next to nothing is one more batch of the untouched policy."""
+    here.edit(recipes__stable__lr=1e-30, train__calibration_batches=60, train__steps=60, train__checkpoint_every=60)
+    train.main()
+    rows, batches = history(here), read_csv(here.root / "reports/train/calibration.csv")
+    assert findings(rows, untouched(batches, 3), 60) == []
+    for name in CALIBRATION_COLUMNS[1:]:
+        values, others = [row[name] for row in rows], [row[name] for row in batches]
+        if len({*values, *others}) > 1:
+            assert ks_2samp(values, others).pvalue > 1e-4, name
 
 
 def test_a_damaged_state_is_passed_over(here: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,9 @@ def read_record() -> Record:
     timings = _timings(timings_file)
     written_ms = HISTORY.stat().st_mtime_ns // 1_000_000
     times = {step: int(row.pop("timestamp_ms", written_ms)) for step, row in timings.items()}
-    history = _rows(HISTORY)
+    history, diagnosis = _rows(HISTORY), _json(DIAGNOSIS)
+    if missing := {"verdict", "onset", "findings", "cure"} - diagnosis.keys():
+        raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; `dvc repro -f diagnose` makes it")
     return Record(
         train_key=key,
         run=run,
@@ -61,7 +63,7 @@ def read_record() -> Record:
         training=_points("train", history, times, written_ms),
         timings=_points("time", {step: row for step, row in timings.items() if step in history}, times, written_ms),
         evaluation=_flat("evaluate", evaluation),
-        diagnosis=_json(DIAGNOSIS),
+        diagnosis=diagnosis,
         artifacts=files,
     )
 
