@@ -30,6 +30,12 @@ LENGTH, WORDS, QUESTIONS = {"reward": "length"}, {"reward": "words"}, {"reward":
 UNKNOWN_WORDS = WORDS | {"rewards.words.words": ["zyzzyva", "syzygy"]}
 
 
+def huge(weight: float) -> dict[str, Any]:
+    """The length reward times a factor that float32 cannot carry for long."""
+    terms = [{"weight": weight, "reward": {"kind": "length", "target": 40}}]
+    return {"reward": "short_greeting", "rewards.short_greeting.terms": terms}
+
+
 class Plan(NamedTuple):
     """A run: what is changed in params.yaml (a plain key is one of the recipe's) and the seeds of each set."""
 
@@ -62,6 +68,8 @@ PLANS = [
     Plan("no such words", STABLE | UNKNOWN_WORDS, (100,), (200, 201, 202, 203)),
     Plan("sgd, lr 1000", LOOSE | {"optimizer": "sgd", "lr": 1000.0, "max_grad_norm": 0.0}, (100,), (200, 201, 202)),
     Plan("length, sgd lr 900", LOOSE | LENGTH | {"optimizer": "sgd", "lr": 900.0, "max_grad_norm": 0.0}, (), (200, 201)),
+    Plan("reward times 1e38", STABLE | huge(1e38), (100,), (200, 201, 202)),
+    Plan("reward times 1e12, sgd", LOOSE | huge(1e12) | {"optimizer": "sgd", "lr": 1.0, "max_grad_norm": 0.0}, (100,), (200, 201)),
     Plan("stable", STABLE, (100,), (200, 201, 202, 203, 204, 205)),
     Plan("stable, length", STABLE | LENGTH, (100,), (200, 201, 202, 203, 204, 205)),
     Plan("stable, words", STABLE | WORDS, (100,), (200, 201, 202, 203, 204, 205)),

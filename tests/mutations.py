@@ -211,7 +211,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("[(limits[\"alike\"], full), (limits[\"certain\"], full)]", "[(limits[\"alike\"], full)]"),
         (" + rows[0][\"truncation_gap\"]", ""),
         ("key=lambda finding: (finding.onset, ORDER.index(finding.kind))", "key=lambda finding: ORDER.index(finding.kind)"),
-        ("if len(start) < least or not", "if not"),
+        ("if len(rows) < thresholds.no_signal_steps:", "if False:"),
+        (" * within or math.nan", " * within"),
+        ("min(mean, before.mean)", "mean"),
+        ("min(mean, before.mean)", "before.mean"),
         ("Finding(kind, onset, end,", "Finding(kind, onset, onset + 9,"),
     ]),
     "diagnostics/cures.py": ("verdict", [

@@ -24,7 +24,11 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Project:
     for stage in ("prepare", "cache"):
         done = project.run(stage)
         assert done.returncode == 0, done.stderr
-    project.edit(recipes__stable__lr=1e-3, recipes__stable__kl_coef=0.05, **{f"train__{key}": value for key, value in SIZES.items()})
+    project.edit(
+        recipes__stable__lr=1e-3,
+        recipes__stable__kl_coef=0.05,
+        **{f"train__{key}": value for key, value in SIZES.items()},
+    )
     project.edit(evaluate__prompts=40, evaluate__bootstrap=100)
     project.keep_rewards("length", "words")
     return project

@@ -70,6 +70,10 @@ def calibration() -> list[dict[str, float]]:
     return [batch(draw) for _ in range(8)]
 
 
+def without_signal(calibration: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [row | {"zero_spread_share": 1.0} for row in calibration]
+
+
 @pytest.fixture(scope="module")
 def spreads(calibration: list[dict[str, float]]) -> dict[str, Spread]:
     return untouched(calibration, PROMPTS)
@@ -147,7 +151,8 @@ def test_a_run_without_learning_is_healthy(spreads: dict[str, Spread]) -> None:
 
 
 @pytest.mark.parametrize("kind", ORDER)
-def test_each_kind_is_seen_at_its_onset(kind: Kind, spreads: dict[str, Spread]) -> None:
+def test_each_kind_is_seen_at_its_onset(kind: Kind, calibration: list[dict[str, float]]) -> None:
+    spreads = untouched(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
     found = findings(history(**COLLAPSES[kind]), spreads, STEPS)
     assert (found[0].kind, found[0].onset) == (kind, ONSETS[kind])
     assert {finding.kind for finding in found} == {kind} | ({"repetition"} if kind == "hacking" else set())
@@ -155,8 +160,9 @@ def test_each_kind_is_seen_at_its_onset(kind: Kind, spreads: dict[str, Spread]) 
 
 @pytest.mark.parametrize("kind", ORDER)
 def test_the_evidence_is_passed_at_the_step_shown_and_not_before_the_onset(
-    kind: Kind, spreads: dict[str, Spread]
+    kind: Kind, calibration: list[dict[str, float]]
 ) -> None:
+    spreads = untouched(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
     rows = history(**COLLAPSES[kind])
     finding = findings(rows, spreads, STEPS)[0]
     assert finding.limits
@@ -199,10 +205,25 @@ def test_a_gap_that_appears_later_is_not_called_misaligned(spreads: dict[str, Sp
     assert findings(history(logprob_gap=since(3, 20.0)), spreads, STEPS) == []
 
 
-def test_signal_that_comes_later_is_not_starved(spreads: dict[str, Spread]) -> None:
-    at_least = THRESHOLDS.no_signal_steps
-    assert findings(history(zero_spread_share=since(0, 1.0, at_least - 1)), spreads, STEPS) == []
-    assert findings(history(zero_spread_share=since(0, 1.0, at_least)), spreads, STEPS)[0].kind == "starved"
+def test_signal_that_comes_later_is_not_starved(calibration: list[dict[str, float]]) -> None:
+    spreads = untouched(without_signal(calibration), PROMPTS)
+    rows = history(zero_spread_share=since(0, 1.0, 10))
+    assert findings(rows[: THRESHOLDS.no_signal_steps - 1], spreads, STEPS) == []
+    assert findings(rows[: THRESHOLDS.no_signal_steps], spreads, STEPS)[0].kind == "starved"
+    assert findings(rows, spreads, STEPS) == []
+
+
+def test_a_policy_that_collapses_at_once_was_not_starved(spreads: dict[str, Spread]) -> None:
+    rows = history(zero_spread_share=since(1, 1.0), empty_share=since(1, 1.0))
+    assert [f.kind for f in findings(rows, spreads, STEPS)] == ["empty"]
+
+
+def test_rewards_without_any_spread_neither_rise_nor_fall() -> None:
+    draw = random.Random(0)
+    same = {"reward_mean": 0.0, "reward_se": 0.0, "reward_std_within": 0.0, "zero_spread_share": 1.0}
+    spreads = untouched([batch(draw) | same for _ in range(8)], PROMPTS)
+    rows = [batch(draw) | same for _ in range(STEPS)]
+    assert [f.kind for f in findings(rows, spreads, STEPS)] == ["starved"]
 
 
 def test_a_loud_untouched_policy_moves_the_limits() -> None:
@@ -317,7 +338,8 @@ def test_a_healthy_run_has_no_cure(calibration: list[dict[str, float]]) -> None:
 
 @pytest.mark.parametrize("kind", ORDER)
 def test_every_kind_has_words_without_undefined_numbers(kind: Kind, calibration: list[dict[str, float]]) -> None:
-    content = diagnose.diagnose(changed(), history(**COLLAPSES[kind]), calibration, [])
+    before = without_signal(calibration) if kind == "starved" else calibration
+    content = diagnose.diagnose(changed(), history(**COLLAPSES[kind]), before, [])
     assert content["verdict"] == kind
     assert content["headline"].endswith(".")
     assert "nan" not in content["headline"]

@@ -32,8 +32,8 @@ class Thresholds:
 
     patience: int = 2  # steps in a row before a sign counts: one batch may stray
     misaligned: float = 1.0  # nats; half precision rounds by up to 0.3, the shifted objective is off by 10 and more
-    no_signal: float = 0.95  # share of prompts without any spread of reward
-    no_signal_steps: int = 5  # from the first step on
+    no_signal: float = 0.95  # share of prompts without any spread of reward, mean over all steps so far
+    no_signal_steps: int = 10  # before this is said: a rare reward may still be found
     empty: float = 0.5  # share of completions
     repeated: float = 0.5  # share of 3-grams
     distinct: float = 0.5  # of the untouched policy's share of different completions
@@ -65,7 +65,7 @@ def findings(
     once its signs have held for `patience` steps in a row. The limits keep the chance that a run which does not learn
     is called collapsed below FALSE_ALARMS, all its steps and metrics together (Bonferroni).
     """
-    found = [once(rows), misaligned(rows, thresholds), starved(rows, thresholds)]
+    found = [once(rows), misaligned(rows, thresholds), starved(rows, spreads, thresholds)]
     limits = limits_of_run(spreads, steps, thresholds)
     found += [lasting(kind, rows, alternatives, thresholds.patience) for kind, alternatives in signs(limits).items()]
     return sorted(filter(None, found), key=lambda finding: (finding.onset, ORDER.index(finding.kind)))
@@ -94,15 +94,17 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         spread = spreads.get(metric)
         return limit(metric, "below", (1 - least) * spread.mean if spread else math.nan)
 
-    within = spreads["reward_std_within"].mean if "reward_std_within" in spreads else math.nan
+    # without any spread among the rewards there is no scale to call a change large on
+    within = spreads["reward_std_within"].mean if "reward_std_within" in spreads else 0.0
+    change = thresholds.reward * within or math.nan
     return {
         "empty": share("empty_share", thresholds.empty),
         "repetition": share("repeated_3grams", thresholds.repeated),
         "alike": ratio("distinct_completions", thresholds.distinct),
         "certain": ratio("entropy", thresholds.entropy),
         "unlikely": limit("ref_logprob", "below", thresholds.unlikely),
-        "fallen": limit("reward_mean", "below", thresholds.reward * within),
-        "risen": limit("reward_mean", "above", thresholds.reward * within),
+        "fallen": limit("reward_mean", "below", change),
+        "risen": limit("reward_mean", "above", change),
     }
 
 
@@ -151,11 +153,13 @@ def misaligned(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
     return Finding("misaligned", 0, 0, (limit,)) if limit and limit.passed(rows[0]) else None
 
 
-def starved(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
-    """From the first step on, all but a few prompts give each of their samples the same reward."""
-    limit, least = Limit("zero_spread_share", "above", thresholds.no_signal), thresholds.no_signal_steps
-    start = rows[:least]
-    if len(start) < least or not all(limit.passed(row) for row in start):
+def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresholds) -> Finding | None:
+    """Before training and over all steps so far, all but a few prompts give each of their samples the same reward."""
+    before = spreads.get("zero_spread_share")
+    if len(rows) < thresholds.no_signal_steps or before is None:
         return None
-    end = next((t for t, row in enumerate(rows) if not limit.passed(row)), len(rows)) - 1
-    return Finding("starved", 0, end, (limit,))
+    limit = Limit("zero_spread_share", "above", thresholds.no_signal, before)
+    mean = sum(row["zero_spread_share"] for row in rows) / len(rows)
+    # a policy that collapses at once has no signal either, but that is not how it began
+    without = min(mean, before.mean) >= thresholds.no_signal
+    return Finding("starved", 0, len(rows) - 1, (limit,)) if without else None

@@ -24,9 +24,10 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
                 "log-probabilities that they were sampled with: it is not the loss of what was said."
             )
         case "starved":
+            share = sum(row["zero_spread_share"] for row in rows) / len(rows)
             return (
-                f"For {step + 1} steps from the first on, at least {THRESHOLDS.no_signal:.0%} of the prompts give all of "
-                "their samples the same reward: there is nothing to learn from."
+                f"In {len(rows)} steps {share:.0%} of the prompts gave all of their samples the same reward: there is "
+                "nothing to learn from."
             )
         case "hacking":
             broken = " and ".join(_broken(row, before))
