@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pipeline.diagnostics.calibration import Limit, Row, Spread, untouched
+from pipeline.diagnostics.calibration import Limit, untouched
 from pipeline.diagnostics.cures import Cure, cure, treated
 from pipeline.diagnostics.text import repeated_ngrams
 from pipeline.diagnostics.verdict import TITLES, Finding, findings
@@ -47,7 +47,7 @@ def diagnose(
     spreads = untouched(calibration, params.train.prompts_per_step)
     found = findings(rows, spreads, params.train.steps)
     summaries = [summary(finding, rows, spreads) for finding in found]
-    cures = {finding.kind: cure(finding.kind, params, spreads) for finding in found}
+    cures = {finding.kind: cure(finding, params, spreads) for finding in found}
     changes: dict[str, Any] = {}
     for finding in treated(found):
         changes |= {key: value for key, value in cures[finding.kind].changes.items() if key not in changes}
@@ -57,30 +57,28 @@ def diagnose(
         "headline": headline(found, summaries, len(rows)),
         "steps": len(rows),
         "findings": [
-            report(finding, text, cures[finding.kind], rows, samples)
-            for finding, text in zip(found, summaries, strict=True)
+            report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
         ],
         "cure": {"changes": changes, "command": command(params, changes)} if changes else None,
     }
 
 
-def report(
-    finding: Finding, text: str, remedy: Cure, rows: list[dict[str, float]], samples: list[dict[str, Any]]
-) -> dict[str, Any]:
+def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, Any]]) -> dict[str, Any]:
     """One finding, with its evidence."""
     return {
         "kind": finding.kind, "title": TITLES[finding.kind], "onset": finding.onset, "summary": text,
-        "evidence": [evidence(limit, finding.shown_at, rows[finding.shown_at]) for limit in finding.limits],
+        "evidence": [evidence(limit, value, finding.shown_at) for limit, value in finding.evidence],
         "completions": shown(finding, samples),
         "changes": remedy.changes, "reason": remedy.reason, "source": remedy.source,
     }  # fmt: skip
 
 
-def evidence(limit: Limit, step: int, row: Row) -> dict[str, Any]:
-    spread: Spread | None = limit.untouched
+def evidence(limit: Limit, value: float, step: int) -> dict[str, Any]:
+    spread = limit.untouched
     return {
-        "metric": limit.metric, "step": step, "value": finite_or_none(row[limit.metric]),
-        "untouched": spread.mean if spread else None, "spread": spread.std if spread else None,
+        "metric": limit.metric, "step": step, "value": finite_or_none(value),
+        "untouched": finite_or_none(spread.mean) if spread else None,
+        "spread": finite_or_none(spread.std) if spread else None,
         "threshold": finite_or_none(limit.threshold), "side": limit.side,
     }  # fmt: skip
 
@@ -90,9 +88,9 @@ def shown(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any
     if finding.kind == "misaligned":
         return []
     of_step = [sample for sample in samples if sample["step"] == finding.shown_at]
-    if finding.kind == "empty":
+    if finding.passes("empty_share"):
         of_step.sort(key=lambda sample: len(sample["tokens"]))
-    elif finding.kind in ("repetition", "hacking"):
+    elif finding.passes("repeated_3grams"):
         of_step.sort(key=lambda sample: _or_zero(repeated_ngrams([sample["tokens"]], 3)), reverse=True)
     return [{key: sample[key] for key in ("step", "prompt", "completion", "reward")} for sample in of_step[:SHOWN]]
 

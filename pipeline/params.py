@@ -178,7 +178,7 @@ class Train(Table):
     micro_batch: Count
     checkpoint_every: Count
     rescored_share: float = Field(gt=0, le=1, description="of a step's prompts")
-    calibration_batches: int = Field(ge=2, le=10_000, description="batches of the untouched policy")
+    calibration_batches: int = Field(ge=6, le=10_000, description="batches; fewer tell too little of chance")
     threads: int = Field(ge=1, le=4096, description="CPU threads")
     device: Literal["auto", "cpu", "cuda"]
     on_nonfinite: Literal["stop", "skip"]

@@ -23,7 +23,7 @@ from pipeline.diagnostics.metrics import (
     reward_metrics,
     update_metrics,
 )
-from pipeline.diagnostics.verdict import THRESHOLDS, TITLES, Finding, findings
+from pipeline.diagnostics.verdict import THRESHOLDS, TITLES, findings
 from pipeline.errors import UserError, run_stage
 from pipeline.experience.batch import (
     Setting,
@@ -142,7 +142,8 @@ def loop(
     steps, every = setting.params.train.steps, setting.params.train.checkpoint_every
     for step in range(run.step):  # of the run that this one resumes; what the tracker has, it leaves out
         tracker.log(step, run.points(step), int(run.timings[step]["timestamp_ms"]))
-    announced = {finding.kind for finding in diagnose(run, setting.params)}
+    spreads = untouched(run.calibration, setting.params.train.prompts_per_step)
+    announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
     bar = tqdm(total=steps, initial=run.step, disable=None, unit="step")
     with bar, caught_signals() as signals, HistoryFile(REPORTS / "history.csv", run.rows) as history:
         while not finished(run, setting.params):
@@ -151,7 +152,7 @@ def loop(
             tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
             tqdm.write(run.progress_line())
             bar.update()
-            found = diagnose(run, setting.params)
+            found = findings(run.rows, spreads, steps)
             for finding in found:
                 if finding.kind not in announced:
                     tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")
@@ -159,15 +160,11 @@ def loop(
             run.stopped = run.stopped or bool(found and setting.params.train.on_collapse == "stop")
             if run.step % every == 0 or run.step == steps or run.stopped or signals:
                 onset = found[0].onset if found else steps
-                keep(folder, run, policy, optimizer, judged=min(onset, run.step - THRESHOLDS.patience + 1))
+                keep(folder, run, policy, optimizer, judged=min(onset, run.step - THRESHOLDS.patience + 1), every=every)
                 tracker.flush()
             if signals and run.step < steps:
                 print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
                 sys.exit(128 + signals[0])
-
-
-def diagnose(run: Progress, params: Params) -> list[Finding]:
-    return findings(run.rows, untouched(run.calibration, params.train.prompts_per_step), params.train.steps)
 
 
 def finished(run: Progress, params: Params) -> bool:
@@ -278,13 +275,27 @@ def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimiz
 
 
 def keep(
-    folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, judged: int
+    folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, judged: int, every: int
 ) -> None:  # fmt: skip
     """Saves the resume state, and the timings beside it for `track`. The policies after fewer than `judged` updates are
     known to be healthy: the last of them is kept too."""
     state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "run": dataclasses.asdict(run)}
-    checkpoints.save(folder, run.step, state, judged)
+    checkpoints.save(folder, run.step, state, judged, every)
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
+
+
+def load_healthy(policy: PreTrainedModel, setting: Setting, folder: Path, onset: int) -> int:
+    """Puts the last policy before the onset in the place of the present one; gives its step. Raises UserError where its
+    state is damaged, after which the same command trains anew."""
+    path = checkpoints.healthy(folder, onset, setting.params.train.checkpoint_every)
+    if path is None:
+        policy.load_state_dict(setting.reference.state_dict())
+        return 0
+    if (state := checkpoints.read(path)) is None:
+        checkpoints.forget(folder)
+        raise UserError(f"{path} is damaged, the policy before the collapse; the same command trains anew, from zero")
+    policy.load_state_dict(state["policy"])
+    return len(state["run"]["rows"])
 
 
 def write_outputs(
@@ -292,19 +303,17 @@ def write_outputs(
 ) -> None:  # fmt: skip
     """data/policy is the last policy, its numbers finite; data/healthy the last one before a collapse, at the steps that
     were saved, and only a note where there was none."""
-    found, tokenizer = diagnose(run, setting.params), setting.tokenizer
-    with atomic_folder(POLICY) as target:
+    sizes, tokenizer = setting.params.train, setting.tokenizer
+    found = findings(run.rows, untouched(run.calibration, sizes.prompts_per_step), sizes.steps)
+    with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    with atomic_folder(HEALTHY) as target:
         step = run.step
         if found:
-            state = checkpoints.load(folder, before=found[0].onset)
-            step = len(state["run"]["rows"]) if state else 0
-            policy.load_state_dict(state["policy"] if state else setting.reference.state_dict())
-            policy.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-        write_json(target / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
+            step = load_healthy(policy, setting, folder, found[0].onset)
+            policy.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
     write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
     write_json(REPORTS / "summary.json", run.summary())

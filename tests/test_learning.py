@@ -13,7 +13,7 @@ from tests.conftest import Project, copy_of_project
 pytestmark = pytest.mark.slow
 
 SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_tokens": 12, "threads": 1, "checkpoint_every": 100,
-         "calibration_batches": 2}  # fmt: skip
+         "calibration_batches": 6}  # fmt: skip
 STEPS = {"length": 8, "words": 20}  # a required word has to be said by chance first
 
 

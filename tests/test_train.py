@@ -300,6 +300,42 @@ def test_a_collapse_can_end_the_run_and_the_last_healthy_policy_is_kept(
     assert all(torch.equal(truth[name], kept[name]) for name in kept)
 
 
+def test_an_interrupted_collapse_keeps_the_same_healthy_policy(here: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that a signal leaves off the grid are resumed from, and are no candidates."""
+    here.edit(train__steps=12, train__checkpoint_every=2, **{f"recipes__stable__{k}": v for k, v in COLLAPSING.items()})
+    here.edit(recipes__stable__warmup_steps=80)
+    train.main()
+    undisturbed, onset = contents(here), diagnosed(here)[0].onset
+    assert onset % 2 == 0, "else the state before the onset is on the grid anyway"
+    forget(here)
+    real = train.train_step
+
+    def interrupted(run: Any, *arguments: Any) -> None:
+        real(run, *arguments)
+        if run.step == onset - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(SystemExit):
+        train.main()
+    assert states(here)[-1].name == f"state-{onset - 1:08d}.pt"
+    train.main()
+    assert contents(here) == undisturbed
+
+
+def test_a_damaged_healthy_policy_is_not_replaced_in_silence(here: Project) -> None:
+    here.edit(train__steps=12, **{f"recipes__stable__{key}": value for key, value in COLLAPSING.items()})
+    train.main()
+    undisturbed = contents(here)
+    step = json.loads(undisturbed["data/healthy/healthy.json"])["step"]
+    (kept,) = here.root.glob(f".checkpoints/*/state-{step:08d}.pt")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged, the policy before the collapse; the same command trains anew"):
+        train.main()
+    train.main()
+    assert contents(here) == undisturbed
+
+
 def test_a_healthy_run_points_to_its_policy(here: Project) -> None:
     here.edit(train__on_collapse="stop")
     train.main()
@@ -312,10 +348,10 @@ def test_calibration_changes_nothing_else(here: Project) -> None:
     train.main()
     before, first = contents(here), read_csv(here.root / "reports/train/calibration.csv")
     forget(here)
-    here.edit(train__calibration_batches=3)
+    here.edit(train__calibration_batches=6)
     train.main()
     after = contents(here)
-    assert read_csv(here.root / "reports/train/calibration.csv") == first[:3]
+    assert read_csv(here.root / "reports/train/calibration.csv") == first[:6]
     for name in ("data/policy/model.safetensors", "reports/train/history.csv", "reports/train/samples.jsonl"):
         assert after[name] == before[name], name
 

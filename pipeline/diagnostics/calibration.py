@@ -27,7 +27,7 @@ class Spread:
     def margin(self, tail: float) -> float:
         """How far a further batch strays from the mean, one-sided, with probability `tail`, where batches are normal:
 
-        t_{freedom, 1 - tail} std sqrt(1 + 1 / batches)   (prediction interval; Hahn & Meeker 1991, section 4.2)
+        t_{freedom, 1 - tail} std sqrt(1 + 1 / batches)   (prediction interval; Hahn & Meeker 1991)
         """
         return student_quantile(1 - tail, self.freedom) * self.std * math.sqrt(1 + 1 / self.batches)
 
@@ -39,7 +39,7 @@ class Limit:
     metric: str
     side: Literal["above", "below"]
     threshold: float
-    untouched: Spread | None = None  # None: the threshold is a published or a stated one
+    untouched: Spread | None = None  # None: the threshold stands by itself
 
     def passed(self, row: Row) -> bool:
         value = row[self.metric]
@@ -56,11 +56,12 @@ def untouched(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
         values = [row[name] for row in rows if math.isfinite(row[name])]
         if len(values) >= 2:
             mean = sum(values) / len(values)
-            variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+            # products, not powers: Python's ** raises where floats overflow
+            variance = sum((value - mean) * (value - mean) for value in values) / (len(values) - 1)
             spreads[name] = Spread(mean, math.sqrt(variance), len(values) - 1, len(values))
     errors = [row["reward_se"] for row in rows if math.isfinite(row["reward_se"])]
     if errors and "reward_mean" in spreads:
-        pooled = math.sqrt(sum(error**2 for error in errors) / len(errors))
+        pooled = math.sqrt(sum(error * error for error in errors) / len(errors))
         spreads["reward_mean"] = Spread(
             spreads["reward_mean"].mean, pooled, len(errors) * (prompts - 1), spreads["reward_mean"].batches
         )

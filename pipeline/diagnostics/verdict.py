@@ -4,7 +4,7 @@ docs/DETECTOR.md measures them and says how the thresholds were chosen.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ TITLES: dict[Kind, str] = {
     "mode": "Mode collapse", "step-size": "Step-size failure",
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
-COMPARISONS = 6  # limits that chance could pass, a step
+COMPARISONS = 6  # limits that chance could pass, a step; a rise of the reward alarms only beside another
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class Finding:
 
     kind: Kind
     onset: int  # first step
-    shown_at: int  # the step whose values are the evidence: the last one at which the signs held together
-    limits: tuple[Limit, ...]  # those passed at both
+    shown_at: int  # the step of the evidence: the last one that shows it
+    evidence: tuple[tuple[Limit, float], ...]  # the limits that it passes there, and its values
+
+    def passes(self, metric: str) -> bool:
+        return any(limit.metric == metric for limit, _ in self.evidence)
 
 
 def findings(
@@ -62,8 +65,9 @@ def findings(
     """Every kind of collapse in the history so far, by onset; [] = healthy.
 
     rows: of history.csv, from step 0; spreads: see `untouched`; steps: that the run is meant to have. A kind counts
-    once its signs have held for `patience` steps in a row. The limits keep the chance that a run which does not learn
-    is called collapsed below FALSE_ALARMS, all its steps and metrics together (Bonferroni).
+    once its signs have held for `patience` steps in a row. For metrics that are normal over batches, the limits keep the
+    chance that a run which does not learn passes one at all below FALSE_ALARMS, all its steps and metrics together
+    (Bonferroni); shares count from `certain` on whatever chance allows.
     """
     found = [once(rows), misaligned(rows, thresholds), starved(rows, spreads, thresholds)]
     limits = limits_of_run(spreads, steps, thresholds)
@@ -128,29 +132,35 @@ def not_passed(limit: Limit) -> Limit:
 
 
 def lasting(kind: Kind, rows: Sequence[Row], alternatives: list[tuple[Limit, ...]], patience: int) -> Finding | None:
-    """The first stretch of at least `patience` steps in which every step shows one of the alternatives."""
+    """From the first to the last stretch of at least `patience` steps in which every step shows an alternative."""
     shown = [[limits for limits in alternatives if all(limit.passed(row) for limit in limits)] for row in rows]
-    for onset in range(len(rows) - patience + 1):
-        if all(shown[onset : onset + patience]):
-            end = next((t for t in range(onset, len(rows)) if not shown[t]), len(rows)) - 1
-            return Finding(kind, onset, end, tuple(dict.fromkeys(limit for limits in shown[end] for limit in limits)))
-    return None
+    starts = [t for t in range(len(rows) - patience + 1) if all(shown[t : t + patience])]
+    if not starts:
+        return None
+    end = starts[-1] + patience - 1
+    return Finding(kind, starts[0], end, evidence(rows[end], [limit for limits in shown[end] for limit in limits]))
+
+
+def evidence(row: Row, limits: Iterable[Limit]) -> tuple[tuple[Limit, float], ...]:
+    return tuple((limit, row[limit.metric]) for limit in dict.fromkeys(limits))
 
 
 def once(rows: Sequence[Row]) -> Finding | None:
     """Numbers that are not finite: one is enough."""
     limits = (Limit("nonfinite", "above", 1.0), Limit("nonfinite_logprobs", "above", 1e-9))
     for t, row in enumerate(rows):
-        if passed := tuple(limit for limit in limits if limit.passed(row)):
-            return Finding("numeric", t, t, passed)
+        if passed := [limit for limit in limits if limit.passed(row)]:
+            return Finding("numeric", t, t, evidence(row, passed))
     return None
 
 
 def misaligned(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
     """Before the first update the loss scores other tokens than were sampled, beyond what the truncated sampler
     explains: |sampled - scored| <= |sampled - full softmax| + |full softmax - scored|, and the last is 0 if aligned."""
-    limit = Limit("logprob_gap", "above", thresholds.misaligned + rows[0]["truncation_gap"]) if rows else None
-    return Finding("misaligned", 0, 0, (limit,)) if limit and limit.passed(rows[0]) else None
+    if not rows:
+        return None
+    limit = Limit("logprob_gap", "above", thresholds.misaligned + rows[0]["truncation_gap"])
+    return Finding("misaligned", 0, 0, evidence(rows[0], [limit])) if limit.passed(rows[0]) else None
 
 
 def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresholds) -> Finding | None:
@@ -162,4 +172,4 @@ def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresho
     mean = sum(row["zero_spread_share"] for row in rows) / len(rows)
     # a policy that collapses at once has no signal either, but that is not how it began
     without = min(mean, before.mean) >= thresholds.no_signal
-    return Finding("starved", 0, len(rows) - 1, (limit,)) if without else None
+    return Finding("starved", 0, len(rows) - 1, ((limit, mean),)) if without else None

@@ -1,14 +1,12 @@
 """Batches of the untouched policy, sampled before training: what its metrics are, and how they stray, without learning."""
 
 import torch
-from transformers import PreTrainedModel
 
 from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS
 from pipeline.diagnostics.metrics import policy_metrics, reward_metrics
 from pipeline.experience.batch import Setting, half_precision, reward_batch, rollout_metrics, sample_batch
 from pipeline.io.runtime import draw_prompts, uniforms
-from pipeline.policy.sampling import Rollout
-from pipeline.policy.scoring import Scores, score
+from pipeline.policy.scoring import score_whole
 
 
 def calibrate(setting: Setting) -> list[dict[str, float]]:
@@ -28,7 +26,9 @@ def calibration_batch(batch: int, setting: Setting) -> dict[str, float]:
     rollout = sample_batch(prompts, setting, setting.reference, noise, recipe.top_k, recipe.top_p)
     _, rewards = reward_batch(prompts, rollout, setting)
     nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt
-    scores, mask = score_batch(rollout, setting, setting.reference), rollout.completion_mask
+    with half_precision(recipe, setting.device):
+        scores = score_whole(setting.reference, rollout, sizes.micro_batch, recipe.temperature)
+    mask = rollout.completion_mask
     # the checkpoint scores as many completions as in a step of training: fewer stray farther
     scored = len(mask) if recipe.kl != "none" else sizes.rescored_prompts * sizes.samples_per_prompt
     measured = {
@@ -38,18 +38,3 @@ def calibration_batch(batch: int, setting: Setting) -> dict[str, float]:
         "batch": batch, "ref_logprob": scores.logprobs[:scored][mask[:scored]].mean().item(),
     }  # fmt: skip
     return {column: measured[column] for column in CALIBRATION_COLUMNS}
-
-
-@torch.no_grad()
-def score_batch(rollout: Rollout, setting: Setting, policy: PreTrainedModel) -> Scores:
-    """Teacher-forced scores of a whole batch, a micro-batch at a time."""
-    recipe, size, parts = setting.params.selected("recipe"), setting.params.train.micro_batch, []
-    for start in range(0, len(rollout.lengths), size):
-        rows = slice(start, start + size)
-        with half_precision(recipe, setting.device):
-            part = score(
-                policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
-                recipe.temperature,
-            )  # fmt: skip
-        parts.append((part.logprobs, part.scored, part.entropy))
-    return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

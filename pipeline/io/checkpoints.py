@@ -39,30 +39,43 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def save(folder: Path, step: int, state: dict[str, Any], judged: int) -> None:
-    """Writes the state after `step` steps: its sha256, then torch's format. Older ones beyond KEPT are removed, all but
-    the newest of those after fewer than `judged` steps."""
+def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
+    """Writes the state after `step` steps: its sha256, then torch's format. Of older ones the KEPT last stay, and the one
+    that `healthy` finds."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
-    with atomic_path(_path(folder, step)) as temporary, temporary.open("wb") as target:
+    with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
         target.write(hashlib.sha256(payload).digest())
         target.write(payload)
-    kept = {*_states(folder)[-KEPT:], *_states(folder, judged)[-1:]}
+    kept = {*_states(folder)[-KEPT:], healthy(folder, judged, every)}
     for old in set(_states(folder)) - kept:
         old.unlink()
 
 
-def load(folder: Path, before: int | None = None) -> dict[str, Any] | None:
-    """The newest whole state (after fewer than `before` steps), on the CPU, or None. A damaged one is named in a warning
-    and passed over."""
-    for path in reversed(_states(folder, before)):
-        with path.open("rb") as source:
-            expected, payload = source.read(32), source.read()
-        if hashlib.sha256(payload).digest() == expected:
-            return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest whole state, on the CPU, or None. A damaged one is named in a warning and passed over."""
+    for path in reversed(_states(folder)):
+        if (state := read(path)) is not None:
+            return state
         print(f"warning: {path} is damaged (its checksum differs); going back to an earlier state", file=sys.stderr)
     return None
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A state, on the CPU; None where its checksum differs."""
+    with path.open("rb") as source:
+        expected, payload = source.read(32), source.read()
+    if hashlib.sha256(payload).digest() != expected:
+        return None
+    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+
+def healthy(folder: Path, before: int, every: int) -> Path | None:
+    """The newest state after fewer than `before` steps, of those that every run saves: one that a signal left must not
+    make a result differ."""
+    steps = {int(path.stem.partition("-")[2]): path for path in _states(folder)}
+    return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 
 
 def forget(folder: Path) -> None:
@@ -71,9 +84,5 @@ def forget(folder: Path) -> None:
         path.unlink()
 
 
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"state-{step:08d}.pt"
-
-
-def _states(folder: Path, before: int | None = None) -> list[Path]:
-    return [path for path in sorted(folder.glob("state-*.pt")) if before is None or path < _path(folder, before)]
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob("state-*.pt"))

@@ -79,6 +79,19 @@ def score_rollout(model: PreTrainedModel, rollout: Rollout, micro_batch: int, te
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def score_whole(model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0) -> Scores:
+    """`score` of a whole rollout, a micro-batch at a time. No gradient."""
+    parts = []
+    for start in range(0, len(rollout.completions), micro_batch):
+        rows = slice(start, start + micro_batch)
+        part = score(
+            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature
+        )  # fmt: skip
+        parts.append((part.logprobs, part.scored, part.entropy))
+    return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
 def _precise(logits: Tensor) -> Tensor:
     """float32 for what an autocast model gives in half precision; float64 stays."""
     return logits if logits.dtype == torch.float64 else logits.float()
