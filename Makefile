@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help repro test unit lint ui clean
+.PHONY: help repro cure test unit lint ui clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -18,6 +18,9 @@ $(BIN)/installed: pyproject.toml constraints.txt
 
 repro: $(BIN)/installed  ## install into .venv and run the pipeline on the embedded default
 	$(RUN) dvc repro
+
+cure: $(BIN)/installed  ## after a collapse: try the recommended change, show both runs side by side
+	$(RUN) python -m pipeline.cure
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
 	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest

@@ -28,8 +28,8 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
 STAGES = {
     f"pipeline.{name}"
-    for name in ("check", "prepare", "cache", "train", "diagnose", "evaluate", "plot", "track", "generate", "ui")
-}
+    for name in ("check", "prepare", "cache", "train", "diagnose", "evaluate", "plot", "track", "cure", "generate", "ui")
+}  # fmt: skip
 CORE = ("pipeline.policy", "pipeline.reinforce", "pipeline.diagnostics")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -238,7 +238,8 @@ HEAVY = {"torch", "transformers", "datasets", "mlflow", "dvc", "pandas", "matplo
 NEVER_AT_IMPORT = {"pipeline.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
                    "pipeline.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
                    "pipeline.prepare": HEAVY, "pipeline.cache": HEAVY, "pipeline.track": HEAVY, "pipeline.ui": HEAVY,
-                   "pipeline.diagnose": HEAVY, "pipeline.plot": HEAVY - {"pandas", "matplotlib"}, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
+                   "pipeline.diagnose": HEAVY, "pipeline.plot": HEAVY - {"pandas", "matplotlib"},
+                   "pipeline.cure": HEAVY - {"pandas", "matplotlib"}, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NEVER_AT_IMPORT)
@@ -258,8 +259,8 @@ def test_only_train_track_and_ui_can_reach_mlflow() -> None:
         assert reaches == (stage in ("pipeline.train", "pipeline.track", "pipeline.ui")), stage
 
 
-# `prepare`, `diagnose` and `plot` never load torch, neither on import nor when they run: nothing that they reach imports it.
-@pytest.mark.parametrize("stage", ["pipeline.prepare", "pipeline.diagnose", "pipeline.plot"])
+# `prepare`, `diagnose`, `plot` and `cure` never load torch, neither on import nor when they run: nothing that they reach imports it.
+@pytest.mark.parametrize("stage", ["pipeline.prepare", "pipeline.diagnose", "pipeline.plot", "pipeline.cure"])
 def test_stages_without_a_model_never_import_torch(stage: str) -> None:
     for module in reached(stage):
         assert not any(inside(name, ["torch", "transformers"]) for name in imported(syntax(module))), module

@@ -20,6 +20,7 @@ from pipeline.report.words import MEANING, measured, percent
 
 EXAMPLES, OPEN_EXAMPLES = 12, 4  # held-out prompts shown, and how many of them at once
 SAMPLES = 4  # completions shown of a training step
+CHOICES = ("model", "prompts", "reward", "encoder", "recipe", "seed")  # of params.yaml
 CAPTIONS = {
     "overview": "Left, the mean reward of each step with its standard error and the baseline that is subtracted; "
     "right, three signs of collapse.",
@@ -40,7 +41,6 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "browser.js"))
     browser = browser_data(inputs)
     params = inputs.run["params"]
-    names = [name for name in ("model", "prompts", "reward", "encoder", "recipe", "seed") if name in params]
     return (
         environment()
         .get_template("page.html.jinja")
@@ -50,7 +50,7 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             policy=policy_for(style, script),
             style=Markup(style),  # ours, as is the script
             script=Markup(script),
-            command="dvc exp run " + " ".join(f"-S {shlex.quote(f'{name}={params[name]}')}" for name in names),
+            command=command_of(params),
             diagnosis=inputs.diagnosis,
             data=script_json(browser),
             onset=browser["onset"],
@@ -63,7 +63,7 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             trained=inputs.trained,
             text=text_rows(inputs),
             prepare=list(flatten(inputs.prepare)),
-            examples=examples(inputs.completions),
+            examples=[(row["prompt"], sides(row, inputs.trained)) for row in examples(inputs.completions)],
             open_examples=OPEN_EXAMPLES,
             samples=samples(inputs.samples),
         )
@@ -84,14 +84,20 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def policy_for(style: str, script: str) -> str:
-    """A Content-Security-Policy that allows these two texts, by their digest, and figures. Nothing else loads or runs."""
+def policy_for(style: str, script: str | None = None) -> str:
+    """A Content-Security-Policy that allows these texts, by their digest, and figures. Nothing else loads or runs."""
 
     def allowed(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    sources = f"img-src data:; style-src {allowed(style)}; script-src {allowed(script)}"
+    sources = f"img-src data:; style-src {allowed(style)}" + (f"; script-src {allowed(script)}" if script else "")
     return f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
+
+
+def command_of(params: dict[str, Any], changes: dict[str, Any] | None = None) -> str:
+    """What runs an experiment: the selectors of a run, its seed, and the changes."""
+    chosen = {name: params[name] for name in CHOICES if name in params} | (changes or {})
+    return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting(key, value))}" for key, value in chosen.items())])
 
 
 def command_line(command: str) -> Markup:
@@ -125,6 +131,12 @@ def examples(completions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first sample of evenly spaced held-out prompts: a rule, so that nobody picks."""
     firsts = [row for row in completions if row["sample"] == 0] or completions
     return [firsts[place * len(firsts) // EXAMPLES] for place in range(EXAMPLES)] if len(firsts) > EXAMPLES else firsts
+
+
+def sides(row: dict[str, Any], trained: str) -> list[tuple[str, float | None, str]]:
+    """What both models say to a prompt: (who, its reward, text)."""
+    before, after = row["rewards"].get(trained, (None, None))
+    return [("untouched checkpoint", before, row["checkpoint"]), ("trained policy", after, row["policy"])]
 
 
 def samples(rows: list[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:

@@ -1,0 +1,79 @@
+"""The figure of a cure: a run and the same run with the change, in the same panels."""
+
+import textwrap
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.report.figures import reward_label
+from pipeline.report.inputs import Inputs
+from pipeline.report.style import (
+    BLUE,
+    GREY,
+    INK,
+    RED,
+    canvas,
+    figure_function,
+    footer,
+    key,
+    line,
+    share_axis,
+    start_line,
+    steps_axis,
+    value_axis,
+)  # fmt: skip
+
+PANELS = [  # column, its name; the reward's unit comes from the run
+    ("reward_mean", "mean reward", None),
+    ("entropy", "entropy", "nats / token"),
+    ("ref_logprob", "checkpoint's log-likelihood", "nats / token"),
+    ("distinct_completions", "different completions", "share"),
+    ("empty_share", "empty completions", "share"),
+]
+
+
+@figure_function
+def overlay(collapsed: Inputs, after: Inputs) -> Figure:
+    """Five columns of history.csv over the steps of both runs; vertical lines where a verdict sets in."""
+    source = f"reports/train/history.csv, and that of train key {after.run['train_key'][:8]}"
+    figure = canvas(1400, 800, "The run without and with the change", footer(collapsed.run, source))
+    grid = figure.subplots(2, 3)
+    runs = [(after, BLUE, False), (collapsed, RED, True)]  # dashes on top: what coincides shows both
+    for place, (panel, (column, name, unit)) in enumerate(zip(grid.flat, PANELS, strict=False)):
+        values = []
+        for run, colour, dashes in runs:
+            steps, y = (run.history[each].to_numpy(dtype=float) for each in ("step", column))
+            y = np.where(np.abs(y) < 1e100, y, np.nan)  # infinities have no place on an axis
+            line(panel, steps, y, colour, dashes=dashes)
+            start_line(panel, steps, y, colour)
+            if run.diagnosis["onset"] is not None:
+                panel.axvline(run.diagnosis["onset"], color=colour, linewidth=1.1, alpha=0.75, zorder=1.5)
+            values.append(y)
+        key(panel, [(name, INK)])
+        if unit == "share":
+            share_axis(panel, unit)
+        else:
+            label = unit or textwrap.fill(reward_label(collapsed.run), 30)
+            value_axis(panel, label, *values, typical=1.0 if unit else 0.0)
+        longest = max((run.history["step"].to_numpy(dtype=float) for run, _, _ in runs), key=lambda steps: steps[-1])
+        steps_axis(panel, longest, label=place > 1)
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    _legend(grid.flat[-1], collapsed, after)
+    return figure
+
+
+def _legend(axes: Axes, collapsed: Inputs, after: Inputs) -> None:
+    """In the place of the sixth panel: which line is which run, and its verdict."""
+    axes.axis("off")
+    entries = [(collapsed, "without the change", RED, "╍"), (after, "with the change", BLUE, "━")]
+    for place, (run, name, colour, mark) in enumerate(entries):
+        findings = run.diagnosis["findings"]
+        verdict = [f"{finding['title'][:40]}, step {finding['onset']}" for finding in findings[:3]] or ["healthy"]
+        more = [f"and {len(findings) - 3} more"] if len(findings) > 3 else []
+        top = 0.98 - 0.42 * place
+        axes.text(0, top, f"{mark} {name}", color=colour, fontsize=15, fontweight="bold", va="top")
+        axes.text(0.07, top - 0.1, "\n".join([*verdict, *more]), color=INK, va="top")
+    words = "vertical line: the verdict's first step\ndotted: step 0, the untouched checkpoint"
+    axes.text(0, 0.0, words, color=GREY, fontsize=12, va="bottom")
