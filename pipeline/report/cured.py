@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from pipeline.report.browser import NUMBERS, key_numbers
 from pipeline.report.inputs import Inputs
-from pipeline.report.page import OPEN_EXAMPLES, command_of, environment, examples, policy_for, text_rows
+from pipeline.report.page import OPEN_EXAMPLES, command_of, environment, examples, policy_for, text_rows, treated
 from pipeline.report.words import MEANING
 
 CAPTION = (
@@ -80,16 +80,6 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str, command: 
             further_treated=treated(after.diagnosis) if further else [],
         )
     )
-
-
-def treated(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
-    """The findings whose changes the cure has, each with those alone."""
-    chosen, found = dict(diagnosis["cure"]["changes"]), []
-    for finding in diagnosis["findings"]:
-        own = {key: value for key, value in finding["changes"].items() if key in chosen and chosen[key] == value}
-        chosen = {key: value for key, value in chosen.items() if key not in own}
-        found += [finding | {"changes": own}] if own else []
-    return found
 
 
 def number_rows(collapsed: Inputs, after: Inputs) -> list[tuple[str, list[str]]]:

@@ -52,6 +52,7 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             script=Markup(script),
             command=command_of(params),
             diagnosis=inputs.diagnosis,
+            treated=treated(inputs.diagnosis) if inputs.diagnosis["cure"] else [],
             data=script_json(browser),
             onset=browser["onset"],
             steps=len(inputs.history),
@@ -68,6 +69,16 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             samples=samples(inputs.samples),
         )
     )
+
+
+def treated(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
+    """The findings whose changes the cure has, each with those alone."""
+    chosen, found = dict(diagnosis["cure"]["changes"]), []
+    for finding in diagnosis["findings"]:
+        own = {key: value for key, value in finding["changes"].items() if key in chosen and chosen[key] == value}
+        chosen = {key: value for key, value in chosen.items() if key not in own}
+        found += [finding | {"changes": own}] if own else []
+    return found
 
 
 def environment() -> jinja2.Environment:
