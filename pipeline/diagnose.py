@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pipeline.diagnostics.calibration import Limit, untouched
+from pipeline.diagnostics.calibration import untouched
 from pipeline.diagnostics.cures import Cure, cure, treated
 from pipeline.diagnostics.text import repeated_ngrams
-from pipeline.diagnostics.verdict import TITLES, Finding, findings
+from pipeline.diagnostics.verdict import TITLES, Finding, Shown, findings
 from pipeline.diagnostics.words import headline, summary
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import finite_or_none, read_csv, read_json, read_jsonl, write_json
@@ -67,23 +67,23 @@ def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, An
     """One finding, with its evidence."""
     return {
         "kind": finding.kind, "title": TITLES[finding.kind], "onset": finding.onset, "summary": text,
-        "evidence": [evidence(limit, value, finding.shown_at) for limit, value in finding.evidence],
-        "completions": shown(finding, samples),
+        "evidence": [evidence(shown) for shown in finding.evidence],
+        "completions": examples(finding, samples),
         "changes": remedy.changes, "reason": remedy.reason, "source": remedy.source,
     }  # fmt: skip
 
 
-def evidence(limit: Limit, value: float, step: int) -> dict[str, Any]:
-    spread = limit.untouched
+def evidence(shown: Shown) -> dict[str, Any]:
+    limit, spread = shown.limit, shown.limit.untouched
     return {
-        "metric": limit.metric, "step": step, "value": finite_or_none(value),
+        "metric": limit.metric, "step": shown.step, "value": finite_or_none(shown.value),
         "untouched": finite_or_none(spread.mean) if spread else None,
         "spread": finite_or_none(spread.std) if spread else None,
         "threshold": finite_or_none(limit.threshold), "side": limit.side,
     }  # fmt: skip
 
 
-def shown(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Completions of the step that shows the finding, the clearest first; a misaligned loss does not show in texts."""
     if finding.kind == "misaligned":
         return []

@@ -215,7 +215,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (" * within or math.nan", " * within"),
         ("min(mean, before.mean)", "mean"),
         ("min(mean, before.mean)", "before.mean"),
-        ("Finding(kind, starts[0], end,", "Finding(kind, starts[-1], end,"),
+        ("onset, end = starts[0], starts[-1]", "onset, end = starts[-1], starts[-1]"),
+        ("onset, end = starts[0], starts[-1]", "onset, end = starts[0], starts[0]"),
+        ("large_update(rows[:onset])", "large_update(rows)"),
+        ("max(sizes)[0] < LARGE_UPDATE", "False"),
     ]),
     "diagnostics/cures.py": ("verdict", [
         ("{\"special_tokens\": \"strip\"} | leash(recipe, spreads, slower)", "{\"special_tokens\": \"strip\"}"),

@@ -92,7 +92,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Clone:
     """Reproduced once; the tests of this module take it as the ones before them leave it, committed."""
     made = Clone(tmp_path_factory.mktemp("clone") / "project", cache)
-    assert made.ran(made("dvc", "repro")) == ["check", "prepare", "cache", "train", "evaluate", "plot", "track"]
+    assert made.ran(made("dvc", "repro")) == [
+        "check",
+        "prepare",
+        "cache",
+        "train",
+        "diagnose",
+        "evaluate",
+        "plot",
+        "track",
+    ]
     made.commit()
     return made
 
@@ -118,7 +127,7 @@ def test_the_trained_policy_loads_with_transformers(clone: Clone) -> None:
 def test_another_reward_reruns_train_and_what_follows_once(clone: Clone) -> None:
     before = clone.runs()
     out = clone("dvc", "exp", "run", "-S", "reward=length")
-    assert clone.ran(out) == ["check", "train", "evaluate", "plot", "track"]
+    assert clone.ran(out) == ["check", "train", "diagnose", "evaluate", "plot", "track"]
     added = set(clone.runs()) - set(before)
     assert len(added) == 1
     first = clone.read("reports/train/history.csv")
@@ -141,7 +150,7 @@ def test_experiments_in_folders_of_their_own_reach_the_main_store(clone: Clone) 
     """--temp and the queue delete their folders; what they trained stays in MLflow and in `dvc exp show`."""
     before = set(clone.runs())
     out = clone("dvc", "exp", "run", "--temp", "-S", "recipe=notebook", "--name", "as-the-notebook")
-    assert clone.ran(out)[-4:] == ["train", "evaluate", "plot", "track"]
+    assert clone.ran(out)[-5:] == ["train", "diagnose", "evaluate", "plot", "track"]
     assert len(set(clone.runs()) - before) == 1
     assert "as-the-notebook" in clone("dvc", "exp", "show", "--md")
 
@@ -189,7 +198,7 @@ def test_a_hub_model_and_dataset_pass_through_the_real_loading_code(
     made = Clone(tmp_path / "project", cache)
     made.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     out = made("dvc", "exp", "run", "-S", "model=pythia-70m", "-S", "prompts=oasst1")
-    assert made.ran(out) == ["check", "prepare", "cache", "train", "evaluate", "plot", "track"]
+    assert made.ran(out) == ["check", "prepare", "cache", "train", "diagnose", "evaluate", "plot", "track"]
     run = json.loads(made.read("reports/train/run.json"))
     assert run["params"]["model.repo"] == PYTHIA
     assert (run["params"]["model"], run["params"]["prompts"]) == ("pythia-70m", "oasst1")

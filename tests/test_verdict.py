@@ -29,6 +29,7 @@ from pipeline.diagnostics.verdict import (
     TITLES,
     Finding,
     Kind,
+    Shown,
     findings,
     limits_of_run,
 )
@@ -178,12 +179,12 @@ def test_the_evidence_is_passed_at_the_step_shown_and_not_before_the_onset(
     spreads = untouched(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
     rows = history(**COLLAPSES[kind])
     finding = findings(rows, spreads, STEPS)[0]
-    limits = [limit for limit, _ in finding.evidence]
+    limits = [shown.limit for shown in finding.evidence]
     assert limits
     assert all(limit.passed(rows[finding.shown_at]) for limit in limits)
     assert all(limit.passed(rows[finding.onset]) for limit in limits)
     assert finding.onset == 0 or not all(limit.passed(rows[finding.onset - 1]) for limit in limits)
-    assert all(value == rows[finding.shown_at][limit.metric] for limit, value in finding.evidence)
+    assert all(shown.value == rows[shown.step][shown.limit.metric] for shown in finding.evidence)
 
 
 def test_a_certain_policy_is_mode_collapse(spreads: dict[str, Spread]) -> None:
@@ -208,7 +209,7 @@ def test_what_comes_again_is_shown_where_it_was_last_seen(spreads: dict[str, Spr
     values = [0.6 if step in (3, 4) else 1.0 if 8 <= step <= 15 else None for step in range(STEPS)]
     (finding,) = findings(history(empty_share=values), spreads, STEPS)
     assert (finding.onset, finding.shown_at) == (3, 15)
-    assert finding.evidence[0][1] == 1.0
+    assert finding.evidence[0].value == 1.0
 
 
 def test_the_evidence_is_what_holds_where_it_is_shown(spreads: dict[str, Spread]) -> None:
@@ -298,7 +299,7 @@ def changed(**selectors: Any) -> Params:
 
 
 def found(kind: Kind, onset: int = 3, metric: str = "reward_mean") -> Finding:
-    return Finding(kind, onset, onset, ((Limit(metric, "above", 0.0), 1.0),))
+    return Finding(kind, onset, onset, (Shown(Limit(metric, "above", 0.0), onset, 1.0),))
 
 
 @pytest.mark.parametrize("kind", ORDER)
@@ -412,7 +413,15 @@ def test_one_step_is_too_short_to_tell(calibration: list[dict[str, float]]) -> N
 def test_the_words_blame_an_update_from_before_the_fall(calibration: list[dict[str, float]]) -> None:
     sizes = [0.5 if step == 1 else 9.0 if step >= 3 else None for step in range(STEPS)]
     content = diagnose.diagnose(PARAMS, history(reward_mean=since(3, -7.4), update_kl=sizes), calibration, [])
-    assert "at step 1, moved the policy by 0.5 nats a token" in content["headline"]
+    assert "The update of step 1 moved it by 0.5 nats a token." in content["headline"]
+    update = content["findings"][0]["evidence"][-1]
+    assert (update["metric"], update["step"], update["value"]) == ("update_kl", 1, 0.5)
+
+
+def test_a_large_update_alone_is_no_collapse(spreads: dict[str, Spread]) -> None:
+    assert findings(history(update_kl=since(1, 5.0)), spreads, STEPS) == []
+    (finding,) = findings(history(empty_share=since(3, 0.9)), spreads, STEPS)
+    assert not finding.passes("update_kl")
 
 
 @pytest.mark.parametrize("kind", ORDER)

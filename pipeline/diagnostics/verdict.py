@@ -6,7 +6,7 @@ docs/DETECTOR.md measures them and says how the thresholds were chosen.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.diagnostics.calibration import FALSE_ALARMS, Limit, Row, Spread
 
@@ -23,6 +23,7 @@ TITLES: dict[Kind, str] = {
     "mode": "Mode collapse", "step-size": "Step-size failure",
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
+LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
 COMPARISONS = 6  # limits that chance could pass, a step; a rise of the reward alarms only beside another
 
 
@@ -46,6 +47,14 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 
 
+class Shown(NamedTuple):
+    """A limit that is passed, the step and the value that pass it."""
+
+    limit: Limit
+    step: int
+    value: float
+
+
 @dataclass(frozen=True)
 class Finding:
     """One kind of collapse, confirmed."""
@@ -53,10 +62,10 @@ class Finding:
     kind: Kind
     onset: int  # first step
     shown_at: int  # the step of the evidence: the last one that shows it
-    evidence: tuple[tuple[Limit, float], ...]  # the limits that it passes there, and its values
+    evidence: tuple[Shown, ...]  # the limits that are passed there, and an update before the onset that was too large
 
     def passes(self, metric: str) -> bool:
-        return any(limit.metric == metric for limit, _ in self.evidence)
+        return any(shown.limit.metric == metric for shown in self.evidence)
 
 
 def findings(
@@ -137,12 +146,21 @@ def lasting(kind: Kind, rows: Sequence[Row], alternatives: list[tuple[Limit, ...
     starts = [t for t in range(len(rows) - patience + 1) if all(shown[t : t + patience])]
     if not starts:
         return None
-    end = starts[-1] + patience - 1
-    return Finding(kind, starts[0], end, evidence(rows[end], [limit for limits in shown[end] for limit in limits]))
+    onset, end = starts[0], starts[-1] + patience - 1
+    passed = [limit for limits in shown[end] for limit in limits]
+    return Finding(kind, onset, end, evidence(rows, end, passed) + large_update(rows[:onset]))
 
 
-def evidence(row: Row, limits: Iterable[Limit]) -> tuple[tuple[Limit, float], ...]:
-    return tuple((limit, row[limit.metric]) for limit in dict.fromkeys(limits))
+def evidence(rows: Sequence[Row], step: int, limits: Iterable[Limit]) -> tuple[Shown, ...]:
+    return tuple(Shown(limit, step, rows[step][limit.metric]) for limit in dict.fromkeys(limits))
+
+
+def large_update(rows: Sequence[Row]) -> tuple[Shown, ...]:
+    """The largest of these steps' updates, where it is larger than LARGE_UPDATE. No sign of collapse by itself."""
+    sizes = [(row["update_kl"], step) for step, row in enumerate(rows) if math.isfinite(row["update_kl"])]
+    if not sizes or max(sizes)[0] < LARGE_UPDATE:
+        return ()
+    return (Shown(Limit("update_kl", "above", LARGE_UPDATE), max(sizes)[1], max(sizes)[0]),)
 
 
 def once(rows: Sequence[Row]) -> Finding | None:
@@ -150,7 +168,7 @@ def once(rows: Sequence[Row]) -> Finding | None:
     limits = (Limit("nonfinite", "above", 1.0), Limit("nonfinite_logprobs", "above", 1e-9))
     for t, row in enumerate(rows):
         if passed := [limit for limit in limits if limit.passed(row)]:
-            return Finding("numeric", t, t, evidence(row, passed))
+            return Finding("numeric", t, t, evidence(rows, t, passed))
     return None
 
 
@@ -160,7 +178,7 @@ def misaligned(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
     if not rows:
         return None
     limit = Limit("logprob_gap", "above", thresholds.misaligned + rows[0]["truncation_gap"])
-    return Finding("misaligned", 0, 0, evidence(rows[0], [limit])) if limit.passed(rows[0]) else None
+    return Finding("misaligned", 0, 0, evidence(rows, 0, [limit])) if limit.passed(rows[0]) else None
 
 
 def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresholds) -> Finding | None:
@@ -172,4 +190,4 @@ def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresho
     mean = sum(row["zero_spread_share"] for row in rows) / len(rows)
     # a policy that collapses at once has no signal either, but that is not how it began
     without = min(mean, before.mean) >= thresholds.no_signal
-    return Finding("starved", 0, len(rows) - 1, ((limit, mean),)) if without else None
+    return Finding("starved", 0, len(rows) - 1, (Shown(limit, len(rows) - 1, mean),)) if without else None

@@ -29,7 +29,7 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
             )
         case "starved":
             return (
-                f"In {len(rows)} steps {finding.evidence[0][1]:.0%} of the prompts gave all of their samples the same "
+                f"In {len(rows)} steps {finding.evidence[0].value:.0%} of the prompts gave all of their samples the same "
                 "reward: there is nothing to learn from."
             )
         case "hacking":
@@ -58,18 +58,9 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
             said = "; ".join(text for metric, text in signs.items() if finding.passes(metric))
             return f"{since} the policy says ever the same; {said}."
         case "step-size":
-            return (
-                f"{since} the reward is lower than before training: {reward}.{_largest_update(rows[: finding.onset])}"
-            )
-
-
-def _largest_update(rows: Sequence[Row]) -> str:
-    """Of the updates that came before; row t's is the one after its rewards."""
-    sizes = [(row["update_kl"], t) for t, row in enumerate(rows) if math.isfinite(row["update_kl"])]
-    if not sizes:
-        return ""
-    size, step = max(sizes)
-    return f" The largest update before, at step {step}, moved the policy by {size:.2g} nats a token."
+            updates = [shown for shown in finding.evidence if shown.limit.metric == "update_kl"]
+            large = "".join(f" The update of step {u.step} moved it by {u.value:.2g} nats a token." for u in updates)
+            return f"{since} the policy earns less than before training: {reward}.{large}"
 
 
 def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int) -> str:
