@@ -396,6 +396,16 @@ def test_the_diagnosis_in_full(calibration: list[dict[str, float]]) -> None:
         assert f"-S {key}={value}" in content["cure"]["command"]
 
 
+def test_the_headline_ends_with_what_the_run_has_come_to(calibration: list[dict[str, float]]) -> None:
+    rows = history(
+        logprob_gap=since(0, 9.0), reward_mean=since(6, -5.0, 9), empty_share=since(6, 0.9), entropy=since(8, 0.1)
+    )
+    content = diagnose.diagnose(changed(), rows, calibration, [])
+    assert [finding["kind"] for finding in content["findings"]] == ["misaligned", "hacking", "empty"]
+    assert content["headline"].endswith("From step 6 on most completions are empty: 90% at step 19, 3% untouched.")
+    assert "higher" not in content["headline"]
+
+
 def test_a_healthy_run_has_no_cure(calibration: list[dict[str, float]]) -> None:
     content = diagnose.diagnose(PARAMS, history(), calibration, [])
     assert content == {

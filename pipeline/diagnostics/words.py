@@ -64,10 +64,12 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
 
 
 def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int) -> str:
-    """The verdict in one or two sentences: the first finding, and the first one of the texts or rewards after it."""
+    """The verdict in one or two sentences: the first finding, and of the later ones what the run has come to: seen last,
+    and of those the earliest."""
     if not found and steps < THRESHOLDS.patience:
         return f"Too short to tell: a collapse has to last {THRESHOLDS.patience} steps to count."
     if not found:
         return f"No sign of collapse in {steps} steps."
-    later = [text for finding, text in zip(found, summaries, strict=True) if finding.onset > found[0].onset]
-    return " ".join([summaries[0], *later[:1]])
+    later = [place for place in range(1, len(found)) if found[place].onset > found[0].onset]
+    last = sorted(later, key=lambda place: (-found[place].shown_at, found[place].onset))
+    return " ".join(summaries[place] for place in [0, *last[:1]])
