@@ -402,7 +402,7 @@ def test_the_headline_ends_with_what_the_run_has_come_to(calibration: list[dict[
     )
     content = diagnose.diagnose(changed(), rows, calibration, [])
     assert [finding["kind"] for finding in content["findings"]] == ["misaligned", "hacking", "empty"]
-    assert content["headline"].endswith("From step 6 on most completions are empty: 90% at step 19, 3% untouched.")
+    assert "From step 6 on most completions are empty: 90% at step 19, " in content["headline"]
     assert "higher" not in content["headline"]
 
 
