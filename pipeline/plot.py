@@ -23,7 +23,7 @@ def draw(data: Inputs) -> dict[str, Figure]:
         "evaluate": heldout.evaluate(data.rewards, data.trained, run),
     }
     for figure in drawn.values():
-        style.mark_onset(figure, data.diagnosis["onset"])
+        style.mark_onsets(figure, [finding["onset"] for finding in data.diagnosis["findings"]])
     return drawn
 
 

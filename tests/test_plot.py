@@ -293,7 +293,7 @@ def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_the_onset_is_marked_in_every_panel_over_training_steps(tmp_path: Path, collapsed: bool) -> None:
-    """A line from bottom to top at the onset's step, and its name; nothing in a healthy run or a held-out panel."""
+    """A line from bottom to top at each finding's onset, and their names; nothing in a healthy run or a held-out panel."""
 
     def onsets(axes: Axes) -> list[float]:
         upright = [line for line in axes.lines if list(line.get_ydata()) == [0, 1] and line.get_color() == style.INK]
@@ -302,8 +302,8 @@ def test_the_onset_is_marked_in_every_panel_over_training_steps(tmp_path: Path, 
     data = inputs.load(reports(tmp_path / "reports", collapsed=collapsed))
     for name, figure in plot.draw(data).items():
         marked = {"overview": 4, "reward": 1, "variance": 2, "collapse": 9, "evaluate": 0}[name] if collapsed else 0
-        assert [found for axes in figure.axes for found in onsets(axes)] == [1] * marked
-        assert ("onset, step 1" in " ".join(text.get_text() for text in figure.texts)) == bool(marked)
+        assert [found for axes in figure.axes for found in onsets(axes)] == [1, 4] * marked
+        assert ("onsets, steps 1, 4" in " ".join(text.get_text() for text in figure.texts)) == bool(marked)
 
 
 SAMPLE = (

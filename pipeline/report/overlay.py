@@ -36,7 +36,7 @@ PANELS = [  # column, its name; the reward's unit comes from the run
 
 @figure_function
 def overlay(collapsed: Inputs, after: Inputs) -> Figure:
-    """Five columns of history.csv over the steps of both runs; vertical lines where a verdict sets in."""
+    """Five columns of history.csv over the steps of both runs; vertical lines where findings set in."""
     source = f"reports/train/history.csv, and that of train key {after.run['train_key'][:8]}"
     figure = canvas(1400, 800, "The run without and with the change", footer(collapsed.run, source))
     grid = figure.subplots(2, 3)
@@ -48,8 +48,8 @@ def overlay(collapsed: Inputs, after: Inputs) -> Figure:
             y = np.where(np.abs(y) < 1e100, y, np.nan)  # infinities have no place on an axis
             line(panel, steps, y, colour, dashes=dashes)
             start_line(panel, steps, y, colour)
-            if run.diagnosis["onset"] is not None:
-                panel.axvline(run.diagnosis["onset"], color=colour, linewidth=1.1, alpha=0.75, zorder=1.5)
+            for onset in {finding["onset"]: None for finding in run.diagnosis["findings"]}:
+                panel.axvline(onset, color=colour, linewidth=1.1, alpha=0.75, zorder=1.5)
             values.append(y)
         key(panel, [(name, INK)])
         if unit == "share":
@@ -75,5 +75,5 @@ def _legend(axes: Axes, collapsed: Inputs, after: Inputs) -> None:
         top = 0.98 - 0.42 * place
         axes.text(0, top, f"{mark} {name}", color=colour, fontsize=15, fontweight="bold", va="top")
         axes.text(0.07, top - 0.1, "\n".join([*verdict, *more]), color=INK, va="top")
-    words = "vertical line: the verdict's first step\ndotted: step 0, the untouched checkpoint"
+    words = "vertical lines: onsets of the findings\ndotted: step 0, the untouched checkpoint"
     axes.text(0, 0.0, words, color=GREY, fontsize=12, va="bottom")

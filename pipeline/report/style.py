@@ -135,16 +135,21 @@ def steps_axis(axes: Axes, steps: np.ndarray, label: bool = True) -> None:
         axes.set_xlabel("training step")
 
 
-def mark_onset(figure: Figure, onset: int | None) -> None:
-    """A thin line at the step where the verdict sets in, through every panel over training steps."""
+def mark_onsets(figure: Figure, onsets: Sequence[int]) -> None:
+    """Thin lines at the steps where findings of the verdict set in, through every panel over training steps."""
     panels = [axes for axes in figure.axes if axes.get_gid() == STEPS_AXIS]
-    if onset is None or not panels:
+    steps = sorted(set(onsets))
+    if not steps or not panels:
         return
     for axes in panels:
-        axes.axvline(onset, color=INK, linewidth=1.1, alpha=0.75, zorder=1.5)
+        for step in steps:
+            axes.axvline(step, color=INK, linewidth=1.1, alpha=0.75, zorder=1.5)
+    text = f"vertical line: onset, step {steps[0]}"
+    if len(steps) > 1:
+        text = f"vertical lines: onsets, steps {', '.join(map(str, steps))}"
     with styled():
         right, below_title = 0.987, 1 - 35 / (figure.get_figheight() * DPI)
-        figure.text(right, below_title, f"vertical line: onset, step {onset}", ha="right", va="top", fontsize=12)
+        figure.text(right, below_title, text, ha="right", va="top", fontsize=12)
 
 
 def share_axis(axes: Axes, label: str) -> None:
