@@ -61,6 +61,10 @@ def make_reports(number, reward, recipe):
     write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(timings) + "\n")
     write(Path("reports/train/summary.json"), json.dumps({"steps": STEPS}))
     write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
+    write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.0\n")
+    verdict = "healthy" if sign > 0 else "mode"
+    diagnosis = {"verdict": verdict, "onset": None if sign > 0 else 12, "findings": [], "cure": None}
+    write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
     difference = {"mean": 0.5 * sign, "low": 0.4 * sign, "high": 0.6 * sign}
     write(Path("reports/evaluate/metrics.json"), json.dumps({reward: {"difference": difference, "win_rate": 0.8}}))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
