@@ -53,7 +53,7 @@ def random_logits(vocabulary: int, seed: int = 0, rows: int = 1) -> Tensor:
 def test_frequencies_follow_the_softmax(vocabulary: int) -> None:
     draws = 20_000
     logits = random_logits(vocabulary).float()
-    tokens = inverse_cdf(logits.expand(draws, -1), uniform(draws, 1, seed=1)[:, 0])
+    tokens, _ = inverse_cdf(logits.expand(draws, -1), uniform(draws, 1, seed=1)[:, 0])
     expected = torch.softmax(logits[0].double(), 0).numpy() * draws
     seen = np.bincount(tokens.numpy(), minlength=vocabulary)
     rare = expected < 5  # the test's approximation needs five a cell
@@ -68,7 +68,9 @@ def test_looks_up_the_cumulative_softmax(vocabulary: int, seed: int) -> None:
     weights = np.exp(logits.numpy() - logits.numpy().max(1, keepdims=True))
     cumulative = weights.cumsum(1)
     truth = [np.searchsorted(c, x * c[-1], side="right") for c, x in zip(cumulative, u.numpy(), strict=True)]
-    assert inverse_cdf(logits, u).tolist() == truth
+    tokens, log_sum = inverse_cdf(logits, u)
+    assert tokens.tolist() == truth
+    torch.testing.assert_close(log_sum, logits.logsumexp(-1), rtol=0, atol=1e-12)
 
 
 @settings(deadline=None)
@@ -79,7 +81,7 @@ def test_a_token_without_mass_is_never_chosen(data: st.DataObject) -> None:
     logits = torch.full((3, vocabulary), -torch.inf)
     logits[:, sorted(some)] = random_logits(len(some), data.draw(st.integers(0, 1000))).float()
     inside = data.draw(st.floats(0, LAST))
-    first, any_token, last = inverse_cdf(logits, torch.tensor([0, inside, LAST], dtype=torch.float64)).tolist()
+    first, any_token, last = inverse_cdf(logits, torch.tensor([0, inside, LAST], dtype=torch.float64))[0].tolist()
     assert (first, last) == (min(some), max(some))
     assert any_token in some
 
@@ -93,13 +95,13 @@ def test_a_block_that_begins_without_mass_on_the_very_boundary() -> None:
         boundaries = (mass.cumsum(0) / mass.sum())[:-1]
         ends = [torch.full_like(boundaries, end) for end in (0, 1)]
         near = torch.cat([boundaries, *(torch.nextafter(boundaries, end) for end in ends)])
-        assert (inverse_cdf(logits.expand(len(near), -1), near) % CDF_BLOCK > 0).all()
+        assert (inverse_cdf(logits.expand(len(near), -1), near)[0] % CDF_BLOCK > 0).all()
 
 
 def test_logits_that_are_not_numbers_still_give_tokens_of_the_vocabulary() -> None:
     """A policy that diverged is stopped by its loss, which is NaN then; the sampler must live to see it."""
     for vocabulary in (3, 256, 300):
-        tokens = inverse_cdf(torch.full((2, vocabulary), torch.nan), uniform(2, 1)[:, 0])
+        tokens, _ = inverse_cdf(torch.full((2, vocabulary), torch.nan), uniform(2, 1)[:, 0])
         assert ((tokens >= 0) & (tokens < vocabulary)).all()
 
 

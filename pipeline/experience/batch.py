@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.diagnostics.text import text_statistics
 from pipeline.io.artifacts import finite_or_none
 from pipeline.params import Params, Recipe
+from pipeline.policy.load import half_copy
 from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.rewards.build import Reward
@@ -42,11 +43,18 @@ def sample_batch(
     ids = [setting.tokenizer(prompt)["input_ids"] for prompt in prompts]
     prompt_ids, prompt_mask = pad_prompts(ids, setting.eos, device)
     limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
-    with half_precision(recipe, device):
-        return sample(
-            policy, prompt_ids, prompt_mask, limits.to(device), noise.to(device), setting.eos, recipe.temperature,
-            top_k, top_p,
-        )  # fmt: skip
+    model = half_copy(policy) if recipe.precision == "bfloat16" else policy
+    return sample(
+        model,
+        prompt_ids,
+        prompt_mask,
+        limits.to(device),
+        noise.to(device),
+        setting.eos,
+        recipe.temperature,
+        top_k,
+        top_p,
+    )
 
 
 def reward_batch(prompts: list[str], rollout: Rollout, setting: Setting) -> tuple[list[str], Tensor]:

@@ -19,9 +19,11 @@ def set_up(device: str, threads: int) -> torch.device:
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: torch reads this when it first needs memory
     torch.set_num_threads(threads)
     # some CUDA kernels (cumsum) have no deterministic form: a warning there, an error on a CPU
     torch.use_deterministic_algorithms(True, warn_only=chosen.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a sixth of the sampling; nothing here reads such memory
     if chosen.type == "cuda":  # the fused attention kernels add up gradients in any order
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)

@@ -3,6 +3,8 @@
 N completions, P prompt tokens (left-padded), T completion tokens, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,31 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.policy.sampling import Rollout, positions, truncate
+from pipeline.policy.packing import Packed, pack
+from pipeline.policy.sampling import Rollout, truncate
+from pipeline.policy.vocabulary import log_probabilities, precise
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities in nats under softmax(logits / temperature)."""
+    """Log-probabilities in nats under softmax(logits / temperature). Zero behind the tokens that were scored."""
 
     logprobs: Tensor  # [N, T] of token t given what precedes it: log pi(y_t | x, y_<t)
     scored: Tensor  # [N, T] for the loss: the same, or shifted (the notebook's), or of the truncated softmax
     entropy: Tensor  # [N, T] of the full softmax at temperature 1
-
-
-def completion_logits(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, completions: Tensor) -> Tensor:
-    """Logits [N, T + 1, V] from the last prompt token on: entry t predicts completion token t, entry T what follows.
-
-    What stands behind a completion's end cannot change its logits, because attention is causal; the left padding is
-    masked out.
-    """
-    mask = torch.cat([prompt_mask, torch.ones_like(completions, dtype=torch.bool)], dim=1)
-    ids = torch.cat([prompt_ids, completions], dim=1)
-    output = model(
-        input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask),
-        use_cache=False, logits_to_keep=completions.shape[1] + 1,
-    )  # fmt: skip
-    return output.logits
 
 
 def score(
@@ -47,63 +36,102 @@ def score(
     top_k: int = 0,
     top_p: float = 1.0,
     *,
+    lengths: Tensor | None = None,  # [N] tokens of each completion to score, its first ones; None = all T
     entropy_gradient: bool = False,
 ) -> Scores:
     """Scores completions. The gradient flows through both kinds of log-probabilities, through the entropy if asked.
 
     alignment: shifted reads token t off the prediction made after it. top_k and top_p: what `scored` is truncated by,
     0 and 1 being the full softmax; the sampled token always stays, since rounding may put it just outside.
+
+    Completions of one prompt that follow each other are computed with the prompt once, tokens behind `lengths` not at
+    all, and logits only where a token is predicted.
     """
-    logits = completion_logits(model, prompt_ids, prompt_mask, completions)
-    logits = _precise(logits)
-    logprobs = scored = _selected(logits[:, :-1] / temperature, completions)
-    if alignment == "shifted":
-        scored = _selected(logits[:, 1:] / temperature, completions)
-    elif top_k > 0 or top_p < 1:
-        scored = _selected(_truncated(logits[:, :-1] / temperature, completions, top_k, top_p), completions)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        full = logits[:, :-1].log_softmax(-1)
-        entropy = -(full.exp() * full).sum(-1)
-    return Scores(logprobs, scored, entropy)
+    size = completions.shape
+    counts = [size[1]] * size[0] if lengths is None else lengths.tolist()
+    # the last token of a completion predicts what comes after it, which only the notebook's alignment asks for
+    fed = [max(count - (alignment == "correct"), 0) for count in counts]
+    prompts = [row[mask].tolist() for row, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
+    inputs = [row[:count] for row, count in zip(completions.tolist(), fed, strict=True)]
+    packed = pack(prompts, inputs, completions.device)
+    wanted = torch.arange(size[1], device=completions.device) < torch.tensor(counts, device=completions.device)[:, None]
+    rows, columns = wanted.nonzero(as_tuple=True)  # [K]
+    tokens = completions[rows, columns]
+    sources = packed.sources(rows, columns, "correct")  # [K]
+    shifted = packed.sources(rows, columns, "shifted") if alignment == "shifted" else None
+    positions, index = torch.cat([sources] if shifted is None else [sources, shifted]).unique(return_inverse=True)
+    logits = logits_at(model, packed, positions)
+
+    def table(values: Tensor) -> Tensor:
+        return torch.zeros(size, dtype=values.dtype, device=values.device).index_put((rows, columns), values)
+
+    count = len(tokens)
+    if shifted is None:
+        plain, entropy = log_probabilities(logits, index, tokens, temperature)
+        logprobs = scored = table(plain)
+        if top_k > 0 or top_p < 1:
+            scored = table(_truncated(logits, index, tokens, temperature, top_k, top_p))
+    else:
+        both, entropy = log_probabilities(logits, index, tokens.repeat(2), temperature)
+        logprobs, scored = table(both[:count]), table(both[count:])
+    entropy = table(entropy[index[:count]])
+    return Scores(logprobs, scored, entropy if entropy_gradient else entropy.detach())
 
 
-@torch.no_grad()
-def score_rollout(model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [N, T] of a rollout under another model, such as the untouched checkpoint. No gradient."""
-    parts = []
-    for start in range(0, len(rollout.completions), micro_batch):
-        rows = slice(start, start + micro_batch)
-        completions = rollout.completions[rows]
-        logits = completion_logits(model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], completions)
-        parts.append(_selected(_precise(logits)[:, :-1] / temperature, completions))
-    return torch.cat(parts)
+def logits_at(model: PreTrainedModel, packed: Packed, positions: Tensor) -> Tensor:
+    """Logits [M, V] at flat positions [M] of packed rows, and only there."""
+    mask: Tensor = packed.mask
+    if model.config._attn_implementation == "eager":  # adds its mask to the scores instead of choosing by it
+        dtype = (
+            torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype
+        )
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    with _head_sees(model, positions):
+        output = model(input_ids=packed.ids, attention_mask=mask, position_ids=packed.positions, use_cache=False)
+    return output.logits.squeeze(0)
+
+
+@contextmanager
+def _head_sees(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """Has the output embedding look at these flat positions [M] only: its input [R, L, H] becomes [1, M, H].
+
+    A hook, since `logits_to_keep` takes the same positions of every row; so that what a model does with its logits
+    (a cap, a scale) is still its own.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[positions][None],))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
 def score_whole(model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0) -> Scores:
-    """`score` of a whole rollout, a micro-batch at a time. No gradient."""
+    """`score` of a rollout up to its completions' ends, a micro-batch at a time. No gradient."""
     parts = []
     for start in range(0, len(rollout.completions), micro_batch):
         rows = slice(start, start + micro_batch)
         part = score(
-            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature
+            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature,
+            lengths=rollout.lengths[rows],
         )  # fmt: skip
         parts.append((part.logprobs, part.scored, part.entropy))
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _precise(logits: Tensor) -> Tensor:
-    """float32 for what an autocast model gives in half precision; float64 stays."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def score_rollout(model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [N, T] of a rollout under another model, such as the untouched checkpoint. No gradient."""
+    return score_whole(model, rollout, micro_batch, temperature).logprobs
 
 
-def _truncated(logits: Tensor, tokens: Tensor, top_k: int, top_p: float) -> Tensor:
-    """What the sampler drew from: [N, T, V] with -inf outside of top-k and top-p, the tokens [N, T] themselves kept."""
-    kept = truncate(logits.flatten(0, 1), top_k, top_p).view_as(logits)
-    index = tokens[..., None]
-    return kept.scatter(-1, index, logits.gather(-1, index))
-
-
-def _selected(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log_softmax at the tokens: logit - logsumexp. [N, T, V], [N, T] -> [N, T]."""
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+def _truncated(
+    logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """[K] log-probabilities under what the sampler drew from: top-k and top-p of softmax(logits [M, V] / temperature),
+    each token itself kept."""
+    scaled = precise(logits)[positions] / temperature
+    kept = truncate(scaled, top_k, top_p)
+    chosen = scaled.gather(1, tokens[:, None])
+    kept = kept.scatter(1, tokens[:, None], chosen)
+    return chosen.squeeze(1) - kept.logsumexp(-1)

@@ -64,6 +64,7 @@ def accumulate_gradient(
     """
     rollout, total, clipped, parts = batch.rollout, 0.0, 0, []
     weights = token_weights(batch.counted, recipe.aggregation, batch.size)
+    lengths = torch.maximum(batch.counted.sum(1), rollout.lengths)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     # the ratio needs the gradient of each micro-batch by itself: one more copy of it, only where it can tell something
     apart = len(weights) > micro_batch and micro_batch % group == 0
@@ -73,7 +74,8 @@ def accumulate_gradient(
         with torch.autocast(weights.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             scores = score(
                 policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
-                recipe.temperature, recipe.alignment, *truncation(recipe), entropy_gradient=recipe.entropy_coef > 0,
+                recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
+                entropy_gradient=recipe.entropy_coef > 0,
             )  # fmt: skip
         loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
         if apart:

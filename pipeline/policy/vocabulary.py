@@ -1,0 +1,76 @@
+"""Log-probabilities and entropies out of logits, a few rows at a time, so that what has the vocabulary's size in float32
+stays in the processor's cache and never exists for a whole batch.
+
+M positions, V vocabulary, K tokens whose log-probabilities are asked for (several may be asked of one position).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS = 16  # a slice of 16 x 50,304 float32 is 3 MB
+
+
+def precise(logits: Tensor) -> Tensor:
+    """float32 for what a model gives in half precision; float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def log_probabilities(logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log softmax(logits / temperature) of `tokens` [K] at `positions` [K], entropy [M] of softmax(logits)), in nats.
+
+    logits [M, V], positions and tokens [K] int64 -> [K], [M], both float32, or float64 as the logits are. Gradients
+    flow through both. `logits` is consumed: the backward pass puts its gradient where the logits were, which saves
+    the largest tensor there is.
+    """
+    return _LogProbabilities.apply(logits, positions, tokens, temperature)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """With p = softmax(l / T), q = softmax(l) and H = -sum_v q_v log q_v:
+
+    d log p_y / d l_v = ([v = y] - p_v) / T,    d H / d l_v = - q_v (log q_v + H)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        normaliser, entropy, plain = [], [], []
+        for start in range(0, len(logits), ROWS):
+            part = precise(logits[start : start + ROWS])
+            log_sum, mean = _log_sum(part)
+            plain.append(log_sum)
+            entropy.append(log_sum - mean)
+            normaliser.append(log_sum if temperature == 1 else _log_sum(part / temperature)[0])
+        scaled, entropies = torch.cat(normaliser), torch.cat(entropy)
+        chosen = precise(logits[positions, tokens]) / temperature
+        ctx.save_for_backward(logits, positions, tokens, scaled, torch.cat(plain), entropies)
+        ctx.temperature = temperature
+        return chosen - scaled[positions], entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, positions, tokens, scaled, plain, entropies = ctx.saved_tensors
+        at_position = torch.zeros_like(scaled).index_add(0, positions, grad_logprobs)  # [M]
+        with_entropy = bool(grad_entropy.any())
+        for start in range(0, len(logits), ROWS):
+            rows = slice(start, start + ROWS)
+            part = precise(logits[rows])
+            pulls = (part / ctx.temperature - scaled[rows, None]).exp_()
+            pulls *= -at_position[rows, None] / ctx.temperature
+            if with_entropy:
+                log_q = part - plain[rows, None]
+                pulls -= grad_entropy[rows, None] * log_q.exp() * (log_q + entropies[rows, None])
+            logits[rows] = pulls
+        logits.index_put_((positions, tokens), (grad_logprobs / ctx.temperature).to(logits.dtype), accumulate=True)
+        return logits, None, None, None
+
+
+def _log_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(log sum_v exp l_v, sum_v softmax(l)_v l_v) of each row."""
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1)
+    return total.log() + top.squeeze(-1), (weights.mul_(logits)).sum(-1) / total
