@@ -23,7 +23,8 @@ def set_up(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads)
     # some CUDA kernels (cumsum) have no deterministic form: a warning there, an error on a CPU
     torch.use_deterministic_algorithms(True, warn_only=chosen.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a sixth of the sampling; nothing here reads such memory
+    # takes a sixth of the sampling's time, and nothing here reads memory before it writes it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if chosen.type == "cuda":  # the fused attention kernels add up gradients in any order
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)

@@ -25,7 +25,7 @@ def log_probabilities(logits: Tensor, positions: Tensor, tokens: Tensor, tempera
     flow through both. `logits` is consumed: the backward pass puts its gradient where the logits were, which saves
     the largest tensor there is.
     """
-    return _LogProbabilities.apply(logits, positions, tokens, temperature)  # type: ignore[no-untyped-call, no-any-return]
+    return _LogProbabilities.apply(logits, positions, tokens, temperature)
 
 
 class _LogProbabilities(torch.autograd.Function):

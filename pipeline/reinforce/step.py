@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,34 +67,28 @@ def accumulate_gradient(
     rollout, total, clipped, parts = batch.rollout, 0.0, 0, []
     weights = token_weights(batch.counted, recipe.aggregation, batch.size)
     lengths = torch.maximum(batch.counted.sum(1), rollout.lengths)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    # the ratio needs the gradient of each micro-batch by itself: one more copy of it, only where it can tell something
+    # the ratio needs the gradient of each micro-batch by itself, which takes time: only where it can tell something
     apart = len(weights) > micro_batch and micro_batch % group == 0
-    sums, squares = [p.grad for p in parameters], []
-    for start in range(0, len(weights), micro_batch):
-        rows = slice(start, start + micro_batch)
-        with torch.autocast(weights.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            scores = score(
-                policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
-                recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
-                entropy_gradient=recipe.entropy_coef > 0,
-            )  # fmt: skip
-        loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
-        if apart:
-            for p in parameters:
-                p.grad = None
-        loss.backward()
-        if apart:
-            squares.append(square_norm([p.grad for p in parameters]))
-            sums = [_added(before, p.grad) for before, p in zip(sums, parameters, strict=True)]
-        total += loss.item()
-        clipped += cut
-        parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
+    separately: AbstractContextManager[list[Tensor | float]] = _gradients_apart(policy) if apart else nullcontext([])
+    with separately as squares:
+        for start in range(0, len(weights), micro_batch):
+            rows = slice(start, start + micro_batch)
+            squares.append(0.0)
+            with torch.autocast(weights.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                scores = score(
+                    policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
+                    recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
+                    entropy_gradient=recipe.entropy_coef > 0,
+                )  # fmt: skip
+            loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
+            loss.backward()
+            total += loss.item()
+            clipped += cut
+            parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
     snr = math.nan
     if apart:
-        for p, gradient in zip(parameters, sums, strict=True):
-            p.grad = gradient
-        snr = signal_to_noise(square_norm(sums), squares, [len(part[0]) for part in parts])
+        whole = square_norm(p.grad for p in policy.parameters())
+        snr = signal_to_noise(whole, [float(square) for square in squares], [len(part[0]) for part in parts])
     logprobs, scored, entropy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Gradient(total, logprobs, scored, entropy, clipped / max(int(batch.counted.sum()), 1), snr)
 
@@ -125,8 +121,33 @@ def loss_of_rows(scores: Scores, batch: Batch, rows: slice, weights: Tensor, rec
     return loss, clipped
 
 
-def _added(before: Tensor | None, more: Tensor | None) -> Tensor | None:
-    return more if before is None else before if more is None else before.add_(more)
+@contextmanager
+def _gradients_apart(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
+    """Inside, the gradients of backward passes are summed as ever, and each one's squared L2 norm is added to the last
+    entry of the list. A parameter at a time, as soon as its gradient is there: the second copy is never whole."""
+    sums: dict[Tensor, Tensor] = {}
+    squares: list[Tensor | float] = []
+
+    def take(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        squares[-1] += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
+        sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
+        parameter.grad = None
+
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    handles = [p.register_post_accumulate_grad_hook(take) for p in parameters]
+    try:
+        yield squares
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, earlier in zip(parameters, before, strict=True):
+            added = sums.get(p)
+            p.grad = added if earlier is None else earlier if added is None else earlier.add_(added)
 
 
 def update_on(
