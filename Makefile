@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help repro cure test unit lint ui clean
+.PHONY: help repro cure test unit lint ui bench clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -33,6 +33,10 @@ lint: $(BIN)/installed
 
 ui: $(BIN)/installed  ## MLflow's UI on loopback, to compare runs
 	$(RUN) python -m pipeline.ui $(PORT)
+
+bench: $(BIN)/installed  ## speed beside the notebook's loop and trl, 20 minutes -> docs/speed.json
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,benchmarks]'
+	$(RUN) python -m benchmarks.speed run
 
 clean:  ## remove .venv; keeps data, runs and caches
 	rm -rf .venv

@@ -6,6 +6,7 @@ Arms: notebook, trl, ours, and matmul, the machine's rate of matrix multiplicati
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import random
@@ -26,6 +27,7 @@ from pipeline.io.runtime import set_up
 from pipeline.params import PARAMS_FILE, load, validate
 
 SAMPLES, TOKENS, THREADS = 8, 20, 2
+WARM_UP = 8  # prompts
 TARGET_LENGTH, TARGET = 40, "Hi there!"
 
 
@@ -49,10 +51,14 @@ def main() -> None:
         print(json.dumps(matmul_rate(getattr(torch, options.precision), device)))
         return
     measured = {"notebook": notebook, "trl": trl, "ours": ours}[options.arm](options, device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_mib": peak_mib(device)} | measured))
+
+
+def peak_mib(device: torch.device) -> int:
+    """Of the process so far; on a GPU, what torch held there."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({**measured, "peak_mib": round(peak)}))
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -142,7 +148,7 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from pipeline.rewards.embedding import embedding_reward
     from pipeline.rewards.surface import length_reward
 
-    params = our_params(options)
+    params = our_params(options, options.prompts)
     tokenizer, prompts = _texts()
     policy, reference = saved_and_loaded(options.shape, device)
     measure = length_reward(TARGET_LENGTH)
@@ -150,14 +156,14 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         measure = embedding_reward(TARGET, options.encoder, device)
     setting = Setting(params, prompts, tokenizer, reference, measure, device)
     run, optimizer = Progress(), make_optimizer(policy.parameters(), params.selected("recipe"))
-    seconds = [
-        timed(lambda: train.train_step(run, setting, policy, optimizer), device) for _ in range(options.steps + 1)
-    ]
+    warm = dataclasses.replace(setting, params=our_params(options, min(options.prompts, WARM_UP)))
+    train.train_step(run, warm, policy, optimizer)
+    seconds = [timed(lambda: train.train_step(run, setting, policy, optimizer), device) for _ in range(options.steps)]
     phases = {key: [row[key] for row in run.timings[1:]] for key in run.timings[0] if key.startswith("seconds_")}
     gap = [row["logprob_gap"] for row in run.rows]
     result = {
-        "samples": options.prompts * options.samples, "seconds": seconds[1:], "phases": phases, "logprob_gap": gap,
-        "tokens": [row["completion_tokens"] for row in run.rows[1:]],
+        "samples": options.prompts * options.samples, "seconds": seconds, "phases": phases, "logprob_gap": gap,
+        "tokens": [row["completion_tokens"] for row in run.rows[1:]], "peak_mib": peak_mib(device),
     }  # fmt: skip
     if options.count_flops:
         with FlopCounterMode(display=False) as counter:
@@ -175,14 +181,14 @@ def saved_and_loaded(shape: str, device: torch.device) -> tuple[Any, Any]:
         return load_policy(Path(folder), device), load_policy(Path(folder), device).requires_grad_(False)
 
 
-def our_params(options: argparse.Namespace) -> Any:
+def our_params(options: argparse.Namespace, prompts: int) -> Any:
     """Recipe `stable` without its KL term and with the notebook's lengths: the work that the other loops do."""
     from ruamel.yaml import YAML
 
     tree = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
     micro_batch = options.micro_batch or load().train.micro_batch
     tree["train"] |= {
-        "steps": 1000, "prompts_per_step": options.prompts, "samples_per_prompt": options.samples, "max_tokens": TOKENS,
+        "steps": 1000, "prompts_per_step": prompts, "samples_per_prompt": options.samples, "max_tokens": TOKENS,
         "micro_batch": micro_batch, "threads": THREADS,
     }  # fmt: skip
     tree["recipes"]["stable"] |= {"kl": options.kl, "length_limit": "total", "precision": options.precision}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.notebook_loop import get_selected_log_probs
 from pipeline.policy.rollout import completion_limits, completion_texts
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.reinforce.advantages import BASELINES, advantages
@@ -22,18 +23,6 @@ NOTEBOOK = recipe("notebook")
 Drawn = list[tuple[int, Tensor, Tensor]]  # of each prompt: its length, its output_tokens, its rewards
 
 # --- the notebook's cells 14, 15 and 17, from the sampled tokens on
-
-
-def get_selected_log_probs(tokens: Tensor, log_probs: tuple[Tensor, ...], prompt_len: int) -> list[Tensor]:
-    output = []
-    for mc_sample_idx in range(len(tokens)):
-        sample_log_probs = []
-        for token_pos in range(len(tokens[mc_sample_idx, prompt_len:])):
-            token_idx = tokens[mc_sample_idx][token_pos + prompt_len]
-            log_prob = log_probs[token_pos][mc_sample_idx][token_idx]
-            sample_log_probs.append(log_prob)
-        output.append(torch.stack(sample_log_probs))
-    return output
 
 
 def notebook_loss(lm: PreTrainedModel, drawn: Drawn) -> Tensor:

@@ -1,0 +1,45 @@
+"""The speed benchmark's arithmetic, and that its page shows what was measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import material, notebook_loop, speed
+from tests.conftest import ROOT
+from tests.models import tiny_neox
+
+
+def test_the_page_shows_the_tables_of_the_measured_run() -> None:
+    page = (ROOT / "docs/SPEED.md").read_text(encoding="utf-8").splitlines()
+    printed = speed.tables(json.loads((ROOT / speed.RESULTS).read_text(encoding="utf-8")))
+    assert len(printed) > 20
+    assert [line for line in printed if line not in page] == []
+
+
+def test_a_rate_is_the_median_over_rounds_and_steps() -> None:
+    runs: list[dict[str, Any]] = [{"samples": 10, "seconds": [1.0, 5.0]}, {"samples": 10, "seconds": [2.0]}]
+    assert speed.rate(runs) == 5
+
+
+def test_the_notebook_s_loop_learns_from_the_prompts_it_is_given() -> None:
+    """One step moves the weights by Adam's first update, lr for each parameter that has a gradient."""
+    tokenizer, _ = material.tokenizer()
+    policy = tiny_neox(len(tokenizer), dtype=torch.float32, eos_logit=-1.0)
+    before = [p.detach().clone() for p in policy.parameters()]
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
+    torch.manual_seed(0)
+    reward = lambda text: notebook_loop.has_length(text, 40)  # noqa: E731
+    mean = notebook_loop.step(policy, tokenizer, optimizer, ["Hello", "I'm sorry"], reward, num_mc_samples=3)
+    assert mean < 0
+    moved = max((p - was).abs().max().item() for p, was in zip(policy.parameters(), before, strict=True))
+    assert moved == pytest.approx(3e-4, rel=0.05)
+
+
+def test_an_encoder_of_bert_s_shape_rewards_nearness(tmp_path: Path) -> None:
+    material.write_encoder(tmp_path)
+    distance = notebook_loop.bert_distance(tmp_path, "Hi there!")
+    assert distance("Hi there!").item() == 0
+    assert distance("Something else").item() < 0
