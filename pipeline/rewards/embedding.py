@@ -26,8 +26,10 @@ def embedding_reward(target: str, encoder: Path, device: torch.device) -> Callab
     pooling = Pooling(states.get_embedding_dimension(), pooling_mode="mean")
     model = SentenceTransformer(modules=[states, pooling], device=str(device))
 
+    at_once = 16 if device.type == "cpu" else 128  # on a CPU what stays in its cache is twice as fast
+
     def embed(texts: list[str]) -> torch.Tensor:
-        return model.encode(texts, batch_size=128, convert_to_tensor=True, show_progress_bar=False)
+        return model.encode(texts, batch_size=at_once, convert_to_tensor=True, show_progress_bar=False)
 
     goal = embed([target])
 
