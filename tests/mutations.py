@@ -312,8 +312,8 @@ def first_red(file: str | None, text: str, first: str) -> str | None:
     """
     with TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for name in ("pipeline", "tests", "docs"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pipeline", "tests", "docs", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
         for name in ("params.yaml", "pyproject.toml"):
             shutil.copy(ROOT / name, copy)
         if file is not None:
