@@ -4,10 +4,10 @@ BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help repro cure test unit lint ui bench clean
+.PHONY: help repro cure test test-faults unit lint ui bench clean
 
 help:  ## print the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -24,6 +24,9 @@ cure: $(BIN)/installed  ## after a collapse: try the recommended change, show bo
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
 	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest
+
+test-faults: $(BIN)/installed  ## kills, full disks, bad input in full number -> docs/reliability.json
+	$(RUN) FAULTS=full pytest -m faults
 
 unit: $(BIN)/installed  ## the fast tests
 	$(RUN) pytest -m 'not slow'

@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests import repositories
+from tests import faults, repositories
 from tests.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # the real OASST1 texts and Pythia's tokenizer, where someone put them
 PINNED = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OASST1, in params.yaml
 PYTHIA = "EleutherAI/pythia-70m-deduped"
+
+
+def pytest_sessionfinish() -> None:
+    if faults.FULL and faults.injected:
+        faults.save()
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 from pipeline import cure
 from pipeline.errors import UserError
 from pipeline.report import cured, inputs, overlay, page, style
+from tests.clones import Clone
 from tests.conftest import Project
 from tests.test_page import Elements, words_of
-from tests.test_pipeline import Clone
 from tests.test_plot import reports
 
 KIND = {"kind": "gibberish", "title": "Gibberish", "onset": 7}

@@ -1,0 +1,75 @@
+"""A git clone of the project in which tests run it as a user does."""
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tests.conftest import ROOT
+
+SMALL = {"steps": 3, "prompts_per_step": 4, "samples_per_prompt": 2, "checkpoint_every": 1, "threads": 1}
+
+
+class Clone:
+    """A git clone of the project as it lies in the work tree, with small sizes committed."""
+
+    def __init__(self, root: Path, cache: Path, **train: int) -> None:
+        self.root = root
+        files = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\0")
+        for name in filter(None, files):
+            if (ROOT / name).is_file() and name != "dvc.lock":
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, root / name)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "HF_"))}
+        identity = {
+            f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+        }
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        nowhere = "http://127.0.0.1:9"  # nothing listens: a stage that asks a hub unbidden fails at once
+        self.environment = {**kept, **identity, "PATH": path, "HF_ENDPOINT": nowhere, "HF_HOME": str(cache / "hf")}
+        self.edit(train={**SMALL, **train}, evaluate={"prompts": 6, "samples_per_prompt": 2, "bootstrap": 100})
+        self("git", "init", "-q")
+        self("dvc", "cache", "dir", "--local", str(cache / "dvc"))
+        self.commit()
+
+    def edit(self, **tables: dict[str, object]) -> None:
+        yaml = YAML()
+        tree = yaml.load(self.root / "params.yaml")
+        for name, values in tables.items():
+            tree[name].update(values)
+        yaml.dump(tree, self.root / "params.yaml")
+
+    def commit(self) -> None:
+        self("git", "add", "-A")
+        self("git", "commit", "-q", "--allow-empty", "-m", "as it is")
+
+    def restore(self) -> None:
+        """Back to the commit, outputs included."""
+        self("git", "checkout", "-q", "--force", ".")
+        self("dvc", "checkout", "-q")
+
+    def __call__(self, *command: str, fails: bool = False) -> str:
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=900
+        )  # fmt: skip
+        assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+    def ran(self, output: str) -> list[str]:
+        """Stages that were executed, not skipped or taken from the cache."""
+        return re.findall(r"Running stage '(\w+)'", output)
+
+    def runs(self) -> list[str]:
+        """train_keys of the runs in MLflow's store, read without mlflow."""
+        with sqlite3.connect(self.root / "mlflow.db") as store:
+            return [value for (value,) in store.execute("select value from tags where key = 'train_key'")]
+
+    def read(self, name: str) -> str:
+        return (self.root / name).read_text(encoding="utf-8")
