@@ -89,6 +89,7 @@ class Encoder(Table):
 class EmbeddingReward(Table):
     kind: Literal["embedding"]
     target: Text = Field(description="the sentence to be near to")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the encoder")
 
 
 class LengthReward(Table):

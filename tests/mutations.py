@@ -276,6 +276,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "rewards/build.py": ("rewards", [
         ("weight * values[i]", "values[i]"),
+        ("getattr(torch, table.precision)", "torch.float32"),
         ("_checked(name, _weighted_sum(name, table, encoder, device) if weighted else _plain(",
          "_weighted_sum(name, table, encoder, device) if weighted else _checked(name, _plain("),
         ("len(values) != len(completions)", "len(values) < len(completions)"),

@@ -112,6 +112,14 @@ def test_embedding_does_not_depend_on_the_batch(embedding: Reward) -> None:
     assert math.isfinite(alone[SENTENCES.index("")])
 
 
+def test_an_encoder_in_half_precision_says_almost_the_same(minilm: Path, embedding: Reward) -> None:
+    half = build(minilm, kind="embedding", target="Hi there!", precision="bfloat16")
+    sentences = [*SENTENCES, *(f"{word}, how do you do?" for word in WORDS)]
+    exact, rounded = (torch.tensor(reward([""] * len(sentences), sentences)) for reward in (embedding, half))
+    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.std()
+    assert rounded.frac().unique().numel() > 40, "bfloat16 stays inside: it has 256 numbers between powers of two"
+
+
 @pytest.mark.hub
 def test_the_published_numbers_of_bert_base(tmp_path: Path) -> None:
     """The notebook's cell 12, with bert-base-uncased from the hub."""

@@ -29,7 +29,7 @@ def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> 
 def _plain(table: Any, encoder: Path, device: torch.device) -> Reward:
     match table:
         case EmbeddingReward():
-            return embedding_reward(table.target, encoder, device)
+            return embedding_reward(table.target, encoder, device, getattr(torch, table.precision))
         case LengthReward():
             return length_reward(table.target)
         case WordsReward():
