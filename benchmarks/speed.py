@@ -37,6 +37,14 @@ ROUND: dict[str, Arm] = {
     "ours float32, length": OURS,
     "notebook, embedding": NOTEBOOK + EMBEDDING,
     "ours bfloat16, embedding": OURS + HALF + EMBEDDING,
+    "ours bfloat16, embedding, encoder too": (
+        *OURS,
+        *HALF,
+        *EMBEDDING,
+        "--encoder-precision",
+        "bfloat16",
+        "--count-flops",
+    ),
 }
 ONCE: dict[str, Arm] = {"ours bfloat16, length, with KL": (*OURS, *HALF, "--kl", "reward_k1")}
 MEMORY: dict[str, Arm] = {"notebook, length, 128 prompts": ("notebook", "--prompts", str(MANY))} | {
@@ -98,16 +106,19 @@ def _rates(arms: dict[str, Any]) -> list[str]:
         beside = f"{rate(runs) / rate(arms['trl float32, length']):.1f}" if "length" in name else ""
         peak = max(run["peak_mib"] for run in runs)
         lines.append(f"| {name} | {rate(runs):.1f} | {rate(runs) / rate(arms[base]):.1f} | {beside} | {peak} |")
-    counted = arms["ours bfloat16, length"]
-    share = statistics.median(run["flops"] / run["seconds"][0] for run in counted) / matmul["bfloat16"]
-    per_sample = counted[0]["flops"] / counted[0]["samples"]
-    lines += [
-        "",
-        f"A step of 128 x 8 in bfloat16 does {per_sample / 1e9:.2f} GFLOP a sample, at {share:.0%} of the rate of matrix multiplication.",
-        f"At all of that rate it would be {matmul['bfloat16'] / per_sample:.0f} samples/s, "
-        f"{matmul['bfloat16'] / per_sample / rate(arms['notebook, length']):.1f} times the notebook's loop; "
-        f"in float32 {matmul['float32'] / per_sample:.0f}, {matmul['float32'] / per_sample / rate(arms['notebook, length']):.1f} times.",
-    ]
+    lines.append("")
+    for name, base in (
+        ("ours bfloat16, length", "notebook, length"),
+        ("ours bfloat16, embedding, encoder too", "notebook, embedding"),
+    ):
+        share = statistics.median(run["flops"] / run["seconds"][0] for run in arms[name]) / matmul["bfloat16"]
+        per_sample = arms[name][0]["flops"] / arms[name][0]["samples"]
+        limit, exact = matmul["bfloat16"] / per_sample, matmul["float32"] / per_sample
+        lines.append(
+            f"* {name}: a step of {MANY} x 8 does {per_sample / 1e9:.2f} GFLOP a sample, at {share:.1%} of the rate of matrix "
+            f"multiplication. At all of that rate it would be {limit:.0f} samples/s, {limit / rate(arms[base]):.1f} times "
+            f"the notebook's loop; in float32 {exact:.0f}, {exact / rate(arms[base]):.1f} times."
+        )
     return lines
 
 

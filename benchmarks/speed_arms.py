@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--encoder", type=Path)
+    parser.add_argument("--encoder-precision", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--shape", choices=list(material.SHAPES), default="pythia-70m")
     parser.add_argument("--count-flops", action="store_true", help="one step more, under torch's counter")
     parser.add_argument("--device", default="cpu")
@@ -153,7 +154,7 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     policy, reference = saved_and_loaded(options.shape, device)
     measure = length_reward(TARGET_LENGTH)
     if options.reward == "embedding":
-        measure = embedding_reward(TARGET, options.encoder, device)
+        measure = embedding_reward(TARGET, options.encoder, device, getattr(torch, options.encoder_precision))
     setting = Setting(params, prompts, tokenizer, reference, measure, device)
     run, optimizer = Progress(), make_optimizer(policy.parameters(), params.selected("recipe"))
     warm = dataclasses.replace(setting, params=our_params(options, min(options.prompts, WARM_UP)))
@@ -178,7 +179,7 @@ def saved_and_loaded(shape: str, device: torch.device) -> tuple[Any, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         material.policy(shape).save_pretrained(folder)
-        return load_policy(Path(folder), device), load_policy(Path(folder), device).requires_grad_(False)
+        return load_policy(Path(folder), device), load_policy(Path(folder), device)
 
 
 def our_params(options: argparse.Namespace, prompts: int) -> Any:

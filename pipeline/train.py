@@ -123,7 +123,8 @@ def set_stage(params: Params, device: torch.device) -> tuple[Setting, PreTrained
     policy = load_policy(CHECKPOINT / "policy", device)
     setting = Setting(
         params, [row["prompt"] for row in read_jsonl(PROMPTS)], load_tokenizer(CHECKPOINT / "policy"),
-        load_policy(CHECKPOINT / "policy", device).requires_grad_(False),
+        # never trained, but left trainable: autocast keeps only such weights rounded from one micro-batch to the next
+        load_policy(CHECKPOINT / "policy", device),
         build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
     )  # fmt: skip
     tokens = [len(setting.tokenizer(prompt)["input_ids"]) for prompt in setting.prompts]

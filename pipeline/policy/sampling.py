@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.policy.vocabulary import ROWS, precise
+from pipeline.policy.vocabulary import precise, slices
 
 CDF_BLOCK = 128  # vocabulary entries summed together before the first look-up; divides Pythia's 50,304
 SAMPLED_AT_ONCE = 512  # completions
@@ -153,11 +153,11 @@ def draw(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms:
     A few rows at a time, which stay in the processor's cache.
     """
     parts = []
-    for start in range(0, len(logits), ROWS):
-        part = precise(logits[start : start + ROWS])
+    for rows in slices(logits):
+        part = precise(logits[rows])
         part = part if temperature == 1 else part / temperature
         kept = truncate(part, top_k, top_p)
-        token, log_sum = inverse_cdf(kept, uniforms[start : start + ROWS])
+        token, log_sum = inverse_cdf(kept, uniforms[rows])
         chosen = part.gather(1, token[:, None]).squeeze(1)
         full = log_sum if kept is part else part.logsumexp(-1)
         parts.append((token, chosen - log_sum, chosen - full))

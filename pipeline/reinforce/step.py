@@ -70,18 +70,21 @@ def accumulate_gradient(
     # the ratio needs the gradient of each micro-batch by itself, which takes time: only where it can tell something
     apart = len(weights) > micro_batch and micro_batch % group == 0
     separately: AbstractContextManager[list[Tensor | float]] = _gradients_apart(policy) if apart else nullcontext([])
-    with separately as squares:
+    device = weights.device.type
+    # one context for all micro-batches: it rounds the weights once and keeps them
+    half = torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    with separately as squares, half:
         for start in range(0, len(weights), micro_batch):
             rows = slice(start, start + micro_batch)
             squares.append(0.0)
-            with torch.autocast(weights.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-                scores = score(
-                    policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
-                    recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
-                    entropy_gradient=recipe.entropy_coef > 0,
-                )  # fmt: skip
-            loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
-            loss.backward()
+            scores = score(
+                policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
+                recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
+                entropy_gradient=recipe.entropy_coef > 0,
+            )  # fmt: skip
+            with torch.autocast(device, enabled=False):
+                loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
+                loss.backward()
             total += loss.item()
             clipped += cut
             parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
