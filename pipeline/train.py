@@ -45,7 +45,7 @@ from pipeline.io.artifacts import (
     write_json,
     write_jsonl,
 )
-from pipeline.io.history import HistoryFile, Progress
+from pipeline.io.history import Progress, history_file
 from pipeline.io.runtime import draw_prompts, draw_rescored, set_up, uniforms
 from pipeline.io.signals import caught_signals
 from pipeline.io.stopwatch import Stopwatch, timing_row
@@ -68,6 +68,7 @@ from pipeline.rewards.build import build_reward
 
 PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
 POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
+IN_FOLDER = Path(".locks/train")
 
 
 def main() -> None:
@@ -77,7 +78,8 @@ def main() -> None:
     device = set_up(params.train.device, params.train.threads)
     identity = run_identity(params, device)
     folder = root() / ".checkpoints" / identity["train_key"]
-    with checkpoints.exclusive(folder):
+    # the second: a trainer that outlived its dvc must not write its outputs between those of other parameters
+    with checkpoints.exclusive(folder, "this very run"), checkpoints.exclusive(IN_FOLDER, "in this folder"):
         if is_committed(to_json(identity)):  # DVC has this very result and wants it made anew: `dvc repro -f`
             state = checkpoints.load(folder)
             if state is not None and finished(Progress(**state["run"]), params):
@@ -146,10 +148,10 @@ def loop(
     spreads = untouched(run.calibration, setting.params.train.prompts_per_step)
     announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
     bar = tqdm(total=steps, initial=run.step, disable=None, unit="step")
-    with bar, caught_signals() as signals, HistoryFile(REPORTS / "history.csv", run.rows) as history:
+    with bar, caught_signals() as signals, history_file(REPORTS / "history.csv", run.rows) as record:
         while not finished(run, setting.params):
             train_step(run, setting, policy, optimizer)
-            history.append(run.rows[-1])
+            record(run.rows[-1])
             tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
             tqdm.write(run.progress_line())
             bar.update()

@@ -46,6 +46,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, pythia: Path, bert: Pat
 @pytest.fixture
 def ready(project: Project, checkpoint: Path) -> Project:
     """A project in which `train` can run, for 6 quick steps with the length reward."""
+    return make_ready(project, checkpoint)
+
+
+def make_ready(project: Project, checkpoint: Path) -> Project:
     shutil.copytree(checkpoint, project.root / "data/checkpoint")
     prompts = ["Hello there!", "Who are you?", "Thanks a lot.", "Tell me about rain, please."]
     for name in ("train", "heldout"):

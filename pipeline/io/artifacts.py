@@ -2,47 +2,78 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+
+# What the machine refuses: no room, a quota, a limit on size, a folder that is read-only or another's, a broken disk.
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raises UserError naming `target` where the block cannot write it: a full disk and the like."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers raise classes of their own, which end in (os error 28)
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number not in REFUSED:
+            raise
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        raise UserError(
+            f"{target} cannot be written: {os.strerror(number)}{where}; once that is mended, the same command goes on"
+        ) from error
+
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that becomes `target` when the block ends without an exception."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp makes files private; the umask must not show in what we write
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A temporary path beside `target` that becomes `target` when the block ends without an exception. For one writer at
+    a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError: `writing`."""
+    temporary = _beside(target, "tmp")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.chmod(0o644)  # the umask must not show in what we write
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that replaces `target` when the block ends without an exception."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """A temporary folder beside `target` that replaces `target` when the block ends without an exception. For one writer
+    at a time, as `atomic_path`. Raises UserError: `writing`."""
+    temporary, before = _beside(target, "tmp"), _beside(target, "old.tmp")
+    with writing(target):
+        for left in (temporary, before):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            if target.exists():
+                target.replace(before)  # deleting takes time, in which a kill would leave half of it in its place
+            temporary.replace(target)
+            shutil.rmtree(before, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
 
 
 def write_text(target: Path, text: str) -> None:

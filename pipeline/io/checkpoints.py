@@ -13,26 +13,30 @@ import torch
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
-from pipeline.io.artifacts import atomic_path
+from pipeline.io.artifacts import atomic_path, write_text, writing
 
 KEPT = 2  # states kept: where the newest is damaged, the one before it serves
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. Raises UserError naming the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Holds the folder's lock. Raises UserError where it cannot be written, or naming the process that holds it: what it
+    trains."""
     owner = folder / "owner"
     lock = FileLock(folder.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=0)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text().strip() if owner.exists() else "unknown"
         raise UserError(
-            f"another process is training this very run (process {who}); wait for it, or end it and repeat the command"
+            f"another process is training {what} (process {who}); wait for it, or end it and repeat the command"
         ) from None
     try:
-        owner.write_text(f"{os.getpid()}\n")
+        for left in folder.glob(".*.tmp"):  # by a process that was killed while it saved
+            left.unlink()
+        write_text(owner, f"{os.getpid()}\n")
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -54,11 +58,15 @@ def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The newest whole state, on the CPU, or None. A damaged one is named in a warning and passed over."""
-    for path in reversed(_states(folder)):
+    """The newest whole state, on the CPU, or None. A damaged one is named in a warning and deleted: it would count among
+    the KEPT last, in the place of those that are saved from now on."""
+    states = _states(folder)
+    for path in reversed(states):
         if (state := read(path)) is not None:
             return state
-        print(f"warning: {path} is damaged (its checksum differs); going back to an earlier state", file=sys.stderr)
+        before = "an earlier state" if path != states[0] else "the start, since no state is whole"
+        print(f"warning: {path} is damaged (its checksum differs); going back to {before}", file=sys.stderr)
+        path.unlink()
     return None
 
 

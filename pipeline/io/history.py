@@ -1,12 +1,14 @@
 """The record of a training run as it grows: rows, samples, timings, and the files they become."""
 
+import contextlib
 import csv
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.diagnostics.metrics import HISTORY_COLUMNS
-from pipeline.io.artifacts import finite_or_none
+from pipeline.io.artifacts import finite_or_none, writing
 
 SUMMARY_STEPS = 5  # steps behind each mean of summary.json
 
@@ -56,29 +58,33 @@ class Progress:
         return {"steps": self.step, "stopped": self.stopped, **means}
 
 
-class HistoryFile:
-    """history.csv, a row per step, flushed as it goes; undefined values are `nan`, which plots leave out.
+@contextlib.contextmanager
+def history_file(path: Path, rows: list[dict[str, float]]) -> Iterator[Callable[[dict[str, float]], None]]:
+    """history.csv with these rows; what it gives appends one, a step's. Flushed as it goes; undefined values are `nan`,
+    which plots leave out.
 
-    After an exception it is removed: what stays is whole. (The rows are in the resume state too.)
+    After an exception it is removed: what stays is whole. (The rows are in the resume state too.) Raises UserError:
+    `artifacts.writing`.
     """
-
-    def __init__(self, path: Path, rows: list[dict[str, float]]) -> None:
-        self.path = path
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w", encoding="utf-8", newline="\n")
-        self.writer = csv.writer(self.file, lineterminator="\n")
-        self.writer.writerow(HISTORY_COLUMNS)
+        file = path.open("w", encoding="utf-8", newline="\n")
+    writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
+
+    def append(row: dict[str, float]) -> None:
+        with writing(path):
+            writer.writerow({column: repr(row[column]) for column in HISTORY_COLUMNS})
+            file.flush()
+
+    try:
+        writer.writeheader()
         for row in rows:
-            self.append(row)
-
-    def append(self, row: dict[str, float]) -> None:
-        self.writer.writerow([repr(row[column]) for column in HISTORY_COLUMNS])
-        self.file.flush()
-
-    def __enter__(self) -> "HistoryFile":
-        return self
-
-    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if exception is not None:
-            self.path.unlink()
+            append(row)
+        yield append
+        with writing(path):
+            file.close()
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what could not be written cannot be written now either
+            file.close()
+        raise
