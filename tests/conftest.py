@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests import faults, repositories
+from tests.forks import Forks
 from tests.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,13 @@ def copy_of_project(base: Path) -> Project:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "DVC_"))}
     nowhere = "http://127.0.0.1:9"  # nothing listens here: a stage that asks the hub unbidden fails at once
     return Project(root, {**kept, "HF_HOME": str(base / "hf"), "HF_ENDPOINT": nowhere})
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Many runs of a stage as processes of their own, without the seconds that importing takes: forked off one process that
+"""Many runs of stages as processes of their own, without the seconds that importing takes: forked off one process that
 has imported everything and computed nothing.
 
-    python -m tests.forks pipeline.train mlflow    # a JSON line in: folder, environment; two out: process id, exit code
+    python -m tests.forks    # a JSON line in: stage, folder, file for what it says, environment; out: pid, exit code
 """
 
 import contextlib
@@ -14,8 +14,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tests.conftest import ROOT, Project
+if TYPE_CHECKING:
+    from tests.conftest import Project
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = (
+    *(f"pipeline.{name}" for name in ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")),
+    "mlflow", "mlflow.store.tracking.sqlalchemy_store", "transformers.models.gpt_neox.modeling_gpt_neox",
+)  # fmt: skip
 
 
 class Run:
@@ -41,20 +49,20 @@ class Run:
 
 
 class Forks:
-    def __init__(self, stage: str, *modules: str) -> None:
+    def __init__(self, logs: Path) -> None:
+        self.said = logs / "said"
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forks", stage, *modules], cwd=ROOT, text=True,
+            [sys.executable, "-m", "tests.forks"], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def start(self, project: Project, **environment: str) -> Iterator[Run]:
-        """The stage in this project; it does not outlive the block."""
+    def start(self, project: "Project", stage: str = "train") -> Iterator[Run]:
+        """A stage in this project; it does not outlive the block."""
         assert self.server.stdin
-        environment = {**project.environment, **environment}
-        said = project.root.parent / "said"
-        print(json.dumps([str(project.root), str(said), environment]), file=self.server.stdin, flush=True)
-        run = Run(self.server, said)
+        request = [f"pipeline.{stage}", str(project.root), str(self.said), project.environment]
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        run = Run(self.server, self.said)
         try:
             yield run
         finally:
@@ -62,12 +70,16 @@ class Forks:
                 run.kill()
                 run.wait()
 
-    def finish(self, project: Project, **environment: str) -> str:
+    def run(self, project: "Project", stage: str = "train") -> tuple[int, str]:
+        """Runs it to its end; gives its exit code and what it said."""
+        with self.start(project, stage) as run:
+            return run.wait(), run.said()
+
+    def finish(self, project: "Project", stage: str = "train") -> str:
         """Runs it to its end, which must be a good one; gives what it said."""
-        with self.start(project, **environment) as run:
-            code = run.wait()
-        assert code == 0, run.said()
-        return run.said()
+        code, said = self.run(project, stage)
+        assert code == 0, said
+        return said
 
     def close(self) -> None:
         os.killpg(self.server.pid, signal.SIGKILL)
@@ -108,16 +120,16 @@ def child(main: str, folder: str, said: str, environment: dict[str, str]) -> Non
         os._exit(code)
 
 
-def serve(main: str, modules: list[str]) -> None:
-    for module in (main, *modules):
+def serve() -> None:
+    for module in MODULES:
         importlib.import_module(module)
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         if (pid := os.fork()) == 0:
-            child(main, *json.loads(line))
+            child(*json.loads(line))
         print(pid, file=replies, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2:])
+    serve()

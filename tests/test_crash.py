@@ -2,37 +2,37 @@
 dvc killed. Moments are drawn from a seeded generator over the time that an undisturbed run takes."""
 
 import contextlib
+import json
+import math
+import os
 import random
 import shutil
 import signal
 import sqlite3
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from ruamel.yaml import YAML
 
 from pipeline import train
 from pipeline.errors import UserError
+from tests.clones import Clone
 from tests.conftest import Project, copy_of_project
 from tests.faults import fault, rounds
 from tests.forks import Forks, until
-from tests.test_train import checkpoint, contents, forget, here, history, make_ready, ready, states
+from tests.test_train import OUTPUTS, checkpoint, contents, forget, here, history, make_ready, ready, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 __all__ = ["checkpoint", "here", "ready"]  # fixtures
-MLFLOW = ("mlflow", "mlflow.store.tracking.sqlalchemy_store", "transformers.models.gpt_neox.modeling_gpt_neox")
 
 
 # --- the trainer by itself, with MLflow ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    server = Forks("pipeline.train", *MLFLOW)
-    yield server
-    server.close()
 
 
 class Tracked:
@@ -330,3 +330,321 @@ def test_another_run_in_the_same_folder_is_refused(here: Project, monkeypatch: p
             patched.setattr(train, "write_outputs", tries_another)
             train.main()
         assert contents(here) == undisturbed
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Makes the loss (through the logits) or the gradient of one step what it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str, value: float, at: int) -> None:
+        self.armed, self.step = False, 0
+        stage, real_step, real_update = train.set_stage, train.train_step, train.update_on
+
+        def staged(*arguments: Any) -> Any:
+            setting, policy = stage(*arguments)
+            weights = policy.get_output_embeddings().weight
+            weights.register_hook(lambda g: torch.full_like(g, value) if self.armed and where == "gradient" else g)
+            policy.register_forward_hook(lambda _, __, out: self.spoil(out, value) if where == "loss" else None)
+            return setting, policy
+
+        def step(run: Any, *arguments: Any) -> None:
+            self.step = run.step
+            real_step(run, *arguments)
+
+        def update(*arguments: Any) -> Any:
+            self.armed = self.step == at
+            try:
+                return real_update(*arguments)
+            finally:
+                self.armed = False
+
+        monkeypatch.setattr(train, "set_stage", staged)
+        monkeypatch.setattr(train, "train_step", step)
+        monkeypatch.setattr(train, "update_on", update)
+
+    def spoil(self, output: Any, value: float) -> None:
+        if self.armed:
+            output.logits = output.logits * value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_whose_numbers_are_not_finite_is_not_applied_and_ends_the_run_with_its_evidence(
+    here: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str, value: float
+) -> None:
+    here.edit(train__steps=3)
+    train.main()
+    after_three = contents(here)["data/policy/model.safetensors"]
+    forget(here)
+    here.edit(train__steps=6)
+    with fault(f"{where} not finite: stop"), monkeypatch.context() as patched:
+        Faulty(patched, where, value, at=3)
+        train.main()
+        rows, files = history(here), contents(here)
+        assert [row["nonfinite"] for row in rows] == [0, 0, 0, 1]
+        assert not math.isfinite(rows[3]["loss"] if where == "loss" else rows[3]["grad_norm"])
+        assert files["data/policy/model.safetensors"] == after_three, "the policy of the last finite step"
+        samples = [json.loads(line) for line in files["reports/train/samples.jsonl"].decode().splitlines()]
+        assert {sample["step"] for sample in samples} == {0, 1, 2, 3}, "the completions that it came of"
+        assert json.loads(files["reports/train/summary.json"])["stopped"] is True
+        capsys.readouterr()
+        train.main()
+        assert "Step: " not in capsys.readouterr().out, "the same command does not try again"
+        assert contents(here) == files
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_whose_numbers_are_not_finite_can_be_skipped(
+    here: Project, monkeypatch: pytest.MonkeyPatch, where: str, value: float
+) -> None:
+    """Also through an interruption right behind it."""
+    here.edit(train__on_nonfinite="skip")
+    with fault(f"{where} not finite: skip"), monkeypatch.context() as patched:
+        Faulty(patched, where, value, at=3)
+        train.main()
+        rows, undisturbed = history(here), contents(here)
+        assert [row["nonfinite"] for row in rows] == [0, 0, 0, 1, 0, 0]
+        assert rows[3]["relative_update"] == 0 != rows[4]["relative_update"]
+        assert all(math.isfinite(row["loss"]) for row in rows[4:])
+        assert json.loads((here.root / "reports/train/summary.json").read_text())["stopped"] is False
+        forget(here)
+        real = train.train_step
+
+        def interrupted(run: Any, *arguments: Any) -> None:
+            if run.step == 4:
+                raise KeyboardInterrupt
+            real(run, *arguments)
+
+        with monkeypatch.context() as ended:
+            ended.setattr(train, "train_step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train.main()
+        train.main()
+        assert contents(here) == undisturbed
+
+
+# --- the pipeline as DVC runs it ----------------------------------------------------------------------------------
+
+
+class Piped:
+    """A clone in which everything before `train` is committed, and what an undisturbed `dvc repro train` leaves."""
+
+    def __init__(self, base: Path) -> None:
+        self.clone, self.cache = Clone(base / "project", base / "cache", steps=6), base / "cache"
+        self.root = self.clone.root
+        self.clone("dvc", "repro", "prepare", "cache")
+        self.clone.commit()
+        began = time.monotonic()
+        self.clone("dvc", "repro", "train")
+        self.seconds = time.monotonic() - began
+        self.lock, self.points = self.trained(self.clone.read("dvc.lock")), logged(self.root / "mlflow.db")
+        with contextlib.closing(sqlite3.connect(self.root / "mlflow.db")) as store:
+            for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+                store.execute(f"delete from {table}")
+            store.commit()
+        shutil.copy(self.root / "mlflow.db", base / "empty.db")
+        self.afresh()
+
+    def trained(self, lock: str) -> Any:
+        """What dvc.lock says of the stage: digests of all that went in and of all that came out."""
+        return YAML(typ="safe", pure=True).load(lock)["stages"]["train"]
+
+    def afresh(self) -> None:
+        """As after the commit: nothing trained, nothing recorded, nothing of it in DVC's run cache."""
+        self.clone("git", "checkout", "-q", "--force", ".")
+        for path in (*(self.root / folder for folder in OUTPUTS), self.root / ".checkpoints", self.cache / "dvc/runs"):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copy(self.root.parent / "empty.db", self.root / "mlflow.db")
+
+    @contextlib.contextmanager
+    def start(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A command, the leader of a process group; at the end nothing that works in the clone is left."""
+        process = subprocess.Popen(
+            command, cwd=self.root, env=self.clone.environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            self.kill(signal.SIGKILL)
+            process.wait()
+
+    def kill(self, number: int) -> None:
+        """To all that works in the clone: dvc, the queue's workers and the trainer are of several process groups."""
+        for process in self.working():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def working(self, module: str = "") -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                here = Path(process.cwd()).is_relative_to(self.root)  # a zombie has none
+                if here and (not module or module in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def wait(self, condition: Callable[[], object], seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def saved(self) -> int:
+        """Steps that a resume state holds."""
+        paths = self.root.glob(".checkpoints/*/state-*.pt")
+        return max((int(path.stem.partition("-")[2]) for path in paths), default=0)
+
+    def check(self, lock: str) -> None:
+        assert self.trained(lock) == self.lock
+        assert logged(self.root / "mlflow.db") == self.points
+        assert self.working() == []
+
+    def check_experiment(self, name: str) -> None:
+        (found,) = [ref for ref in self.refs() if ref.endswith(f"/{name}")]
+        self.check(self.clone("git", "show", f"{found}:dvc.lock"))
+
+    def refs(self) -> list[str]:
+        return self.clone("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
+
+
+@pytest.fixture(scope="module")
+def piped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Piped]:
+    made = Piped(tmp_path_factory.mktemp("piped"))
+    yield made
+    made.kill(signal.SIGKILL)
+
+
+def test_dvc_repro_killed_at_any_moment_goes_on_to_the_same_bytes(piped: Piped) -> None:
+    draw = random.Random(3)
+    for _ in range(rounds(4, 1)):
+        piped.afresh()
+        with contextlib.ExitStack() as faults:
+            for _ in range(rounds(3, 1)):
+                faults.enter_context(fault("kill -9 of dvc repro and train at a random moment"))
+                with piped.start("dvc", "repro", "train"):
+                    time.sleep(draw.uniform(0, 1.1) * piped.seconds)
+            piped.clone("dvc", "repro", "train")
+            piped.check(piped.clone.read("dvc.lock"))
+
+
+def test_dvc_repro_killed_between_the_end_of_train_and_the_commit_trains_nothing_twice(piped: Piped) -> None:
+    draw = random.Random(4)
+    for _ in range(rounds(4, 1)):
+        with fault("kill -9 of dvc repro between the end of train and DVC's commit"):
+            piped.afresh()
+            with piped.start("dvc", "repro", "train"):
+                piped.wait((piped.root / "reports/train/run.json").exists)
+                time.sleep(draw.uniform(0, 0.3))
+            assert "Step: " not in piped.clone("dvc", "repro", "train")
+            piped.check(piped.clone.read("dvc.lock"))
+    with fault("kill -9 of dvc repro between the end of train and DVC's commit, in a fresh clone with its dvc.lock"):
+        lock = piped.clone.read("dvc.lock")
+        piped.afresh()
+        (piped.root / "dvc.lock").write_text(lock)
+        shutil.rmtree(piped.cache / "dvc/files")  # git does not carry it
+        shutil.rmtree(piped.root / "data/prompts")
+        shutil.rmtree(piped.root / "data/checkpoint")
+        with piped.start("dvc", "repro", "train"):
+            piped.wait((piped.root / "reports/train/run.json").exists)
+        assert "Step: " not in piped.clone("dvc", "repro", "train")
+        piped.check(piped.clone.read("dvc.lock"))
+
+
+def test_dvc_repro_forced_and_killed_goes_on_and_forced_again_trains_from_zero(piped: Piped) -> None:
+    piped.afresh()
+    piped.clone("dvc", "repro", "train")
+    command = ("dvc", "repro", "--single-item", "--force", "train")
+    for _ in range(rounds(2, 1)):
+        with fault("kill -9 of dvc repro --force"):
+            with piped.start(*command):
+                piped.wait(lambda: piped.saved() == 2)  # not 6, of the run before
+            saved = piped.saved()
+            assert 2 <= saved < 6
+            assert piped.clone(*command).count("Step: ") == 6 - saved
+            piped.check(piped.clone.read("dvc.lock"))
+
+
+def test_a_trainer_that_outlived_its_dvc_is_named_and_its_work_is_taken_over(piped: Piped) -> None:
+    """The recovery that the README tells: wait for the process that is named, or end it, and repeat the command."""
+    for number in range(rounds(2, 1)):
+        with fault("kill -9 of dvc alone, its child goes on training"):
+            piped.afresh()
+            with piped.start("dvc", "repro", "train") as dvc:
+                piped.wait(lambda: piped.saved() >= 1)
+                (trainer,) = piped.working("pipeline.train")
+                trainer.suspend()
+                dvc.kill()
+                dvc.wait()
+                said = piped.clone("dvc", "repro", "train", fails=True)
+                assert f"another process is training this very run (process {trainer.pid})" in said
+                assert trainer.is_running()
+                trainer.kill() if number else trainer.resume()
+                piped.wait(lambda: piped.working() == [])
+            done = piped.clone("dvc", "repro", "train").count("Step: ")
+            assert 0 < done < 6 if number else done == 0
+            piped.check(piped.clone.read("dvc.lock"))
+
+
+def test_ctrl_c_at_dvc_repro_ends_after_the_step_and_goes_on(piped: Piped) -> None:
+    for _ in range(rounds(2, 1)):
+        with fault("Ctrl-C at dvc repro"):
+            piped.afresh()
+            with piped.start("dvc", "repro", "train") as dvc:
+                piped.wait(lambda: piped.saved() >= 1)
+                os.killpg(dvc.pid, signal.SIGINT)
+                dvc.wait()
+            saved = piped.saved()
+            assert piped.clone("dvc", "repro", "train").count("Step: ") == 6 - saved
+            piped.check(piped.clone.read("dvc.lock"))
+
+
+def test_an_experiment_in_a_folder_of_its_own_goes_on_after_a_kill(piped: Piped) -> None:
+    draw = random.Random(5)
+    for chain in range(rounds(2, 1)):
+        piped.afresh()
+        command = ("dvc", "exp", "run", "--temp", "--name", f"temp-{chain}", "train")
+        with contextlib.ExitStack() as faults:
+            for _ in range(rounds(3, 1)):
+                faults.enter_context(fault("kill -9 of dvc exp run --temp"))
+                with piped.start(*command):
+                    piped.wait(lambda: piped.working("pipeline.train"))
+                    time.sleep(draw.uniform(0, 0.8) * piped.seconds)
+            if f"temp-{chain}" not in " ".join(piped.refs()):  # else it was through
+                piped.clone(*command)
+            piped.check_experiment(f"temp-{chain}")
+
+
+@pytest.mark.parametrize("victim", ["train", "worker"])
+@pytest.mark.parametrize("start", [("dvc", "queue", "start"), ("dvc", "exp", "run", "--run-all")])
+def test_a_queued_experiment_goes_on_after_a_kill(piped: Piped, start: tuple[str, ...], victim: str) -> None:
+    """Queued again, as one that failed has to be. Without its worker DVC takes it for running until it is told."""
+    name = f"{start[-1].strip('-')}-{victim}"
+    queue = ("dvc", "exp", "run", "--queue", "--name", name, "train")
+    if rounds(1, 0) == 0:
+        pytest.skip("a minute each: FAULTS=full")
+    with fault(f"kill -9 of {victim} in DVC's queue"):
+        piped.afresh()
+        piped.clone(*queue)
+        with piped.start(*start) as dvc:
+            piped.wait(lambda: piped.saved() >= 2)
+            if victim == "train":
+                for trainer in piped.working("pipeline.train"):
+                    trainer.kill()
+                dvc.wait()
+                piped.wait(lambda: piped.working() == [])
+        if victim == "worker":
+            assert "Running" in piped.clone("dvc", "queue", "status")
+            piped.clone("dvc", "queue", "kill", name)
+        assert "Failed" in piped.clone("dvc", "queue", "status")
+        saved = piped.saved()
+        piped.clone(*queue)
+        piped.clone(*start)
+        piped.wait(lambda: piped.working() == [])
+        said = piped.clone("dvc", "queue", "logs", name)
+        assert said.count("Step: ") == 6 - saved
+        piped.check_experiment(name)
+        piped.clone("dvc", "queue", "remove", "--all")

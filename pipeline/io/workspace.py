@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -15,10 +17,19 @@ def root() -> Path:
 
 
 def is_committed(run_json: str, lock: Path = Path("dvc.lock")) -> bool:
-    """Whether dvc.lock has a run.json of this content, and a policy, as outputs of `train`: DVC then keeps both."""
+    """Whether dvc.lock has a run.json of this content, and a policy, as outputs of `train`, and DVC's cache the policy: in
+    a fresh clone the lock is there and nothing else."""
     if not lock.is_file():
         return False
     stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     recorded = {out["path"]: str(out.get("md5")) for out in stages.get("train", {}).get("outs", [])}
     digest = hashlib.md5(run_json.encode(), usedforsecurity=False).hexdigest()
-    return recorded.get("reports/train/run.json") == digest and recorded.get("data/policy", "").endswith(".dir")
+    policy = recorded.get("data/policy", "")
+    return recorded.get("reports/train/run.json") == digest and policy.endswith(".dir") and _in_cache(policy)
+
+
+def _in_cache(md5: str) -> bool:
+    """Whether DVC's cache holds an output; where DVC does not say where its cache is, that the lock has it must do."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode != 0 or (Path(done.stdout.strip()) / "files/md5" / md5[:2] / md5[2:]).exists()
