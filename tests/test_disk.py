@@ -104,7 +104,7 @@ def test_training_on_a_full_disk_goes_on_once_there_is_room(tracked: Tracked, di
     tracked.forks.finish(tracked.project)
     needed, draw = before - disk.free(), random.Random(0)
     failed = 0
-    for number in range(rounds(25, 4)):
+    for number in range(rounds(15, 3)):
         with fault("full disk while training"):
             tracked.afresh()
             room = int(draw.uniform(0, 1.05) * needed) if number else 0
@@ -117,7 +117,7 @@ def test_training_on_a_full_disk_goes_on_once_there_is_room(tracked: Tracked, di
                 assert left_over(tracked.project.root) == []
             tracked.goes_on()
             tracked.check()
-    assert failed >= rounds(12, 2), "the disk was hardly ever full"
+    assert failed >= rounds(6, 2), "the disk was hardly ever full"
 
 
 def unharmed(project: Project, files: dict[str, bytes]) -> None:
@@ -194,7 +194,7 @@ def test_a_stage_on_a_full_or_read_only_disk_is_one_line_and_then_does_its_work(
     remove(project, stage)
     needed, draw = disk.free() - before, random.Random(stage)
     failed = 0
-    for number in range(rounds(8, 2)):
+    for number in range(rounds(5, 2)):
         full = number != 1
         with fault(f"{'full' if full else 'read-only'} disk: {stage}"):
             room = int(draw.uniform(0, 1) * needed) if number else 0
@@ -261,7 +261,7 @@ def test_whichever_file_training_may_not_write_is_named_and_it_goes_on(here: Pro
     undisturbed = contents(here)
     forget(here)
     assert files > 20
-    chosen = random.Random(0).sample(range(files), min(files, rounds(files, 5)))
+    chosen = random.Random(0).sample(range(files), min(files, rounds(files, 4)))
     for which in chosen:
         number = [errno.EDQUOT, errno.ENOSPC, errno.EACCES, errno.EIO][which % 4]
         with fault("quota or permission refused at a file of train"):
