@@ -7,13 +7,14 @@ reward never reruns this stage. Code that a repository ships is never run (`trus
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 from pipeline import params as parameters
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import atomic_folder, folder_digests, sha256, write_json
-from pipeline.io.hub import hub_errors
+from pipeline.io.hub import drop_damaged, from_hub
 from pipeline.io.modelfiles import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.params import Encoder, Model
 
@@ -51,9 +52,9 @@ def find(key: str, table: Model | Encoder, offline_choice: str) -> tuple[Path, d
     elif table.repo:
         if table.revision is None:
             raise UserError(f"{key}.revision is missing: name a commit, tag or branch of {table.repo}")
-        with hub_errors(f"{key}: {table.repo}@{table.revision}", offline_choice):
-            folder, commit = _fetch(key, table.repo, table.revision)
-        origin = {"origin": table.repo, "revision": table.revision, "commit": commit}
+        repo, revision = table.repo, table.revision
+        folder = from_hub(f"{key}: {repo}@{revision}", offline_choice, lambda: _fetch(key, repo, revision))
+        origin = {"origin": repo, "revision": revision, "commit": folder.name}
     else:
         folder, origin = _in_directory(key, table)
     if isinstance(table, Encoder) and table.sha256:
@@ -61,23 +62,29 @@ def find(key: str, table: Model | Encoder, offline_choice: str) -> tuple[Path, d
     return folder, origin
 
 
-def _fetch(key: str, repo: str, revision: str) -> tuple[Path, str]:
-    """The folder in the user's Hugging Face cache that holds the needed files of a repository, and the resolved commit.
-
-    Only what is missing there is downloaded; with HF_HUB_OFFLINE nothing is.
+def _fetch(key: str, repo: str, revision: str) -> Path:
+    """The folder in the user's Hugging Face cache that holds the needed files of a repository, named by the commit that
+    the revision stands for. Only what is missing there is downloaded; with HF_HUB_OFFLINE nothing is.
     """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
-    commit = folder.name
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # the client's word on names that lead out of its folder
+        raise UserError(f"{key}: {repo} names a file as none may be named: {str(error).splitlines()[0]}") from None
+    drop_damaged(folder)
+    commit = folder.name  # from here on, in case a branch moves meanwhile
     try:
         names = {file.path for file in get_cached_repo_tree(repo, revision=commit)}
     except CachedRepoTreeNotFoundError:  # offline, and cached by an older client that kept no listing
         names = {path.name for path in folder.iterdir()}
     weights = weight_files(names, lambda index: read_index(folder / index, key))
     snapshot_download(repo, revision=commit, allow_patterns=weights)
-    return folder, commit
+    drop_damaged(folder)
+    return folder
 
 
 def _in_package(key: str, package: str) -> tuple[Path, dict[str, Any]]:

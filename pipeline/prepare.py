@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from pipeline import params as parameters
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import atomic_path, write_json, write_jsonl
-from pipeline.io.hub import hub_errors
+from pipeline.io.hub import DamagedError, drop_damaged, from_hub
 from pipeline.params import PromptSet
 
 TRAIN = Path("data/prompts/train.jsonl")
@@ -203,15 +204,11 @@ def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterabl
     import datasets
 
     try:
-        with hub_errors(f"{key}: dataset {name}", "prompts: pocket"):
-            builder = datasets.load_dataset_builder(rules.repo, revision=rules.revision)
-            # Where the hub cannot be reached, `datasets` takes any revision that it finds in its cache.
-            if builder.hash != rules.revision:
-                raise ConnectionError("only another revision is in the local cache")
-            builder.download_and_prepare()
-            dataset = builder.as_dataset()
+        dataset = from_hub(
+            f"{key}: dataset {name}", "prompts: pocket", lambda: _fetch(str(rules.repo), str(rules.revision))
+        )
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}: {name} cannot be read: {error}") from None
+        raise UserError(f"{key}: {name} cannot be read: {type(error).__name__}: {error}") from None
 
     def read_split(split: str) -> tuple[str, Iterable[Located]]:
         if split not in dataset:
@@ -225,6 +222,30 @@ def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterabl
 
     read_split("validation")
     return read_split
+
+
+def _fetch(repo: str, revision: str) -> Any:
+    """The dataset, from the cache where it is there. Whatever was made of a file that is not what the hub announced is
+    deleted with it: DamagedError."""
+    import datasets
+    from huggingface_hub import constants
+
+    prepared = None
+    try:
+        builder = datasets.load_dataset_builder(repo, revision=revision)
+        # Where the hub cannot be reached, `datasets` takes any revision that it finds in its cache.
+        if builder.hash != revision:
+            raise ConnectionError("only another revision is in the local cache")
+        prepared = Path(builder.cache_dir)
+        builder.download_and_prepare()
+    finally:
+        try:
+            drop_damaged(Path(constants.HF_HUB_CACHE, f"datasets--{repo.replace('/', '--')}", "snapshots", revision))
+        except DamagedError:
+            if prepared:
+                shutil.rmtree(prepared, ignore_errors=True)
+            raise
+    return builder.as_dataset()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +45,30 @@ class File:
 
 
 @dataclass
+class Failure:
+    """What goes wrong with requests.
+
+    kind: an HTTP status ("500"), or "reset" (the connection, before an answer), "silent" (no answer for as long as the
+    client stays), "stall" (the same after half of the content), "cut" (closed after half of it), "short" (half of it,
+    declared as all), "alter" (one byte differs), "html" (a page instead, as from a hotel's portal).
+    where: a regular expression found in "GET /path". times: how many of those requests fail. after: how many go well
+    first.
+    """
+
+    kind: str
+    where: str = ""
+    times: int = 1_000_000
+    after: int = 0
+    seen: int = 0
+
+    def hits(self, request: str) -> bool:
+        if not re.search(self.where, request):
+            return False
+        self.seen += 1
+        return self.after < self.seen <= self.after + self.times
+
+
+@dataclass
 class Repo:
     """A repository: its revisions by name, commits included, and the files at each commit."""
 
@@ -58,6 +84,10 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[str] = []
         self.failing = 0  # an HTTP status to answer everything with
+        self.failures: list[Failure] = []
+        self.failed = 0  # how many requests were made to fail
+        self.move: tuple[str, dict[str, str], str, str] | None = None
+        self.closing = threading.Event()
         hub = self
 
         class BoundHandler(Handler):
@@ -83,7 +113,22 @@ class Hub:
         entry.files[commit] = files
         return commit
 
+    def rename(self, kind: str, repo: str, commit: str, old: str, new: str) -> None:
+        """Gives a file a name that no file of a folder could have."""
+        files = self.repos[kind, repo].files[commit]
+        files[new] = files.pop(old)
+        files[new].name = new
+
+    def move_after(self, kind: str, repo: str, branch: str, request: str, commit: str) -> None:
+        """Has a branch point to another commit from the first request on that this is part of."""
+        self.move = request, self.repos[kind, repo].commits, branch, commit
+
+    def fail(self, *failures: Failure) -> None:
+        """Has requests fail in these ways; none: the hub is well again."""
+        self.failures, self.failed = list(failures), 0
+
     def close(self) -> None:
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -106,8 +151,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes = b"") -> None:
         path = urlsplit(self.path).path
-        if self.hub.failing:
-            return self._send(self.hub.failing, b"{}")
+        request = f"{self.command} {path}"
+        self.failure = next((failure.kind for failure in self.hub.failures if failure.hits(request)), "")
+        self.hub.failed += bool(self.failure)
+        if self.hub.move and self.hub.move[0] in path:
+            _, commits, branch, commit = self.hub.move
+            commits[branch] = commit
+        if self.failure == "reset":
+            return self._reset()
+        if self.failure == "silent":
+            return self._wait()
+        if self.failure == "html":
+            return self._send(200, b"<html>Please pay</html>", {"Content-Type": "text/html"})
+        if self.hub.failing or self.failure.isdecimal():
+            return self._send(self.hub.failing or int(self.failure), b"{}")
         if match := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
             return self._send_content(self._by_digest(match[1]))
         if match := API.fullmatch(path):
@@ -186,12 +243,43 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        half = len(content) // 2
+        if self.failure == "alter":
+            content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :] if content else content
+        if self.failure == "short":
+            content = content[:half]
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        if self.failure in ("stall", "cut"):
+            self.wfile.write(content[:half])
+            return self._wait() if self.failure == "stall" else self._close()
+        self.wfile.write(content)
+
+    def _wait(self) -> None:
+        """Until the client gives up or the hub is closed."""
+        self.wfile.flush()
+        self.connection.settimeout(0.1)
+        while not self.hub.closing.is_set():
+            try:
+                if not self.connection.recv(1):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        self._close()
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._close()
+
+    def _close(self) -> None:
+        self.close_connection = True
+        self.connection.close()
 
 
 def _folder(name: str) -> dict[str, Any]:

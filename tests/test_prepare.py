@@ -409,7 +409,10 @@ def test_mistakes_with_a_hub_dataset_are_one_line(project: Project, hub: Hub, tm
     project.edit(prompts="oasst1")
     for change, message in [
         ({"revision": "main"}, "prompt_sets.oasst1.revision = 'main': pin a full commit"),
-        ({"repo": "some/nothing", "revision": PINNED}, f"some/nothing@{PINNED} cannot be read: Dataset 'some/nothing'"),
+        (
+            {"repo": "some/nothing", "revision": PINNED},
+            f"some/nothing@{PINNED} cannot be read: DatasetNotFoundError: Dataset 'some/nothing'",
+        ),
         ({"repo": "some/train-only", "revision": PINNED}, "has no validation split (there are: train)"),
         ({"repo": "some/wrong", "revision": PINNED}, "column 'text' is missing (there are: "),
         ({"repo": "data/pocket", "revision": PINNED}, "is a path here: name a directory with source, not repo"),

@@ -1,26 +1,110 @@
-"""What the model hub's errors mean to a user, in one line each."""
+"""Asking the model hub: patience while it fails, no trust in what it sends, and one line for each of its errors."""
 
-import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Iterator
-from typing import Any
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 
+T = TypeVar("T")
+WAIT_SECONDS = (1.0, 4.0)  # before the second and the third try
+ANSWER_SECONDS = 30  # how long a silent hub is waited for, unless HF_HUB_DOWNLOAD_TIMEOUT says it
 
-@contextlib.contextmanager
-def hub_errors(what: str, offline_choice: str) -> Iterator[None]:
-    """Turns an error of the hub's client into a UserError that begins with `what`; any other error passes.
 
-    what: key, kind, repository and revision. offline_choice: the selection that needs no hub.
+class DamagedError(Exception):
+    """A file of the local cache is not the one that the hub announced."""
+
+
+def from_hub(what: str, offline_choice: str, fetch: Callable[[], T]) -> T:
+    """The result of `fetch`, which is tried again after a failure that may pass.
+
+    what: key, kind, repository and revision. offline_choice: the selection that needs no hub. Raises UserError that
+    begins with `what` for an error of the hub or its client; any other error passes.
     """
-    try:
-        yield
-    except Exception as error:
-        meaning = _meaning(error, offline_choice)
-        if meaning is None:
-            raise
-        raise UserError(f"{what}: {meaning}") from error
+    _limit_waiting()
+    waits = iter(WAIT_SECONDS)
+    while True:
+        try:
+            return fetch()
+        except Exception as error:
+            meaning = _meaning(error, offline_choice)
+            if meaning is None:
+                raise
+            wait = next(waits, None) if _may_pass(error) else None
+            if wait is None:
+                raise UserError(f"{what}: {meaning}") from error
+        cause = re.split(r": | \(", meaning)[0]
+        print(f"note: {what}: {cause}; trying again in {wait:g} s", file=sys.stderr)
+        time.sleep(wait)
+
+
+def drop_damaged(snapshot: Path) -> None:
+    """Compares the files of a snapshot in the local cache with their digests, which the client does not do: to it, a file
+    of the right size is right. Deletes what differs, so that it is fetched anew, and raises DamagedError.
+
+    The cache names a file's content by the digest that the hub announced; where it cannot (no symbolic links), nothing
+    is compared.
+    """
+    damaged = []
+    for path in sorted(path for path in snapshot.rglob("*") if path.is_symlink()):
+        content = path.resolve()
+        if content.is_file() and content.name != _digest(content):
+            damaged.append(path.relative_to(snapshot).as_posix())
+            content.unlink()
+            path.unlink()
+    if damaged:
+        raise DamagedError(damaged[0])
+
+
+def _digest(content: Path) -> str:
+    """In the algorithm that the length of the file's name stands for: git's own, or sha256 for large files."""
+    with content.open("rb") as file:
+        if len(content.name) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        blob = hashlib.sha1(b"blob %d\0" % content.stat().st_size, usedforsecurity=False)
+        while chunk := file.read(1 << 20):
+            blob.update(chunk)
+        return blob.hexdigest()
+
+
+def _limit_waiting() -> None:
+    """Makes the hub's client give up on a silent hub: for some requests it would wait for ever."""
+    import httpx2
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    limit = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else ANSWER_SECONDS
+
+    def bounded(request: httpx2.Request) -> None:
+        asked = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            phase: min(asked.get(phase) or limit, limit) for phase in ("connect", "read", "write", "pool")
+        }
+
+    def client() -> httpx2.Client:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], bounded]}
+        return made
+
+    set_client_factory(client)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed in a moment. Where nobody listens, it would not."""
+    import httpx2
+    from huggingface_hub import errors
+
+    chain = _chain(error)
+    if answer := _any(chain, errors.HfHubHTTPError):
+        return answer.response.status_code in (408, 429) or answer.response.status_code >= 500
+    lost = _any(chain, httpx2.TransportError)
+    return bool(_any(chain, DamagedError) or _cut_short(chain) or (lost and not isinstance(lost, httpx2.ConnectError)))
 
 
 def _meaning(error: BaseException, offline_choice: str) -> str | None:
@@ -30,6 +114,8 @@ def _meaning(error: BaseException, offline_choice: str) -> str | None:
     # `datasets` wraps the hub's own exceptions, so the cause is looked for down the chain; the most special goes first.
     chain = _chain(error)
     way_out = f"or choose `{offline_choice}`, which needs no network"
+    if damaged := _any(chain, DamagedError):
+        return f"{damaged} is not the file that the hub at {_endpoint()} announced: try again later, {way_out}"
     if _any(chain, errors.GatedRepoError):
         return "access is gated: accept its terms on the hub's page and log in with `hf auth login`"
     if _any(chain, errors.RevisionNotFoundError):
@@ -45,7 +131,19 @@ def _meaning(error: BaseException, offline_choice: str) -> str | None:
     if broken := _any(chain, httpx2.TransportError) or _any(chain, ConnectionError, errors.LocalEntryNotFoundError):
         cause = f"{type(broken).__name__}: {broken}".split("\n")[0]
         return f"the hub at {_endpoint()} cannot be reached ({cause}): check the network or HF_ENDPOINT, {way_out}"
+    if isinstance(error, json.JSONDecodeError):
+        return (
+            f"the hub at {_endpoint()} answered no JSON, as a page to log in to a network does: check both, {way_out}"
+        )
+    if cut := _cut_short(chain):
+        return f"the hub at {_endpoint()} sent a part of a file only ({cut}): try again later, {way_out}"
     return None
+
+
+def _cut_short(chain: list[BaseException]) -> str:
+    """What the client says of a download of another size than announced, an OSError without a class of its own."""
+    said = (str(error).split("\n")[0] for error in chain if isinstance(error, OSError))
+    return next((line for line in said if line.startswith("Consistency check failed")), "")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -48,6 +48,9 @@ def choose(folder: Path, key: str) -> list[str]:
     if missing:
         raise UserError(f"{key}: {weights[0]} lists {missing[0]}, which is not there")
     small = {name for name in names if any(fnmatch(name, pattern) for pattern in (*CONFIGS, *TOKENIZER))}
+    for name in small | set(weights):
+        if not name.isprintable():  # a newline would pass for another line of the listing that is digested
+            raise UserError(f"{key}: {_named(folder)} holds a file named {name!r}; rename it")
     return sorted(small | set(weights))
 
 
