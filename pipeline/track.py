@@ -33,6 +33,7 @@ def main() -> None:
     record = read_record()
     tracking.defaults(timeout=30, retries=3)
     try:
+        from alembic.util import CommandError
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
@@ -43,7 +44,7 @@ def main() -> None:
             write_record(client, experiment, record)
         if "DVC_STAGE" not in os.environ:
             end_dead_runs(client, experiment)
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+    except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
         raise UserError(f"MLflow store {tracking.reason(error)}; then run `python -m pipeline.track`") from None
     names = sorted(
         (Path(folder) / file.name).as_posix() for folder, files in record.artifacts.items() for file in files

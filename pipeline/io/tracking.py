@@ -36,6 +36,13 @@ METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_CHARACTERS = 1000, 100, 1000
 BACK_OFF_SECONDS = 30.0  # after a failure, blocks wait this long for the next try
 CLOSE_SECONDS = 15.0  # what a dead server may cost at the end of training
 PENDING_POINTS = 100_000  # kept for a server that comes back; `track` completes what was dropped
+ADVICE = {
+    "is not a database": "move the file away and it is made anew",
+    "malformed": "move the file away and it is made anew",
+    "is locked": "another process holds it: wait for it, or end it",
+    "database schema": "`mlflow db upgrade` helps an older store; move one of a newer MLflow away",
+    "Can't locate revision": "a newer MLflow made it: move the file away and it is made anew",
+}  # by what sqlite, mlflow and alembic say
 
 
 class Point(NamedTuple):
@@ -103,11 +110,15 @@ def open_store() -> "tuple[MlflowClient, str]":
 
 
 def find_run(client: "MlflowClient", experiment: str, train_key: str) -> "Run | None":
-    """The run of a train_key, the oldest one if a user has copied it."""
-    runs = client.search_runs(
-        [experiment], f"tags.train_key = '{train_key}'", order_by=["attributes.start_time ASC"], max_results=1
-    )
-    return runs[0] if runs else None
+    """The run of a train_key, the oldest one with metrics if a user has copied it. Others without a metric are deleted:
+    a server whose answer was lost or late has been asked twice to make the run, and has done so twice.
+    """
+    runs = client.search_runs([experiment], f"tags.train_key = '{train_key}'", order_by=["attributes.start_time ASC"])
+    found = next((run for run in runs if run.data.metrics), runs[0] if runs else None)
+    for run in runs:
+        if run is not found and not run.data.metrics:
+            client.delete_run(run.info.run_id)
+    return found
 
 
 def create_run(
@@ -163,12 +174,13 @@ def lock(name: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The store and the first line of an error, without passwords and what differs from one try to the next."""
+    """The store, the first line of an error, without passwords and what differs from one try to the next, and advice."""
     text = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     if "Max retries exceeded" in text:
         text = "no answer: " + re.split(r"Caused by |\] ", text)[-1]
+    advice = next((f"; {advice}" for sign, advice in ADVICE.items() if sign in text), "")
     text = f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text)
-    return re.sub(r"//[^/@]*@", "//", text if len(text) <= 300 else text[:300] + " ...")
+    return re.sub(r"//[^/@]*@", "//", text if len(text) <= 300 else text[:300] + " ...") + advice
 
 
 def live(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "Live":
@@ -269,7 +281,7 @@ def _prepare_database(path: Path) -> None:
     """Makes a SQLite store where there is none; whole or absent, since mlflow cannot open one that lacks migrations."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    if path.exists():
+    if path.exists() and path.stat().st_size:  # an empty one is what a killed sqlite leaves
         return _check_database(path)
     unfinished = path.with_name(path.name + ".new")
     unfinished.unlink(missing_ok=True)
@@ -285,4 +297,4 @@ def _check_database(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(path, timeout=20)) as database:
             database.execute("PRAGMA schema_version")
     except sqlite3.DatabaseError as error:
-        raise OSError(f"{error}; move the file away and it is made anew") from None
+        raise OSError(str(error)) from None

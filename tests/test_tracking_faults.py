@@ -1,0 +1,348 @@
+"""The tracking store is away, slow, locked, damaged or of another version, and dies: training goes on as if nothing were,
+and `track` afterwards makes the record complete, with nothing twice."""
+
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import requests
+
+from pipeline import track
+from pipeline.errors import UserError
+from pipeline.io import tracking
+from tests.faults import FULL, fault, rounds
+from tests.proxy import Proxy
+from tests.test_concurrency import tiny
+from tests.test_tracking import (  # noqa: F401
+    KEY,
+    PARAMS,
+    PROJECT,
+    STEPS,
+    assert_complete,
+    empty_store,
+    lose_database,
+    make_reports,
+    project,
+    row,
+    stored_runs,
+    timestamp,
+    train_live,
+    wait_until,
+)
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.slow,
+    # mlflow 3.17 on SQLAlchemy 2.1
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
+]
+EXTRA_SECONDS = tracking.CLOSE_SECONDS + 5  # what the worst store may cost a training
+CLOSE_SECONDS = 4.0  # in the place of tracking's own 15, for the sake of time
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A real `mlflow server` on loopback, with a store of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--artifacts-destination", (self.folder / "artifacts").as_uri()]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while not self.is_up():
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def is_up(self) -> bool:
+        try:
+            return requests.get(f"http://127.0.0.1:{self.port}/health", timeout=1).ok
+        except requests.RequestException:
+            return False
+
+    def kill(self) -> None:
+        """As if its machine had lost power: no process of it lives on."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, empty_store) -> Iterator[Server]:  # noqa: F811
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
+    made = Server(folder)
+    made.start()
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def proxy(server, project, monkeypatch) -> Iterator[Proxy]:  # noqa: F811
+    """Between us and the real server; an experiment of its own for each test. We wait a second, not thirty."""
+    if server.process is None:
+        server.start()
+    made = Proxy(server.port)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.url)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", project.name)
+    yield made
+    made.close()
+
+
+def train_and_time(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The warnings of a training whose store gives trouble; it ends in time, whatever the store does."""
+    started = time.monotonic()
+    train_live(STEPS, status="FINISHED")
+    assert time.monotonic() - started < EXTRA_SECONDS
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("warning: MLflow: ") and line.endswith("completes the record") for line in said), said
+    return said
+
+
+def track_twice() -> None:
+    """The record is complete, and running it again changes nothing."""
+    make_reports()
+    track.main()
+    client, run = assert_complete()
+    before = sorted(tracking.logged_points(client, run))
+    track.main()
+    client, run = assert_complete()
+    assert sorted(tracking.logged_points(client, run)) == before
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"figures", "tables", "report.html"}
+
+
+def train_elsewhere(seconds: float = 0.0) -> list[str]:
+    """The warnings of a training in a process of its own, as trainings are: what it has not sent dies with it. Each of
+    its blocks takes `seconds`."""
+    code = f"""
+import time
+from tests import test_tracking as t
+t.tracking.BACK_OFF_SECONDS, t.tracking.CLOSE_SECONDS = 0.0, {CLOSE_SECONDS}
+tracker = t.tracking.live(t.KEY, t.PARAMS, {{}})
+for step in range(t.STEPS):
+    tracker.log(step, {{f"train/{{name}}": cell for name, cell in t.row(step).items()}}, t.timestamp(step))
+    if step % 5 == 4:
+        tracker.flush()
+        time.sleep({seconds})
+closing = time.monotonic()
+tracker.close("FINISHED")
+assert time.monotonic() - closing < {CLOSE_SECONDS} + 1
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert all(line.startswith("warning: MLflow: ") and line.endswith("completes the record") for line in said), said
+    return said
+
+
+def track_refuses(advice: str) -> None:
+    """In one line, in time, with nothing written."""
+    make_reports()
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"python -m pipeline\.track") as failure:
+        track.main()
+    assert advice in str(failure.value)
+    assert "\n" not in str(failure.value)
+    assert time.monotonic() - started < 100
+    assert not Path("reports/track.json").exists()
+
+
+# --- a real server, over HTTP --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lost", "late", "reset", "500", "cut", "page"] if FULL else ["lost"])
+def test_one_request_of_a_real_server_fails(proxy, monkeypatch, capsys, kind):
+    """Whichever it is: the run is complete in the end, and there is one of it."""
+    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    for number in range(rounds(9, 1)):
+        with fault(f"one request to MLflow: {kind}"):
+            monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"{kind}-{number}")
+            proxy.fail(kind, first=3 + 2 * number if FULL else 3, times=1)  # the fourth request makes the run
+            train_and_time(capsys)
+            proxy.fail("")
+            track_twice()
+
+
+def test_one_request_of_track_fails(proxy, monkeypatch):
+    """It may fail, and then says so; the next one makes the record complete."""
+    make_reports()
+    for number in range(rounds(20, 1)):
+        with fault("one request of track to MLflow: lost"):
+            monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"track-{number}")
+            proxy.fail("lost", first=number + 3, times=1)
+            with contextlib.suppress(UserError):
+                track.main()
+            proxy.fail("")
+            track_twice()
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("reset", 0), ("reset", 12), ("late", 0), ("lost", 6), ("page", 0)] if FULL else [("reset", 12)]
+)
+def test_a_server_that_fails_until_the_end(proxy, kind, first):
+    with fault(f"MLflow {'away from the start' if not first else 'gone during a run'}: {kind}"):
+        proxy.fail(kind, first=first)
+        assert train_elsewhere(seconds=1.0)
+        track_refuses("127.0.0.1")
+        proxy.fail("")
+        track_twice()
+
+
+@pytest.mark.skipif(not FULL, reason="a server takes 20 s to be up: under FAULTS=full")
+@pytest.mark.parametrize("back", ["during the run", "after the run"])
+def test_a_server_that_is_killed(server, proxy, monkeypatch, back):
+    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    with fault(f"MLflow's server killed, back {back}"):
+        tracker = tracking.live(KEY, PARAMS, {})
+        for step in range(STEPS):
+            tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
+            tracker.flush()
+            if step == 4:
+                wait_until(lambda: stored_runs()[1] and stored_runs()[1][0].data.metrics)
+                server.kill()
+            if step == 8 and back == "during the run":
+                server.start()
+        started = time.monotonic()
+        tracker.close("FINISHED")
+        assert time.monotonic() - started < EXTRA_SECONDS
+        if server.process is None:
+            server.start()
+        else:
+            assert_complete()
+        track_twice()
+
+
+# --- SQLite --------------------------------------------------------------------------------------------------------
+
+
+def test_a_database_that_another_process_holds(project):  # noqa: F811
+    for number in range(rounds(3, 1)):
+        Path("reports/track.json").unlink(missing_ok=True)
+        with (
+            fault("MLflow's database locked by another process"),
+            closing(sqlite3.connect("mlflow.db", isolation_level=None)) as other,
+        ):
+            other.execute("BEGIN EXCLUSIVE")
+            train_elsewhere()
+            if number:
+                track_refuses("is locked; another process holds it: wait for it, or end it")
+            other.execute("ROLLBACK")
+            track_twice()
+        for run in stored_runs()[1]:
+            tracking.open_store()[0].delete_run(run.info.run_id)
+
+
+def test_a_database_held_for_a_moment(project, capsys):  # noqa: F811
+    with fault("MLflow's database locked for three seconds"):
+        other = sqlite3.connect("mlflow.db", isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN EXCLUSIVE")
+        threading.Timer(3, other.close).start()
+        train_live(STEPS, status="FINISHED")
+        assert capsys.readouterr().err == ""
+        assert_complete()
+
+
+def _alembic(statement: str, *more: str) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        with closing(sqlite3.connect(path)) as store, store:
+            for sql in (statement, *more):
+                store.execute(sql)
+
+    return spoil
+
+
+def _from(offset: int) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        content = path.read_bytes()
+        path.write_bytes(content[:offset] + b"\xa5" * (len(content) - offset))
+
+    return spoil
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+SPOILT = {
+    "MLflow's database overwritten": (_from(0), "move the file away and it is made anew"),
+    "MLflow's database damaged after its header": (_from(4096), "move the file away and it is made anew"),
+    "MLflow's database cut in half": (_cut, "move the file away and it is made anew"),
+    "MLflow's database of a newer version": (
+        _alembic("update alembic_version set version_num = 'ffffffffffff'"),
+        "`mlflow db upgrade` helps an older store; move one of a newer MLflow away",
+    ),
+    "MLflow's database of an older version": (
+        _alembic("update alembic_version set version_num = '451aebb31d03'"),
+        "`mlflow db upgrade` helps an older store; move one of a newer MLflow away",
+    ),
+    "MLflow's database of a foreign version, a table missing": (
+        _alembic("update alembic_version set version_num = 'ffffffffffff'", "drop table trace_info"),
+        "a newer MLflow made it: move the file away and it is made anew",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(SPOILT) if FULL else list(SPOILT)[1:4:2])
+def test_a_database_that_is_no_longer_one(project, monkeypatch, capsys, kind):  # noqa: F811
+    """It is left as it is, for whoever can read it; moved away, a new one is made."""
+    with fault(kind):
+        spoil, advice = SPOILT[kind]
+        spoil(Path("mlflow.db"))
+        before = Path("mlflow.db").read_bytes()
+        assert train_and_time(capsys)
+        track_refuses(advice)
+        assert Path("mlflow.db").read_bytes() == before
+        lose_database()
+        track_twice()
+
+
+def test_an_empty_file_in_the_place_of_the_database(project, capsys):  # noqa: F811
+    with fault("MLflow's database empty"):
+        Path("mlflow.db").write_bytes(b"")
+        make_reports()
+        track_twice()
+        assert not Path("mlflow.db.new").exists()
+
+
+@pytest.mark.skipif(not FULL, reason="trains for real: under FAULTS=full")
+def test_a_real_training_does_not_mind(tmp_path):
+    histories = []
+    for kind, uri in [("", ""), ("away", "http://127.0.0.1:9"), ("damaged", "")]:
+        clone = tiny(tmp_path / (kind or "well"), tmp_path / (kind or "well") / "cache")
+        with fault(f"MLflow {kind}, a training with DVC") if kind else contextlib.nullcontext():
+            if kind == "damaged":
+                (clone.root / "mlflow.db").write_bytes(b"no database" * 1000)
+            if uri:
+                clone.environment["MLFLOW_TRACKING_URI"] = uri
+            out = clone("dvc", "repro", "train")
+            assert ("warning: MLflow: " in out) == bool(kind)
+            histories.append(clone.read("reports/train/history.csv"))
+            assert histories[-1] == histories[0]
