@@ -50,7 +50,8 @@ class Failure:
 
     kind: an HTTP status ("500"), or "reset" (the connection, before an answer), "silent" (no answer for as long as the
     client stays), "stall" (the same after half of the content), "cut" (closed after half of it), "short" (half of it,
-    declared as all), "alter" (one byte differs), "html" (a page instead, as from a hotel's portal).
+    declared as all), "alter" (sky becomes sea, or else one byte another: it can still be read), "html" (a page instead,
+    as from a hotel's portal).
     where: a regular expression found in "GET /path". times: how many of those requests fail. after: how many go well
     first.
     """
@@ -245,7 +246,10 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         half = len(content) // 2
         if self.failure == "alter":
-            content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :] if content else content
+            changed = content.replace(b"sky", b"sea")
+            if changed == content != b"":
+                changed = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+            content = changed
         if self.failure == "short":
             content = content[:half]
         self.send_response(status)
