@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def assert_complete(clone: Clone, seeds: list[int]) -> dict[int, str]:
         assert experiment["run"]["params"]["seed"] == experiment["seed"] == int(run["params"]["seed"])
         assert (run["status"], run["tags"]["dvc_exp_name"]) == ("FINISHED", name)
         training = [point for point in run["points"] if point[0].startswith("train/")]
-        assert training == pytest.approx(points(experiment["history"])) or training == points(experiment["history"])
+        assert training == points(experiment["history"])
         assert any(key.startswith("evaluate/length/") for key, _, _ in run["points"])
     assert not list((clone.root / ".checkpoints").glob("*/.*.tmp"))
     return {experiment["seed"]: experiment["history"] for experiment in found.values()}
@@ -143,34 +144,35 @@ def test_a_queue_of_experiments_at_two_jobs(clone: Clone) -> None:
         clone("dvc", "exp", "run", "--queue", "-S", f"seed=range(1,{1 + len(seeds)})")
         clone("dvc", "queue", "start", "--jobs", "2")
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while set(states := queue_states(clone)) & {"Running", "Queued"}:
-            assert time.monotonic() < deadline, states
-            time.sleep(2)
-        logs = clone("dvc", "queue", "logs", "--help") if "Failed" not in states else clone("dvc", "queue", "status")
-        assert states == ["Success"] * len(seeds), logs
+        while working := processes_in(clone.root):  # the workers end by themselves when there is no more to do
+            assert time.monotonic() < deadline, working
+            time.sleep(1)
+        assert queue_states(clone) == ["Success"] * len(seeds), clone("dvc", "queue", "status")
         histories = assert_complete(clone, seeds)
         assert len(set(histories.values())) == len(seeds)
-        deadline = time.monotonic() + 60
-        while processes_in(clone.root):  # the workers end by themselves when there is no more to do
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
     if FULL:
         with fault("the same experiment alone gives the same bytes"):
             alone = tiny(clone.root.parent / "alone", clone.root.parent / "alone/cache")
-            alone("dvc", "exp", "run", "-S", "seed=2", "-S", "evaluate.prompts=6")
+            alone("dvc", "exp", "run", "-S", "seed=2")
             assert alone.read("reports/train/history.csv") == histories[2]
 
 
+@pytest.mark.skipif(not FULL, reason="minutes on two cores: under FAULTS=full")
 def test_experiments_in_folders_of_their_own_at_once(clone: Clone) -> None:
-    seeds = list(range(1, 1 + rounds(4, 2)))
+    seeds = [1, 2, 3, 4]
     with fault("--temp experiments at the same time"):
-        running = [
-            subprocess.Popen(
-                ["dvc", "exp", "run", "--temp", "-S", f"seed={seed}"], cwd=clone.root, env=clone.environment,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for seed in seeds
-        ]  # fmt: skip
-        said = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in running]
-        assert [process.returncode for process in running] == [0] * len(seeds), "\n\n".join(said)
+        with ThreadPoolExecutor(len(seeds)) as at_once:
+            list(at_once.map(lambda seed: run_temp(clone, seed), seeds))
         assert_complete(clone, seeds)
+
+
+def run_temp(clone: Clone, seed: int) -> None:
+    """DVC sets up one experiment at a time and refuses another one meanwhile, before it runs: the command is repeated."""
+    command = ["dvc", "exp", "run", "--temp", "-S", f"seed={seed}"]
+    for _ in range(30):
+        done = subprocess.run(command, cwd=clone.root, env=clone.environment, capture_output=True, text=True)
+        if done.returncode == 0 or "Unable to acquire lock" not in done.stderr:
+            break
+        assert "Running stage" not in done.stdout
+        time.sleep(seed)
+    assert done.returncode == 0, done.stdout + done.stderr

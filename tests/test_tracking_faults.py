@@ -182,10 +182,10 @@ def track_refuses(advice: str) -> None:
 def test_one_request_of_a_real_server_fails(proxy, monkeypatch, capsys, kind):
     """Whichever it is: the run is complete in the end, and there is one of it."""
     monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
-    for number in range(rounds(9, 1)):
+    for number in range(rounds(3, 1)):
         with fault(f"one request to MLflow: {kind}"):
             monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"{kind}-{number}")
-            proxy.fail(kind, first=3 + 2 * number if FULL else 3, times=1)  # the fourth request makes the run
+            proxy.fail(kind, first=3 + 3 * number, times=1)  # the fourth request makes the run
             train_and_time(capsys)
             proxy.fail("")
             track_twice()
@@ -194,10 +194,10 @@ def test_one_request_of_a_real_server_fails(proxy, monkeypatch, capsys, kind):
 def test_one_request_of_track_fails(proxy, monkeypatch):
     """It may fail, and then says so; the next one makes the record complete."""
     make_reports()
-    for number in range(rounds(20, 1)):
+    for number in range(rounds(6, 1)):
         with fault("one request of track to MLflow: lost"):
             monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"track-{number}")
-            proxy.fail("lost", first=number + 3, times=1)
+            proxy.fail("lost", first=3 + 3 * number, times=1)
             with contextlib.suppress(UserError):
                 track.main()
             proxy.fail("")
@@ -335,11 +335,9 @@ def test_an_empty_file_in_the_place_of_the_database(project, capsys):  # noqa: F
 @pytest.mark.skipif(not FULL, reason="trains for real: under FAULTS=full")
 def test_a_real_training_does_not_mind(tmp_path):
     histories = []
-    for kind, uri in [("", ""), ("away", "http://127.0.0.1:9"), ("damaged", "")]:
+    for kind, uri in [("", ""), ("away", "http://127.0.0.1:9")]:
         clone = tiny(tmp_path / (kind or "well"), tmp_path / (kind or "well") / "cache")
         with fault(f"MLflow {kind}, a training with DVC") if kind else contextlib.nullcontext():
-            if kind == "damaged":
-                (clone.root / "mlflow.db").write_bytes(b"no database" * 1000)
             if uri:
                 clone.environment["MLFLOW_TRACKING_URI"] = uri
             out = clone("dvc", "repro", "train")
