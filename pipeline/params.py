@@ -1,6 +1,7 @@
 """params.yaml -> frozen, validated objects. Every mistake in the file is one line that names its key."""
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ from pipeline.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
 MOST_VALUES = 100_000  # in the file with its aliases written out: a few lines of them can stand for billions
+MOST_DIGITS = 4300  # of an integer: Python prints no longer one, and YAML can write it in hexadecimal
+MOST_TOKENS = 10**9  # that a step draws: their random numbers alone are 8 GB
 SELECTORS = {
     "model": "models",
     "prompts": "prompt_sets",
@@ -30,7 +33,7 @@ class Table(BaseModel):
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]  # no dots: DVC and -S cannot address them
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 RepoId = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$", max_length=200)]
-Revision = Annotated[str, Field(pattern=r"^\w[\w./-]*$", max_length=200)]
+Revision = Annotated[str, Field(pattern=r"^\w[\w-]*([./][\w-]+)*$", max_length=200)]  # as in git, no ..
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 REPO, REVISION, SHA256 = "owner/name on the hub", "a commit, tag or branch", "a sha256: 64 hexadecimal digits"
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -185,6 +188,15 @@ class Train(Table):
     on_nonfinite: Literal["stop", "skip"]
     on_collapse: Literal["continue", "stop"]
 
+    @model_validator(mode="after")
+    def feasible(self) -> "Train":
+        tokens = self.prompts_per_step * self.samples_per_prompt * self.max_tokens
+        if tokens > MOST_TOKENS:
+            raise ValueError(
+                f"prompts_per_step * samples_per_prompt * max_tokens = {tokens}: should be at most {MOST_TOKENS}"
+            )
+        return self
+
     @property
     def rescored_prompts(self) -> int:
         return max(1, round(self.rescored_share * self.prompts_per_step))
@@ -244,7 +256,7 @@ def load(path: Path = PARAMS_FILE) -> Params:
         # the last three: what ruamel raises for a value that its tag does not fit, such as !!bool abc
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(_one_line(f"{path}{where}: not valid YAML: {str(problem).partition(';')[0]}")) from None
+        raise UserError(f"{path}{where}: not valid YAML: {str(problem).partition(';')[0]}") from None
     return validate(tree, str(path))
 
 
@@ -257,17 +269,18 @@ def validate(tree: Any, name: str = "params.yaml") -> Params:
             f"{name}: holds more than {MOST_VALUES} values; does an alias (*name) stand inside its own anchor?"
         )
     try:
+        for path, value in _integers(tree):
+            if abs(value) >= 10**MOST_DIGITS:
+                raise UserError(f"{name}: {'.'.join(path) or 'a key'}: an integer of more than {MOST_DIGITS} digits")
         params = Params.model_validate(tree)
     except ValidationError as failure:
-        raise UserError(_one_line(f"{name}: {_explain(failure, tree)}")) from None
+        raise UserError(f"{name}: {_explain(failure, tree)}") from None
     except RecursionError:
         raise UserError(f"{name}: not valid: nested too deeply") from None
     for selector, table in SELECTORS.items():
         chosen, known = getattr(params, selector), getattr(params, table)
         if chosen not in known:
-            raise UserError(
-                _one_line(f"{name}: {selector}: there is no {chosen!r} in {table}{_suggest(chosen, known)}")
-            )
+            raise UserError(f"{name}: {selector}: there is no {chosen!r} in {table}{_suggest(chosen, known)}")
     return params
 
 
@@ -282,8 +295,21 @@ def _values(tree: Any) -> int:
     while waiting and count <= MOST_VALUES:
         value = waiting.pop()
         count += 1
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
     return count
+
+
+def _integers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The integers of a tree with the path of their key; one that is a key itself has the path of its table."""
+    if isinstance(tree, int):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _integers(key, path)
+            yield from _integers(value, (*path, str(key)))
+    elif isinstance(tree, list | tuple | set):
+        for place, value in enumerate(tree):
+            yield from _integers(value, (*path, str(place)))
 
 
 def _suggest(wrong: Any, known: Any) -> str:
@@ -305,6 +331,8 @@ def _explain(failure: ValidationError, tree: dict[str, Any]) -> str:
         return f"{where} is missing"
     if kind == "invalid_key" or error["loc"][-1:] == ("[key]",):
         return f"key {where}: should be text of 1 to 64 letters, digits, _ and -; no dots, which DVC reads as levels"
+    if kind == "recursion_depth_exceeded":
+        return f"{where}: nested too deeply"
     if kind == "string_unicode":
         return f"{where or 'a key'} holds text that is not valid Unicode"
     if kind == "value_error":
@@ -382,7 +410,3 @@ def _brief(value: Any) -> str:
         return {None: "nothing", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

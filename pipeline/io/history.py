@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.diagnostics.metrics import HISTORY_COLUMNS
+from pipeline.errors import one_line
 from pipeline.io.artifacts import finite_or_none, writing
 
 SUMMARY_STEPS = 5  # steps behind each mean of summary.json
@@ -45,7 +46,7 @@ class Progress:
         return (
             f"Step: {row['step']} Baseline: {row['baseline']:.4f} Reward: {row['reward_mean']:.4f} "
             f"Reward variance: {row['reward_std_within'] ** 2:.4f} "
-            f"Example: {' '.join(example['completion'].split())}"
+            f"Example: {one_line(example['completion'])}"
         )
 
     def summary(self) -> dict[str, Any]:
