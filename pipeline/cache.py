@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _in_package(key: str, package: str) -> tuple[Path, dict[str, Any]]:
 def _in_directory(key: str, table: Model | Encoder) -> tuple[Path, dict[str, Any]]:
     """A directory that DVC watches, or any other one whose content the digest in params.yaml fixes."""
     folder = Path(str(table.source))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib raises for a name that no file system takes
         raise UserError(f"{key}.source = {table.source!r}: no such directory")
     name = folder.name if folder.is_absolute() else folder.as_posix()  # the manifest is the same on every machine
     expected = table.manifest_sha256 if isinstance(table, Model) else None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 import zlib
@@ -132,11 +133,11 @@ def _refuse_empty(prompts: list[Row], counts: dict[str, Any], where: str, key: s
 def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterable[Located]]]:
     """The splits of a directory that holds train.* and validation.* as .jsonl, .jsonl.gz or .parquet."""
     source = Path(str(rules.source))
+    if not os.path.isdir(source):  # pathlib raises for a name that no file system takes
+        raise UserError(f"{key}.source = {rules.source!r}: no such directory")
     if not any(source.resolve().is_relative_to(Path(folder).resolve()) for folder in WATCHED):
         folders = " or ".join(f"{folder}/" for folder in WATCHED)
         raise UserError(f"{key}.source = {rules.source!r}: should lie in {folders}: DVC notices no edit elsewhere")
-    if not source.is_dir():
-        raise UserError(f"{key}.source = {rules.source!r}: no such directory")
 
     def read_split(split: str) -> tuple[str, Iterable[Located]]:
         names = [f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]
@@ -165,7 +166,8 @@ def read_jsonl(path: Path) -> Iterator[Located]:
 
 def _parse(where: str, line: bytes) -> Any:
     try:
-        return json.loads(line.decode().rstrip())  # without the newline errors name the right column
+        # without the newline errors name the right column
+        return json.loads(line.decode().rstrip(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -174,24 +176,48 @@ def _parse(where: str, line: bytes) -> Any:
         raise UserError(f"{where}: malformed JSON: {error}") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):  # which of the two was meant?
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return row
+
+
 def read_parquet(path: Path) -> Iterator[Located]:
     """Rows of a Parquet file, the needed columns only. Raises UserError where it is none or lacks a column."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
             present = table.schema_arrow.names
             missing = [column for column in COLUMNS if column not in present and column not in OPTIONAL]
             if missing:
                 raise UserError(f"{path}: column {missing[0]!r} is missing (there are: {', '.join(present)})")
+            columns = [column for column in COLUMNS if column in present]
+            if twice := [column for column in columns if present.count(column) > 1]:
+                raise UserError(f"{path}: there are {present.count(twice[0])} columns {twice[0]!r}; keep one")
             number = 0
-            for batch in table.iter_batches(columns=[column for column in COLUMNS if column in present]):
-                for row in batch.to_pylist():
+            for batch in table.iter_batches(columns=columns):
+                for cells in zip(*(batch[column] for column in columns), strict=True):
                     number += 1
-                    yield f"{path} row {number}", row
+                    where = f"{path} row {number}"
+                    yield where, _values(where, dict(zip(columns, cells, strict=True)))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _values(where: str, cells: dict[str, Any]) -> Row:
+    """A row of Arrow scalars as Python's values. Raises UserError where one has none: bytes that are no text, a date in
+    the year 300000."""
+    row = {}
+    for column, cell in cells.items():
+        try:
+            row[column] = cell.as_py()
+        except (ValueError, OverflowError, ImportError) as error:
+            raise UserError(f"{where}: {column} should be a string: {error}") from None
+    return row
 
 
 def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterable[Located]]]:

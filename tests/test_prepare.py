@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -19,7 +21,9 @@ from pipeline.errors import UserError
 from pipeline.params import PromptSet
 from tests import repositories
 from tests.conftest import PINNED, ROOT, Project
+from tests.faults import fault, rounds
 from tests.hub import Hub
+from tests.test_params import check_line
 
 OASST1 = "OpenAssistant/oasst1"
 FIRST_FIVE = [  # printed by the notebook
@@ -29,6 +33,12 @@ FIRST_FIVE = [  # printed by the notebook
     "I'm sorry",
     "No I just wanted to thank you.",
 ]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=8)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "lang", "x", ""]), inner),
+    max_leaves=6,
+)
 RULES = PromptSet(source="data/local/set", language="en")
 HELDOUT = [{"text": "Held out", "lang": "en"}]
 
@@ -51,6 +61,11 @@ def outputs(root: Path) -> dict[str, bytes]:
 def prompts(root: Path, split: str = "train") -> list[str]:
     lines = (root / f"data/prompts/{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line)["prompt"] for line in lines]
+
+
+def remove_outputs(root: Path) -> None:
+    for folder in ("data/prompts", "reports"):
+        shutil.rmtree(root / folder, ignore_errors=True)
 
 
 def counts(root: Path) -> Any:
@@ -192,6 +207,14 @@ def test_jsonl_gzip_and_parquet_give_the_same_bytes(place: Path) -> None:
     ]
 
 
+def refused() -> str:
+    """The line with which the stage refuses what it was given."""
+    with pytest.raises(UserError) as error:
+        prepare.main()
+    return check_line(str(error.value))
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -210,6 +233,19 @@ def test_jsonl_gzip_and_parquet_give_the_same_bytes(place: Path) -> None:
         (b'{"text": "Hi", "lang": "en", "message_id": 5}', "train.jsonl line 2: message_id should be a string"),
         (b'{"text": "Hi \\ud83d", "lang": "en"}', "train.jsonl line 2: text holds half of a surrogate pair"),
         (b'{"text": "Hi \xff", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
+        (b'{"text": "Hi \xed\xa0\xbd", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
+        (b'{"text": "Hi", "text": "Ho", "lang": "en"}', "train.jsonl line 2: malformed JSON: 'text' stands twice"),
+        (b'{"text": NaN, "lang": "en"}', "train.jsonl line 2: text should be a string, not the number nan"),
+        (b'{"text": "Hi\0", "lang": "en"}', "train.jsonl line 2: malformed JSON at column 13"),
+        (b'{"text": "Hi", "lang": "en"}{}', "train.jsonl line 2: malformed JSON at column 29"),
+        (b'{"text": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001, "train.jsonl line 2: malformed JSON"),
+        (b'{"' + b"a" * 3_000_000 + b'": 1}', "train.jsonl line 2: column 'text' is missing (there are: aaaa"),
+        (b'{"\\u001b[31m\\u202e": 1}', "train.jsonl line 2: column 'text' is missing (there are: \\x1b[31m\\u202e)"),
+        (
+            b'{"text": ' + b"9" * 4000 + b', "lang": "en"}',
+            "train.jsonl line 2: text should be a string, not the number 99",
+        ),
+        ('{"text": "Hi", "lang": "en"}'.encode("utf-16"), "train.jsonl line 2: not UTF-8 at byte 1"),
     ],
     ids=lambda value: str(value[:30]),
 )
@@ -217,14 +253,102 @@ def test_a_bad_line_is_named(place: Path, line: bytes, message: str) -> None:
     folder = place / "data/local/set"
     (folder / "train.jsonl").write_bytes(b'{"text": "Good", "lang": "en"}\n' + line + b"\n")
     write_jsonl(folder / "validation.jsonl", HELDOUT)
-    with pytest.raises(UserError) as error:
-        prepare.main()
-    assert message in str(error.value)
-    assert not outputs(place)
+    with fault("malformed row of a message file"):
+        assert message in refused()
+        assert not outputs(place)
+
+
+@pytest.mark.faults
+@settings(max_examples=rounds(1500, 40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=JSON | st.fixed_dictionaries({"text": JSON, "lang": JSON, "message_id": JSON}))
+def test_any_row_is_a_message_or_refused(place: Path, row: Any) -> None:
+    """Against the schema, said a second time: two strings that UTF-8 can hold, a message_id that is one or null."""
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+    right = isinstance(row, dict) and text(row.get("text")) and text(row.get("lang"))
+    right = right and (row.get("message_id") is None or text(row["message_id"]))
+    write_jsonl(place / "data/local/set/train.jsonl", [{"text": "Good", "lang": "en"}, row])
+    write_jsonl(place / "data/local/set/validation.jsonl", HELDOUT)
+    remove_outputs(place)
+    with fault("row of random types and text"):
+        if right:
+            prepare.main()
+            assert counts(place)["train"]["read"] == 2
+        else:
+            assert "train.jsonl line 2: " in refused()
+            assert not outputs(place)
+
+
+TEXTS = [f"Message number {number}" for number in range(40)]
+
+
+def write_set(folder: Path, suffix: str) -> Path:
+    """TEXTS in a file of this kind."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": text, "lang": "en", "message_id": None} for text in TEXTS]
+    path = folder / f"train{suffix}"
+    if suffix == ".parquet":
+        table = pyarrow.table({name: [row[name] for row in rows] for name in ("text", "lang")})
+        pyarrow.parquet.write_table(table, path, write_page_checksum=True)
+    else:
+        raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(raw, mtime=0) if suffix == ".jsonl.gz" else raw)
+    write_jsonl(folder / "validation.jsonl", HELDOUT)
+    return path
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_damaged_file_is_refused_or_does_no_harm(place: Path, suffix: str) -> None:
+    """Bytes flipped, cut off, cut out or doubled. Gzip and Parquet have checksums, so that what is taken is what was
+    written; of plain lines, the ones that are valid JSON count as they are."""
+    path = write_set(place / "data/local/set", suffix)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(rounds(700, 25)):
+        damaged, at = bytearray(whole), draw.randrange(len(whole))
+        match draw.choice(["flip", "flip", "flip", "cut off", "cut out", "double"]):
+            case "flip":
+                damaged[at] ^= draw.randrange(1, 256)
+            case "cut off":
+                del damaged[at:]
+            case "cut out":
+                del damaged[at : at + draw.randrange(1, 50)]
+            case "double":
+                damaged[at:at] = damaged[at : at + draw.randrange(1, 50)]
+        path.write_bytes(damaged)
+        remove_outputs(place)
+        with fault(f"damaged message file ({suffix[1:]})"):
+            line = None
+            try:
+                prepare.main()
+            except UserError as error:
+                line = check_line(str(error))
+            if line:
+                assert str(path.relative_to(place)) in line
+                assert not outputs(place)
+            elif suffix != ".jsonl":
+                assert prompts(place) == TEXTS
+            else:
+                rows = [json.loads(line) for line in damaged.split(b"\n") if line.strip()]
+                assert prompts(place) == [row["text"] for row in rows if notebook_keeps(row)]
 
 
 def _no_folder(folder: Path) -> None:
     shutil.rmtree(folder)
+
+
+def _a_pipe(folder: Path) -> None:
+    (folder / "train.jsonl").unlink()
+    os.mkfifo(folder / "train.jsonl")
+
+
+def _a_link_to_itself(folder: Path) -> None:
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl").symlink_to("train.jsonl")
 
 
 def _no_validation(folder: Path) -> None:
@@ -260,10 +384,13 @@ def _all_leaked(folder: Path) -> None:
     shutil.copy(folder / "train.jsonl", folder / "validation.jsonl")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (_no_folder, "prompt_sets.mine.source = 'data/local/set': no such directory"),
+        (_a_pipe, "should hold one of train.jsonl, train.jsonl.gz, train.parquet; it holds none"),
+        (_a_link_to_itself, "should hold one of train.jsonl, train.jsonl.gz, train.parquet; it holds none"),
         (_no_validation, "should hold one of validation.jsonl, validation.jsonl.gz, validation.parquet"),
         (_two_trains, "should hold one of train.jsonl, train.jsonl.gz, train.parquet; it holds 2"),
         (_cut_gzip, "set/train.jsonl.gz: not a whole gzip file"),
@@ -283,39 +410,67 @@ def test_bad_folders_leave_earlier_outputs_alone(place: Path, spoil: Callable[[P
     write_jsonl(folder / "validation.jsonl", HELDOUT)
     prepare.main()
     before = outputs(place)
-    spoil(folder)
-    with pytest.raises(UserError) as error:
-        prepare.main()
-    assert message in str(error.value)
-    assert outputs(place) == before
+    with fault("bad folder of messages"):
+        spoil(folder)
+        assert message in refused()
+        assert outputs(place) == before
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"lang": "en"}], "train.parquet: column 'text' is missing (there are: lang)"),
-        ([{"text": "Hi", "lang": "en"}, {"text": None, "lang": "en"}], "train.parquet row 2: text should be a string"),
-        ([{"text": 1, "lang": "en"}], "train.parquet row 1: text should be a string, not the number 1"),
-    ],
-)
-def test_bad_parquet_is_named(place: Path, rows: list[dict[str, Any]], message: str) -> None:
+def bad_parquet() -> dict[str, tuple[Any, str]]:
+    """Tables, and what is wrong with each."""
     import pyarrow
+
+    en, two = pyarrow.array(["en"]), ["text", "text", "lang"]
+    not_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff\xfe"]).buffers())
+    pair = pyarrow.StructArray.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["a", "a"])
+    late = pyarrow.array([2**45], pyarrow.timestamp("s"))
+    long = pyarrow.array([2**62], pyarrow.duration("s"))
+    return {
+        "no column": (pyarrow.table({"lang": en}), "column 'text' is missing (there are: lang)"),
+        "null": (pyarrow.table({"text": ["Hi", None], "lang": ["en", "en"]}), " row 2: text should be a string"),
+        "number": (pyarrow.table({"text": [1], "lang": en}), " row 1: text should be a string, not the number 1"),
+        "bytes": (pyarrow.table({"text": [b"Hi"], "lang": en}), " row 1: text should be a string, not bytes"),
+        "no UTF-8": (pyarrow.table({"text": not_text, "lang": en}), " row 1: text should be a string: 'utf-8' codec"),
+        "year 1000000": (pyarrow.table({"text": late, "lang": en}), " row 1: text should be a string: date value"),
+        "endless time": (pyarrow.table({"text": long, "lang": en}), " row 1: text should be a string: Python int"),
+        "struct": (pyarrow.table({"text": pair, "lang": en}), " row 1: text should be a string: "),
+        "two of a name": (pyarrow.Table.from_arrays([en, en, en], two), "there are 2 columns 'text'; keep one"),
+        "no rows": (pyarrow.table({"text": en[:0], "lang": en[:0]}), "none of its 0 rows is left as a prompt"),
+    }  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", bad_parquet())
+def test_bad_parquet_is_named(place: Path, case: str) -> None:
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place / "data/local/set/train.parquet")
+    table, message = bad_parquet()[case]
+    pyarrow.parquet.write_table(table, place / "data/local/set/train.parquet")
     write_jsonl(place / "data/local/set/validation.jsonl", HELDOUT)
-    with pytest.raises(UserError) as error:
-        prepare.main()
-    assert message in str(error.value)
+    with fault("bad Parquet file"):
+        assert f"train.parquet{message}" in refused().replace("train.parquet: ", "train.parquet")
+        assert not outputs(place)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("source", ["data/other", "data/local/../other", ".", "/tmp", "data/local/link"])
 def test_a_folder_that_dvc_does_not_watch_is_refused(place: Path, source: str) -> None:
     (place / "data/other").mkdir()
     (place / "data/local/link").symlink_to(place / "data/other")
     change(place, source=source)
-    with pytest.raises(UserError, match=r"should lie in data/pocket/prompts/ or data/local/"):
-        prepare.main()
+    with fault("folder outside the project"):
+        assert "should lie in data/pocket/prompts/ or data/local/" in refused()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "source", ["data/local/a\0b", "data/local/" + "a" * 300, "data/local/" + "a/" * 4000, "data/local/loop"]
+)
+def test_a_name_that_no_file_system_takes_is_refused(place: Path, source: str) -> None:
+    (place / "data/local/loop").symlink_to("loop")
+    change(place, source=source)
+    with fault("folder outside the project"):
+        assert "no such directory" in refused()
 
 
 # --- as a user runs it -------------------------------------------------------------------------------------------
