@@ -286,7 +286,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "rewards/custom.py": ("rewards", [
         ("if not callable(target):", "if False:"),
-        ("list(values) if isinstance(values, Iterator) else values", "values"),
+        ("list(itertools.islice(values, len(completions) + 1)) if isinstance(values, Iterator) else values", "values"),
         ("{lines[-1]}", "{lines[0]}"),
         ("sys.modules[spec.name] = module", "pass"),
     ]),

@@ -16,8 +16,11 @@ from pydantic import TypeAdapter
 
 from pipeline.errors import UserError
 from pipeline.params import Reward as Table
+from pipeline.rewards import build as build_module
 from pipeline.rewards.build import Reward, build_reward
+from tests.faults import fault, rounds
 from tests.models import PARAMS
+from tests.test_params import check_line
 
 CPU, NOWHERE = torch.device("cpu"), Path("no/encoder")
 WORDS = PARAMS.rewards["words"].words  # type: ignore[union-attr]
@@ -197,36 +200,47 @@ def test_a_custom_reward_may_return_any_sequence_of_numbers(custom: Callable[...
 BAD_VALUES = {
     "nan": "[1, float('nan')]", "infinity": "[1, float('inf')]", "minus infinity": "[1, -float('inf')]",
     "string": "[1, '2']", "none inside": "[1, None]", "list inside": "[1, [2]]", "bool": "[1, True]",
-    "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "column": "np.ones((2, 1))",
+    "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "unprintable": "[1, 10 ** 5000]", "column": "np.ones((2, 1))",
 }  # fmt: skip
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("values", BAD_VALUES.values(), ids=BAD_VALUES)
 def test_a_custom_reward_that_returns_no_finite_number(custom: Callable[..., Reward], values: str) -> None:
     reward = custom(f"import numpy as np\ndef reward(prompts, completions):\n    return {values}\n")
-    line = refused(lambda: reward(["", ""], ["first", "second"]))
-    assert "not a finite number" in line
-    assert "mine" in line
-    assert ("'first'" if "ones" in values else "'second'") in line
+    with fault("custom reward without a number"):
+        line = refused(lambda: reward(["", ""], ["first", "second"]))
+        assert "not a finite number" in line
+        assert "mine" in line
+        assert ("'first'" if "ones" in values else "'second'") in line
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
         ("return [1]", "1 values for 2 completions"),
         ("return []", "0 values for 2 completions"),
         ("return [1, 2, 3]", "3 values for 2 completions"),
-        ("return 'abc'", "3 values for 2 completions"),
+        ("return 'abc'", "str, not a list"),
         ("return None", "NoneType, not a list"),
         ("return 3.0", "float, not a list"),
-        ("return {}", "0 values for 2 completions"),
+        ("return {}", "dict, not a list"),
+        ("return {0: 1.0, 1: 2.0}", "dict, not a list"),
+        ("return {1.0, 2.0}", "set, not a list"),
+        ("return b'ab'", "bytes, not a list"),
+        ("import torch; return torch.tensor(1.0)", "Tensor, not a list"),
+        ("import itertools; return itertools.repeat(1.0)", "3 values for 2 completions"),
+        ("class Late:\n        def __iter__(self): raise ValueError('late')\n    return Late()", "Late, not a list"),
     ],
 )
 def test_a_custom_reward_that_returns_something_else(custom: Callable[..., Reward], code: str, expected: str) -> None:
     reward = custom(f"def reward(prompts, completions):\n    {code}\n")
-    assert expected in refused(lambda: reward(["", ""], ["a", "b"]))
+    with fault("custom reward without a number"):
+        assert expected in refused(lambda: reward(["", ""], ["a", "b"]))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -236,15 +250,23 @@ def test_a_custom_reward_that_returns_something_else(custom: Callable[..., Rewar
         ("def reward(texts):\n    return [1, 1]\n", ["TypeError", "unexpected keyword argument"]),
         ("def reward(prompts, completions):\n    yield 1\n    raise ValueError('late')\n", ["ValueError: late", "line 3"]),
         ("def reward(prompts, completions):\n    raise ValueError('two\\nlines')\n", ["ValueError: two"]),
+        ("import sys\ndef reward(prompts, completions):\n    sys.exit(0)\n", ["SystemExit: 0", "line 3"]),
+        ("class E(Exception):\n    def __str__(self): return 1\ndef reward(**_):\n    raise E\n", ["raised E (line 4"]),
+        ("def reward(prompts, completions):\n    raise ValueError('\\x1b[2J\\u202e')\n", ["ValueError: \\x1b[2J\\u202e"]),
+        ("def reward(**_):\n    raise ValueError('x' * 10 ** 6)\n", ["ValueError: xxx", "line 2"]),
+        ("def reward(**_):\n    return reward()\n", ["RecursionError", "line 2"]),
     ],
-    ids=["raises", "divides", "in a helper", "other arguments", "generator", "two lines"],
+    ids=["raises", "divides", "in a helper", "other arguments", "generator", "two lines", "exits", "no text", "escapes",
+         "megabyte", "endless"],
 )  # fmt: skip
 def test_a_custom_reward_that_raises(custom: Callable[..., Reward], code: str, expected: list[str]) -> None:
     reward = custom(code)
-    line = refused(lambda: reward(["", ""], ["", "b"]))
-    assert all(part in line for part in [*expected, "custom/mine.py"]), line
+    with fault("custom reward that raises"):
+        line = refused(lambda: reward(["", ""], ["", "b"]))
+        assert all(part in line for part in [*expected, "custom/mine.py"]), line
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("code", "function", "expected"),
     [
@@ -253,14 +275,67 @@ def test_a_custom_reward_that_raises(custom: Callable[..., Reward], code: str, e
         ("reward = 3\n", "custom/mine.py:reward", ["no function 'reward'"]),
         ("x = 1\nimport no_such_module\n", "custom/mine.py:reward", ["ModuleNotFoundError", "no_such_module", "line 2"]),
         ("x = 1\n\ndef reward(:\n", "custom/mine.py:reward", ["SyntaxError", "line 3"]),
+        ("raise SystemExit(0)\n", "custom/mine.py:reward", ["SystemExit: 0", "line 1"]),
+        ("x = '\0'\n", "custom/mine.py:reward", ["null bytes"]),
+        ("", f"custom/{'a' * 300}.py:reward", ["there is no file custom/aaa"]),
     ],
-    ids=["missing file", "missing function", "no function", "broken import", "broken syntax"],
+    ids=["missing file", "missing function", "no function", "broken import", "broken syntax", "exits", "null byte",
+         "endless name"],
 )  # fmt: skip
 def test_a_custom_reward_that_is_not_there(
     custom: Callable[..., Reward], code: str, function: str, expected: list[str]
 ) -> None:
-    line = refused(lambda: custom(code, function))
-    assert all(part in line for part in expected), line
+    with fault("custom reward that cannot be imported"):
+        line = refused(lambda: custom(code, function))
+        assert all(part in line for part in expected), line
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("link", ["custom/mine.py", "custom/inner"])
+def test_a_custom_reward_outside_its_folder_is_refused(
+    tmp_path: Path, custom: Callable[..., Reward], link: str
+) -> None:
+    """Through a link: params.yaml itself takes no `..`."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine.py").write_text("raise SystemExit('this must not run')\n")
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere" / ("" if link.endswith("inner") else "mine.py"))
+    function = "custom/inner/mine.py:reward" if link.endswith("inner") else "custom/mine.py:reward"
+    with fault("custom reward outside its folder"):
+        line = refused(lambda: build(kind="custom", function=function, params={}))
+        assert "the file must lie in custom/" in line
+
+
+ODD = st.one_of(
+    st.floats(), st.integers(), st.integers(0, 20_000).map(lambda bits: -(2**bits)), st.text(), st.binary(), st.none(),
+    st.booleans(), st.complex_numbers(), st.decimals(), st.fractions(), st.dates(),
+    st.floats(width=32).map(np.float32), st.floats().map(torch.tensor), st.lists(st.floats(), max_size=2).map(np.array),
+)  # fmt: skip
+
+
+@pytest.mark.faults
+@settings(max_examples=rounds(3000, 100), deadline=None)
+@given(
+    values=st.lists(ODD, max_size=4), kind=st.sampled_from([list, tuple, iter, dict.fromkeys]), count=st.integers(1, 4)
+)
+def test_whatever_a_reward_returns_becomes_finite_numbers_or_one_line(
+    values: list[Any], kind: Callable[[list[Any]], Any], count: int
+) -> None:
+    try:
+        returned = kind(values)
+    except TypeError:  # unhashable: no dict can be made of them
+        returned = values
+    with fault("custom reward that returns random values"):
+        reward, result, line = build_module._checked("mine", lambda *_: returned), None, ""
+        try:
+            result = reward([""] * count, ["a"] * count)
+        except UserError as error:
+            line = check_line(str(error))
+        if result is None:
+            assert "mine returned" in line
+        else:
+            assert len(result) == len(values) == count
+            assert all(type(number) is float and math.isfinite(number) for number in result)
+            assert result == [float(value) for value in values]
 
 
 def test_a_custom_file_may_define_a_dataclass(custom: Callable[..., Reward]) -> None:

@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.io.artifacts import read_csv
 from pipeline.policy.sampling import Rollout
 from tests.conftest import Project
+from tests.faults import fault, rounds
 
 pytestmark = pytest.mark.slow  # each run of the stage imports torch and transformers
 
@@ -406,17 +407,35 @@ CUSTOM = {
     "none": ("def f(prompts, completions):\n    pass\n", "NoneType"),
     "no function": ("def g(prompts, completions):\n    pass\n", "defines no function 'f'"),
     "syntax": ("def f(:\n", "SyntaxError"),
+    "exits": ("import sys\ndef f(prompts, completions):\n    sys.exit(0)\n", "SystemExit: 0 (line 3 of custom/mine.py)"),
+    "dict": ("def f(prompts, completions):\n    return dict.fromkeys(range(len(completions)), 1.0)\n", "dict, not a list"),
+    "endless": ("import itertools\ndef f(prompts, completions):\n    return itertools.count()\n", "7 values for 6"),
+    "late": ("calls = []\ndef f(prompts, completions):\n    calls.append(1)\n    assert len(calls) < 12, 'enough'\n"
+             "    return [0.0] * len(completions)\n", "AssertionError: enough (line 4 of custom/mine.py)"),
 }  # fmt: skip
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", CUSTOM)
 def test_a_bad_custom_reward_is_one_line_and_leaves_nothing(here: Project, case: str) -> None:
     code, expected = CUSTOM[case]
     (here.root / "custom/mine.py").write_text(code)
     here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
-    with pytest.raises(UserError, match=re.escape(expected)):
-        train.main()
-    assert contents(here) == {}
+    with fault("custom reward that fails in training"):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            train.main()
+        assert contents(here) == {}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", ["exits", "nan", "late"][: rounds(3, 1)])
+def test_a_bad_custom_reward_ends_the_process_with_one_line(ready: Project, case: str) -> None:
+    code, expected = CUSTOM[case]
+    (ready.root / "custom/mine.py").write_text(code)
+    ready.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
+    with fault("custom reward that fails in training"):
+        assert expected in ready.refuse("train")
+        assert contents(ready) == {}
 
 
 def test_editing_a_custom_reward_is_another_run(here: Project) -> None:

@@ -1,7 +1,8 @@
 """params.yaml's reward tables -> functions that score a whole batch."""
 
 import math
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward
 
+NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but not over rewards in the order of the completions
 Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completions [N]) -> rewards [N]
 
 
@@ -57,19 +59,29 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except Exception:  # an integer of thousands of digits has no text
+        return f"an unprintable {type(value).__name__}"
+
+
 def _checked(name: str, reward: Reward) -> Reward:
     def checked(prompts: list[str], completions: list[str]) -> list[float]:
         values = reward(list(prompts), list(completions))  # copies: a user's function may edit what it is given
+        kind = type(values).__name__
+        if isinstance(values, NO_LISTS):
+            raise UserError(f"reward {name} returned {kind}, not a list of numbers")
         try:
             values = list(values)
-        except TypeError:
-            raise UserError(f"reward {name} returned {type(values).__name__}, not a list of numbers") from None
+        except Exception as error:  # what the iteration of a user's own class may raise, too
+            raise UserError(f"reward {name} returned {kind}, not a list of numbers: {error}") from error
         if len(values) != len(completions):
             raise UserError(f"reward {name} returned {len(values)} values for {len(completions)} completions")
         for value, completion in zip(values, completions, strict=True):
             number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
             if not _is_finite(number):
-                raise UserError(f"reward {name} returned {value!r} for {completion[:60]!r}, not a finite number")
+                raise UserError(f"reward {name} returned {_shown(value)} for {completion[:60]!r}, not a finite number")
         return [float(value) for value in values]
 
     return checked

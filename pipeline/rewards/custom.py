@@ -1,6 +1,8 @@
 """A reward of the user's: `reward(prompts, completions, **params) -> list[float]`, the convention of trl."""
 
 import importlib.util
+import itertools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,10 +17,10 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
     raises or returns other than one finite number a completion (checked by `build`)."""
     file, _, name = function.partition(":")
     path = Path(file)
+    if not os.path.isfile(path):  # pathlib raises for a name that no file system takes
+        raise UserError(f"reward {function}: there is no file {file}")
     if not path.resolve().is_relative_to(Path("custom").resolve()):
         raise UserError(f"reward {function}: the file must lie in custom/, where DVC watches it")
-    if not path.is_file():
-        raise UserError(f"reward {function}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(f"custom_reward_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -26,7 +28,7 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
     sys.modules[spec.name] = module  # where dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would end the stage as if it were done
         raise UserError(f"reward {function}: importing it raised {_describe(error, path)}") from error
     target = getattr(module, name, None)
     if not callable(target):
@@ -35,14 +37,15 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         try:
             values = target(prompts=prompts, completions=completions, **params)
-            return list(values) if isinstance(values, Iterator) else values  # a generator raises only now
-        except Exception as error:
+            # a generator raises only now, and may have no end
+            return list(itertools.islice(values, len(completions) + 1)) if isinstance(values, Iterator) else values
+        except (Exception, SystemExit) as error:
             raise UserError(f"reward {function} raised {_describe(error, path)}") from error
 
     return reward
 
 
-def _describe(error: Exception, path: Path) -> str:
+def _describe(error: BaseException, path: Path) -> str:
     """`ValueError: text (line 3 of custom/x.py)`, the innermost line of the user's file."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name
@@ -50,4 +53,7 @@ def _describe(error: Exception, path: Path) -> str:
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)
     where = f" (line {lines[-1]} of {path})" if lines else ""
-    return f"{type(error).__name__}: {error}{where}"
+    try:
+        return f"{type(error).__name__}: {error}{where}"
+    except Exception:  # an exception of the user's whose text cannot be made
+        return f"{type(error).__name__}{where}"
