@@ -29,11 +29,17 @@ def main() -> None:
     parser.add_argument("prompts", nargs="+", metavar="prompt")
     parser.add_argument("--max-tokens", type=int, default=30, help="of prompt and continuation together (30)")
     arguments = parser.parse_args()
+    for prompt in arguments.prompts:
+        if not prompt or any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that were no UTF-8
+            raise UserError(f"the prompt {prompt[:40]!r} should be text in UTF-8, and not empty")
     present = {name: folder for name, folder in FOLDERS.items() if (folder / "config.json").exists()}
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
     for name, folder in present.items():
         model, tokenizer = load_policy(folder, torch.device("cpu")), load_tokenizer(folder)
+        room = getattr(model.config, "max_position_embeddings", None) or arguments.max_tokens
+        if arguments.max_tokens > room:
+            raise UserError(f"--max-tokens {arguments.max_tokens}: the context of {folder} has {room}")
         for prompt in arguments.prompts:
             if len(tokenizer(prompt)["input_ids"]) >= arguments.max_tokens:
                 raise UserError(f"--max-tokens {arguments.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import sqlite3
 import sys
@@ -51,7 +52,7 @@ def _experiment_id(uri: str) -> str:
 
 def _port(arguments: list[str]) -> int:
     text = arguments[0] if arguments else str(PORT)
-    if len(arguments) > 1 or not text.isdecimal() or not 0 < int(text) < 65536:
+    if len(arguments) > 1 or not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
         raise UserError(f"{' '.join(arguments)!r}: should be one port number, 1 to 65535")
     return int(text)
 

@@ -62,6 +62,9 @@ def read_index(path: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key}: {path.name} is not an index of weights: {error!r}") from None
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{key}: {path.name} names a file outside its folder")
+    suffix = Path(path.name.removesuffix(".index.json")).suffix
+    if wrong := sorted(name for name in names if not name.endswith(suffix)):  # transformers would unpickle another kind
+        raise UserError(f"{key}: {path.name} names {wrong[0]!r}; its shards should be {suffix} files")
     return dict(index)
 
 

@@ -19,7 +19,7 @@ def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
     logging.disable_progress_bar()
     _must_exist(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
         attn_implementation="eager" if device.type == "cpu" else "sdpa",
     )  # fmt: skip
     # the last position of each prompt is a slice with gaps, and torch multiplies such without gradient by a copy of the
@@ -31,7 +31,7 @@ def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Raises UserError where the tokenizer has no end-of-sequence token: sampling could not end."""
     _must_exist(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
     return tokenizer
