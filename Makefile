@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help repro cure test test-faults unit lint ui bench clean
+.PHONY: help repro cure test test-faults unit lint audit ui bench clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -33,6 +33,12 @@ unit: $(BIN)/installed  ## the fast tests
 
 lint: $(BIN)/installed
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
+
+audit:  ## known vulnerabilities of the pinned dependencies, by PyPI's database; needs the internet
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" \
+	&& "$$folder/bin/pip" install -q pip-audit \
+	&& "$$folder/bin/pip-audit" --strict --progress-spinner off --no-deps --disable-pip -r constraints.txt \
+	|| { echo 'audit: a vulnerability was found, or not every package could be looked up; the lines above say which' >&2; exit 1; }
 
 ui: $(BIN)/installed  ## MLflow's UI on loopback, to compare runs
 	$(RUN) python -m pipeline.ui $(PORT)
