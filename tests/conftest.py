@@ -157,3 +157,19 @@ def pythia_pickled(tmp_path_factory: pytest.TempPathFactory, pythia_tokenizer: P
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sentence encoder."""
     return repositories.write_bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, pythia: Path, bert: Path) -> Project:
+    """A project whose stages take seconds (see tests/small.py)."""
+    from tests.small import make  # which needs this file
+
+    return make(tmp_path_factory.mktemp("small"), pythia, bert)
+
+
+@pytest.fixture(scope="session")
+def small_run(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What all its stages wrote, by name, and the audit events of each."""
+    from tests.small import run_audited
+
+    return run_audited(small, tmp_path_factory.mktemp("audit"))

@@ -97,9 +97,10 @@ def test_a_wrong_selector_is_refused_before_anything_runs(clone: Clone) -> None:
 
 
 def test_two_fresh_clones_give_the_same_lock(clone: Clone, tmp_path: Path) -> None:
-    """The second has caches of its own, another hash seed and umask."""
+    """The second has caches of its own, another hash seed, umask, locale, time zone and folder for what is temporary."""
     other = Clone(tmp_path / "elsewhere" / "deep", tmp_path / "cache")
-    other.environment["PYTHONHASHSEED"] = "7"
+    (tmp_path / "tmp").mkdir()
+    other.environment |= {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Kathmandu", "TMPDIR": str(tmp_path / "tmp")}
     old = os.umask(0o077)
     try:
         other("dvc", "repro")

@@ -4,7 +4,6 @@ import ipaddress
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,13 +17,12 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError, one_line, run_stage
 from pipeline.io import modelfiles
 from pipeline.report import cured, inputs, page
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT
 from tests.faults import fault, rounds
 from tests.test_page import Elements
 from tests.test_params import check_line
 from tests.test_plot import reports
 from tests.test_report_browser import CHROMIUM, FLAGS
-from tests.test_train import checkpoint, ready  # noqa: F401  # fixtures
 
 # --- pages: whatever a text holds, the page has the same elements
 
@@ -201,33 +199,6 @@ def test_the_ui_takes_a_port_and_nothing_else(port: str) -> None:
 
 # --- what the stages do, by Python's own audit hooks
 
-HOOK = """
-import json, os, sys
-
-def note(event, arguments):
-    if event in WATCHED or event == "open" and str(arguments[0]).endswith((".pkl", ".pickle", ".bin")):
-        with open(os.path.join(FOLDER, f"{os.getpid()}.audit"), "a") as target:
-            target.write(json.dumps([event, [ascii(a) for a in arguments]]) + chr(10))
-
-FOLDER = os.environ["AUDIT"]
-WATCHED = {"socket.bind", "socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen",
-           "pickle.find_class", "urllib.Request", "ftplib.connect", "smtplib.connect", "ctypes.dlopen"}
-if sys.argv[0] != "-c":
-    sys.addaudithook(note)
-"""
-STAGES = ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")
-
-
-def audited(project: Project, stage: str, folder: Path) -> list[tuple[str, list[str]]]:
-    """The events of a stage and the processes that it starts."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    path = os.pathsep.join([str(folder.parent / "hook"), project.environment.get("PYTHONPATH", "")])
-    done = project.run(stage, AUDIT=str(folder), PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for file in folder.glob("*.audit") for line in file.read_text().splitlines()]
-    return [(event, arguments) for event, arguments in events]
-
 
 def is_local(address: str) -> bool:
     """('127.0.0.1', 80), a path of a local socket, or nothing."""
@@ -247,16 +218,9 @@ def test_the_check_of_addresses_notices() -> None:
 
 
 @pytest.mark.slow
-def test_no_stage_unpickles_runs_a_shell_or_leaves_loopback(ready: Project, tmp_path: Path) -> None:  # noqa: F811
+def test_no_stage_unpickles_runs_a_shell_or_leaves_loopback(small_run: Any) -> None:
     """All stages in turn, MLflow included. Truth from the interpreter: every import, thread and library is seen."""
-    (ready.root / "mlflow.py").unlink()  # the real one
-    for folder in ("data/checkpoint", "data/prompts"):
-        shutil.rmtree(ready.root / folder)
-    ready.edit(train__steps=1, evaluate__prompts=4)
-    ready.keep_rewards("length")
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook/sitecustomize.py").write_text(HOOK)
-    seen = {stage: audited(ready, stage, tmp_path / "audit") for stage in STAGES}
+    _, seen = small_run
     assert any(event == "subprocess.Popen" for event, _ in seen["track"]), "the hook sees: track asks git"
     for stage, events in seen.items():
         for event, arguments in events:

@@ -1,0 +1,80 @@
+"""The same seed on the same machine gives the same bytes, whatever else differs: place, locale, clock, hash seed, order."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Project, copy_of_project
+from tests.faults import rounds
+from tests.small import OUTPUTS, contents, run
+
+pytestmark = pytest.mark.slow
+
+# what another terminal, account or machine of the same kind has otherwise
+SURROUNDINGS: list[dict[str, str]] = [
+    {"PYTHONHASHSEED": "1", "TZ": "Pacific/Kiritimati", "LC_ALL": "C", "LANG": "C", "COLUMNS": "40"},
+    {
+        "PYTHONHASHSEED": "4294967295",
+        "LC_ALL": "tr_TR.UTF-8",
+        "PYTHONUTF8": "1",
+        "USER": "somebody",
+        "HOME": "/nonexistent",
+    },
+    {"PYTHONIOENCODING": "latin-1", "OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "7", "TOKENIZERS_PARALLELISM": "true"},
+    {"PYTHONOPTIMIZE": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "pdf", "TZ": "UTC"},
+]
+
+
+def elsewhere(original: Project, base: Path) -> Project:
+    """The project's files in another place, written in another order and at another time."""
+    made = copy_of_project(base)
+    files = [path for path in original.root.rglob("*") if path.is_file()]
+    random.Random(1).shuffle(files)
+    shutil.rmtree(made.root)
+    for path in files:
+        target = made.root / path.relative_to(original.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        os.utime(target, (1, 1))
+    return made
+
+
+@pytest.mark.parametrize("number", range(rounds(len(SURROUNDINGS), 1)))
+def test_every_stage_gives_the_same_bytes_anywhere(small: Project, small_run: Any, tmp_path: Path, number: int) -> None:
+    first, _ = small_run
+    assert {"data/policy/model.safetensors", "reports/train/history.csv", "reports/report.html"} <= first.keys()
+    other = elsewhere(small, tmp_path / f"place {number} ünï 'quoted'")
+    for folder in OUTPUTS:
+        shutil.rmtree(other.root / folder)
+    shutil.rmtree(other.root / ".checkpoints")
+    (other.root / "mlflow.db").unlink()
+    (tmp_path / "tmp").mkdir()
+    old = os.umask([0o077, 0o000, 0o027, 0o022][number])
+    try:
+        again = run(other, **SURROUNDINGS[number], TMPDIR=str(tmp_path / "tmp"))
+    finally:
+        os.umask(old)
+    assert again.keys() == first.keys()
+    assert [name for name in first if again[name] != first[name]] == []
+    assert not [name for name in again if str(tmp_path).encode() in again[name]], "a path of the machine"
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "train"][: rounds(2, 1)])
+def test_another_seed_gives_other_numbers(small: Project, small_run: Any, tmp_path: Path, stage: str) -> None:
+    first, _ = small_run
+    other = elsewhere(small, tmp_path)
+    other.edit(seed=1)
+    done = other.run(stage)
+    assert done.returncode == 0, done.stderr
+    after = contents(other.root)
+    changed = {name for name in first if first[name] != after[name]}
+    expected = {
+        "train": {"data/policy/model.safetensors", "reports/train/history.csv", "reports/train/samples.jsonl"},
+        "evaluate": {"reports/evaluate/completions.jsonl", "reports/evaluate/metrics.json"},
+    }
+    assert expected[stage] <= changed
+    assert not {name for name in changed if name.startswith(("data/prompts", "data/checkpoint"))}
