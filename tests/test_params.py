@@ -353,7 +353,7 @@ OVERRIDES = [
 @pytest.mark.faults
 def test_an_override_that_is_wrong_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     clone = Clone(tmp_path / "project", tmp_path / "cache")
-    for override, expected in OVERRIDES[: rounds(len(OVERRIDES), 3)]:
+    for override, expected in OVERRIDES[: rounds(len(OVERRIDES), 2)]:
         with fault("mistake in an override of `dvc exp run -S`"):
             said = clone("dvc", "exp", "run", "-S", override, fails=True)
             lines = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -259,7 +259,7 @@ def test_a_bad_line_is_named(place: Path, line: bytes, message: str) -> None:
 
 
 @pytest.mark.faults
-@settings(max_examples=rounds(1500, 40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=rounds(1000, 40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=JSON | st.fixed_dictionaries({"text": JSON, "lang": JSON, "message_id": JSON}))
 def test_any_row_is_a_message_or_refused(place: Path, row: Any) -> None:
     """Against the schema, said a second time: two strings that UTF-8 can hold, a message_id that is one or null."""
@@ -308,7 +308,7 @@ def test_a_damaged_file_is_refused_or_does_no_harm(place: Path, suffix: str) -> 
     written; of plain lines, the ones that are valid JSON count as they are."""
     path = write_set(place / "data/local/set", suffix)
     whole, draw = path.read_bytes(), random.Random(0)
-    for _ in range(rounds(700, 25)):
+    for _ in range(rounds(400, 25)):
         damaged, at = bytearray(whole), draw.randrange(len(whole))
         match draw.choice(["flip", "flip", "flip", "cut off", "cut out", "double"]):
             case "flip":
@@ -449,6 +449,23 @@ def test_bad_parquet_is_named(place: Path, case: str) -> None:
     write_jsonl(place / "data/local/set/validation.jsonl", HELDOUT)
     with fault("bad Parquet file"):
         assert f"train.parquet{message}" in refused().replace("train.parquet: ", "train.parquet")
+        assert not outputs(place)
+
+
+@pytest.mark.faults
+def test_a_changed_letter_in_parquet_is_noticed(place: Path) -> None:
+    """Where the file has checksums: here neither its compression nor its encoding would notice."""
+    import pyarrow.parquet
+
+    path = place / "data/local/set/train.parquet"
+    table = pyarrow.table({"text": TEXTS, "lang": ["en"] * len(TEXTS)})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    write_jsonl(place / "data/local/set/validation.jsonl", HELDOUT)
+    prepare.main()
+    remove_outputs(place)
+    with fault("damaged message file (parquet)"):
+        path.write_bytes(path.read_bytes().replace(b"Message number 20", b"Massage number 20"))
+        assert "train.parquet: not a readable Parquet file" in refused()
         assert not outputs(place)
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import quote
@@ -173,6 +174,27 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
     page.get_by_text("report.html", exact=True).first.click()
     page.frame_locator("iframe").get_by_text("Report of embedding with stable").wait_for()
     page.screenshot(path=pictures / "report.png")
+
+
+def test_only_this_machine_can_reach_it(server):
+    """Every socket that listens in the server's family of processes; and a page elsewhere that calls itself this host."""
+    import psutil
+
+    port = int(server.rpartition(":")[2])
+    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    (pid,) = {each.pid for each in listening if each.laddr.port == port} & {os.getpid(), *children()}
+    assert pid != os.getpid()
+    addresses = {each.laddr.ip for each in listening if each.pid in children()}
+    assert addresses == {"127.0.0.1"}
+    request = urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=10)
+
+
+def children():
+    import psutil
+
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def wait_for_curves(page, number):
