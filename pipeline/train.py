@@ -6,6 +6,7 @@ that it updates, and used for one update, or for several where the recipe weighs
 
 import dataclasses
 import sys
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from pipeline.diagnostics.verdict import THRESHOLDS, TITLES, findings
 from pipeline.errors import UserError, run_stage
 from pipeline.experience.batch import (
     Setting,
-    half_precision,
     reward_batch,
     rollout_metrics,
     sample_batch,
     sample_rows,
+    score_batch,
 )
 from pipeline.experience.calibrate import calibrate
-from pipeline.io import checkpoints, provenance, tracking
+from pipeline.io import checkpoints, launch, provenance, tracking
 from pipeline.io.artifacts import (
     atomic_folder,
     folder_digests,
@@ -53,7 +54,6 @@ from pipeline.io.workspace import is_committed, root
 from pipeline.params import SELECTORS, Params, load
 from pipeline.policy.load import load_policy, load_tokenizer
 from pipeline.policy.rollout import check_context, completion_limits
-from pipeline.policy.scoring import score_rollout
 from pipeline.reinforce.advantages import (
     BASELINES,
     adapted_kl_coef,
@@ -63,6 +63,7 @@ from pipeline.reinforce.advantages import (
 )
 from pipeline.reinforce.loss import BatchSize
 from pipeline.reinforce.optim import learning_rate, make_optimizer
+from pipeline.reinforce.processes import Processes
 from pipeline.reinforce.step import Batch, loss_mask, update_on
 from pipeline.rewards.build import build_reward
 
@@ -72,19 +73,38 @@ IN_FOLDER = Path(".locks/train")
 
 
 def main() -> None:
+    launch.relaunch("pipeline.train")
     params = load()
     if not PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
     device = set_up(params.train.device, params.train.threads)
     identity = run_identity(params, device)
     folder = root() / ".checkpoints" / identity["train_key"]
-    # the second: a trainer that outlived its dvc must not write its outputs between those of other parameters
-    with checkpoints.exclusive(folder, "this very run"), checkpoints.exclusive(IN_FOLDER, "in this folder"):
-        if is_committed(to_json(identity)):  # DVC has this very result and wants it made anew: `dvc repro -f`
-            state = checkpoints.load(folder)
-            if state is not None and finished(Progress(**state["run"]), params):
-                checkpoints.forget(folder)
-        train(params, identity, folder, device)
+    processes = launch.join(device, params.train.prompts_per_step)
+    with ExitStack() as locks:
+        if processes.writes:
+            locks.enter_context(checkpoints.exclusive(folder, "this very run"))
+            # a trainer that outlived its dvc must not write its outputs between those of other parameters
+            locks.enter_context(checkpoints.exclusive(IN_FOLDER, "in this folder"))
+            forget_what_is_committed(folder, identity, params)
+        processes.wait()
+        train(params, identity, folder, device, processes)
+    launch.leave(processes)
+
+
+def forget_what_is_committed(folder: Path, identity: dict[str, Any], params: Params) -> None:
+    """Where DVC has the very result of the finished states, it wants it made anew: `dvc repro -f`."""
+    state = checkpoints.load(folder)
+    if state is None:
+        return
+    run = Progress(**state["run"])
+    if finished(run, params) and is_committed(to_json(recorded(identity, run))):
+        checkpoints.forget(folder)
+
+
+def recorded(identity: dict[str, Any], run: Progress) -> dict[str, Any]:
+    """run.json: what the result depends on, and how many processes made it, on which its last digits depend."""
+    return {**identity, "processes": run.processes}
 
 
 def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
@@ -98,36 +118,42 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
         "params": chosen | provenance.flatten({**tables, "train": params.train.model_dump()}),
         "device": device.type,
-        "processes": 1,
     }
     # the tables once more as they are: flattening shows them to people and may blur a difference
     return {"train_key": provenance.digest([parts, tables]), **parts}
 
 
-def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.device) -> None:
+def train(
+    params: Params, identity: dict[str, Any], folder: Path, device: torch.device, processes: Processes
+) -> None:  # fmt: skip
     """The loop. Writes the stage's outputs when it ends; saves a resume state every `checkpoint_every` steps."""
-    setting, policy = set_stage(params, device)
+    setting, policy = set_stage(params, device, processes)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
     run = resume(folder, policy, optimizer)
     run.calibration = run.calibration or calibrate(setting)
-    tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
+    if run.processes[-1:] != [processes.count]:
+        run.processes.append(processes.count)
+    tracker: tracking.Live | tracking.Nowhere = tracking.Nowhere()
+    if processes.writes:
+        tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
     try:
         loop(run, setting, policy, optimizer, tracker, folder)
-        write_outputs(run, identity, setting, policy, folder)
+        if processes.writes:
+            write_outputs(run, identity, setting, policy, folder)
     except BaseException as error:
         tracker.close("KILLED" if isinstance(error, SystemExit) else "FAILED")
         raise
     tracker.close("FINISHED")
 
 
-def set_stage(params: Params, device: torch.device) -> tuple[Setting, PreTrainedModel]:
+def set_stage(params: Params, device: torch.device, processes: Processes) -> tuple[Setting, PreTrainedModel]:
     """What `prepare` and `cache` left, and the policy to train. Raises UserError where a prompt is too long for it."""
     policy = load_policy(CHECKPOINT / "policy", device)
     setting = Setting(
         params, [row["prompt"] for row in read_jsonl(PROMPTS)], load_tokenizer(CHECKPOINT / "policy"),
         # never trained, but left trainable: autocast keeps only such weights rounded from one micro-batch to the next
         load_policy(CHECKPOINT / "policy", device),
-        build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
+        build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device, processes,
     )  # fmt: skip
     tokens = [len(setting.tokenizer(prompt)["input_ids"]) for prompt in setting.prompts]
     check_context(
@@ -137,37 +163,44 @@ def set_stage(params: Params, device: torch.device) -> tuple[Setting, PreTrained
 
 
 def loop(
-    run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, tracker: tracking.Live,
-    folder: Path,
+    run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer,
+    tracker: tracking.Live | tracking.Nowhere, folder: Path,
 ) -> None:  # fmt: skip
     """Steps until the last one, a non-finite number, a collapse where that is to end the run, or a signal, which ends
-    the process after the step in progress."""
-    steps, every = setting.params.train.steps, setting.params.train.checkpoint_every
+    the process after the step in progress. Of several processes one writes."""
+    steps, every, processes = setting.params.train.steps, setting.params.train.checkpoint_every, setting.processes
     for step in range(run.step):  # of the run that this one resumes; what the tracker has, it leaves out
         tracker.log(step, run.points(step), int(run.timings[step]["timestamp_ms"]))
     spreads = untouched(run.calibration, setting.params.train.prompts_per_step)
     announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
-    bar = tqdm(total=steps, initial=run.step, disable=None, unit="step")
-    with bar, caught_signals() as signals, history_file(REPORTS / "history.csv", run.rows) as record:
+    bar = tqdm(total=steps, initial=run.step, disable=None if processes.writes else True, unit="step")
+    history = history_file(REPORTS / "history.csv", run.rows) if processes.writes else nullcontext()
+    with bar, caught_signals() as signals, history as record:
         while not finished(run, setting.params):
             train_step(run, setting, policy, optimizer)
-            record(run.rows[-1])
-            tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
-            tqdm.write(run.progress_line())
-            bar.update()
             found = findings(run.rows, spreads, steps)
-            for finding in found:
-                if finding.kind not in announced:
-                    tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")
-                announced.add(finding.kind)
             run.stopped = run.stopped or bool(found and setting.params.train.on_collapse == "stop")
-            if run.step % every == 0 or run.step == steps or run.stopped or signals:
-                onset = found[0].onset if found else steps
-                keep(folder, run, policy, optimizer, judged=min(onset, run.step - THRESHOLDS.patience + 1), every=every)
+            if record is not None:
+                record(run.rows[-1])
+                tqdm.write(run.progress_line())
+                for finding in found:
+                    if finding.kind not in announced:
+                        tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")
+                    announced.add(finding.kind)
+            tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
+            bar.update()
+            signal = processes.largest(signals[0] if signals else 0, setting.device)
+            if run.step % every == 0 or run.step == steps or run.stopped or signal:
+                if processes.writes:
+                    onset = found[0].onset if found else steps
+                    judged = min(onset, run.step - THRESHOLDS.patience + 1)
+                    keep(folder, run, policy, optimizer, judged=judged, every=every)
                 tracker.flush()
-            if signals and run.step < steps:
-                print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
-                sys.exit(128 + signals[0])
+            if signal and run.step < steps:
+                if processes.writes:
+                    print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
+                processes.wait()  # a launcher ends the others as soon as one has gone
+                sys.exit(128 + signal)
 
 
 def finished(run: Progress, params: Params) -> bool:
@@ -192,8 +225,7 @@ def train_step(
     mask, rescored = rollout.completion_mask, rescored_rows(params, step, setting.device)
     # the KL term needs all completions; without one, a share of the prompts tells how far the policy has gone
     measured_rows = rescored if recipe.kl == "none" else torch.arange(len(mask), device=setting.device)
-    with half_precision(recipe, setting.device):
-        ref_logprobs = score_rollout(setting.reference, rollout.take(measured_rows), micro_batch, recipe.temperature)
+    ref_logprobs = score_batch(setting.reference, rollout.take(measured_rows), setting).logprobs
     penalised, kl_coef = rewards, recipe.kl_coef if run.kl_coef is None else run.kl_coef
     acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
     if recipe.kl == "reward_k1":
@@ -208,12 +240,10 @@ def train_step(
         rollout, advantage.flatten(), counted, None if recipe.kl == "none" else ref_logprobs, size, kl_coef
     )  # fmt: skip
     lr = learning_rate(step, params.train.steps, recipe)
-    gradient, updated = update_on(batch, policy, optimizer, recipe, lr, micro_batch, group)
+    gradient, updated = update_on(batch, policy, optimizer, recipe, lr, micro_batch, group, setting.processes)
     watch.lap("update")
 
-    part = rollout.take(rescored)
-    with half_precision(recipe, setting.device):
-        after = score_rollout(policy, part, micro_batch, recipe.temperature)
+    after = score_batch(policy, rollout.take(rescored), setting).logprobs
     watch.lap("rescore")
 
     measured = {
@@ -251,10 +281,7 @@ def outside_baseline(
     rollout = sample_batch(prompts, setting, policy, noise, top_k=1, top_p=1.0)
     rewards = reward_batch(prompts, rollout, setting)[1]  # [B, 1]
     if recipe.kl == "reward_k1":  # what the samples are judged by; the penalty would else stay in every advantage
-        with half_precision(recipe, setting.device):
-            ref_logprobs = score_rollout(
-                setting.reference, rollout, setting.params.train.micro_batch, recipe.temperature
-            )
+        ref_logprobs = score_batch(setting.reference, rollout, setting).logprobs
         mask = rollout.completion_mask
         rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, kl_coef)
     return rewards.squeeze(1)
@@ -320,7 +347,7 @@ def write_outputs(
     write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
     write_json(REPORTS / "summary.json", run.summary())
-    write_json(REPORTS / "run.json", identity)
+    write_json(REPORTS / "run.json", recorded(identity, run))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from pipeline.params import Params, Recipe
 from pipeline.policy.load import half_copy
 from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
+from pipeline.policy.scoring import Scores, score_whole
+from pipeline.reinforce.processes import ALONE, Processes
 from pipeline.rewards.build import Reward
 
 PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
@@ -28,6 +30,7 @@ class Setting:
     reference: PreTrainedModel  # the untouched checkpoint
     reward: Reward
     device: torch.device
+    processes: Processes = ALONE
 
     @property
     def eos(self) -> int:
@@ -37,33 +40,58 @@ class Setting:
 def sample_batch(
     prompts: list[str], setting: Setting, policy: PreTrainedModel, noise: Tensor, top_k: int, top_p: float
 ) -> Rollout:
-    """Completions of B prompts, as many of each as `noise` [N, T] has rows for it."""
+    """Completions of B prompts, as many of each as `noise` [N, T] has rows for it; each process samples its share."""
     params, device = setting.params, setting.device
-    recipe = params.selected("recipe")
+    recipe, group = params.selected("recipe"), len(noise) // len(prompts)
     ids = [setting.tokenizer(prompt)["input_ids"] for prompt in prompts]
     prompt_ids, prompt_mask = pad_prompts(ids, setting.eos, device)
     limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
-    model = half_copy(policy) if recipe.precision == "bfloat16" else policy
-    return sample(
-        model,
-        prompt_ids,
-        prompt_mask,
-        limits.to(device),
-        noise.to(device),
+    mine, rows = setting.processes.part(len(prompts)), setting.processes.rows(len(noise), group)
+    rollout = sample(
+        half_copy(policy) if recipe.precision == "bfloat16" else policy,
+        prompt_ids[mine],
+        prompt_mask[mine],
+        limits[mine].to(device),
+        noise[rows].to(device),
         setting.eos,
         recipe.temperature,
         top_k,
         top_p,
     )
+    gather = setting.processes.gather
+    return Rollout(
+        prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0),
+        gather(rollout.completions, setting.eos), gather(rollout.lengths), gather(rollout.sampler_logprobs),
+        gather(rollout.logprobs),
+    )  # fmt: skip
 
 
 def reward_batch(prompts: list[str], rollout: Rollout, setting: Setting) -> tuple[list[str], Tensor]:
-    """Texts [N] as the recipe shows them to the reward, and their rewards [B, G] in float64, for B prompts."""
+    """Texts [N] as the recipe shows them to the reward, and their rewards [B, G] in float64, for B prompts.
+
+    Each process asks the reward about the completions of its own prompts.
+    """
     recipe, group = setting.params.selected("recipe"), len(rollout.lengths) // len(prompts)
     completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group)
     repeated = [prompt for prompt in prompts for _ in range(group)]
-    rewards = torch.tensor(setting.reward(repeated, completions), dtype=torch.float64, device=setting.device)
-    return completions, rewards.view(-1, group)
+    rows = setting.processes.rows(len(completions), group)
+    rewards = torch.tensor(
+        setting.reward(repeated[rows], completions[rows]), dtype=torch.float64, device=setting.device
+    )
+    return completions, setting.processes.gather(rewards).view(-1, group)
+
+
+def score_batch(model: PreTrainedModel, rollout: Rollout, setting: Setting) -> Scores:
+    """What a model says of completions, each process of its share; in the recipe's precision, without gradient."""
+    recipe = setting.params.selected("recipe")
+    rows = torch.arange(len(rollout.lengths), device=setting.device)[setting.processes.part(len(rollout.lengths))]
+    nothing = torch.zeros(0, rollout.completions.shape[1], device=setting.device)
+    scores = Scores(nothing, nothing, nothing)
+    if len(rows):  # there may be more processes than rows
+        with half_precision(recipe, setting.device):
+            scores = score_whole(model, rollout.take(rows), setting.params.train.micro_batch, recipe.temperature)
+    gather = setting.processes.gather
+    return Scores(gather(scores.logprobs), gather(scores.scored), gather(scores.entropy))
 
 
 def rollout_metrics(rollout: Rollout, setting: Setting) -> dict[str, float]:

@@ -4,9 +4,8 @@ import torch
 
 from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS
 from pipeline.diagnostics.metrics import policy_metrics, reward_metrics
-from pipeline.experience.batch import Setting, half_precision, reward_batch, rollout_metrics, sample_batch
+from pipeline.experience.batch import Setting, reward_batch, rollout_metrics, sample_batch, score_batch
 from pipeline.io.runtime import draw_prompts, uniforms
-from pipeline.policy.scoring import score_whole
 
 
 def calibrate(setting: Setting) -> list[dict[str, float]]:
@@ -26,8 +25,7 @@ def calibration_batch(batch: int, setting: Setting) -> dict[str, float]:
     rollout = sample_batch(prompts, setting, setting.reference, noise, recipe.top_k, recipe.top_p)
     _, rewards = reward_batch(prompts, rollout, setting)
     nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt
-    with half_precision(recipe, setting.device):
-        scores = score_whole(setting.reference, rollout, sizes.micro_batch, recipe.temperature)
+    scores = score_batch(setting.reference, rollout, setting)
     mask = rollout.completion_mask
     # the checkpoint scores as many completions as in a step of training: fewer stray farther
     scored = len(mask) if recipe.kl != "none" else sizes.rescored_prompts * sizes.samples_per_prompt

@@ -16,7 +16,10 @@ def set_up(device: str, threads: int) -> torch.device:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = cuda: torch sees no CUDA device here; auto or cpu would run")
-    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    chosen = torch.device("cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # of the processes on this machine
+        torch.cuda.set_device(chosen)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: torch reads this when it first needs memory

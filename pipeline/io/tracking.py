@@ -189,6 +189,16 @@ def live(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "Li
     return Live(train_key, params, tags)
 
 
+class Nowhere:
+    """The tracker of a process that leaves tracking to another one."""
+
+    def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
 class Live:
     """A run in progress. No method raises; the first failure of each cause is one line on stderr.
 

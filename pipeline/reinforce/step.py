@@ -16,11 +16,12 @@ from pipeline.policy.scoring import Scores, score
 from pipeline.reinforce.importance import importance_weights
 from pipeline.reinforce.loss import KL_LOSSES, BatchSize, entropy_bonus, policy_loss, token_weights
 from pipeline.reinforce.optim import Update, square_norm, update
+from pipeline.reinforce.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from: n completions, all N of the step or those of one process."""
+    """What a step learns from: all N completions, whichever process sampled them; or some of them, n."""
 
     rollout: Rollout
     advantages: Tensor  # [n]
@@ -56,44 +57,49 @@ def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
 
 
 def accumulate_gradient(
-    policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1
-) -> Gradient:
+    policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1,
+    processes: Processes = ALONE,
+) -> Gradient:  # fmt: skip
     """Adds the gradient of the recipe's loss on this batch to the policy's `.grad` (empty, for the ratio to be right).
 
     Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
-    gradients of processes that hold parts of the batch add up to it. `group`, the samples of a prompt, only tells
-    whether micro-batches hold whole prompts.
+    gradients of the processes, each of whole groups of the batch, add up to it. `group`: the samples of a prompt.
     """
     rollout, total, clipped, parts = batch.rollout, 0.0, 0, []
     weights = token_weights(batch.counted, recipe.aggregation, batch.size)
     lengths = torch.maximum(batch.counted.sum(1), rollout.lengths)
     # the ratio needs the gradient of each micro-batch by itself, which takes time: only where it can tell something
     apart = len(weights) > micro_batch and micro_batch % group == 0
+    mine = processes.rows(len(weights), group)
     separately: AbstractContextManager[list[Tensor | float]] = _gradients_apart(policy) if apart else nullcontext([])
-    device = weights.device.type
+    device = weights.device
     # one context for all micro-batches: it rounds the weights once and keeps them
-    half = torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     with separately as squares, half:
-        for start in range(0, len(weights), micro_batch):
-            rows = slice(start, start + micro_batch)
+        for start in range(mine.start, mine.stop, micro_batch):
+            rows = slice(start, min(start + micro_batch, mine.stop))
             squares.append(0.0)
             scores = score(
                 policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
                 recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
                 entropy_gradient=recipe.entropy_coef > 0,
             )  # fmt: skip
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(device.type, enabled=False):
                 loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
                 loss.backward()
             total += loss.item()
             clipped += cut
             parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
+    processes.add_gradients(policy.parameters())
     snr = math.nan
     if apart:
         whole = square_norm(p.grad for p in policy.parameters())
-        snr = signal_to_noise(whole, [float(square) for square in squares], [len(part[0]) for part in parts])
-    logprobs, scored, entropy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Gradient(total, logprobs, scored, entropy, clipped / max(int(batch.counted.sum()), 1), snr)
+        squared = torch.tensor([float(square) for square in squares], dtype=torch.float64, device=device)
+        sizes = torch.tensor([len(part[0]) for part in parts], device=device)
+        snr = signal_to_noise(whole, processes.gather(squared).tolist(), processes.gather(sizes).tolist())
+    logprobs, scored, entropy = (processes.gather(torch.cat(tensors)) for tensors in zip(*parts, strict=True))
+    share = processes.total(clipped, device) / max(int(batch.counted.sum()), 1)
+    return Gradient(processes.total(total, device), logprobs, scored, entropy, share, snr)
 
 
 def loss_of_rows(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
@@ -155,14 +161,14 @@ def _gradients_apart(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
 
 def update_on(
     batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
-    micro_batch: int, group: int,
+    micro_batch: int, group: int, processes: Processes = ALONE,
 ) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
     """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
     gradients: list[Gradient] = []
     updates: list[Update] = []
     while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
         optimizer.zero_grad()
-        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group))
+        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group, processes))
         updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss))
         batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
     return gradients[0], {

@@ -1,0 +1,58 @@
+"""How many processes train: as many as a launcher started, `accelerate launch` or `torchrun`, or this one alone."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+from pipeline.io.workspace import root
+from pipeline.reinforce.processes import ALONE, Processes
+
+CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config --config_file FILE` writes
+
+
+def relaunch(module: str) -> None:
+    """Where the environment names a configuration of accelerate, this process becomes its launcher of `module`.
+
+    The environment and not params.yaml: where a run is computed is no part of what it is. A relative path counts from
+    the main workspace. Raises UserError where the file or accelerate is missing.
+    """
+    name = os.environ.get(CONFIG)
+    if not name or _launched():
+        return
+    config = root() / Path(name).expanduser()
+    if not config.is_file():
+        raise UserError(f"{CONFIG}: no file {config}; `accelerate config --config_file {name}` writes one")
+    if find_spec("accelerate") is None:
+        raise UserError(f"{CONFIG} is set, and accelerate is not installed: `pip install accelerate`, or unset it")
+    sys.stdout.flush()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    os.execv(sys.executable, [*launcher, "-m", module])
+
+
+def join(device: torch.device, prompts: int) -> Processes:
+    """Connects with the other processes that the launcher started, to share the `prompts` of a step.
+
+    Raises UserError where there are fewer prompts than processes.
+    """
+    if not _launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        return ALONE
+    if prompts < (count := int(os.environ["WORLD_SIZE"])):
+        raise UserError(f"train.prompts_per_step = {prompts}: at least one for each of the {count} processes is needed")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def leave(processes: Processes) -> None:
+    """Waits for the others, so that none is ended while another writes, and lets go of them."""
+    if processes.count > 1:
+        processes.wait()
+        dist.destroy_process_group()
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
