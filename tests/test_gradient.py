@@ -17,6 +17,7 @@ from pipeline.params import Recipe
 from pipeline.policy.sampling import Rollout
 from pipeline.reinforce.advantages import with_kl_penalty
 from pipeline.reinforce.loss import BatchSize, kl_loss_k2, policy_loss, token_weights
+from pipeline.reinforce.processes import Processes
 from pipeline.reinforce.step import Batch, accumulate_gradient, loss_mask, signal_to_noise
 from tests.enumeration import COEF, random, size_of
 from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
@@ -237,43 +238,54 @@ def test_batches_of_any_shape(shapes: list[tuple[int, list[int]]], micro_batch: 
     assert difference(gradient(model), expected) < 1e-10
 
 
-ORDER, PARTS = list(range(6)), ([0, 1, 2, 3], [4, 5])  # whole prompts, unequal shares
+ORDER = list(range(6))
 
 
-def one_process(rank: int, port: int, results: str) -> None:
-    """Its share of the batch; the batch's size and the gradient are summed over the processes."""
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(PARTS))
+def one_process(rank: int, count: int, port: int, results: str) -> None:
+    """The gradient of its share, summed over the processes; and what all of them then know of the batch."""
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     torch.set_num_threads(1)
-    sums = {}
+    found = {}
     for (name, changes), dtype in itertools.product(RECIPES.items(), (torch.float64, torch.float32)):
-        chosen, rows, model = recipe("stable", **changes), PARTS[rank], tiny_neox(dtype=dtype)
-        rollout = rollout_of_batch(rows)
-        counted = loss_mask(rollout, GROUP, chosen.padding)
-        sizes = torch.tensor([len(rows), int(counted.sum())])
-        distributed.all_reduce(sizes)
-        size = BatchSize(*sizes.tolist(), LONGEST)
-        ref, old = (x[rows].to(dtype) for x in batch()[3:])
-        share = Batch(rollout, batch()[2][rows], counted, ref, size, chosen.kl_coef, old)
-        accumulate_gradient(model, share, chosen, 3)
-        total = gradient(model)
-        distributed.all_reduce(total)
-        sums[f"{name} {dtype}"] = total
-    if rank == 0:
-        torch.save(sums, results)
+        chosen, model = recipe("stable", **changes), tiny_neox(dtype=dtype)
+        whole = batch_of(chosen, dtype)
+        told = accumulate_gradient(model, whole, chosen, GROUP, GROUP, Processes(rank, count))
+        found[f"{name} {dtype}"] = (
+            gradient(model),
+            told.logprobs,
+            torch.tensor([told.loss, told.snr, told.clip_share]),
+        )
+    torch.save(found, f"{results}.{rank}")
     distributed.destroy_process_group()
 
 
+def batch_of(chosen: Recipe, dtype: torch.dtype) -> Batch:
+    rollout = rollout_of_batch(ORDER)
+    counted = loss_mask(rollout, GROUP, chosen.padding)
+    size = BatchSize(len(ORDER), int(counted.sum()), LONGEST)
+    ref, old = (x[ORDER].to(dtype) for x in batch()[3:])
+    return Batch(rollout, batch()[2][ORDER], counted, ref, size, chosen.kl_coef, old)
+
+
 @pytest.mark.slow
-def test_the_gradient_does_not_move_with_the_number_of_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 3])  # 3 prompts: shares of two and one, and of one each
+def test_the_gradient_does_not_move_with_the_number_of_processes(tmp_path: Path, count: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = str(tmp_path / "sums.pt")
-    multiprocessing.spawn(one_process, (port, results), nprocs=len(PARTS))
-    sums = torch.load(results)
+    results = str(tmp_path / "found")
+    multiprocessing.spawn(one_process, (count, port, results), nprocs=count)
+    parts = [torch.load(f"{results}.{rank}") for rank in range(count)]
     for (name, changes), (dtype, tolerance) in itertools.product(RECIPES.items(), TOLERANCES):
-        truth = loss_and_gradient(recipe("stable", **changes), ORDER, 6, dtype)[1]
-        assert difference(sums[f"{name} {dtype}"], truth) < tolerance, name
+        chosen, model = recipe("stable", **changes), tiny_neox(dtype=dtype)
+        alone = accumulate_gradient(model, batch_of(chosen, dtype), chosen, GROUP, GROUP)
+        truth = loss_and_gradient(chosen, ORDER, 6, dtype)[1]
+        for part in parts:
+            summed, logprobs, told = part[f"{name} {dtype}"]
+            assert difference(summed, truth) < tolerance, name
+            assert difference(logprobs, alone.logprobs) < tolerance, name
+            expected = torch.tensor([alone.loss, alone.snr, alone.clip_share])
+            torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-6, equal_nan=True, msg=name)
 
 
 def test_what_is_not_finite_behind_the_end_does_not_reach_the_loss() -> None:
