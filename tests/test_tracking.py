@@ -56,7 +56,7 @@ def write(path, text):
 def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     """The files of the earlier stages in the current directory, as the stages write them."""
     run = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
-    write(Path("reports/train/run.json"), json.dumps({**run, "processes": 1}))
+    write(Path("reports/train/run.json"), json.dumps({**run, "processes": [1]}))
     rows = [",".join("" if cell != cell else repr(cell) for cell in row(step).values()) for step in range(steps)]
     lines = [",".join(["step", *COLUMNS]), *(f"{step},{cells}" for step, cells in enumerate(rows))]
     write(Path("reports/train/history.csv"), "\n".join(lines) + "\n")

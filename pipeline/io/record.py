@@ -57,7 +57,7 @@ def read_record() -> Record:
     return Record(
         train_key=key,
         run=run,
-        params={**params, "processes": run.get("processes", 1)},
+        params={**params, "processes": ", then ".join(map(str, run.get("processes", [1])))},
         prompts=prompts,
         steps=len(history),
         training=_points("train", history, times, written_ms),
