@@ -173,6 +173,6 @@ def run_temp(clone: Clone, seed: int) -> None:
         done = subprocess.run(command, cwd=clone.root, env=clone.environment, capture_output=True, text=True)
         if done.returncode == 0 or "Unable to acquire lock" not in done.stderr:
             break
-        assert "Running stage" not in done.stdout
+        assert "Running stage" not in done.stdout, done.stdout + done.stderr
         time.sleep(seed)
     assert done.returncode == 0, done.stdout + done.stderr
