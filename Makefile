@@ -23,10 +23,10 @@ cure: $(BIN)/installed  ## after a collapse: try the recommended change, show bo
 	$(RUN) python -m pipeline.cure
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
-	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest
+	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest -n 2 --dist loadfile
 
 test-faults: $(BIN)/installed  ## kills, full disks, bad input in full number -> docs/reliability.json
-	$(RUN) FAULTS=full pytest -m faults
+	$(RUN) FAULTS=full pytest -n 2 --dist loadfile -m faults
 
 unit: $(BIN)/installed  ## the fast tests
 	$(RUN) pytest -m 'not slow'

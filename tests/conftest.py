@@ -22,9 +22,18 @@ PINNED = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OASST1, in params.yaml
 PYTHIA = "EleutherAI/pythia-70m-deduped"
 
 
-def pytest_sessionfinish() -> None:
-    if faults.FULL and faults.injected:
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its counts to the process that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = [dict(faults.injected), dict(faults.survived)]
+    elif faults.FULL and faults.injected:
         faults.save()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for counter, counts in zip((faults.injected, faults.survived), node.workeroutput["faults"], strict=True):
+        counter.update(counts)
 
 
 @pytest.fixture

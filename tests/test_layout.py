@@ -482,7 +482,7 @@ def test_what_our_dependencies_need_is_pinned_too(name: str) -> None:
             assert needed in pinned or needed in ("setuptools", "pip"), f"{name} needs {needed}"
 
 
-COMES_WITH = {"huggingface-hub": "transformers", "httpx2": "huggingface-hub", "markupsafe": "jinja2", "numpy": "transformers",
+COMES_WITH = {"alembic": "mlflow", "huggingface-hub": "transformers", "httpx2": "huggingface-hub", "markupsafe": "jinja2", "numpy": "transformers",
               "pyarrow": "datasets", "sqlalchemy": "mlflow", "typing-extensions": "pydantic"}  # fmt: skip
 
 
