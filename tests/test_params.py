@@ -353,6 +353,8 @@ OVERRIDES = [
 @pytest.mark.faults
 def test_an_override_that_is_wrong_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     clone = Clone(tmp_path / "project", tmp_path / "cache")
+    params = clone.root / "params.yaml"
+    before = params.read_bytes()
     for override, expected in OVERRIDES[: rounds(len(OVERRIDES), 2)]:
         with fault("mistake in an override of `dvc exp run -S`"):
             said = clone("dvc", "exp", "run", "-S", override, fails=True)
@@ -362,7 +364,9 @@ def test_an_override_that_is_wrong_is_refused_before_anything_is_made(tmp_path: 
             assert "Traceback" not in said
             for made in ("data/policy", "data/checkpoint", "mlflow.db"):
                 assert not (clone.root / made).exists()
-            clone("git", "reset", "-q", "--hard")
+            params.write_bytes(
+                before
+            )  # git does not see each edit of DVC's: dulwich notes its time and size in the index
 
 
 @pytest.mark.parametrize(
