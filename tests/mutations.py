@@ -178,6 +178,16 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("torch.maximum(batch.counted.sum(1), rollout.lengths)", "rollout.lengths"),
         ('(recipe.top_k, recipe.top_p) if recipe.scoring == "sampler" else (0, 1.0)', "(0, 1.0)"),
         ('if padding == "masked":', 'if padding != "masked":'),
+        ("processes.gather(squared).tolist(), processes.gather(sizes).tolist()", "squared.tolist(), sizes.tolist()"),
+        ("min(start + micro_batch, mine.stop)", "start + micro_batch"),
+        ("processes.gather(torch.cat(tensors))", "torch.cat(tensors)"),
+    ]),
+    "reinforce/processes.py": ("gradient", [
+        ("self.rank * share + min(self.rank, more)", "self.rank * share"),
+        ("(self.rank < more)", "0"),
+        ("dist.all_reduce(parameter.grad)", "pass"),
+        ("rows[: int(shape[0])] for", "rows for"),
+        ("dtype=torch.float64, device=device)).sum()", "dtype=torch.float64, device=device)).mean()"),
     ]),
     "reinforce/optim.py": ("runtime", [
         ("(step + 1) / (recipe", "step / (recipe"),
