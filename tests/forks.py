@@ -5,6 +5,7 @@ has imported everything and computed nothing.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -94,8 +95,15 @@ def until(condition, run: Run, seconds: float = 60.0) -> None:  # type: ignore[n
         time.sleep(0.001)
 
 
+def die_with_parent() -> None:
+    """Also where pytest itself is killed while a run is stopped: Linux' PR_SET_PDEATHSIG."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def child(main: str, folder: str, said: str, environment: dict[str, str]) -> None:
     """Becomes the stage; does not return."""
+    die_with_parent()
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -121,6 +129,7 @@ def child(main: str, folder: str, said: str, environment: dict[str, str]) -> Non
 
 
 def serve() -> None:
+    die_with_parent()
     for module in MODULES:
         importlib.import_module(module)
     replies = os.fdopen(os.dup(1), "w")
