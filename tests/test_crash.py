@@ -276,7 +276,7 @@ def test_without_a_whole_state_training_starts_again_and_saves_again(
             raise KeyboardInterrupt
         real(run, *arguments)
 
-    for kind, damage in DAMAGES.items():
+    for kind, damage in list(DAMAGES.items())[: rounds(len(DAMAGES), 1)]:
         with fault(f"all resume states damaged: {kind}"):
             afresh(project)
             for state in states(project):
