@@ -25,7 +25,11 @@ def test_a_fault_whose_check_fails_is_lost(empty: Path) -> None:
     with pytest.raises(AssertionError), faults.fault("kill"):
         raise AssertionError
     faults.save()
-    assert faults.table().splitlines()[2:] == ["| disk | 2 | 2 | 0 |", "| kill | 2 | 1 | 1 |", "| **all** | 4 | 3 | 1 |"]
+    assert faults.table().splitlines()[2:] == [
+        "| disk | 2 | 2 | 0 |",
+        "| kill | 2 | 1 | 1 |",
+        "| **all** | 4 | 3 | 1 |",
+    ]
 
 
 def test_the_page_shows_the_counts() -> None:
