@@ -117,10 +117,11 @@ def params_of(changes: dict[str, Any], seed: int) -> Any:
 def run(plan: Plan, seed: int) -> None:
     """Trains, evaluating before the first update and after each; writes one JSON file."""
     from pipeline.experience.calibrate import calibrate
+    from pipeline.experience.setting import set_stage
     from pipeline.io.history import Progress
     from pipeline.io.runtime import set_up
     from pipeline.reinforce.optim import make_optimizer
-    from pipeline.train import set_stage, train_step
+    from pipeline.train import train_step
 
     file = RUNS / f"{plan.name.replace(' ', '_').replace(',', '')}-{seed}.json"
     if file.exists():
@@ -158,7 +159,8 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     rollout = sample_batch(prompts, setting, policy, noise, recipe.top_k, recipe.top_p)
     _, rewards = reward_batch(prompts, rollout, setting)
     with half_precision(recipe, setting.device):
-        reference = score_rollout(setting.reference, rollout, params.train.micro_batch, recipe.temperature)
+        with setting.reference() as checkpoint:
+            reference = score_rollout(checkpoint, rollout, params.train.micro_batch, recipe.temperature)
         scores = score_whole(policy, rollout, params.train.micro_batch, recipe.temperature)
     mask, entropy = rollout.completion_mask, scores.entropy
     texts, tokens = (

@@ -18,6 +18,7 @@ import torch
 from benchmarks.detector import params_of
 from pipeline import train
 from pipeline.experience.calibrate import calibrate
+from pipeline.experience.setting import set_stage
 from pipeline.io.history import Progress
 from pipeline.io.runtime import set_up
 from pipeline.reinforce.optim import make_optimizer
@@ -28,7 +29,7 @@ SIZES = {"train.prompts_per_step": 128, "train.samples_per_prompt": 8, "train.st
 def main(steps: int) -> None:
     params = params_of({"recipe": "notebook"} | SIZES, seed=0)
     device = set_up("auto", params.train.threads)
-    setting, policy = train.set_stage(params, device)
+    setting, policy = set_stage(params, device)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
     run, real = Progress(), train.update_on
 

@@ -14,6 +14,8 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import material
-from pipeline.experience.batch import Setting
+from pipeline.experience.setting import Setting
 from pipeline.io.history import Progress
 from pipeline.io.runtime import set_up
 from pipeline.params import PARAMS_FILE, load, validate
@@ -151,11 +153,11 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     params = our_params(options, options.prompts)
     tokenizer, prompts = _texts()
-    policy, reference = saved_and_loaded(options.shape, device)
+    policy, reference = saved_and_loaded(options.shape, options.precision, device)
     measure = length_reward(TARGET_LENGTH)
     if options.reward == "embedding":
         measure = embedding_reward(TARGET, options.encoder, device, getattr(torch, options.encoder_precision))
-    setting = Setting(params, prompts, tokenizer, reference, measure, device)
+    setting = Setting(params, prompts, tokenizer, policy, partial(nullcontext, reference), measure, device)
     run, optimizer = Progress(), make_optimizer(policy.parameters(), params.selected("recipe"))
     warm = dataclasses.replace(setting, params=our_params(options, min(options.prompts, WARM_UP)))
     train.train_step(run, warm, policy, optimizer)
@@ -173,13 +175,17 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return result
 
 
-def saved_and_loaded(shape: str, device: torch.device) -> tuple[Any, Any]:
+def saved_and_loaded(shape: str, precision: str, device: torch.device) -> tuple[Any, Any]:
     """Policy and reference as the stage loads them."""
     from pipeline.policy.load import load_policy
+    from pipeline.policy.memory import round_frozen
 
     with tempfile.TemporaryDirectory() as folder:
         material.policy(shape).save_pretrained(folder)
-        return load_policy(Path(folder), device), load_policy(Path(folder), device)
+        policy, reference = load_policy(Path(folder), device), load_policy(Path(folder), device).requires_grad_(False)
+        if precision == "bfloat16":
+            round_frozen(reference)
+        return policy, reference
 
 
 def our_params(options: argparse.Namespace, prompts: int) -> Any:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError, run_stage
-from pipeline.policy.load import load_policy, load_tokenizer
+from pipeline.policy.load import holds_model, load_policy, load_tokenizer
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
 
@@ -32,7 +32,7 @@ def main() -> None:
     for prompt in arguments.prompts:
         if not prompt or any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that were no UTF-8
             raise UserError(f"the prompt {prompt[:40]!r} should be text in UTF-8, and not empty")
-    present = {name: folder for name, folder in FOLDERS.items() if (folder / "config.json").exists()}
+    present = {name: folder for name, folder in FOLDERS.items() if holds_model(folder)}
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
     for name, folder in present.items():

@@ -187,6 +187,9 @@ class Train(Table):
     device: Literal["auto", "cpu", "cuda"]
     on_nonfinite: Literal["stop", "skip"]
     on_collapse: Literal["continue", "stop"]
+    lora_rank: int = Field(ge=0, le=100_000, description="0 trains all weights")
+    lora_alpha: float = Field(gt=0, le=1e6, description="adapters count alpha / rank")
+    gradient_checkpointing: bool
 
     @model_validator(mode="after")
     def feasible(self) -> "Train":

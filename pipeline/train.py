@@ -27,7 +27,6 @@ from pipeline.diagnostics.metrics import (
 from pipeline.diagnostics.verdict import THRESHOLDS, TITLES, findings
 from pipeline.errors import UserError, run_stage
 from pipeline.experience.batch import (
-    Setting,
     reward_batch,
     rollout_metrics,
     sample_batch,
@@ -35,11 +34,11 @@ from pipeline.experience.batch import (
     score_batch,
 )
 from pipeline.experience.calibrate import calibrate
+from pipeline.experience.setting import CHECKPOINT, PROMPTS, Setting, catch_up, first_policy, in_one_piece, set_stage
 from pipeline.io import checkpoints, launch, provenance, tracking
 from pipeline.io.artifacts import (
     atomic_folder,
     folder_digests,
-    read_jsonl,
     sha256,
     to_json,
     write_csv,
@@ -52,8 +51,7 @@ from pipeline.io.signals import caught_signals
 from pipeline.io.stopwatch import Stopwatch, timing_row
 from pipeline.io.workspace import is_committed, root
 from pipeline.params import SELECTORS, Params, load
-from pipeline.policy.load import load_policy, load_tokenizer
-from pipeline.policy.rollout import check_context, completion_limits
+from pipeline.policy.weights import optimizer_state, put_optimizer_state, put_weights, trained_weights
 from pipeline.reinforce.advantages import (
     BASELINES,
     adapted_kl_coef,
@@ -65,9 +63,7 @@ from pipeline.reinforce.loss import BatchSize
 from pipeline.reinforce.optim import learning_rate, make_optimizer
 from pipeline.reinforce.processes import Processes
 from pipeline.reinforce.step import Batch, loss_mask, update_on
-from pipeline.rewards.build import build_reward
 
-PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
 POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
 IN_FOLDER = Path(".locks/train")
 
@@ -112,7 +108,12 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
     chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
     parts = {
-        "code": provenance.digest([provenance.code_digest("pipeline.train"), provenance.library_versions()]),
+        "code": provenance.digest(
+            [
+                provenance.code_digest("pipeline.train"),
+                provenance.library_versions(*["peft"] if params.train.lora_rank else []),
+            ]
+        ),
         "custom": provenance.digest(folder_digests(Path("custom"))),
         "prompts": sha256(PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
@@ -130,36 +131,22 @@ def train(
     setting, policy = set_stage(params, device, processes)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
     run = resume(folder, policy, optimizer)
+    catch_up(setting, policy)
     run.calibration = run.calibration or calibrate(setting)
-    if run.processes[-1:] != [processes.count]:
-        run.processes.append(processes.count)
+    if run.processes[-1:] != [processes.record]:
+        run.processes.append(processes.record)
     tracker: tracking.Live | tracking.Nowhere = tracking.Nowhere()
     if processes.writes:
         tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
     try:
         loop(run, setting, policy, optimizer, tracker, folder)
+        saved = in_one_piece(policy, processes)
         if processes.writes:
-            write_outputs(run, identity, setting, policy, folder)
+            write_outputs(run, identity, setting, saved, folder)
     except BaseException as error:
         tracker.close("KILLED" if isinstance(error, SystemExit) else "FAILED")
         raise
     tracker.close("FINISHED")
-
-
-def set_stage(params: Params, device: torch.device, processes: Processes) -> tuple[Setting, PreTrainedModel]:
-    """What `prepare` and `cache` left, and the policy to train. Raises UserError where a prompt is too long for it."""
-    policy = load_policy(CHECKPOINT / "policy", device)
-    setting = Setting(
-        params, [row["prompt"] for row in read_jsonl(PROMPTS)], load_tokenizer(CHECKPOINT / "policy"),
-        # never trained, but left trainable: autocast keeps only such weights rounded from one micro-batch to the next
-        load_policy(CHECKPOINT / "policy", device),
-        build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device, processes,
-    )  # fmt: skip
-    tokens = [len(setting.tokenizer(prompt)["input_ids"]) for prompt in setting.prompts]
-    check_context(
-        policy, tokens, completion_limits(tokens, params.train.max_tokens, params.selected("recipe").length_limit)
-    )
-    return setting, policy
 
 
 def loop(
@@ -191,10 +178,9 @@ def loop(
             bar.update()
             signal = processes.largest(signals[0] if signals else 0, setting.device)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
-                if processes.writes:
-                    onset = found[0].onset if found else steps
-                    judged = min(onset, run.step - THRESHOLDS.patience + 1)
-                    keep(folder, run, policy, optimizer, judged=judged, every=every)
+                onset = found[0].onset if found else steps
+                judged = min(onset, run.step - THRESHOLDS.patience + 1)
+                keep(folder, run, policy, optimizer, processes, judged=judged, every=every)
                 tracker.flush()
             if signal and run.step < steps:
                 if processes.writes:
@@ -216,7 +202,7 @@ def train_step(
     drawn = draw_prompts(params.seed, step, params.train.prompts_per_step, len(setting.prompts), recipe.draw)
     noise = uniforms(params.seed, step, "sample", len(drawn) * group, params.train.max_tokens)
     prompts = [setting.prompts[i] for i in drawn]
-    rollout = sample_batch(prompts, setting, policy, noise, recipe.top_k, recipe.top_p)
+    rollout = sample_batch(prompts, setting, setting.acting, noise, recipe.top_k, recipe.top_p)
     watch.lap("sample")
 
     completions, rewards = reward_batch(prompts, rollout, setting)
@@ -225,12 +211,13 @@ def train_step(
     mask, rescored = rollout.completion_mask, rescored_rows(params, step, setting.device)
     # the KL term needs all completions; without one, a share of the prompts tells how far the policy has gone
     measured_rows = rescored if recipe.kl == "none" else torch.arange(len(mask), device=setting.device)
-    ref_logprobs = score_batch(setting.reference, rollout.take(measured_rows), setting).logprobs
+    with setting.reference() as reference:
+        ref_logprobs = score_batch(reference, rollout.take(measured_rows), setting).logprobs
     penalised, kl_coef = rewards, recipe.kl_coef if run.kl_coef is None else run.kl_coef
     acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
     if recipe.kl == "reward_k1":
         penalised = with_kl_penalty(rewards, acting, ref_logprobs, mask, kl_coef)
-    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, policy, prompts, kl_coef))
+    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, prompts, kl_coef))
     advantage = advantages(penalised, baseline, recipe.advantage_norm)
     watch.lap("reference")
 
@@ -240,10 +227,13 @@ def train_step(
         rollout, advantage.flatten(), counted, None if recipe.kl == "none" else ref_logprobs, size, kl_coef
     )  # fmt: skip
     lr = learning_rate(step, params.train.steps, recipe)
-    gradient, updated = update_on(batch, policy, optimizer, recipe, lr, micro_batch, group, setting.processes)
+    gradient, updated = update_on(
+        batch, policy, optimizer, recipe, lr, micro_batch, group, setting.processes, params.train.gradient_checkpointing
+    )
+    catch_up(setting, policy)
     watch.lap("update")
 
-    after = score_batch(policy, rollout.take(rescored), setting).logprobs
+    after = score_batch(setting.acting, rollout.take(rescored), setting).logprobs
     watch.lap("rescore")
 
     measured = {
@@ -268,9 +258,7 @@ def train_step(
     run.timings.append(timing_row(watch.seconds, rewards.numel(), setting.device))
 
 
-def outside_baseline(
-    run: Progress, setting: Setting, policy: PreTrainedModel, prompts: list[str], kl_coef: float
-) -> Tensor | None:
+def outside_baseline(run: Progress, setting: Setting, prompts: list[str], kl_coef: float) -> Tensor | None:
     """What the recipe's baseline needs to know beyond the batch's own rewards; prompts [B]."""
     recipe = setting.params.selected("recipe")
     if recipe.baseline == "running" and run.running_mean is not None:
@@ -278,10 +266,11 @@ def outside_baseline(
     if recipe.baseline != "greedy":
         return None
     noise = torch.zeros(len(prompts), setting.params.train.max_tokens, dtype=torch.float64)
-    rollout = sample_batch(prompts, setting, policy, noise, top_k=1, top_p=1.0)
+    rollout = sample_batch(prompts, setting, setting.acting, noise, top_k=1, top_p=1.0)
     rewards = reward_batch(prompts, rollout, setting)[1]  # [B, 1]
     if recipe.kl == "reward_k1":  # what the samples are judged by; the penalty would else stay in every advantage
-        ref_logprobs = score_batch(setting.reference, rollout, setting).logprobs
+        with setting.reference() as reference:
+            ref_logprobs = score_batch(reference, rollout, setting).logprobs
         mask = rollout.completion_mask
         rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, kl_coef)
     return rewards.squeeze(1)
@@ -299,17 +288,21 @@ def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimiz
     state = checkpoints.load(folder)
     if state is None:
         return Progress()
-    policy.load_state_dict(state["policy"])
-    optimizer.load_state_dict(state["optimizer"])
+    put_weights(policy, state["policy"])
+    put_optimizer_state(optimizer, state["optimizer"])
     return Progress(**state["run"])
 
 
 def keep(
-    folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, judged: int, every: int
+    folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: Processes,
+    judged: int, every: int,
 ) -> None:  # fmt: skip
-    """Saves the resume state, and the timings beside it for `track`. The policies after fewer than `judged` updates are
+    """Saves the resume state, and the timings beside it for `track`; one process of several does. The policies after fewer than `judged` updates are
     known to be healthy: the last of them is kept too."""
-    state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "run": dataclasses.asdict(run)}
+    weights = {"policy": trained_weights(policy), "optimizer": optimizer_state(optimizer)}
+    if not processes.writes:
+        return
+    state = {**weights, "run": dataclasses.asdict(run)}
     checkpoints.save(folder, run.step, state, judged, every)
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
@@ -319,12 +312,12 @@ def load_healthy(policy: PreTrainedModel, setting: Setting, folder: Path, onset:
     state is damaged, after which the same command trains anew."""
     path = checkpoints.healthy(folder, onset, setting.params.train.checkpoint_every)
     if path is None:
-        policy.load_state_dict(setting.reference.state_dict())
+        put_weights(policy, trained_weights(first_policy(setting.params, setting.device)))
         return 0
     if (state := checkpoints.read(path)) is None:
         checkpoints.forget(folder)
         raise UserError(f"{path} is damaged, the policy before the collapse; the same command trains anew, from zero")
-    policy.load_state_dict(state["policy"])
+    put_weights(policy, state["policy"])
     return len(state["run"]["rows"])
 
 

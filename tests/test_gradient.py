@@ -15,6 +15,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.params import Recipe
 from pipeline.policy.sampling import Rollout
+from pipeline.policy.sharding import shard, whole
 from pipeline.reinforce.advantages import with_kl_penalty
 from pipeline.reinforce.loss import BatchSize, kl_loss_k2, policy_loss, token_weights
 from pipeline.reinforce.processes import Processes
@@ -242,16 +243,22 @@ ORDER = list(range(6))
 
 
 def one_process(rank: int, count: int, micro_batch: int, port: int, results: str) -> None:
-    """The gradient of its share, summed over the processes; and what all of them then know of the batch."""
+    """The gradient of its share, summed over the processes; and what all of them then know of the batch. Of a policy that
+    each process holds, and of one that is spread over them."""
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     torch.set_num_threads(1)
     found = {}
-    for (name, changes), dtype in itertools.product(RECIPES.items(), (torch.float64, torch.float32)):
+    for (name, changes), dtype, sharded in itertools.product(
+        RECIPES.items(), (torch.float64, torch.float32), (False, True)
+    ):
         chosen, model = recipe("stable", **changes), tiny_neox(dtype=dtype)
-        whole = batch_of(chosen, dtype)
-        told = accumulate_gradient(model, whole, chosen, micro_batch, GROUP, Processes(rank, count))
-        found[f"{name} {dtype}"] = (
-            gradient(model),
+        if sharded:
+            shard(model, count)
+        processes = Processes(rank, count, sharded)
+        told = accumulate_gradient(model, batch_of(chosen, dtype), chosen, micro_batch, GROUP, processes, sharded)
+        summed = whole({str(i): p.grad for i, p in enumerate(model.parameters())})
+        found[f"{name} {dtype} {sharded}"] = (
+            torch.cat([part.flatten() for part in summed.values()]),
             told.logprobs,
             torch.tensor([told.loss, told.snr, told.clip_share]),
         )
@@ -268,7 +275,8 @@ def batch_of(chosen: Recipe, dtype: torch.dtype) -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "micro_batch"), [(2, GROUP), (3, 2 * GROUP)])  # shares of 2 and 1 prompts; of 1 each
+# shares of 2 and 1 prompts, so of more and fewer micro-batches; of 1 each
+@pytest.mark.parametrize(("count", "micro_batch"), [(2, GROUP), (3, 2 * GROUP)])
 def test_the_gradient_does_not_move_with_the_number_of_processes(tmp_path: Path, count: int, micro_batch: int) -> None:
     """Nor what the row of the step says of it; but for the ratio of signal to noise where the micro-batches differ."""
     with socket.socket() as free:
@@ -281,11 +289,12 @@ def test_the_gradient_does_not_move_with_the_number_of_processes(tmp_path: Path,
         chosen, model = recipe("stable", **changes), tiny_neox(dtype=dtype)
         alone = accumulate_gradient(model, batch_of(chosen, dtype), chosen, micro_batch, GROUP)
         truth = loss_and_gradient(chosen, ORDER, 6, dtype)[1]
-        for part in parts:
-            summed, logprobs, told = part[f"{name} {dtype}"]
+        for part, sharded in itertools.product(parts, (False, True)):
+            summed, logprobs, told = part[f"{name} {dtype} {sharded}"]
             assert difference(summed, truth) < tolerance, name
             assert difference(logprobs, alone.logprobs) < tolerance, name
-            expected = torch.tensor([alone.loss, alone.snr if micro_batch == GROUP else told[1], alone.clip_share])
+            snr = math.nan if sharded else alone.snr if micro_batch == GROUP else told[1]
+            expected = torch.tensor([alone.loss, snr, alone.clip_share])
             torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-6, equal_nan=True, msg=name)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.policy.load import half_copy
+from pipeline.policy.memory import half_copy
 from pipeline.policy.packing import ROW_TOKENS, pack
 from pipeline.policy.sampling import pad_prompts, sample
 from pipeline.policy.scoring import score

@@ -1,40 +1,21 @@
 """One batch: B prompts, G samples of each, N = B * G completions of up to T tokens, their rewards and statistics."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pipeline.diagnostics.text import text_statistics
+from pipeline.experience.setting import Setting
 from pipeline.io.artifacts import finite_or_none
-from pipeline.params import Params, Recipe
-from pipeline.policy.load import half_copy
+from pipeline.params import Recipe
+from pipeline.policy.memory import half_copy
 from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import Scores, score_whole
-from pipeline.reinforce.processes import ALONE, Processes
-from pipeline.rewards.build import Reward
 
 PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What stays the same through a run."""
-
-    params: Params
-    prompts: list[str]
-    tokenizer: PreTrainedTokenizerBase
-    reference: PreTrainedModel  # the untouched checkpoint
-    reward: Reward
-    device: torch.device
-    processes: Processes = ALONE
-
-    @property
-    def eos(self) -> int:
-        return self.tokenizer.eos_token_id
 
 
 def sample_batch(

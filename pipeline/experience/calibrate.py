@@ -4,7 +4,8 @@ import torch
 
 from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS
 from pipeline.diagnostics.metrics import policy_metrics, reward_metrics
-from pipeline.experience.batch import Setting, reward_batch, rollout_metrics, sample_batch, score_batch
+from pipeline.experience.batch import reward_batch, rollout_metrics, sample_batch, score_batch
+from pipeline.experience.setting import Setting
 from pipeline.io.runtime import draw_prompts, uniforms
 
 
@@ -22,10 +23,11 @@ def calibration_batch(batch: int, setting: Setting) -> dict[str, float]:
     )  # fmt: skip
     prompts = [setting.prompts[i] for i in drawn]
     noise = uniforms(params.seed, batch, "calibration", len(prompts) * sizes.samples_per_prompt, sizes.max_tokens)
-    rollout = sample_batch(prompts, setting, setting.reference, noise, recipe.top_k, recipe.top_p)
+    with setting.reference() as reference:
+        rollout = sample_batch(prompts, setting, reference, noise, recipe.top_k, recipe.top_p)
+        scores = score_batch(reference, rollout, setting)
     _, rewards = reward_batch(prompts, rollout, setting)
     nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt
-    scores = score_batch(setting.reference, rollout, setting)
     mask = rollout.completion_mask
     # the checkpoint scores as many completions as in a step of training: fewer stray farther
     scored = len(mask) if recipe.kl != "none" else sizes.rescored_prompts * sizes.samples_per_prompt

@@ -24,7 +24,9 @@ class Progress:
     calibration: list[dict[str, float]] = dataclasses.field(default_factory=list)  # calibration.csv
     stopped: bool = False  # before its last step, at a non-finite number or a collapse
     running_mean: float | None = None  # of the rewards of the steps so far: `baseline: running`
-    processes: list[int] = dataclasses.field(default_factory=list)  # how many computed it: once more after each change
+    processes: list[int | str] = dataclasses.field(
+        default_factory=list
+    )  # how many computed it: once more after each change
     kl_coef: float | None = None  # where it adapts to a target; None = still the recipe's
 
     @property

@@ -44,7 +44,8 @@ def join(device: torch.device, prompts: int) -> Processes:
     if prompts < (count := int(os.environ["WORLD_SIZE"])):
         raise UserError(f"train.prompts_per_step = {prompts}: at least one for each of the {count} processes is needed")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(dist.get_rank(), dist.get_world_size())
+    # set by `accelerate launch` where its configuration says distributed_type: FSDP
+    return Processes(dist.get_rank(), dist.get_world_size(), os.environ.get("ACCELERATE_USE_FSDP") == "true")
 
 
 def leave(processes: Processes) -> None:

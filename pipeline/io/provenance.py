@@ -57,9 +57,9 @@ def code_digest(module: str) -> str:
     return digest({name: _source(name).read_text(encoding="utf-8") for name in local_modules(module)})  # type: ignore[union-attr]
 
 
-def library_versions() -> dict[str, str]:
+def library_versions(*more: str) -> dict[str, str]:
     """Versions of what computes the result. Without the build's local part (+cpu): that is the machine's."""
-    return {name: version.partition("+")[0] for name in LIBRARIES if (version := _version(name))}
+    return {name: version.partition("+")[0] for name in (*LIBRARIES, *more) if (version := _version(name))}
 
 
 def _version(name: str) -> str | None:

@@ -1,22 +1,28 @@
 """A causal LM and its tokenizer from a folder that `cache` or `train` wrote."""
 
-from collections.abc import Callable
+import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from pipeline.errors import UserError
+from pipeline.policy.adapters import FOLDER_HAS, load_lora
 
 
 def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The model in float32 and without dropout: Pythia's files are float16, too coarse for small updates.
+    """The model in float32 and without dropout: Pythia's files are float16, too coarse for small updates. A folder with an
+    adapter gives the checkpoint that the adapter names, with it.
 
     On a CPU with attention written out, which is several times faster for short sequences in bfloat16 than the fused kernel.
     """
     logging.disable_progress_bar()
+    if (folder / FOLDER_HAS).exists():
+        named = json.loads((folder / FOLDER_HAS).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        policy = load_policy(Path(named), device)
+        load_lora(policy, folder)
+        return policy
     _must_exist(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
@@ -37,13 +43,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether there is a model or an adapter."""
+    return any((folder / name).exists() for name in ("config.json", FOLDER_HAS))
+
+
 def _must_exist(folder: Path) -> None:
-    if not (folder / "config.json").exists():
+    if not holds_model(folder):
         raise UserError(f"{folder}: no model there; run `dvc repro` (or the stage that makes it) first")
-
-
-def half_copy(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model with its weights rounded to bfloat16, to be called like it; for sampling, where autocast would round
-    all of them again at every token."""
-    weights = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
-    return lambda **inputs: torch.func.functional_call(model, weights, kwargs=inputs)

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from pipeline.params import Recipe
+from pipeline.policy.sharding import local
+from pipeline.reinforce.processes import ALONE, Processes
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba, arXiv 1412.6980) without weight decay, or plain SGD."""
+    """Adam (Kingma & Ba, arXiv 1412.6980) without weight decay, or plain SGD, of what is trained."""
+    parameters = [p for p in parameters if p.requires_grad]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=recipe.lr)
     # fused: one pass over the weights, ten times faster on a CPU, and one code path whatever torch would choose by itself
@@ -34,28 +37,32 @@ class Update:
     """What one step of the optimizer did."""
 
     grad_norm: float  # L2, before clipping
-    relative: float  # |change of the weights| / |weights|, L2 over all of them
+    relative: float  # |change of the weights| / |weights|, L2 over all that are trained
     withheld: bool  # since loss or gradient were not finite
 
 
 def update(
-    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float
-) -> Update:
+    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float,
+    processes: Processes = ALONE,
+) -> Update:  # fmt: skip
     """Clips the gradient to `max_grad_norm` (0 = off) and steps. A non-finite loss or gradient is not applied."""
-    parameters = list(policy.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    norm = torch.nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
+    if processes.sharded:
+        norm = torch.tensor(processes.total(norm.double().item() ** 2, norm.device) ** 0.5, device=norm.device)
     if not (math.isfinite(loss) and torch.isfinite(norm)):
         return Update(norm.item(), 0.0, True)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = [p.detach().clone() for p in parameters]
-    size = square_norm(before)
+    before = [local(p.detach()).clone() for p in parameters]
+    size = processes.of_parts(square_norm(before), norm.device)
     optimizer.step()
     for was, p in zip(before, parameters, strict=True):
-        was.sub_(p.detach())
-    return Update(norm.item(), (square_norm(before) / size) ** 0.5, False)
+        was.sub_(local(p.detach()))
+    change = processes.of_parts(square_norm(before), norm.device)
+    return Update(norm.item(), (change / size) ** 0.5, False)
 
 
 def square_norm(tensors: Iterable[Tensor | None]) -> float:

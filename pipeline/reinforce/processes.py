@@ -18,11 +18,17 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False  # the policy is spread over them, not held by each
 
     @property
     def writes(self) -> bool:
         """One of them writes files and talks to the tracker."""
         return self.rank == 0
+
+    @property
+    def record(self) -> int | str:
+        """How a run was computed, for its record."""
+        return f"{self.count} sharded" if self.sharded else self.count
 
     def part(self, items: int) -> slice:
         """This process's share of `items`, a run of them; shares differ by one at most."""
@@ -55,8 +61,8 @@ class Processes:
         return received
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sums each parameter's gradient over the processes, in place."""
-        for parameter in parameters if self.count > 1 else ():
+        """Sums each parameter's gradient over the processes, in place. Of a spread policy it is summed already."""
+        for parameter in parameters if self.count > 1 and not self.sharded else ():
             if parameter.requires_grad:
                 if parameter.grad is None:  # a share without tokens in the loss
                     parameter.grad = torch.zeros_like(parameter)
@@ -69,6 +75,10 @@ class Processes:
 
     def largest(self, value: int, device: torch.device) -> int:
         return int(self.gather(torch.tensor([value], device=device)).max())
+
+    def of_parts(self, value: float, device: torch.device) -> float:
+        """A sum over all weights from one over this process's part of them."""
+        return self.total(value, device) if self.sharded else value
 
     def total(self, value: float, device: torch.device) -> float:
         """The sum of a number over the processes."""

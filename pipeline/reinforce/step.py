@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.params import Recipe
+from pipeline.policy.memory import recomputing
 from pipeline.policy.sampling import Rollout
 from pipeline.policy.scoring import Scores, score
 from pipeline.reinforce.importance import importance_weights
@@ -58,25 +59,32 @@ def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
 
 def accumulate_gradient(
     policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1,
-    processes: Processes = ALONE,
+    processes: Processes = ALONE, recompute: bool = False,
 ) -> Gradient:  # fmt: skip
     """Adds the gradient of the recipe's loss on this batch to the policy's `.grad` (empty, for the ratio to be right).
 
     Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
-    gradients of the processes, each of whole groups of the batch, add up to it. `group`: the samples of a prompt.
+    gradients of the processes, each of whole groups of the batch, add up to it. `group`: the samples of a prompt;
+    `recompute`: the layers' inner values in the backward pass.
     """
-    rollout, total, clipped, parts = batch.rollout, 0.0, 0, []
+    rollout, total, clipped = batch.rollout, 0.0, 0
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     weights = token_weights(batch.counted, recipe.aggregation, batch.size)
     lengths = torch.maximum(batch.counted.sum(1), rollout.lengths)
     # the ratio needs the gradient of each micro-batch by itself, which takes time: only where it can tell something
-    apart = len(weights) > micro_batch and micro_batch % group == 0
+    apart = len(weights) > micro_batch and micro_batch % group == 0 and not processes.sharded
     mine = processes.rows(len(weights), group)
     separately: AbstractContextManager[list[Tensor | float]] = _gradients_apart(policy) if apart else nullcontext([])
     device = weights.device
-    # one context for all micro-batches: it rounds the weights once and keeps them
-    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    with separately as squares, half:
-        for start in range(mine.start, mine.stop, micro_batch):
+    # one context for all micro-batches: it rounds the weights once and keeps them, if they stay where they are
+    half = torch.autocast(
+        device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=not processes.sharded
+    )
+    starts = list(range(mine.start, mine.stop, micro_batch))
+    # a spread policy is put together by all processes at once: who has fewer micro-batches computes one in vain
+    idle = processes.largest(len(starts), device) - len(starts) if processes.sharded else 0
+    with separately as squares, half, recomputing(policy, recompute):
+        for start in starts + [mine.start] * idle:
             rows = slice(start, min(start + micro_batch, mine.stop))
             squares.append(0.0)
             scores = score(
@@ -86,7 +94,9 @@ def accumulate_gradient(
             )  # fmt: skip
             with torch.autocast(device.type, enabled=False):
                 loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
-                loss.backward()
+                (loss * 0 if len(parts) == len(starts) else loss).backward()
+            if len(parts) == len(starts):
+                continue
             total += loss.item()
             clipped += cut
             parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
@@ -161,15 +171,15 @@ def _gradients_apart(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
 
 def update_on(
     batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
-    micro_batch: int, group: int, processes: Processes = ALONE,
+    micro_batch: int, group: int, processes: Processes = ALONE, recompute: bool = False,
 ) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
     """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
     gradients: list[Gradient] = []
     updates: list[Update] = []
     while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
         optimizer.zero_grad()
-        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group, processes))
-        updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss))
+        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group, processes, recompute))
+        updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss, processes))
         batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
     return gradients[0], {
         "grad_norm": updates[0].grad_norm, "relative_update": updates[0].relative,

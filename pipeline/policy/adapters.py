@@ -1,0 +1,68 @@
+"""LoRA: small trained matrices beside the frozen weights of a policy, through peft (Hu et al., arXiv 2106.09685)."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import UserError
+
+FOLDER_HAS = "adapter_config.json"  # beside the adapter's weights; names the checkpoint that they belong to
+
+
+def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.Generator) -> None:
+    """W x becomes W x + (alpha / rank) B A x in every linear layer but the head, in place; only A and B are trained.
+
+    A [rank, in] is drawn from `generator` as peft does, uniform in +- 1 / sqrt(in); B [out, rank] is zero, so the policy
+    starts as it was. Raises UserError where peft is missing, or the model has no linear layer.
+    """
+    peft = _peft()
+    head = policy.get_output_embeddings()
+    linear = {
+        name: m for name, m in policy.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
+    }  # fmt: skip
+    if not linear:
+        raise UserError(f"train.lora_rank = {rank}: {type(policy).__name__} has no linear layers; 0 trains all weights")
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    transposed = any(isinstance(module, Conv1D) for module in linear.values())
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed, task_type="CAUSAL_LM"
+    )  # fmt: skip
+    policy.add_adapter(config)
+    policy.peft_config["default"].target_modules = names  # type: ignore[attr-defined]  # peft makes a set of them, and would save it in any order
+    for name, parameter in policy.named_parameters():
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+    policy.eval()
+
+
+def load_lora(policy: PreTrainedModel, folder: Any) -> None:
+    """Adds the adapter in this folder, in place. Raises UserError where peft is missing."""
+    _peft()
+    policy.load_adapter(str(folder))
+    policy.eval()
+
+
+@contextmanager
+def without_lora(policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside, the policy is the checkpoint that its adapters stand beside."""
+    policy.disable_adapters()
+    try:
+        yield policy
+    finally:
+        policy.enable_adapters()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            "train.lora_rank needs peft, which is not installed: `pip install peft`, or set it to 0"
+        ) from None
+    return peft

@@ -1,0 +1,43 @@
+"""What makes a policy smaller in memory, and changes no number that training computes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def half_copy(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model with its weights rounded to bfloat16, to be called like it; for sampling, where autocast would round
+    all of them again at every token. What is bfloat16 already is not copied."""
+    weights = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
+    return lambda **inputs: torch.func.functional_call(model, weights, kwargs=inputs)
+
+
+def round_frozen(model: PreTrainedModel) -> None:
+    """Rounds the linear layers that are not trained to bfloat16, in place. Autocast would round them at every use, to the
+    same numbers. The embedding stays, and a head that shares its weights."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad and module.weight is not embedding:
+            module.to(torch.bfloat16)
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel, layers: bool) -> Iterator[None]:
+    """Inside, if asked, each layer keeps its input only, and the backward pass computes the rest of it again (gradient
+    checkpointing; Chen et al., arXiv 1604.06174). Only inside: a layer in this mode takes no cache to sample with."""
+    chosen = [module for module in model.modules() if layers and isinstance(module, GradientCheckpointingLayer)]
+    for layer in chosen:
+        layer.gradient_checkpointing = layer.training = True  # training: of itself, not of its parts, so no dropout
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer._gradient_checkpointing_func = again  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            layer.gradient_checkpointing = layer.training = False

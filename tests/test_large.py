@@ -1,0 +1,281 @@
+"""What large policies need: adapters, layers computed again, frozen weights in bfloat16, weights spread over processes."""
+
+import json
+import math
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from pipeline.policy.adapters import add_lora, without_lora
+from pipeline.policy.load import load_policy
+from pipeline.policy.memory import recomputing, round_frozen
+from pipeline.policy.sampling import pad_prompts, sample
+from pipeline.policy.scoring import score
+from pipeline.policy.weights import put_weights, trained_weights
+from pipeline.reinforce.loss import BatchSize
+from pipeline.reinforce.step import Batch, accumulate_gradient
+from tests.conftest import Project
+from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
+from tests.test_processes import configured, interrupted, recorded, sampled
+from tests.test_train import checkpoint, contents, forget, history, ready, states, succeed
+
+__all__ = ["checkpoint", "ready"]  # fixtures
+
+PROMPTS, LENGTHS = token_lists([3, 3, 2, 2], 7), torch.tensor([5, 2, 4, 1])
+
+
+def batch(dtype: torch.dtype = torch.float64) -> Batch:
+    completions = torch.tensor([row + [EOS] * (5 - len(row)) for row in token_lists(LENGTHS.tolist(), 7, seed=1)])
+    rollout = rollout_of(PROMPTS, completions, LENGTHS)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=dtype)
+    counted = rollout.completion_mask
+    return Batch(rollout, advantages, counted, None, BatchSize(4, int(counted.sum()), 5))
+
+
+def seeded(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def moved(policy: PreTrainedModel) -> PreTrainedModel:
+    """With adapters that do something."""
+    draw = seeded(3)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype) / 4)
+    return policy
+
+
+def scored(policy: PreTrainedModel) -> Tensor:
+    rollout = batch().rollout
+    with torch.no_grad():
+        return score(policy, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, lengths=LENGTHS).logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("lora", [False, True])
+def test_layers_computed_again_give_the_same_gradient(dtype: torch.dtype, lora: bool) -> None:
+    for precision in ("float32", "bfloat16"):
+        found = []
+        for again in (False, True):
+            policy = tiny_neox(dtype=dtype)
+            if lora:
+                add_lora(policy, 2, 4, seeded())
+                moved(policy)
+            chosen = recipe("stable", kl="none", precision=precision)
+            accumulate_gradient(policy, batch(dtype), chosen, 2, 2, recompute=again)
+            found.append(gradient(policy))
+        assert found[0].norm() > 0
+        assert torch.equal(*found), precision
+
+
+def test_layers_computed_again_keep_less_and_sample_as_before() -> None:
+    kept, policy = {}, tiny_neox(hidden=64)
+    for again in (False, True):
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with recomputing(policy, again), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            rollout = batch().rollout
+            score(policy, rollout.prompt_ids, rollout.prompt_mask, rollout.completions).logprobs.sum().backward()
+        kept[again] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+    arguments = pad_prompts([[1, 2], [3]], EOS, torch.device("cpu")), torch.full((2,), 4), uniform(4, 4)
+    before = sample(tiny_neox(hidden=64), *arguments[0], *arguments[1:], EOS)
+    after = sample(policy, *arguments[0], *arguments[1:], EOS)
+    assert torch.equal(before.completions, after.completions)
+    assert torch.equal(before.logprobs, after.logprobs)
+
+
+def tied() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=7, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_neox(dtype=torch.float32), tied], ids=["neox", "tied"])
+def test_rounded_weights_score_as_autocast_does(make: object) -> None:
+    policy = make()  # type: ignore[operator]
+    with torch.autocast("cpu", torch.bfloat16):
+        truth = scored(policy)
+        round_frozen(policy)
+        assert torch.equal(scored(policy), truth), "all is trained: nothing was rounded"
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        policy.requires_grad_(False)
+        round_frozen(policy)
+        assert torch.equal(scored(policy), truth)
+    assert policy.get_input_embeddings().weight.dtype == torch.float32
+    assert {m.weight.dtype for m in policy.get_submodule(policy.base_model_prefix).modules() if isinstance(m, nn.Linear)} == {
+        torch.bfloat16
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tiny_neox, tiny_gpt2])
+def test_an_adapted_policy_is_the_one_with_the_products_added(make: object) -> None:
+    rank, alpha, plain, policy = 3, 12.0, make(), make()  # type: ignore[operator]
+    add_lora(policy, rank, alpha, seeded())
+    assert torch.equal(scored(policy), scored(plain)), "B is zero"
+    moved(policy)
+    weights = dict(policy.named_parameters())
+    adapted = 0
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            place = name.removesuffix(".weight")
+            if f"{place}.lora_A.default.weight" in weights:
+                product = weights[f"{place}.lora_B.default.weight"] @ weights[f"{place}.lora_A.default.weight"]
+                parameter += alpha / rank * (product.T if make is tiny_gpt2 else product)  # whose layers are transposed
+                adapted += 1
+    assert adapted == 8, "four layers in each of the two blocks, and not the head"
+    torch.testing.assert_close(scored(policy), scored(plain), rtol=0, atol=1e-6 if make is tiny_gpt2 else 1e-10)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    assert len(trained) == 2 * adapted
+    with without_lora(policy) as checkpoint:
+        assert torch.equal(scored(checkpoint), scored(make()))  # type: ignore[operator]
+    assert not torch.equal(scored(policy), scored(make()))  # type: ignore[operator]
+
+
+def test_adapters_come_from_the_generator() -> None:
+    drawn = []
+    for number in (0, 0, 1):
+        policy = tiny_neox()
+        torch.manual_seed(torch.initial_seed() + 1)  # of no consequence
+        add_lora(policy, 2, 4, seeded(number))
+        drawn.append(trained_weights(policy))
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    first = next(name for name in drawn[0] if ".lora_A." in name)
+    assert not torch.equal(drawn[0][first], drawn[2][first])
+    assert drawn[0][first].abs().max() <= 1 / math.sqrt(drawn[0][first].shape[1])
+
+
+def test_weights_of_another_policy_are_refused() -> None:
+    policy = tiny_neox()
+    weights = trained_weights(policy)
+    put_weights(policy, weights)
+    weights.pop(next(iter(weights)))
+    with pytest.raises(ValueError, match="of another policy"):
+        put_weights(policy, weights)
+
+
+# The stage
+
+
+@pytest.fixture
+def adapted(ready: Project) -> Project:
+    ready.edit(train__lora_rank=2, train__lora_alpha=8, train__steps=4, recipes__stable__lr=0.05)
+    return ready
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_the_stage_trains_adapters_that_peft_loads_and_goes_on_after_a_kill(
+    adapted: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeed(adapted, PYTHONHASHSEED="1")
+    rows, outputs = history(adapted), contents(adapted)
+    assert {"data/policy/adapter_model.safetensors", "data/policy/adapter_config.json"} <= set(outputs)
+    assert "data/policy/model.safetensors" not in outputs
+    assert rows[0]["ref_kl_k1"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["ref_kl_k3"] > 0, "the policy has left the checkpoint"
+    forget(adapted)
+    said = interrupted(adapted, {"PYTHONHASHSEED": "2"}, signal.SIGKILL)
+    assert "Traceback" not in said
+    assert states(adapted)
+    succeed(adapted, PYTHONHASHSEED="3")
+    assert contents(adapted) == outputs
+
+    monkeypatch.chdir(adapted.root)
+    ours = load_policy(Path("data/policy"), torch.device("cpu"))
+    base = AutoModelForCausalLM.from_pretrained(
+        "data/checkpoint/policy", dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = PeftModel.from_pretrained(base, "data/policy")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+        with without_lora(ours) as checkpoint:
+            untouched = checkpoint(ids).logits
+        assert not torch.allclose(ours(ids).logits, untouched)
+    done = adapted.run("evaluate")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((adapted.root / "reports/evaluate/metrics.json").read_text())
+    assert metrics["ref_logprob_per_token"]["policy"] != metrics["ref_logprob_per_token"]["checkpoint"]
+    assert "policy: Hello" in adapted.run("generate", "Hello", "--max-tokens", "9").stdout
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_byte_of_the_policy(ready: Project) -> None:
+    ready.edit(train__steps=3)
+    succeed(ready)
+    plain = contents(ready)
+    forget(ready)
+    ready.edit(train__gradient_checkpointing=True)
+    succeed(ready)
+    again = contents(ready)
+    for name in ("data/policy/model.safetensors", "reports/train/history.csv"):
+        assert again[name] == plain[name]
+
+
+def spread(project: Project, count: int) -> dict[str, str]:
+    """The environment that has accelerate spread the policy over so many processes."""
+    environment = configured(project, count)
+    config = project.root / "processes.yaml"
+    lines = config.read_text().replace("MULTI_GPU", "FSDP") + "fsdp_config:\n  fsdp_version: 2\n"
+    config.write_text(lines)
+    return environment
+
+
+@pytest.fixture
+def exact(ready: Project) -> Iterator[Project]:
+    ready.edit(recipes__stable__precision="float32", train__prompts_per_step=4, train__steps=4)
+    return ready
+
+
+@pytest.mark.slow
+def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Project) -> None:
+    succeed(exact)
+    alone, run, samples = history(exact), recorded(exact), sampled(exact)
+    weights = load_policy(exact.root / "data/policy", torch.device("cpu")).state_dict()
+    forget(exact)
+    two = spread(exact, 2)
+    succeed(exact, **two)
+    outputs = contents(exact)
+    assert recorded(exact) == {**run, "processes": ["2 sharded"]}
+    assert [json.loads(x)["tokens"] for x in sampled(exact).splitlines()] == [
+        json.loads(x)["tokens"] for x in samples.splitlines()
+    ]
+    for row, truth in zip(history(exact), alone, strict=True):
+        for name in set(truth) - {"grad_snr"}:  # not told of a spread policy
+            assert row[name] == pytest.approx(truth[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+        assert math.isnan(row["grad_snr"])
+    found = load_policy(exact.root / "data/policy", torch.device("cpu")).state_dict()
+    assert max(difference(found[name], weights[name]) for name in weights) < 1e-4
+
+    forget(exact)
+    interrupted(exact, two, signal.SIGTERM)
+    succeed(exact, **two)
+    assert contents(exact) == outputs
+
+    forget(exact)
+    interrupted(exact, two, signal.SIGKILL)
+    succeed(exact)  # in one piece
+    assert recorded(exact)["processes"] == ["2 sharded", 1]
+    assert [row["step"] for row in history(exact)] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_adapters_are_not_spread(adapted: Project) -> None:
+    done = adapted.run("train", **spread(adapted, 2))
+    assert done.returncode != 0
+    assert "error: train.lora_rank: adapters need no spreading" in done.stderr
