@@ -24,8 +24,16 @@ from transformers import (
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 SHAPES = {  # hidden, layers, heads: of Pythia (Biderman et al., arXiv 2304.01373, table 1)
+    "pythia-14m": (128, 6, 4),
+    "pythia-31m": (256, 6, 8),
     "pythia-70m": (512, 6, 8),
+    "pythia-160m": (768, 12, 12),
+    "pythia-410m": (1024, 24, 16),
+    "pythia-1b": (2048, 16, 8),
+    "pythia-1_4b": (2048, 24, 16),
     "pythia-2_8b": (2560, 32, 32),
+    "pythia-6_9b": (4096, 32, 32),
+    "pythia-12b": (5120, 36, 40),
 }
 VOCABULARY = 50304
 

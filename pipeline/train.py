@@ -312,7 +312,7 @@ def load_healthy(policy: PreTrainedModel, setting: Setting, folder: Path, onset:
     state is damaged, after which the same command trains anew."""
     path = checkpoints.healthy(folder, onset, setting.params.train.checkpoint_every)
     if path is None:
-        put_weights(policy, trained_weights(first_policy(setting.params, setting.device)))
+        put_weights(policy, trained_weights(first_policy(setting.params, setting.device, policy.device)))
         return 0
     if (state := checkpoints.read(path)) is None:
         checkpoints.forget(folder)

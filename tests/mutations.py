@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics", "verdict", "runtime",
-    "rewards",
+    "rewards", "large",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -181,6 +181,28 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("processes.gather(squared).tolist(), processes.gather(sizes).tolist()", "squared.tolist(), sizes.tolist()"),
         ("min(start + micro_batch, mine.stop)", "start + micro_batch"),
         ("processes.gather(torch.cat(tensors))", "torch.cat(tensors)"),
+    ]),
+    "policy/adapters.py": ("large", [
+        ("m is not head", "True"),
+        ("lora_alpha=alpha", "lora_alpha=rank"),
+        ("fan_in_fan_out=transposed", "fan_in_fan_out=not transposed"),
+        ("generator=generator", "generator=None"),
+        ("policy.disable_adapters()", "pass"),
+        ("policy.enable_adapters()", "pass"),
+    ]),
+    "policy/memory.py": ("large", [
+        (" and module.weight is not embedding", ""),
+        (" and not module.weight.requires_grad", ""),
+        ("layer.gradient_checkpointing = layer.training = False", "pass"),
+        ("layer.gradient_checkpointing = layer.training = True", "pass"),
+    ]),
+    "policy/sharding.py": ("gradient", [
+        ("module.set_gradient_divide_factor(1.0)", "pass"),
+        ("tree.full_tensor().cpu()", "tree.to_local()"),
+    ]),
+    "policy/weights.py": ("large", [
+        ("if p.requires_grad}\n    if", "}\n    if"),
+        ("if trained.keys() != weights.keys():", "if False:"),
     ]),
     "reinforce/processes.py": ("gradient", [
         ("self.rank * share + min(self.rank, more)", "self.rank * share"),

@@ -253,7 +253,7 @@ def one_process(rank: int, count: int, micro_batch: int, port: int, results: str
     ):
         chosen, model = recipe("stable", **changes), tiny_neox(dtype=dtype)
         if sharded:
-            shard(model, count)
+            shard(model, torch.device("cpu"), count)
         processes = Processes(rank, count, sharded)
         told = accumulate_gradient(model, batch_of(chosen, dtype), chosen, micro_batch, GROUP, processes, sharded)
         summed = whole({str(i): p.grad for i, p in enumerate(model.parameters())})

@@ -49,7 +49,8 @@ def set_stage(
     params: Params, device: torch.device, processes: Processes = ALONE
 ) -> tuple[Setting, PreTrainedModel]:  # fmt: skip
     """What `prepare` and `cache` left, and the policy to train. Raises UserError where a prompt is too long for it."""
-    policy = acting = first_policy(params, device)
+    # a policy that is spread may be too large for one device: from the CPU its parts are sent where they belong
+    policy = acting = first_policy(params, device, torch.device("cpu") if processes.sharded else device)
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     if not params.train.lora_rank:
         reference = partial(as_it_is, untrained(params, device))
@@ -59,7 +60,7 @@ def set_stage(
         reference = partial(without_lora, policy)
     if processes.sharded:
         acting = untrained(params, device)
-        shard(policy, processes.count)
+        shard(policy, device, processes.count)
     setting = Setting(
         params, [row["prompt"] for row in read_jsonl(PROMPTS)], load_tokenizer(CHECKPOINT / "policy"), acting, reference,
         build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device, processes,
@@ -71,9 +72,10 @@ def set_stage(
     return setting, policy
 
 
-def first_policy(params: Params, device: torch.device) -> PreTrainedModel:
-    """The policy before its first update: the checkpoint, with new adapters where those are what is trained."""
-    policy, sizes = load_policy(CHECKPOINT / "policy", device), params.train
+def first_policy(params: Params, device: torch.device, at: torch.device) -> PreTrainedModel:
+    """The policy before its first update: the checkpoint, with new adapters where those are what is trained. Its weights
+    are at `at`, to be computed on the device."""
+    policy, sizes = load_policy(CHECKPOINT / "policy", device, at), params.train
     if sizes.lora_rank:
         add_lora(policy, sizes.lora_rank, sizes.lora_alpha, generator(params.seed, 0, "adapters"))
         if params.selected("recipe").precision == "bfloat16":

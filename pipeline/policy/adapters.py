@@ -37,7 +37,8 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     policy.peft_config["default"].target_modules = names  # type: ignore[attr-defined]  # peft makes a set of them, and would save it in any order
     for name, parameter in policy.named_parameters():
         if ".lora_A." in name:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(drawn)  # drawn on the CPU: the same on every device
     policy.eval()
 
 

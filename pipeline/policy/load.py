@@ -11,9 +11,10 @@ from pipeline.errors import UserError
 from pipeline.policy.adapters import FOLDER_HAS, load_lora
 
 
-def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
+def load_policy(folder: Path, device: torch.device, at: torch.device | None = None) -> PreTrainedModel:
     """The model in float32 and without dropout: Pythia's files are float16, too coarse for small updates. A folder with an
-    adapter gives the checkpoint that the adapter names, with it.
+    adapter gives the checkpoint that the adapter names, with it. at: where its weights are put, if not on the device that
+    computes.
 
     On a CPU with attention written out, which is several times faster for short sequences in bfloat16 than the fused kernel.
     """
@@ -31,7 +32,7 @@ def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
     # the last position of each prompt is a slice with gaps, and torch multiplies such without gradient by a copy of the
     # head for each prompt
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return model.to(device).eval()  # type: ignore[arg-type]  # its `to` is wrapped without types
+    return model.to(at or device).eval()  # type: ignore[arg-type]  # its `to` is wrapped without types
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

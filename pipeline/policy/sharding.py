@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def shard(policy: PreTrainedModel, processes: int) -> None:
-    """Spreads the policy, in place: its layers one by one, the rest as one. Gradients are summed over the processes, as
-    the normalisers are of the whole batch."""
-    mesh = init_device_mesh(policy.device.type, (processes,))
+def shard(policy: PreTrainedModel, device: torch.device, processes: int) -> None:
+    """Spreads the policy, in place: its layers one by one, the rest as one, each part to its process's device. Gradients
+    are summed over the processes, as the normalisers are of the whole batch."""
+    mesh = init_device_mesh(device.type, (processes,))
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module, mesh=mesh)
