@@ -2,38 +2,36 @@
 
     python -m benchmarks.memory run               # measures what fits in 20 GB, ten minutes on two cores
     python -m benchmarks.memory tables            # docs/scale.json and the formula -> the tables of docs/SCALE.md
-    python -m benchmarks.memory arm pythia-70m lora     # one measurement by itself, prints one line of JSON
+    python -m benchmarks.memory saved             # what layers keep for the backward pass: LAYER_BYTES
 
 On a CPU the peak is the process's resident memory over that before the models were loaded; on a GPU what torch held.
 """
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ruamel.yaml import YAML
 
 from benchmarks import material
+from benchmarks.real_steps import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/scale.json"
+RANK, TOKENS, MICRO_BATCH = 16, 20, 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"precision": "float32"},
     "bfloat16": {},
     "checkpointing": {"gradient_checkpointing": True},
-    "lora": {"lora_rank": 16},
-    "lora-checkpointing": {"lora_rank": 16, "gradient_checkpointing": True},
+    "lora": {"lora_rank": RANK},
+    "lora-checkpointing": {"lora_rank": RANK, "gradient_checkpointing": True},
     "sharded": {},  # over two processes, each of which is measured
 }
-PROMPTS, SAMPLES, TOKENS, MICRO_BATCH, RANK = 8, 8, 20, 64, 16
+BATCH = {
+    "prompts_per_step": 8, "samples_per_prompt": 8, "max_tokens": TOKENS, "micro_batch": MICRO_BATCH, "threads": 2,
+}  # fmt: skip
 MEASURED = [
     *(("pythia-70m", setting) for setting in SETTINGS), *(("pythia-160m", setting) for setting in SETTINGS),
     *(("pythia-410m", setting) for setting in SETTINGS if setting != "float32"), ("pythia-1b", "lora"), ("pythia-1b", "lora-checkpointing"),
@@ -121,85 +119,14 @@ def saved(shape: str) -> float:
     return (sum(storages.values()) - rounded) / (ids.numel() * layers * h)
 
 
-def arm(shape: str, setting: str, device_name: str) -> dict[str, Any]:
-    """Two steps as `train` does them, in a folder that `stage_in` made; the peak of this process."""
-    from pipeline import train
-    from pipeline.experience.setting import set_stage
-    from pipeline.io import launch
-    from pipeline.io.history import Progress
-    from pipeline.io.runtime import set_up
-    from pipeline.params import load
-    from pipeline.reinforce.optim import make_optimizer
-
-    params = load()
-    device = set_up(device_name, params.train.threads)
-    processes = launch.join(device, params.train.prompts_per_step)
-    before = resident()
-    setting_, policy = set_stage(params, device, processes)
-    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
-    run = Progress()
-    for _ in range(2):
-        train.train_step(run, setting_, policy, optimizer)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    found = {"shape": shape, "setting": setting, "device": device.type, "bytes": peak,
-             "parameters": sum(p.numel() for p in setting_.acting.parameters())}  # fmt: skip
-    launch.leave(processes)
-    return found
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def stage_in(folder: Path, shape: str, setting: str) -> None:
-    """What `prepare` and `cache` leave, and the parameters."""
-    material.policy(shape).save_pretrained(folder / "data/checkpoint/policy")
-    tokenizer, _ = material.tokenizer()
-    tokenizer.save_pretrained(folder / "data/checkpoint/policy")
-    (folder / "data/prompts").mkdir(parents=True)
-    prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in material.prompts()[0][:200])
-    (folder / "data/prompts/train.jsonl").write_text(prompts)
-    yaml = YAML()
-    tree = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    changes = SETTINGS[setting]
-    tree["reward"] = "length"
-    tree["recipes"][tree["recipe"]]["precision"] = changes.get("precision", "bfloat16")
-    tree["train"] |= {
-        "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_tokens": TOKENS, "micro_batch": MICRO_BATCH,
-        **{key: value for key, value in changes.items() if key != "precision"},
-    }  # fmt: skip
-    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
-        yaml.dump(tree, file)
-
-
-def measure(shape: str, setting: str, device: str) -> dict[str, Any]:
-    """`arm` in a process of its own, or in two."""
-    with tempfile.TemporaryDirectory() as folder:
-        stage_in(Path(folder), shape, setting)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        command = ["-m", "benchmarks.memory", "arm", shape, setting, "--device", device]
-        if setting == "sharded":
-            command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *command]
-            environment["ACCELERATE_USE_FSDP"] = "true"
-        done = subprocess.run(
-            [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
-        )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{shape} {setting}: {done.stderr[-2000:]}")
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return max(found, key=lambda row: row["bytes"])
-
-
 def run(device: str) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for shape, setting in MEASURED:
         if any((row["shape"], row["setting"], row["device"]) == (shape, setting, device) for row in rows):
             continue
-        rows.append(measure(shape, setting, device))
+        sharded = setting == "sharded"
+        each = measure(shape, BATCH | SETTINGS[setting] | {"device": device}, 2 if sharded else 1, sharded)
+        rows.append({"shape": shape, "setting": setting, "device": device, "bytes": max(one["bytes"] for one in each)})
         print(json.dumps(rows[-1]), flush=True)
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
@@ -226,18 +153,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
-    one = commands.add_parser("arm")
-    one.add_argument("shape", choices=material.SHAPES)
-    one.add_argument("setting", choices=SETTINGS)
-    for command in (runs, one):
-        command.add_argument("--device", default="cpu")
+    runs.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     commands.add_parser("tables")
     commands.add_parser("saved")
     options = parser.parse_args()
     if options.command == "run":
         run(options.device)
-    elif options.command == "arm":
-        print(json.dumps(arm(options.shape, options.setting, options.device)))
     elif options.command == "saved":
         print(json.dumps({shape: saved(shape) for shape in ("pythia-31m", "pythia-70m", "pythia-160m")}))
     else:
