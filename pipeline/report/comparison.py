@@ -17,13 +17,13 @@ from pipeline.params import SELECTORS
 LAST_STEPS = 5  # as in summary.json
 ABSENT = "–"  # a parameter that a configuration does not have
 NUMBERS = {  # column of the table -> of the history, mean of the last steps; None: the held-out difference
-    "reward": "reward_mean",
+    "training reward": "reward_mean",
     "held-out gain": None,
     "entropy": "entropy",
     "different, %": "distinct_completions",
 }
 LEGEND = (
-    f"mean ± standard deviation over seeds; reward, entropy (nats a token) and share of different completions: of the last "
+    f"mean ± standard deviation over seeds; training reward, entropy (nats a token) and share of different completions: of the last "
     f"{LAST_STEPS} training steps; held-out gain: reward on held-out prompts, trained policy minus untouched checkpoint"
 )
 
@@ -146,7 +146,7 @@ def verdicts(configuration: Configuration) -> str:
         text = f"{len(group)} {'not diagnosed' if kind is None else title(kind)}"
         onsets = sorted(training.onset for training in group if training.onset is not None)
         if onsets:
-            text += f" from step {onsets[0]}" + (f" to {onsets[-1]}" if onsets[-1] != onsets[0] else "")
+            text += f" from step {onsets[0]}" + (f"–{onsets[-1]}" if onsets[-1] != onsets[0] else "")
         later = Counter(title(other) for training in group for other in (training.kinds or ())[1:])
         if later:
             text += f" (then {', '.join(f'{count} {name}' for name, count in later.most_common())})"
@@ -161,11 +161,12 @@ def title(kind: str) -> str:
 
 
 def said(value: Spread, sign: str = "") -> str:
-    """−5.53 ± 0.09: three digits of the larger one, at most."""
+    """−5.53 ± 0.09: three digits of the larger one, two below 1."""
     if value.mean is None:
         return ""
     largest = max(abs(value.mean), value.std or 0.0)
-    places = min(6, max(0, 2 - math.floor(math.log10(largest)))) if largest else 2
+    power = math.floor(math.log10(largest)) if largest else 0
+    places = min(6, max(0, 2 - power if power >= 0 else 1 - power))
     text = f"{value.mean:{sign}.{places}f}" + (f" ± {value.std:.{places}f}" if value.std is not None else "")
     return text.replace("-", "−")
 

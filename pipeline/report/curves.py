@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from pipeline.report.comparison import Configuration, band, verdicts
@@ -29,8 +30,10 @@ from pipeline.report.words import MEANING, SHARES
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, INK, "#56B4E9")  # the last one is of Okabe & Ito's palette too
 ACROSS = 2  # panels beside each other
-PANEL, ROW = 380, 20  # pixels: a panel, a line of text below it
-CHARACTERS = 150  # of a legend's line over the whole width; half of it in two panels
+PANEL, ONE_PANEL, ROW = 380, 500, 20  # pixels: a panel, one that stands alone, a line of text below it
+GAP = 0.4  # of a line, between the entries of a legend
+CHARACTERS = 150  # of a legend's line over the whole width
+Look = tuple[str, bool]
 
 
 @figure_function
@@ -39,26 +42,34 @@ def curves(found: Sequence[Configuration], column: str, source: str) -> Figure:
     rewards = list(dict.fromkeys(each.reward for each in found))
     across = min(ACROSS, len(rewards))
     panels = [[each for each in found if each.reward == reward] for reward in rewards]
-    rows = [panels[start : start + across] for start in range(0, len(panels), across)]
-    texts = [[legend_of(panel, CHARACTERS // across) for panel in row] for row in rows]
-    lengths = [max(sum(map(len, entries)) for entries in row) for row in texts]
-    heights = [height for length in lengths for height in (PANEL, ROW * (length + 1))]
-    title = f"{MEANING.get(column, column)}: mean ± std over seeds"
-    figure = canvas(1400, 130 + sum(heights), title[0].upper() + title[1:], f"{seeds_of(found)}   ·   from {source}")
+    looks = look_of(found)
+    legends = [legend_of(panel, CHARACTERS // 2) for panel in panels]
+    beside = 2 if across == 1 else 1  # entries beside each other in a legend
+    rows = range(0, len(panels), across)
+    rooms = [max(room_of(legend, beside) for legend in legends[row : row + across]) for row in rows]
+    heights = [height for room in rooms for height in (ONE_PANEL if across == 1 else PANEL, ROW * room)]
+    title = f"{MEANING.get(column, column)}: mean ± standard deviation over seeds"
+    figure = canvas(
+        1400, int(130 + sum(heights)), title[0].upper() + title[1:], f"{seeds_of(found)}   ·   from {source}"
+    )
     grid = figure.subplots(len(heights), across, squeeze=False, height_ratios=heights)
     for axes in grid.flat:
         axes.axis("off")
-    for place, row in enumerate(rows):
-        for panel, entries, axes, below in zip(row, texts[place], grid[2 * place], grid[2 * place + 1], strict=False):
-            axes.axis("on")
-            _panel(axes, panel, column, of_reward=len(rewards) > 1)
-            _legend(below, entries, lengths[place] + 1)
+    for place, (panel, legend) in enumerate(zip(panels, legends, strict=True)):
+        row, side = divmod(place, across)
+        grid[2 * row][side].axis("on")
+        colours = [looks[each.label(without="reward")] for each in panel]
+        _panel(grid[2 * row][side], panel, column, colours, of_reward=len(rewards) > 1)
+        _legend(grid[2 * row + 1][side], legend, colours, rooms[row], beside)
     return figure
 
 
-def look(place: int) -> tuple[str, bool]:
-    """Colour, and whether dashed, of the place-th configuration of a panel."""
-    return COLOURS[place % len(COLOURS)], place // len(COLOURS) % 2 == 1
+def look_of(found: Sequence[Configuration]) -> dict[str, Look]:
+    """A colour, and whether dashed, by what tells a configuration apart: the same in every panel."""
+    labels = dict.fromkeys(each.label(without="reward") for each in found)
+    return {
+        label: (COLOURS[place % len(COLOURS)], place // len(COLOURS) % 2 == 1) for place, label in enumerate(labels)
+    }
 
 
 def seeds_of(found: Sequence[Configuration]) -> str:
@@ -72,31 +83,35 @@ def uneven(configuration: Configuration) -> bool:
     return len({max(training.curve("lr"), default=-1) for training in configuration.trainings}) > 1
 
 
-def _panel(axes: Axes, panel: Sequence[Configuration], column: str, of_reward: bool) -> None:
+def _panel(
+    axes: Axes, panel: Sequence[Configuration], column: str, looks: Sequence[Look], of_reward: bool
+) -> None:  # fmt: skip
     drawn, last = [], 0
-    for place, each in enumerate(panel):
-        values, (colour, dashes) = band(each, column), look(place)
+    for each, (colour, dashes) in zip(panel, looks, strict=True):
+        values = band(each, column)
         steps = range(max(values, default=0) + 1)
         last = max(last, steps[-1])
         mean, std, count = (
             np.array([_number(values[step][part]) if step in values else np.nan for step in steps]) for part in range(3)
         )
-        whole = count == len(each.trainings)
+        x, whole = np.array(steps), count == len(each.trainings)
         error = np.where(whole, std, np.nan) if len(each.trainings) > 1 else None
-        x = np.array(steps)
         line(axes, x, np.where(whole, mean, np.nan), colour, dashes=dashes, error=error)
-        beside = np.convolve(~whole, np.ones(3, dtype=int), mode="same") > 0  # with the points that it joins
-        axes.plot(x, np.where(beside, mean, np.nan), color=colour, linewidth=1.2, alpha=0.5, zorder=2.5)
+        joined = np.convolve(~whole, np.ones(3, dtype=int), mode="same")[: len(x)] > 0  # and the points beside them
+        axes.plot(x, np.where(joined, mean, np.nan), color=colour, linewidth=1.2, alpha=0.5, zorder=2.5)
         drawn.append(mean)
+    for shade in axes.collections:
+        if isinstance(shade, PolyCollection) and len(panel) > 3:
+            shade.set_alpha(0.13)  # many bands on top of each other
     params = panel[0].params
     if of_reward:
-        key(axes, [(f"reward: {params['reward']}", INK)])
+        key(axes, [(f"reward: {shortened(params['reward'])}", INK)])
     if column in SHARES:
         share_axis(axes, "share")
     else:
         unit = UNITS.get(params.get("reward.kind", ""), "units of the reward")
         label = f"reward, {unit}" if column == "reward_mean" else MEANING.get(column, column)
-        value_axis(axes, textwrap.fill(label, 42), *drawn)
+        value_axis(axes, textwrap.fill(label, 28), *drawn)
     steps_axis(axes, np.arange(last + 1))
 
 
@@ -122,16 +137,22 @@ def shortened(value: str) -> str:
     return value if len(value) <= 40 else f"{value[:12]}…{value[-27:]}"
 
 
-def _legend(axes: Axes, entries: Sequence[Sequence[str]], room: int) -> None:
-    """Below a panel; its lines stand `room` to the height of the axes."""
-    place = 0
-    for number, lines in enumerate(entries):
-        colour, dashes = look(number)
-        for text in lines:
-            first = text is lines[0]
-            mark = ("╍ " if dashes else "━ ") if first else "    "
-            axes.text(
-                0, 1 - place / room, mark + text, transform=axes.transAxes, va="top", fontsize=12,
-                color=colour if first else GREY, fontweight="bold" if first else "normal",
-            )  # fmt: skip
-            place += 1
+def room_of(legend: Sequence[Sequence[str]], beside: int) -> float:
+    """Lines of text that a legend is high, its entries in `beside` columns."""
+    return max(sum(len(lines) + GAP for lines in legend[column::beside]) for column in range(beside)) + 0.5
+
+
+def _legend(
+    axes: Axes, legend: Sequence[Sequence[str]], looks: Sequence[Look], room: float, beside: int
+) -> None:  # fmt: skip
+    """Below a panel, whose axes are `room` lines of text high."""
+    for column in range(beside):
+        place = 0.5
+        for lines, (colour, dashes) in zip(legend[column::beside], looks[column::beside], strict=True):
+            for number, text in enumerate(lines):
+                mark = ("╍ " if dashes else "━ ") if number == 0 else "    "
+                axes.text(
+                    column / beside, 1 - (place + number) / room, mark + text, transform=axes.transAxes, va="top",
+                    fontsize=12, color=GREY if number else colour, fontweight="normal" if number else "bold",
+                )  # fmt: skip
+            place += len(lines) + GAP
