@@ -24,11 +24,12 @@ WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 def main() -> None:
     """Raises UserError where an override is none, DVC refuses an experiment, one fails, or the queue stands still."""
     options = arguments()
-    wanted = experiments(options.overrides)
-    print(f"{len(wanted)} experiments, {len(finished(wanted))} of them finished", flush=True)
+    commit = git("rev-parse", "HEAD")  # DVC keeps experiments by it; a commit meanwhile changes nothing
+    wanted = experiments(options.overrides, commit)
+    print(f"{len(wanted)} experiments, {len(finished(wanted, commit))} of them finished", flush=True)
     try:
-        queue(wanted)
-        wait(wanted, options.jobs)
+        queue(wanted, commit)
+        wait(wanted, commit, options.jobs)
     except KeyboardInterrupt:
         dvc("queue", "stop")
         raise UserError(
@@ -50,18 +51,18 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def experiments(overrides: list[str]) -> dict[str, list[str]]:
+def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
     """The -S values of every combination by the name of its experiment. Raises UserError for what DVC cannot read."""
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import get_hydra_sweeps
-    from hydra.errors import HydraException
+    from dvc.utils.hydra import get_hydra_sweeps  # takes its time, and only this needs it
 
     try:
         combinations = [each["params.yaml"] for each in get_hydra_sweeps({"params.yaml": overrides})]
-    except (HydraException, DvcException) as error:
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("hydra", "dvc"):
+            raise
         raise UserError(f"-S: {str(error).partition('See https')[0]}; should be KEY=VALUE or KEY=VALUE,VALUE") from None
     # dvc.lock and reports/ are what runs leave behind: they make no other experiment
-    state = [git("rev-parse", "HEAD"), git("diff", "HEAD", "--", ".", ":!reports", ":!dvc.lock")]
+    state = [commit, git("diff", commit, "--", ".", ":!reports", ":!dvc.lock")]
     swept = [place for place, values in enumerate(zip(*combinations, strict=True)) if len(set(values)) > 1]
     found = {}
     for values in combinations:
@@ -70,15 +71,15 @@ def experiments(overrides: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def finished(wanted: dict[str, list[str]]) -> set[str]:
-    commit = git("rev-parse", "HEAD")
+def finished(wanted: dict[str, list[str]], commit: str) -> set[str]:
+    """Those whose results DVC has."""
     listing = git("for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{commit[:2]}/{commit[2:]}")
     return set(listing.split()) & wanted.keys()
 
 
-def queue(wanted: dict[str, list[str]]) -> None:
+def queue(wanted: dict[str, list[str]], commit: str) -> None:
     """Queues what is neither finished nor in the queue."""
-    done, states = finished(wanted), status()[0]
+    done, states = finished(wanted, commit), status()[0]
     for place, (name, values) in enumerate(wanted.items(), start=1):
         if name in done or states.get(name) in ("Queued", "Running"):
             continue
@@ -89,15 +90,15 @@ def queue(wanted: dict[str, list[str]]) -> None:
         print(f"queued {place} of {len(wanted)}: {name}", flush=True)
 
 
-def wait(wanted: dict[str, list[str]], jobs: int) -> None:
+def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
     """Until every experiment is finished. Raises UserError where one failed, after the others have ended."""
-    seen, idle, lost = finished(wanted), 0, 0
+    seen, idle, lost = finished(wanted, commit), 0, 0
     if len(seen) < len(wanted):
         dvc("queue", "start", "--jobs", str(jobs))
     while len(seen) < len(wanted):
         time.sleep(POLL_SECONDS)
         (states, workers), before = status(), seen
-        seen = finished(wanted)
+        seen = finished(wanted, commit)
         for name in sorted(seen - before):
             print(f"finished {len(seen)} of {len(wanted)}: {name}", flush=True)
         pending = {name: states[name] for name in wanted.keys() - seen if states.get(name) in ("Queued", "Running")}
