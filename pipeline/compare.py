@@ -39,6 +39,8 @@ def main() -> None:
     print(f"{table}\n{comparison.LEGEND}\n")
     if left_out:
         print(f"{left_out} more left out: the same parameters and seed again, or made by older code or data\n")
+    if len(curves.look_of(found)) > curves.LOOKS:
+        print(f"more than {curves.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n")
     print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.png")
 
 

@@ -241,7 +241,7 @@ def test_every_configuration_has_a_line_of_its_own_and_an_entry_that_fits(size: 
         looks = [
             (line.get_color(), str(line._unscaled_dash_pattern)) for line in axes.lines if line.get_linewidth() > 2
         ]
-        assert len({look for look in looks if look[1]}) >= min(size, 14)
+        assert len({look for look in looks if look[1]}) >= min(size, curves.LOOKS)
     width, height = figure.get_size_inches() * style.DPI
     boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
     assert len(boxes) == 2 * size * rewards

@@ -18,10 +18,12 @@ import pytest
 
 from pipeline import sweep
 from pipeline.errors import UserError
+from pipeline.io.command import dvc
 from tests.clones import Clone
 from tests.conftest import ROOT
 from tests.test_concurrency import PATIENCE_SECONDS, end, tiny
 
+IDENTITY = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 GRID = ("-S", "recipe=notebook,stable", "-S", "seed=1,2", "-S", "train.threads=1")
 
 
@@ -185,10 +187,9 @@ def test_an_interrupted_sweep_goes_on_with_the_same_command(swept: Swept) -> Non
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     (tmp_path / "params.yaml").write_text("seed: 0\n")
-    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "start"]):
-        subprocess.run(["git", *command], check=True)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        subprocess.run(["git", *command], check=True, env={**os.environ, **IDENTITY})
     return tmp_path
 
 
@@ -211,6 +212,15 @@ def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_c
 def test_an_override_that_is_none_is_refused(repository: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"^-S: .*should be KEY=VALUE"):
         sweep.experiments([override], "HEAD")
+
+
+def test_what_dvc_refuses_is_said_in_its_own_words(repository: Path) -> None:
+    with pytest.raises(UserError, match=r"^`dvc queue` failed: you are not inside of a DVC repository"):
+        dvc("queue", "status")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    subprocess.run(["git", "commit", "-qam", "dvc"], check=True, env={**os.environ, **IDENTITY})
+    with pytest.raises(UserError, match=r"^`dvc exp` failed: .*Could not override 'sede'.* full_key: sede"):
+        dvc("exp", "run", "--queue", "-S", "sede=1")
 
 
 def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> None:

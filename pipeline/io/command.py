@@ -1,6 +1,7 @@
 """DVC as a command, for the tools beside the stages."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from pipeline.errors import UserError
 
 
 def dvc(*arguments: str) -> str:
-    """What a quick command prints. Raises UserError with its last line where it fails."""
+    """What a quick command prints. Raises UserError with what it says of its failure."""
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], env=environment(), capture_output=True, text=True
     )  # fmt: skip
     if done.returncode:
-        raise UserError(f"`dvc {arguments[0]}` failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
+        said = done.stderr.strip() or "without a word"
+        error = re.search(r"^ERROR: (.+(?:\n.+)*)", said, re.MULTILINE)  # to the next empty line
+        raise UserError(f"`dvc {arguments[0]}` failed: {error[1] if error else said.splitlines()[-1]}")
     return done.stdout
 
 

@@ -40,7 +40,7 @@ class Training(NamedTuple):
 
     name: str
     params: dict[str, str]  # selected ones by MLflow's names, values as MLflow writes them; `seed` is one
-    code: str  # digest of what else went into it: only trainings of one record compare
+    code: str  # digest of the code and data that made it, of its own kind in each record
     made: float  # seconds since 1970: of two trainings of the same, the later one counts
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
@@ -206,6 +206,9 @@ def _show(revision: str, path: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What a git command prints, None where it fails."""
-    done = subprocess.run(["git", *arguments], capture_output=True)
+    """What a git command prints, None where it fails or there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.decode("utf-8") if done.returncode == 0 else None

@@ -29,6 +29,7 @@ from pipeline.report.style import (
 from pipeline.report.words import MEANING, SHARES
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, INK, "#56B4E9")  # the last one is of Okabe & Ito's palette too
+LOOKS = 2 * len(COLOURS)  # each solid and dashed
 ACROSS = 2  # panels beside each other
 PANEL, ONE_PANEL, ROW = 380, 500, 20  # pixels: a panel, one that stands alone, a line of text below it
 GAP = 0.4  # of a line, between the entries of a legend
