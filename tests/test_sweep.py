@@ -160,8 +160,13 @@ def test_a_failed_experiment_is_named_with_its_error_after_the_others_have_ended
 def test_an_interrupted_sweep_goes_on_with_the_same_command(swept: Swept) -> None:
     clone = swept.clone
     command = [sys.executable, "-m", "pipeline.sweep", "--jobs", "1", "-S", "train.steps=30", "-S", "seed=5,6"]
-    process = subprocess.Popen(
-        command, cwd=clone.root, env=clone.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    process = subprocess.Popen(  # a shell's background jobs ignore SIGINT, and so does what they start
+        ["env", "--default-signal=INT", *command],
+        cwd=clone.root,
+        env=clone.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not list((clone.root / ".checkpoints").glob("*/state-00*.pt")) or "Running" not in clone(
@@ -171,7 +176,7 @@ def test_an_interrupted_sweep_goes_on_with_the_same_command(swept: Swept) -> Non
         assert process.poll() is None
         time.sleep(1)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=PATIENCE_SECONDS)[1]
     assert process.returncode == 1
     assert error.startswith("error: interrupted: running experiments end by themselves")
     assert error.count("\n") == 1
