@@ -33,7 +33,7 @@ LOOKS = 2 * len(COLOURS)  # each solid and dashed
 ACROSS = 2  # panels beside each other
 PANEL, ONE_PANEL, ROW = 380, 500, 20  # pixels: a panel, one that stands alone, a line of text below it
 GAP = 0.4  # of a line, between the entries of a legend
-CHARACTERS = 150  # of a legend's line over the whole width
+CHARACTERS, BOLD = 62, 54  # of a legend's line over half of the width, its first line in bold type
 Look = tuple[str, bool]
 
 
@@ -44,7 +44,7 @@ def curves(found: Sequence[Configuration], column: str, source: str) -> Figure:
     across = min(ACROSS, len(rewards))
     panels = [[each for each in found if each.reward == reward] for reward in rewards]
     looks = look_of(found)
-    legends = [legend_of(panel, CHARACTERS // 2) for panel in panels]
+    legends = [legend_of(panel) for panel in panels]
     beside = 2 if across == 1 else 1  # entries beside each other in a legend
     rows = range(0, len(panels), across)
     rooms = [max(room_of(legend, beside) for legend in legends[row : row + across]) for row in rows]
@@ -120,16 +120,15 @@ def _number(value: float | None) -> float:
     return np.nan if value is None or abs(value) > 1e100 else float(value)
 
 
-def legend_of(panel: Sequence[Configuration], width: int) -> list[list[str]]:
+def legend_of(panel: Sequence[Configuration]) -> list[list[str]]:
     """Of each configuration the lines that say what it is, how many seeds it has and how they ended."""
     rewards = {"reward"} if len({each.reward for each in panel}) == 1 else set()
     entries = []
     for each in panel:
         shown = {name: value for name, value in each.shown.items() if name not in rewards}
-        count = len(each.trainings)
         name = "   ".join(f"{name} {shortened(value)}" for name, value in shown.items()) or "all"
-        words = f"{name}   (n={count})"
-        entries.append([*textwrap.wrap(words, width), *textwrap.wrap(verdicts(each), width)])
+        ends = f"n={len(each.trainings)}: {verdicts(each)}"
+        entries.append([*textwrap.wrap(name, BOLD), *textwrap.wrap(ends, CHARACTERS)])
     return entries
 
 
@@ -152,8 +151,9 @@ def _legend(
         for lines, (colour, dashes) in zip(legend[column::beside], looks[column::beside], strict=True):
             for number, text in enumerate(lines):
                 mark = ("╍ " if dashes else "━ ") if number == 0 else "    "
-                axes.text(
+                written = axes.text(
                     column / beside, 1 - (place + number) / room, mark + text, transform=axes.transAxes, va="top",
                     fontsize=12, color=GREY if number else colour, fontweight="normal" if number else "bold",
                 )  # fmt: skip
+                written.set_in_layout(False)  # a long one must not squeeze the panels
             place += len(lines) + GAP
