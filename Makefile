@@ -4,7 +4,16 @@ BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help repro cure test test-faults unit lint audit ui bench clean
+# of `make sweep`; OVERRIDES takes more: OVERRIDES="-S recipes.stable.lr=3e-5,1e-4"
+RECIPES := notebook,stable
+REWARDS := embedding,length
+SEEDS := range(0,3)
+STEPS :=
+JOBS := 2
+THREADS := 1
+OVERRIDES :=
+
+.PHONY: help repro cure sweep test test-faults unit lint audit ui bench clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -21,6 +30,10 @@ repro: $(BIN)/installed  ## install into .venv and run the pipeline on the embed
 
 cure: $(BIN)/installed  ## after a collapse: try the recommended change, show both runs side by side
 	$(RUN) python -m pipeline.cure
+
+sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compared; RECIPES= REWARDS= SEEDS= STEPS= JOBS= OVERRIDES=
+	$(RUN) python -m pipeline.sweep --jobs $(JOBS) -S 'recipe=$(RECIPES)' -S 'reward=$(REWARDS)' -S 'seed=$(SEEDS)' \
+	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
 	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest -n 2 --dist loadfile

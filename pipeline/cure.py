@@ -4,7 +4,6 @@ The experiment has a folder of its own (`dvc exp run --temp`): the workspace kee
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import write_text
+from pipeline.io.command import dvc, environment
 from pipeline.io.provenance import digest
 from pipeline.report import cured, overlay, style
 from pipeline.report.inputs import Inputs, load
@@ -99,21 +99,6 @@ def fetch(revision: str, name: str, folder: Path) -> Inputs:
         return load(folder)
     except (OSError, UserError) as error:
         raise UserError(f"experiment {name}: {error}; `dvc exp remove {name}`, then try again") from None
-
-
-def dvc(*arguments: str) -> str:
-    """What a quick command prints. Raises UserError with its last line where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], env=environment(), capture_output=True, text=True
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"`dvc {arguments[0]}` failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
-    return done.stdout
-
-
-def environment() -> dict[str, str]:
-    """DVC's stages call `python`: the one that runs this comes first."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
 STAGES = {
     f"pipeline.{name}"
-    for name in ("check", "prepare", "cache", "train", "diagnose", "evaluate", "plot", "track", "cure", "generate", "ui")
+    for name in ("check", "prepare", "cache", "train", "diagnose", "evaluate", "plot", "track", "compare", "cure",
+                 "generate", "sweep", "ui")
 }  # fmt: skip
 CORE = ("pipeline.policy", "pipeline.reinforce", "pipeline.diagnostics")
 MODULES = {
@@ -239,7 +240,8 @@ NEVER_AT_IMPORT = {"pipeline.train": {"mlflow", "dvc", "datasets", "sentence_tra
                    "pipeline.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
                    "pipeline.prepare": HEAVY, "pipeline.cache": HEAVY, "pipeline.track": HEAVY, "pipeline.ui": HEAVY,
                    "pipeline.diagnose": HEAVY, "pipeline.plot": HEAVY - {"pandas", "matplotlib"},
-                   "pipeline.cure": HEAVY - {"pandas", "matplotlib"}, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
+                   "pipeline.cure": HEAVY - {"pandas", "matplotlib"}, "pipeline.compare": HEAVY - {"pandas", "matplotlib"},
+                   "pipeline.sweep": HEAVY, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NEVER_AT_IMPORT)
@@ -253,14 +255,17 @@ def test_importing_loads_no_more_than_it_needs(module: str) -> None:
     assert {name for name in loaded if inside(name, ["pipeline"])} <= reached(module)
 
 
-def test_only_train_track_and_ui_can_reach_mlflow() -> None:
+def test_only_what_shows_or_reads_its_record_can_reach_mlflow() -> None:
     for stage in sorted(STAGES):
         reaches = any(inside(name, ["mlflow"]) for module in reached(stage) for name in imported(syntax(module)))
-        assert reaches == (stage in ("pipeline.train", "pipeline.track", "pipeline.ui")), stage
+        assert reaches == (stage in ("pipeline.train", "pipeline.track", "pipeline.compare", "pipeline.ui")), stage
 
 
-# `prepare`, `diagnose`, `plot` and `cure` never load torch, neither on import nor when they run: nothing that they reach imports it.
-@pytest.mark.parametrize("stage", ["pipeline.prepare", "pipeline.diagnose", "pipeline.plot", "pipeline.cure"])
+# These never load torch, neither on import nor when they run: nothing that they reach imports it.
+WITHOUT_TORCH = ("prepare", "diagnose", "plot", "compare", "cure", "sweep")
+
+
+@pytest.mark.parametrize("stage", [f"pipeline.{name}" for name in WITHOUT_TORCH])
 def test_stages_without_a_model_never_import_torch(stage: str) -> None:
     for module in reached(stage):
         assert not any(inside(name, ["torch", "transformers"]) for name in imported(syntax(module))), module

@@ -1,0 +1,237 @@
+"""Many trainings by configuration: which parameters tell them apart, and mean ± std over seeds of what became of them."""
+
+import csv
+import io
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from pipeline.diagnostics.verdict import TITLES
+from pipeline.errors import one_line
+from pipeline.io.trainings import Training
+from pipeline.params import SELECTORS
+
+LAST_STEPS = 5  # as in summary.json
+ABSENT = "–"  # a parameter that a configuration does not have
+NUMBERS = {  # column of the table -> of the history, mean of the last steps; None: the held-out difference
+    "training reward": "reward_mean",
+    "held-out gain": None,
+    "entropy": "entropy",
+    "different, %": "distinct_completions",
+}
+LEGEND = (
+    f"mean ± standard deviation over seeds; training reward, entropy (nats a token) and share of different completions: of the last "
+    f"{LAST_STEPS} training steps; held-out gain: reward on held-out prompts, trained policy minus untouched checkpoint"
+)
+
+
+class Configuration(NamedTuple):
+    """Trainings that differ in their seed alone."""
+
+    shown: dict[str, str]  # the parameters that differ between the configurations
+    params: dict[str, str]
+    trainings: list[Training]  # one a seed, by seed
+
+    @property
+    def reward(self) -> str:
+        return self.params["reward"]
+
+    def label(self, without: str = "") -> str:
+        """recipe=stable lr=0.0001, or what else tells it apart."""
+        return "  ".join(f"{key}={value}" for key, value in self.shown.items() if key != without) or "all"
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds; std is None of fewer than two."""
+
+    mean: float | None
+    std: float | None
+    seeds: int
+
+
+def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], int]:
+    """The configurations in the order of their values, and how many trainings are left out.
+
+    Of one configuration only what the newest code and data made counts, and of each seed the newest training: MLflow
+    keeps every run that there ever was.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Training]] = {}
+    total = 0
+    for training in sorted(trainings, key=lambda training: training.made, reverse=True):
+        total += 1
+        params = {key: value for key, value in training.params.items() if key != "seed"}
+        groups.setdefault(tuple(sorted(params.items())), []).append(training)
+    kept = []
+    for group in groups.values():
+        of_seed: dict[str, Training] = {}
+        for training in group:
+            if training.code == group[0].code:
+                of_seed.setdefault(training.params["seed"], training)
+        kept.append([of_seed[seed] for seed in sorted(of_seed, key=natural)])
+    names = differing([dict(params) for params in groups])
+    found = []
+    for params, group in zip(map(dict, groups), kept, strict=True):
+        shown = {name: one_line(params.get(name, ABSENT)) for name in names}
+        found.append(Configuration(shown, params, group))
+    found.sort(key=lambda each: [natural(each.params["reward"]), *map(natural, each.shown.values())])
+    return found, total - sum(map(len, kept))
+
+
+def differing(configured: Sequence[dict[str, str]]) -> list[str]:
+    """The parameters that tell these apart, selectors first. What a selected table holds differs wherever the selector
+    does: its keys are named only where they differ under one selector."""
+    names = list(dict.fromkeys(key for params in configured for key in params))
+    found = [name for name in SELECTORS if len({params.get(name) for params in configured}) > 1]
+    for name in names:
+        if name not in SELECTORS:
+            selector = name.partition(".")[0]
+            values: dict[str | None, set[str | None]] = {}
+            for params in configured:
+                values.setdefault(params.get(selector), set()).add(params.get(name))
+            if any(len(several) > 1 for several in values.values()):
+                found.append(name)
+    return found
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """Sorts numbers inside texts as numbers: step1000 before step16000, 3e-05 before 0.0001."""
+    try:
+        return [(0, float(text), "")]
+    except ValueError:
+        return [(1, float(part), "") if part.isdecimal() else (2, 0.0, part) for part in re.split(r"(\d+)", text)]
+
+
+def spread(values: Iterable[float | None]) -> Spread:
+    known = [value for value in values if value is not None]
+    if not known:
+        return Spread(None, None, 0)
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+def at_the_end(training: Training, column: str) -> float | None:
+    """Mean over the last LAST_STEPS steps of a training, None where the column is undefined in all of them."""
+    steps = range(length(training) - LAST_STEPS, length(training))
+    curve = training.curve(column)
+    values = [curve[step] for step in steps if step in curve]
+    return statistics.fmean(values) if values else None
+
+
+def length(training: Training) -> int:
+    """Steps done. The learning rate of a step is always defined."""
+    return max([step for column in ("lr", "reward_mean") for step in training.curve(column)], default=-1) + 1
+
+
+def number(configuration: Configuration, title: str) -> Spread:
+    """A number of the table over the seeds of a configuration."""
+    column = NUMBERS[title]
+    if column is None:
+        return spread(training.gain for training in configuration.trainings)
+    found = spread(at_the_end(training, column) for training in configuration.trainings)
+    if "%" in title and found.mean is not None:
+        return Spread(100 * found.mean, None if found.std is None else 100 * found.std, found.seeds)
+    return found
+
+
+def verdicts(configuration: Configuration) -> str:
+    """How many seeds ended how: `3 healthy, 2 misaligned objective from step 0 (then 2 empty completions)`."""
+    groups: dict[str | None, list[Training]] = {}
+    for training in configuration.trainings:
+        kinds = training.kinds
+        groups.setdefault(None if kinds is None else kinds[0] if kinds else "healthy", []).append(training)
+    texts = []
+    for kind, group in sorted(groups.items(), key=lambda item: (item[0] != "healthy", item[0] is None, -len(item[1]))):
+        text = f"{len(group)} {'not diagnosed' if kind is None else title(kind)}"
+        onsets = sorted(training.onset for training in group if training.onset is not None)
+        if onsets:
+            text += f" from step {onsets[0]}" + (f"–{onsets[-1]}" if onsets[-1] != onsets[0] else "")
+        later = Counter(title(other) for training in group for other in (training.kinds or ())[1:])
+        if later:
+            text += f" (then {', '.join(f'{count} {name}' for name, count in later.most_common())})"
+        texts.append(text)
+    return ", ".join(texts)
+
+
+def title(kind: str) -> str:
+    """The verdict's words, in the middle of a sentence."""
+    names: dict[str, str] = {str(known): name for known, name in TITLES.items()}
+    return names.get(kind, kind).lower()
+
+
+def said(value: Spread, sign: str = "") -> str:
+    """−5.53 ± 0.09: three digits of the larger one, two below 1."""
+    if value.mean is None:
+        return ""
+    largest = max(abs(value.mean), value.std or 0.0)
+    power = math.floor(math.log10(largest)) if largest else 0
+    places = min(6, max(0, 2 - power if power >= 0 else 1 - power))
+    text = f"{value.mean:{sign}.{places}f}" + (f" ± {value.std:.{places}f}" if value.std is not None else "")
+    return text.replace("-", "−")
+
+
+def steps_of(configuration: Configuration) -> str:
+    lengths = sorted({length(training) for training in configuration.trainings})
+    return str(lengths[0]) if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+
+
+def markdown(found: Sequence[Configuration]) -> str:
+    """The table, its columns aligned so that it reads as plain text too."""
+    titles = [*found[0].shown, "seeds", "steps", *NUMBERS, "verdict"]
+    rows = [titles]
+    for each in found:
+        numbers = [number(each, name) for name in NUMBERS]
+        cells = [
+            said(value, "+" if "gain" in name else "") + (f" (n={value.seeds})" if partial(value, each) else "")
+            for name, value in zip(NUMBERS, numbers, strict=True)
+        ]
+        seeds = str(len(each.trainings)) if len(each.trainings) > 1 else "n=1"
+        rows.append([*each.shown.values(), seeds, steps_of(each), *cells, verdicts(each)])
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def partial(value: Spread, configuration: Configuration) -> bool:
+    """Whether some seeds have no such number: where not all were evaluated."""
+    return 0 < value.seeds < len(configuration.trainings)
+
+
+def table_csv(found: Sequence[Configuration]) -> str:
+    """The table with all digits; std is empty of one seed."""
+    names = {name: re.sub(r"\W+", "_", name).strip("_") for name in NUMBERS}
+    parts = [f"{name}_{part}" for name in names.values() for part in ("mean", "std", "seeds")]
+    rows = [[*found[0].shown, "seeds", "steps", *parts, "verdict", "experiments"]]
+    for each in found:
+        numbers = [cell for name in NUMBERS for cell in number(each, name)]
+        seeds = " ".join(training.params["seed"] for training in each.trainings)
+        cells = [*each.shown.values(), seeds, steps_of(each), *numbers, verdicts(each)]
+        rows.append(["" if cell is None else str(cell) for cell in cells])
+        rows[-1].append(" ".join(training.name for training in each.trainings))
+    return _csv(rows)
+
+
+def band(configuration: Configuration, column: str) -> dict[int, Spread]:
+    """Mean and std over the seeds of each step that any of them has."""
+    curves = [training.curve(column) for training in configuration.trainings]
+    return {step: spread(curve.get(step) for curve in curves) for step in sorted(set().union(*curves))}
+
+
+def curves_csv(found: Sequence[Configuration], column: str) -> str:
+    """What the figure shows: a row a configuration and step."""
+    rows = [[*found[0].shown, "step", f"{column}_mean", f"{column}_std", "seeds"]]
+    for each in found:
+        for step, value in band(each, column).items():
+            rows.append([*each.shown.values(), *("" if cell is None else str(cell) for cell in (step, *value))])
+    return _csv(rows)
+
+
+def _csv(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

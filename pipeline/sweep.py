@@ -1,0 +1,145 @@
+"""`python -m pipeline.sweep --jobs 2 -S recipe=notebook,stable -S 'seed=range(0,3)'`: an experiment for each combination,
+by DVC's queue, then their comparison.
+
+The name of an experiment is of its parameters and of the code as it stands. So the same command goes on with a sweep that
+was interrupted, or of which experiments failed: what is finished is not done again.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+
+from pipeline.errors import UserError, run_stage
+from pipeline.io.command import dvc, environment
+from pipeline.io.provenance import digest
+
+POLL_SECONDS = 5.0
+PATIENCE = 6  # looks at a queue in which nobody works
+ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
+WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
+
+
+def main() -> None:
+    """Raises UserError where an override is none, DVC refuses an experiment, one fails, or the queue stands still."""
+    options = arguments()
+    commit = git("rev-parse", "HEAD")  # DVC keeps experiments by it; a commit meanwhile changes nothing
+    wanted = experiments(options.overrides, commit)
+    print(f"{len(wanted)} experiments, {len(finished(wanted, commit))} of them finished", flush=True)
+    try:
+        queue(wanted, commit)
+        wait(wanted, commit, options.jobs)
+    except KeyboardInterrupt:
+        dvc("queue", "stop")
+        raise UserError(
+            "interrupted: running experiments end by themselves (`dvc queue stop --kill` ends them now), the others "
+            "stay queued; the same command goes on"
+        ) from None
+    command = ["pipeline.compare", "--from", "dvc", *wanted]
+    sys.exit(subprocess.run([sys.executable, "-m", *command], env=environment()).returncode)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.sweep", description=(__doc__ or "").partition(":")[2])
+    parser.add_argument("-S", dest="overrides", action="append", required=True, metavar="KEY=VALUES",
+                        help="as of `dvc exp run`; several values, a,b or range(0,3), are swept")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="experiments at a time")
+    options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: should be 1 or more")
+    return options
+
+
+def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
+    """The -S values of every combination by the name of its experiment. Raises UserError for what DVC cannot read."""
+    from dvc.utils.hydra import get_hydra_sweeps  # takes its time, and only this needs it
+
+    try:
+        combinations = [each["params.yaml"] for each in get_hydra_sweeps({"params.yaml": overrides})]
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("hydra", "dvc"):
+            raise
+        raise UserError(f"-S: {str(error).partition('See https')[0]}; should be KEY=VALUE or KEY=VALUE,VALUE") from None
+    # dvc.lock and reports/ are what runs leave behind: they make no other experiment
+    state = [commit, git("diff", commit, "--", ".", ":!reports", ":!dvc.lock")]
+    swept = [place for place, values in enumerate(zip(*combinations, strict=True)) if len(set(values)) > 1]
+    found = {}
+    for values in combinations:
+        words = [re.sub(r"\W+", "-", values[place].partition("=")[2])[-20:].strip("-_") for place in swept]
+        found["-".join(["sweep", *words, digest([state, values])[:6]])] = values
+    return found
+
+
+def finished(wanted: dict[str, list[str]], commit: str) -> set[str]:
+    """Those whose results DVC has."""
+    listing = git("for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{commit[:2]}/{commit[2:]}")
+    return set(listing.split()) & wanted.keys()
+
+
+def queue(wanted: dict[str, list[str]], commit: str) -> None:
+    """Queues what is neither finished nor in the queue."""
+    done, states = finished(wanted, commit), status()[0]
+    for place, (name, values) in enumerate(wanted.items(), start=1):
+        if name in done or states.get(name) in ("Queued", "Running"):
+            continue
+        if name in states:  # failed, or its result was removed
+            dvc("queue", "remove", name)
+        options = [part for value in values for part in ("-S", value)]
+        dvc("exp", "run", "--queue", "--name", name, *options)
+        print(f"queued {place} of {len(wanted)}: {name}", flush=True)
+
+
+def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
+    """Until every experiment is finished. Raises UserError where one failed, after the others have ended."""
+    seen, idle, lost = finished(wanted, commit), 0, 0
+    if len(seen) < len(wanted):
+        dvc("queue", "start", "--jobs", str(jobs))
+    while len(seen) < len(wanted):
+        time.sleep(POLL_SECONDS)
+        (states, workers), before = status(), seen
+        seen = finished(wanted, commit)
+        for name in sorted(seen - before):
+            print(f"finished {len(seen)} of {len(wanted)}: {name}", flush=True)
+        pending = {name: states[name] for name in wanted.keys() - seen if states.get(name) in ("Queued", "Running")}
+        failed = sorted(wanted.keys() - seen)
+        lost = lost + 1 if failed and not pending else 0
+        if lost > 1:  # looked at twice: DVC calls an experiment failed while it saves its results
+            raise UserError(
+                f"{len(failed)} of {len(wanted)} experiments failed: {', '.join(failed)}; {why(failed[0])}; "
+                "the same command tries them again"
+            )
+        idle = idle + 1 if pending and not workers else 0
+        if idle >= PATIENCE:
+            stuck = next((name for name, state in pending.items() if state == "Running"), None)
+            cure = f"`dvc queue kill {stuck}`, then " if stuck else ""
+            raise UserError(f"nobody works on the queue, {len(pending)} experiments are left: {cure}the same command")
+        if idle and "Queued" in pending.values():
+            dvc("queue", "start", "--jobs", str(jobs))  # the workers of a sweep that was interrupted have gone
+
+
+def status() -> tuple[dict[str, str], int]:
+    """The state of each experiment that the queue knows, by name, and how many workers there are."""
+    text = dvc("queue", "status")
+    workers = WORKERS.search(text)
+    return dict(ROW.findall(text)), sum(map(int, workers.groups())) if workers else 0
+
+
+def why(name: str) -> str:
+    """The line of an experiment's output that names its error, and how to see the rest."""
+    try:
+        lines = [line for line in dvc("queue", "logs", name).splitlines() if re.match("(error|ERROR):", line)]
+    except UserError:
+        lines = []
+    return f"`dvc queue logs {name}` says why" + (f": {lines[0]}" if lines else "")
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"experiments need a git repository with a commit: {done.stderr}")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    run_stage(main)

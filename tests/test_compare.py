@@ -1,0 +1,490 @@
+"""`python -m pipeline.compare`: made-up trainings whose table is worked out by hand or by pandas, DVC's record as git holds
+it, and what the command refuses. tests/test_sweep.py compares real experiments."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.collections
+import numpy as np
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import compare
+from pipeline.errors import UserError
+from pipeline.io import trainings
+from pipeline.io.trainings import Training
+from pipeline.report import comparison, curves, style
+from pipeline.report.comparison import configurations, differing, natural, said, verdicts
+from tests.conftest import ROOT, Project
+
+STEPS = 8
+PARAMS = {
+    "model": "pocket", "reward": "embedding", "recipe": "stable", "reward.kind": "embedding",
+    "recipe.lr": "0.0001", "train.steps": "8",
+}  # fmt: skip
+
+
+def history(seed: int = 0, steps: int = STEPS, shift: float = 0.0) -> pd.DataFrame:
+    drawn = np.random.default_rng(seed).normal(size=(3, steps))
+    return pd.DataFrame({
+        "reward_mean": -6 + shift + 0.1 * np.arange(steps) + 0.2 * drawn[0], "entropy": 3 + 0.1 * drawn[1],
+        "distinct_completions": 0.9 + 0.01 * drawn[2], "lr": 1e-4,
+    })  # fmt: skip
+
+
+def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Training:
+    """A training; `params` are changes of PARAMS, None takes one out."""
+    table = history(seed) if table is None else table
+    params = PARAMS | {"seed": str(seed)} | changes.pop("params", {})
+
+    def curve(column: str) -> dict[int, float]:
+        return {step: float(value) for step, value in enumerate(table[column]) if math.isfinite(value)}
+
+    default = Training(
+        name=f"s{seed}", params={key: value for key, value in params.items() if value is not None}, code="c", made=seed,
+        columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, kinds=(), onset=None,
+    )  # fmt: skip
+    return default._replace(**changes)
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict("records")
+
+
+# --- configurations
+
+
+def test_the_numbers_are_those_of_pandas() -> None:
+    tables = {
+        (recipe, seed): history(10 * seed + len(recipe)) for recipe in ("notebook", "stable") for seed in range(3)
+    }
+    found, _ = configurations(
+        made(seed, table, params={"recipe": recipe}, gain=seed**2) for (recipe, seed), table in tables.items()
+    )
+    rows = rows_of(comparison.table_csv(found))
+    assert [row["recipe"] for row in rows] == ["notebook", "stable"]
+    for row in rows:
+        of_recipe = [tables[row["recipe"], seed] for seed in range(3)]
+        for name, column, factor in (
+            ("training_reward", "reward_mean", 1), ("entropy", "entropy", 1), ("different", "distinct_completions", 100)
+        ):  # fmt: skip
+            ends = pd.Series([factor * table[column].tail(5).mean() for table in of_recipe])
+            assert float(row[f"{name}_mean"]) == pytest.approx(ends.mean(), rel=1e-12)
+            assert float(row[f"{name}_std"]) == pytest.approx(ends.std(), rel=1e-12)
+        assert (float(row["held_out_gain_mean"]), float(row["held_out_gain_std"])) == pytest.approx(
+            (5 / 3, 2.0816659995)
+        )
+        assert (row["seeds"], row["steps"], row["experiments"]) == ("0 1 2", "8", "s0 s1 s2")
+
+
+def test_the_band_is_the_standard_deviation_over_seeds_of_each_step() -> None:
+    tables = [history(seed) for seed in range(4)]
+    found, _ = configurations(made(seed, table) for seed, table in enumerate(tables))
+    rows = pd.read_csv(io.StringIO(comparison.curves_csv(found, "entropy")))
+    together = pd.concat([table["entropy"] for table in tables], axis=1)
+    assert rows["entropy_mean"].to_list() == pytest.approx(together.mean(axis=1).to_list(), rel=1e-12)
+    assert rows["entropy_std"].to_list() == pytest.approx(together.std(axis=1).to_list(), rel=1e-12)
+    assert rows["step"].to_list() == list(range(STEPS))
+
+    (axes, *_) = curves.curves(found, "entropy", "a test").axes
+    (band,) = [each for each in axes.collections if isinstance(each, matplotlib.collections.PolyCollection)]
+    drawn = band.get_paths()[0].vertices
+    for step, mean, std in zip(rows["step"], rows["entropy_mean"], rows["entropy_std"], strict=True):
+        edges = drawn[drawn[:, 0] == step][:, 1]
+        assert (edges.min(), edges.max()) == pytest.approx((mean - std, mean + std))
+    assert axes.lines[0].get_ydata() == pytest.approx(rows["entropy_mean"].to_list())
+
+
+def test_one_seed_has_no_deviation() -> None:
+    found, _ = configurations([made(0)])
+    (row,) = rows_of(comparison.table_csv(found))
+    assert row["training_reward_std"] == row["held_out_gain_std"] == ""
+    assert "n=1" in comparison.markdown(found)
+    assert "±" not in comparison.markdown(found)
+    assert not curves.curves(found, "reward_mean", "a test").axes[0].collections
+
+
+def test_runs_of_other_lengths_and_undefined_steps() -> None:
+    """The last steps are each run's own; a step's mean is over the seeds that have come that far."""
+    short, gap = history(1, steps=6), history(2)
+    gap.loc[3, "reward_mean"] = math.nan
+    gap.loc[7, "reward_mean"] = math.inf
+    found, _ = configurations([made(1, short), made(2, gap)])
+    (row,) = rows_of(comparison.table_csv(found))
+    ends = [
+        short["reward_mean"].iloc[1:6].mean(),
+        gap["reward_mean"].iloc[4:7].mean(),
+    ]  # four of the last five, less one
+    assert float(row["training_reward_mean"]) == pytest.approx(np.mean([ends[0], ends[1]]))
+    assert row["steps"] == "6 to 8"
+    by_step = {int(each["step"]): each for each in rows_of(comparison.curves_csv(found, "reward_mean"))}
+    assert (by_step[3]["seeds"], by_step[3]["reward_mean_std"]) == ("1", "")
+    assert float(by_step[6]["reward_mean_mean"]) == pytest.approx(gap["reward_mean"][6])
+    assert set(by_step) == set(range(7))
+    style.png(curves.curves(found, "reward_mean", "a test"))
+
+
+def test_only_what_differs_is_shown() -> None:
+    """What a selected table holds differs with the selector; under one selector it is named."""
+    assert differing([PARAMS, PARAMS]) == []
+    notebook = PARAMS | {"recipe": "notebook", "recipe.lr": "0.0003"}
+    assert differing([PARAMS, notebook]) == ["recipe"]
+    assert differing([PARAMS, notebook, PARAMS | {"recipe.lr": "3e-05"}]) == ["recipe", "recipe.lr"]
+    step = PARAMS | {"model.source": "models/local/step1000"}
+    assert differing([step, PARAMS | {"model.source": "models/local/step2000"}]) == ["model.source"]
+    assert differing([PARAMS, PARAMS | {"train.steps": "9"}]) == ["train.steps"]
+    assert differing([PARAMS, PARAMS | {"reward.target": "Hi"}]) == ["reward.target"]  # absent from one
+
+
+def test_configurations_come_in_the_order_of_their_values() -> None:
+    revisions = ["step1000", "step16000", "step143000", "step512"]
+    found, _ = configurations(made(0, params={"model.revision": revision}) for revision in revisions)
+    assert [each.shown["model.revision"] for each in found] == ["step512", "step1000", "step16000", "step143000"]
+    assert sorted(["0.0001", "3e-05", "10", "9"], key=natural) == ["3e-05", "0.0001", "9", "10"]
+
+
+def test_a_training_counts_once() -> None:
+    again = made(0, name="again", made=5.0, gain=9.0)
+    found, left_out = configurations([made(0), again, made(1)])
+    assert (len(found), left_out) == (1, 1)
+    assert [training.name for training in found[0].trainings] == ["again", "s1"]
+
+
+def test_seeds_of_other_code_are_not_mixed() -> None:
+    """Of one configuration what the newest code made; another configuration keeps what it has."""
+    old = [made(seed, code="old", made=1.0) for seed in range(3)]
+    new = [made(seed, code="new", made=2.0, name=f"new{seed}") for seed in range(2)]
+    other = made(0, code="old", made=1.0, params={"recipe": "notebook"})
+    found, left_out = configurations([*old, *new, other])
+    assert [[training.name for training in each.trainings] for each in found] == [["s0"], ["new0", "new1"]]
+    assert left_out == 3
+
+
+def test_verdicts_are_counted_in_the_words_of_the_report() -> None:
+    def of(*ends: tuple[tuple[str, ...] | None, int | None]) -> str:
+        found, _ = configurations(made(seed, kinds=kinds, onset=onset) for seed, (kinds, onset) in enumerate(ends))
+        return verdicts(found[0])
+
+    assert of(((), None), ((), None)) == "2 healthy"
+    assert of((("empty",), 8), ((), None), (("empty",), 8)) == "1 healthy, 2 empty completions from step 8"
+    assert of((("empty",), 9), (("empty",), 8)) == "2 empty completions from step 8–9"
+    hacked = ("misaligned", "hacking", "empty")
+    assert of((hacked, 0), (("misaligned", "empty"), 0)) == (
+        "2 misaligned objective from step 0 (then 2 empty completions, 1 reward hacking)"
+    )
+    assert of((None, None)) == "1 not diagnosed"
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "text"),
+    [(-5.5283, 0.0912, "−5.53 ± 0.09"), (21.4, 0.41, "21.4 ± 0.4"), (0.0, 0.0, "0.00 ± 0.00"), (0.123, None, "0.12"),
+     (0.00123, 0.0004, "0.0012 ± 0.0004"), (12345.6, 12.3, "12346 ± 12"), (None, None, "")],
+)  # fmt: skip
+def test_numbers_as_text(mean: float | None, std: float | None, text: str) -> None:
+    assert said(comparison.Spread(mean, std, 2)) == text
+
+
+def test_the_markdown_is_a_table_whatever_the_parameters_say() -> None:
+    found, _ = configurations(made(0, params={"reward.target": target}) for target in ("a | b", "two\nlines", "c"))
+    lines = comparison.markdown(found).splitlines()
+    assert len(lines) == 5
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_number_that_some_seeds_lack_says_of_how_many_it_is() -> None:
+    found, _ = configurations([made(0, gain=None), made(1), made(2)])
+    assert "+0.38 ± 0.18 (n=2)" in comparison.markdown(found)
+
+
+def test_the_end_is_that_of_the_summary() -> None:
+    from pipeline.io.history import SUMMARY_STEPS
+
+    assert comparison.LAST_STEPS == SUMMARY_STEPS
+
+
+# --- the figure
+
+
+def sweep(size: int, rewards: tuple[str, ...] = ("embedding",)) -> list[comparison.Configuration]:
+    return configurations(
+        made(
+            seed,
+            history(seed, shift=place),
+            params={"recipe": f"recipe-{place}", "reward": reward, "reward.kind": reward},
+        )
+        for place in range(size)
+        for reward in rewards
+        for seed in range(2)
+    )[0]
+
+
+@pytest.mark.parametrize(("size", "rewards"), [(1, 1), (2, 1), (8, 1), (2, 2), (8, 3), (16, 1)])
+def test_every_configuration_has_a_line_of_its_own_and_an_entry_that_fits(size: int, rewards: int) -> None:
+    found = sweep(size, ("embedding", "length", "words")[:rewards])
+    figure = curves.curves(found, "reward_mean", "a test")
+    content = style.png(figure)
+    assert content == style.png(curves.curves(found, "reward_mean", "a test"))
+    panels = [axes for axes in figure.axes if axes.get_gid() == style.STEPS_AXIS]
+    assert len(panels) == rewards
+    for axes in panels:
+        looks = [
+            (line.get_color(), str(line._unscaled_dash_pattern)) for line in axes.lines if line.get_linewidth() > 2
+        ]
+        assert len({look for look in looks if look[1]}) >= min(size, curves.LOOKS)
+    width, height = figure.get_size_inches() * style.DPI
+    boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    assert len(boxes) == 2 * size * rewards
+    for place, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+        assert not any(box.overlaps(other.padded(-1)) for other in boxes[place + 1 :])
+
+
+def test_a_configuration_looks_alike_in_every_panel() -> None:
+    """Also where one panel lacks the first of them."""
+    (first, *others) = sweep(3, ("embedding", "length"))
+    figure = curves.curves(
+        [*others, first._replace(params=first.params | {"reward": "words"})], "reward_mean", "a test"
+    )
+    fewer, whole, _ = ([line.get_color() for line in axes.lines if line.get_linewidth() > 2 and len(line.get_xdata())]
+                       for axes in figure.axes if axes.get_gid() == style.STEPS_AXIS)  # fmt: skip
+    assert (len(fewer), len(whole)) == (2, 3)
+    assert fewer == whole[1:]
+    assert len(set(whole)) == 3
+
+
+# --- the command
+
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Runs the command on these trainings in an empty folder; gives what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(found: list[Training], *arguments: str) -> str:
+        monkeypatch.setattr(compare, "from_mlflow", lambda: found)
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        compare.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_what_is_written_and_printed(say: Say, tmp_path: Path) -> None:
+    printed = say([made(0), made(1), made(1, name="older", made=-1)])
+    assert sorted(path.name for path in (tmp_path / "reports/compare").iterdir()) == [
+        "curves.csv", "curves.png", "table.csv", "table.md"
+    ]  # fmt: skip
+    table, _, legend = (tmp_path / "reports/compare/table.md").read_text().partition("\n\n")
+    assert table in printed
+    assert legend.strip() in printed
+    assert "1 more left out" in printed
+    assert (tmp_path / "reports/compare/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_folder_keeps_what_is_in_it(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    say([made(0)], "--out", "mine")
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+    assert not (tmp_path / "reports").exists()
+
+
+def test_names_and_conditions_choose(say: Say) -> None:
+    lr = [made(0, name=f"lr{value}", params={"recipe.lr": value}) for value in ("0.0001", "3e-05", "0.001")]
+    seeds = [made(seed, params={"recipe": "notebook"}) for seed in range(3)]
+
+    def experiments(*arguments: str) -> str:
+        say(lr + seeds, *arguments)
+        rows = rows_of(Path("reports/compare/table.csv").read_text())
+        return " ".join(row["experiments"] for row in rows)
+
+    assert experiments("lr0.001", "s2") == "s2 lr0.001"
+    assert experiments("--where", "recipe.lr=3e-5,0.001") == "lr3e-05 lr0.001"
+    assert experiments("--where", "recipe=notebook", "--where", "seed=1,2") == "s1 s2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--metric", "reward_men"],
+            r"^--metric 'reward_men': history.csv has no such column; did you mean 'reward_mean'\?$",
+        ),
+        (
+            ["--where", "recip=stable"],
+            r"^--where 'recip=stable': no training has a parameter 'recip'; did you mean 'recipe'\?$",
+        ),
+        (["--where", "recipe"], "should be KEY=VALUE"),
+        (["--where", "recipe=mine"], "no training is left; recipe has been stable"),
+        (["s00"], r"^there is no finished experiment 's00'; did you mean 's0'\?$"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is_near(say: Say, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        say([made(0)], *arguments)
+    assert not Path("reports").exists()
+
+
+def test_without_experiments_it_says_how_to_make_some(project: Project) -> None:
+    line = project.refuse("compare")
+    assert line.startswith(f"error: no finished run in MLflow's store sqlite:///{project.root}/mlflow.db: queue some")
+    assert "dvc exp run --queue" in line
+    assert not (project.root / "mlflow.db").exists()
+    assert not (project.root / "reports").exists()
+
+
+# --- DVC's record, written here as DVC writes it
+
+
+def md5(text: str) -> str:
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+@dataclasses.dataclass
+class Commits:
+    """A git repository with experiments as DVC keeps them: commits under refs/exps/<their start>/<name>."""
+
+    root: Path
+
+    def git(self, *arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
+        return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit(self, seed: int, policy: str = "", stale: tuple[str, ...] = ()) -> None:
+        """A commit with the results of a run; `stale`: stages whose results are of another policy."""
+        tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+        policy = policy or f"policy of seed {seed}"
+        files = {
+            "reports/train/history.csv": "step," + history(seed).to_csv(index_label="step").partition(",")[2],
+            "reports/diagnosis.json": json.dumps({"verdict": "empty", "onset": 3, "findings": [{"kind": "empty"}]}),
+            "reports/evaluate/metrics.json": json.dumps({"embedding": {"difference": {"mean": 0.5 + seed}}}),
+        }
+        for name, text in files.items():
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / name).write_text(text)
+        own = {name: tree[name] for name in ("model", "prompts", "reward", "encoder", "recipe", "train")} | {
+            "seed": seed
+        }
+        for table, name in (("models", "model"), ("prompt_sets", "prompts"), ("rewards", "reward"),
+                            ("encoders", "encoder"), ("recipes", "recipe")):  # fmt: skip
+            own[f"{table}.{tree[name]}"] = tree[table][tree[name]]
+        del own["prompt_sets.pocket"]["deduplicate"]  # false where the file leaves it out
+        outs = {"data/policy": policy, "reports/train/history.csv": files["reports/train/history.csv"]}
+        uses = {"evaluate": "data/policy", "diagnose": "reports/train/history.csv"}
+        results = {"evaluate": "reports/evaluate/metrics.json", "diagnose": "reports/diagnosis.json"}
+
+        def entries(texts: dict[str, str]) -> list[dict[str, str]]:
+            return [{"path": path, "hash": "md5", "md5": md5(text)} for path, text in texts.items()]
+
+        stages: dict[str, Any] = {
+            stage: {
+                "deps": entries({used: "of another run" if stage in stale else outs[used]}),
+                "outs": entries({results[stage]: files[results[stage]]}),
+            }
+            for stage, used in uses.items()
+        }
+        stages["train"] = {
+            "deps": entries({"pipeline/train.py": "code"}), "params": {"params.yaml": own}, "outs": entries(outs)
+        }  # fmt: skip
+        with (self.root / "dvc.lock").open("w") as file:
+            YAML().dump({"schema": "2.0", "stages": stages}, file)
+        self.git("add", "-A")
+        self.git("commit", "-qm", f"seed {seed}")
+
+    def experiment(self, name: str, seed: int, **options: Any) -> None:
+        head = self.git("rev-parse", "HEAD")
+        self.commit(seed, **options)
+        self.git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", "HEAD")
+        self.git("reset", "-q", "--hard", head)
+
+
+@pytest.fixture
+def commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commits:
+    made = Commits(tmp_path / "project")
+    made.root.mkdir()
+    made.git("init", "-q")
+    made.commit(0)
+    monkeypatch.chdir(made.root)
+    return made
+
+
+def test_the_commit_and_its_experiments_are_read_from_git(commits: Commits) -> None:
+    for seed in (1, 2):
+        commits.experiment(f"run-{seed}", seed)
+    found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
+    assert {name: training.params["seed"] for name, training in found.items()} == {
+        "HEAD": "0",
+        "run-1": "1",
+        "run-2": "2",
+    }
+    table = history(2)
+    assert found["run-2"].curve("reward_mean") == pytest.approx(table["reward_mean"].to_dict())
+    assert (found["run-2"].gain, found["run-2"].kinds, found["run-2"].onset) == (2.5, ("empty",), 3)
+    # as train.py records them: text as it is, everything else as JSON
+    params = found["HEAD"].params
+    assert (params["recipe.lr"], params["recipe.adam_eps"], params["prompts.deduplicate"]) == (
+        "0.0001",
+        "1e-08",
+        "false",
+    )
+    assert not [key for key in params if key.startswith("evaluate")]
+    commits.commit(5)
+    assert [training.params["seed"] for training in trainings.from_dvc(every_commit=False)] == ["5"]
+    assert sorted(training.params["seed"] for training in trainings.from_dvc(every_commit=True)) == ["1", "2", "5"]
+
+
+def test_results_of_another_training_are_not_taken_for_its_own(commits: Commits) -> None:
+    """`dvc exp run train` leaves the diagnosis and evaluation of the commit that it started from."""
+    commits.experiment("train-only", 1, stale=("evaluate", "diagnose"))
+    found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
+    assert (found["train-only"].gain, found["train-only"].kinds) == (None, None)
+    assert found["HEAD"].gain == 0.5
+
+
+def test_a_commit_that_does_not_hold_its_training_is_left_out(
+    commits: Commits, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    (commits.root / "reports/train/history.csv").write_text("step,lr\n0,1\n")
+    commits.git("commit", "-qam", "edited by hand")
+    assert trainings.from_dvc(every_commit=False) == []
+    assert "HEAD: its commit does not hold what its dvc.lock says of `train`" in capsys.readouterr().err
+    (commits.root / "dvc.lock").unlink()
+    commits.git("commit", "-qam", "before the first run")
+    assert trainings.from_dvc(every_commit=False) == []
+
+
+def test_outside_git_dvc_has_no_record(project: Project) -> None:
+    done = project.run("compare", "--from", "dvc")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: DVC's experiments are commits of a git repository, and here is none")
+
+
+def test_without_mlflow_its_record_cannot_be_read_and_dvcs_can(commits: Commits, tmp_path: Path) -> None:
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/sitecustomize.py").write_text("import sys\nsys.modules['mlflow'] = None\n")
+    (commits.root / "mlflow.db").touch()
+    environment = {"PYTHONPATH": f"{tmp_path / 'without'}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline.compare", *arguments]
+        return subprocess.run(command, cwd=commits.root, env=environment, capture_output=True, text=True)
+
+    refused = run()
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert refused.stderr.startswith("error: mlflow is not installed")
+    assert "1 empty completions from step 3" in run("--from", "dvc").stdout

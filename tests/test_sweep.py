@@ -1,0 +1,265 @@
+"""`make sweep` and `python -m pipeline.compare` on real experiments of DVC's queue: their table says what the files say,
+read from either record, in this folder or in another clone."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+
+from pipeline import sweep
+from pipeline.errors import UserError
+from pipeline.io.command import dvc
+from tests.clones import Clone
+from tests.conftest import ROOT
+from tests.test_concurrency import PATIENCE_SECONDS, end, tiny
+
+IDENTITY = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+GRID = ("-S", "recipe=notebook,stable", "-S", "seed=1,2", "-S", "train.threads=1")
+
+
+class Swept(NamedTuple):
+    clone: Clone
+    printed: str
+    names: list[str]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
+    base = tmp_path_factory.mktemp("swept")
+    clone = tiny(base, base / "cache")
+    printed = clone("python", "-m", "pipeline.sweep", "--jobs", "2", *GRID)
+    yield Swept(clone, printed, sorted(set(re.findall(r"finished \d of \d: (\S+)", printed))))
+    end(clone)
+
+
+def table(clone: Clone, *arguments: str) -> pd.DataFrame:
+    clone("python", "-m", "pipeline.compare", *arguments)
+    return pd.read_csv(io.StringIO(clone.read("reports/compare/table.csv")), dtype={"seeds": str})
+
+
+def show(clone: Clone, name: str, path: str) -> str:
+    (ref,) = [line for line in clone("git", "for-each-ref", "--format=%(refname)").split() if line.endswith(f"/{name}")]
+    return clone("git", "show", f"{ref}:{path}")
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_its_comparison(swept: Swept) -> None:
+    clone, printed, names = swept
+    assert "4 experiments, 0 of them finished" in printed
+    assert len(names) == 4
+    assert {re.sub("-[0-9a-f]{6}$", "", name) for name in names} == {
+        "sweep-notebook-1", "sweep-notebook-2", "sweep-stable-1", "sweep-stable-2"
+    }  # fmt: skip
+    written = clone.read("reports/compare/table.md").partition("\n\n")[0]
+    assert written in printed
+    assert re.search(r"\| recipe +\| seeds \| steps", written)
+    assert clone("git", "status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+def test_the_table_says_what_the_files_say(swept: Swept) -> None:
+    clone, _, names = swept
+    rows = table(clone, "--from", "dvc")
+    assert list(rows["recipe"]) == ["notebook", "stable"]
+    for _, row in rows.iterrows():
+        own = [name for name in names if row["recipe"] in name]
+        assert (row["seeds"], sorted(row["experiments"].split())) == ("1 2", own)
+        histories = [pd.read_csv(io.StringIO(show(clone, name, "reports/train/history.csv"))) for name in own]
+        ends = pd.Series([history["reward_mean"].tail(5).mean() for history in histories])
+        assert row["training_reward_mean"] == pytest.approx(ends.mean(), rel=1e-12)
+        assert row["training_reward_std"] == pytest.approx(ends.std(), rel=1e-9)
+        metrics = [json.loads(show(clone, name, "reports/evaluate/metrics.json")) for name in own]
+        gains = pd.Series([each["length"]["difference"]["mean"] for each in metrics])
+        assert row["held_out_gain_mean"] == pytest.approx(gains.mean(), rel=1e-12)
+        assert row["held_out_gain_std"] == pytest.approx(gains.std(), rel=1e-9)
+        first = [json.loads(show(clone, name, "reports/diagnosis.json"))["findings"][:1] for name in own]
+        titles = pd.Series([found[0]["title"].lower() if found else "healthy" for found in first])
+        for title, count in titles.value_counts().items():
+            assert re.search(rf"(^|, ){count} {title}", row["verdict"])
+
+
+@pytest.mark.slow
+def test_both_records_give_the_same_table_and_a_second_evaluation_adds_no_seed(swept: Swept) -> None:
+    clone = swept.clone
+
+    def both() -> pd.DataFrame:
+        texts = set()
+        for source in ("dvc", "mlflow"):
+            rows = table(clone, "--from", source)
+            texts.add(clone.read("reports/compare/table.csv") + clone.read("reports/compare/curves.csv"))
+        assert len(texts) == 1
+        return rows
+
+    before = both()
+    again = ("--name", "again", "-S", "recipe=stable", "-S", "seed=1", "-S", "train.threads=1")
+    said = clone("dvc", "exp", "run", "--temp", *again, "-S", "evaluate.samples_per_prompt=3")
+    assert "evaluate" in clone.ran(said)
+    after = both()
+    assert list(after["seeds"]) == ["1 2", "1 2"]
+    assert "again" in after["experiments"][1].split()
+    assert after["held_out_gain_mean"][1] != before["held_out_gain_mean"][1]
+    clone("dvc", "exp", "remove", "again")
+    clone("git", "diff", "--quiet")
+
+
+@pytest.mark.slow
+def test_another_clone_reads_pulled_experiments_without_mlflow_and_without_data(
+    swept: Swept, tmp_path: Path
+) -> None:  # fmt: skip
+    clone, _, names = swept
+    subprocess.run(["git", "clone", "-q", clone.root, tmp_path / "other"], check=True)
+    hook = tmp_path / "hook/sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text("import sys\nif sys.argv[0] == '-m':\n    sys.modules['mlflow'] = None\n")
+
+    def run(*command: str) -> str:
+        environment = {**clone.environment, "PYTHONPATH": str(hook.parent)}
+        done = subprocess.run(command, cwd=tmp_path / "other", env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("dvc", "exp", "pull", "--no-cache", "origin", *names)
+    printed = run("python", "-m", "pipeline.compare", "--from", "dvc")
+    expected = clone("python", "-m", "pipeline.compare", "--from", "dvc", *names)
+    assert printed == expected
+    assert (tmp_path / "other/reports/compare/curves.png").read_bytes() == (
+        clone.root / "reports/compare/curves.png"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
+    clone, printed, _ = swept
+    again = clone("python", "-m", "pipeline.sweep", "--jobs", "2", *GRID)
+    assert "4 experiments, 4 of them finished" in again
+    assert "queued" not in again
+    assert again.partition("| recipe")[2] == printed.partition("| recipe")[2]
+
+
+@pytest.mark.slow
+def test_a_failed_experiment_is_named_with_its_error_after_the_others_have_ended(swept: Swept) -> None:
+    clone = swept.clone
+    said = clone("python", "-m", "pipeline.sweep", "--jobs", "2", "-S", "train.steps=0,3", "-S", "seed=1", fails=True)
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: 1 of 2 experiments failed: sweep-0-[0-9a-f]{6}; `dvc queue logs sweep-0-", line)
+    assert "train.steps = 0" in line
+    assert re.search(r"finished 1 of 2: sweep-3-[0-9a-f]{6}", said)
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_with_the_same_command(swept: Swept) -> None:
+    clone = swept.clone
+    command = [sys.executable, "-m", "pipeline.sweep", "--jobs", "1", "-S", "train.steps=30", "-S", "seed=5,6"]
+    process = subprocess.Popen(  # a shell's background jobs ignore SIGINT, and so does what they start
+        ["env", "--default-signal=INT", *command],
+        cwd=clone.root,
+        env=clone.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not list((clone.root / ".checkpoints").glob("*/state-00*.pt")) or "Running" not in clone(
+        "dvc", "queue", "status"
+    ):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert process.returncode == 1
+    assert error.startswith("error: interrupted: running experiments end by themselves")
+    assert error.count("\n") == 1
+    clone("dvc", "queue", "stop", "--kill")
+    said = clone("python", "-m", "pipeline.sweep", *command[3:])
+    assert "2 experiments, 0 of them finished" in said
+    assert re.search(r"\| 2 +\| 30 ", said)
+
+
+# --- what needs no experiments
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        subprocess.run(["git", *command], check=True, env={**os.environ, **IDENTITY})
+    return tmp_path
+
+
+def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_change(repository: Path) -> None:
+    def names(*overrides: str) -> list[str]:
+        return list(sweep.experiments(list(overrides), sweep.git("rev-parse", "HEAD")))
+
+    grid = ("recipe=notebook,stable", "seed=range(0,3)", "train.threads=1")
+    first = names(*grid)
+    assert len(set(first)) == 6
+    assert first[0].startswith("sweep-notebook-0-")
+    assert names(*grid) == first
+    assert set(names(*grid[:2], "train.threads=2")).isdisjoint(first)
+    assert len(names("models.pythia-70m.revision=step1000,step16000", "model=pythia-70m")) == 2
+    (repository / "params.yaml").write_text("seed: 1\n")
+    assert set(names(*grid)).isdisjoint(first)
+
+
+@pytest.mark.parametrize("override", ["recipe", "recipe=a,b)", "seed=glob(*)"])
+def test_an_override_that_is_none_is_refused(repository: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"^-S: .*should be KEY=VALUE"):
+        sweep.experiments([override], "HEAD")
+
+
+def test_what_dvc_refuses_is_said_in_its_own_words(repository: Path) -> None:
+    with pytest.raises(UserError, match=r"^`dvc queue` failed: you are not inside of a DVC repository"):
+        dvc("queue", "status")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    subprocess.run(["git", "commit", "-qam", "dvc"], check=True, env={**os.environ, **IDENTITY})
+    with pytest.raises(UserError, match=r"^`dvc exp` failed: .*Could not override 'sede'.* full_key: sede"):
+        dvc("exp", "run", "--queue", "-S", "sede=1")
+
+
+def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = (
+        "Task     Name              Created       Status\n7da09db  sweep-a-0-19e714  05:17 AM      Running\n"
+        "1daeeaf  sweep-b-1-3c6bf8  Nov 22, 2026  Failed\n9554dbe  other             05:17 AM      Success\n"
+        "\nWorker status: 2 active, 1 idle\n"
+    )
+    monkeypatch.setattr(sweep, "dvc", lambda *arguments: printed)
+    assert sweep.status() == ({"sweep-a-0-19e714": "Running", "sweep-b-1-3c6bf8": "Failed", "other": "Success"}, 3)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("Running", r"nobody works on the queue, 1 experiments are left: `dvc queue kill one`, then the same command"),
+        ("Failed", r"1 of 1 experiments failed: one; `dvc queue logs one` says why: ERROR: no; the same command"),
+    ],
+)
+def test_a_queue_that_stands_still_ends_the_waiting(state: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
+    monkeypatch.setattr(sweep, "finished", lambda *_: set())
+    monkeypatch.setattr(sweep, "status", lambda: ({"one": state}, 0))
+    monkeypatch.setattr(sweep, "dvc", lambda *arguments: "loading\nERROR: no\n")
+    with pytest.raises(UserError, match=message):
+        sweep.wait({"one": []}, "c", jobs=1)
+
+
+def test_make_passes_its_variables_on() -> None:
+    command = ["make", "-n", "-o", ".venv/bin/installed", "sweep", "RECIPES=stable", "STEPS=10", "JOBS=3"]
+    command += ["OVERRIDES=-S model=pythia-70m -S 'models.pythia-70m.revision=step1000,step16000'"]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
+    said = done.stdout.replace("\\\n", " ")
+    expected = """python -m pipeline.sweep --jobs 3 -S 'recipe=stable' -S 'reward=embedding,length' -S 'seed=range(0,3)'
+        -S train.threads=1 -S train.steps=10 -S model=pythia-70m -S 'models.pythia-70m.revision=step1000,step16000'"""
+    assert said.split()[-len(expected.split()) :] == expected.split()
