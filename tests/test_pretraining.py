@@ -1,4 +1,5 @@
-"""A sweep over the pretraining steps of a hub model, as docs/CHECKPOINTS.md has it: each experiment has its checkpoint."""
+"""Sweeps over pretraining steps through DVC's queue, as docs/CHECKPOINTS.md has them: revisions of a hub model and local
+models that `dvc add` tracks. Each experiment trains from its own checkpoint."""
 
 import json
 from collections.abc import Iterator
@@ -31,25 +32,31 @@ def manifest(clone: Clone, folder: str) -> Any:
     return json.loads((cache / digest[:2] / digest[2:]).read_text())
 
 
-def test_revisions_of_a_model_are_queued_and_each_is_trained_from(clone: Clone, hub: Hub, tmp_path: Path) -> None:
+def test_each_experiment_of_a_sweep_has_its_checkpoint(clone: Clone, hub: Hub, tmp_path: Path) -> None:
     commits = {
         step: hub.add("models", PYTHIA, step, write_pythia(tmp_path / step, None, seed=seed))
         for seed, step in enumerate(["step1000", "step2000"])
     }
+    write_pythia(clone.root / "models/local/early", None, seed=2)
+    clone("dvc", "add", "models/local/early")
+    clone("git", "add", "models/local/early.dvc")
+    clone.commit()
     clone.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     sweep = ("-S", "model=pythia-70m", "-S", "models.pythia-70m.revision=step1000,step2000", "-S", "train.threads=1")
     clone("dvc", "exp", "run", "--queue", *sweep)
-    run_queue(clone, 2)
-    found = {made["run"]["params"]["model.revision"]: made for made in experiments(clone).values()}
-    policies = {
-        step: manifest(clone, made["outputs"]["data/checkpoint"])["policy"] for step, made in found.items()
-    }  # fmt: skip
+    clone("dvc", "exp", "run", "--queue", "-S", "models.pocket.source=models/local/early")
+    run_queue(clone, 3)
+
+    made = experiments(clone).values()
+    found = {one["run"]["params"].get("model.revision", "early"): one for one in made}
+    policies = {step: manifest(clone, one["outputs"]["data/checkpoint"])["policy"] for step, one in found.items()}
+    early = policies.pop("early")
+    assert early["origin"] == "models/local/early"
     assert {step: (policy["origin"], policy["commit"]) for step, policy in policies.items()} == {
         step: (PYTHIA, commit) for step, commit in commits.items()
     }
-    one, other = found["step1000"], found["step2000"]
-    assert policies["step1000"]["files"]["model.safetensors"] != policies["step2000"]["files"]["model.safetensors"]
+    assert len({policy["files"]["model.safetensors"] for policy in (early, *policies.values())}) == 3
     for key in ("checkpoint", "train_key"):
-        assert one["run"][key] != other["run"][key]
-    assert one["run"]["prompts"] == other["run"]["prompts"]
-    assert one["history"] != other["history"]
+        assert len({one["run"][key] for one in made}) == 3
+    assert len({one["run"]["prompts"] for one in made}) == 1
+    assert len({one["history"] for one in made}) == 3
