@@ -71,8 +71,9 @@ def read_texts(path: Path) -> list[str]:
 
 
 def write_pythia(
-    folder: Path, tokenizer: Path | None, pickled: bool = False, hidden_size: int = 16, layers: int = 2, heads: int = 2
-) -> Path:
+    folder: Path, tokenizer: Path | None, pickled: bool = False, hidden_size: int = 16, layers: int = 2, heads: int = 2,
+    seed: int = 0,
+) -> Path:  # fmt: skip
     """Pythia's architecture, vocabulary and dtype with other sizes and random weights.
 
     tokenizer: Pythia's tokenizer.json, or None for one made here. pickled: pytorch_model.bin instead of safetensors.
@@ -86,7 +87,7 @@ def write_pythia(
         intermediate_size=4 * hidden_size, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = GPTNeoXForCausalLM(config).half()
     model.save_pretrained(folder)
     if pickled:

@@ -138,16 +138,21 @@ def queue_states(clone: Clone) -> list[str]:
     return re.findall(r"\b(Success|Failed|Running|Queued)\b", clone("dvc", "queue", "status"))
 
 
+def run_queue(clone: Clone, experiments: int) -> None:
+    """Two at a time, until all have succeeded."""
+    clone("dvc", "queue", "start", "--jobs", "2")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while working := processes_in(clone.root):  # the workers end by themselves when there is no more to do
+        assert time.monotonic() < deadline, working
+        time.sleep(1)
+    assert queue_states(clone) == ["Success"] * experiments, clone("dvc", "queue", "status")
+
+
 def test_a_queue_of_experiments_at_two_jobs(clone: Clone) -> None:
     seeds = list(range(1, 1 + rounds(6, 2)))
     with fault("experiments of a queue at the same time"):
         clone("dvc", "exp", "run", "--queue", "-S", f"seed=range(1,{1 + len(seeds)})")
-        clone("dvc", "queue", "start", "--jobs", "2")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while working := processes_in(clone.root):  # the workers end by themselves when there is no more to do
-            assert time.monotonic() < deadline, working
-            time.sleep(1)
-        assert queue_states(clone) == ["Success"] * len(seeds), clone("dvc", "queue", "status")
+        run_queue(clone, len(seeds))
         histories = assert_complete(clone, seeds)
         assert len(set(histories.values())) == len(seeds)
     if FULL:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import statistics
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -77,6 +78,38 @@ def test_windows_score_every_token_once(make: ModuleType, monkeypatch: pytest.Mo
     for length in range(2, 40):
         ids = torch.randint(0, 4, (length,), generator=torch.Generator().manual_seed(length))
         assert make.bits_per_byte(Ignorant(), [ids], ["xx"]) == pytest.approx(2 * (length - 1) / 2)
+
+
+def test_kept_steps_lie_on_the_way_to_the_end(
+    make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept before the end and after a break, training goes on to the weights of a run that keeps nothing."""
+    for name, value in {"BATCH": 2, "WINDOW": 16, "KEPT": f"{tmp_path}/step"}.items():
+        monkeypatch.setattr(make, name, value)
+    lines = [json.dumps({"lang": "en", "text": f"{n} times {n} is {n * n}. " * 80}) for n in range(10)]
+    for split in ("train", "validation"):
+        (tmp_path / split).write_text("\n".join(lines))
+    sizes = ["--vocabulary", "300", "--hidden", "8", "--layers", "1", "--heads", "1", "--tokens", "160"]  # 5 steps
+    texts = ["--train", f"{tmp_path}/train", "--validation", f"{tmp_path}/validation", *sizes]
+
+    def run(name: str, *more: str) -> None:
+        files = ["--out", f"{tmp_path}/{name}/checkpoint", "--state", f"{tmp_path}/{name}.pt"]
+        monkeypatch.setattr("sys.argv", ["make.py", *texts, *files, *more])
+        with torch.random.fork_rng():
+            make.main()
+
+    def weights(folder: str) -> bytes:
+        return (tmp_path / folder / "model.safetensors").read_bytes()
+
+    run("whole")
+    run("kept", "--keep", "2")
+    run("kept", "--keep", "5,2")
+    assert weights("step5") == weights("whole/checkpoint") != weights("step2")
+    assert not (tmp_path / "kept").exists(), "with --keep the checkpoint of the project stays as it is"
+    for keep in ("2,5", "3", "6"):  # all there, past, never
+        with pytest.raises(SystemExit):
+            run("kept", "--keep", keep)
+        assert "training goes on from step 5 to 5" in capsys.readouterr().err
 
 
 def test_figures_name_what_was_reached() -> None:

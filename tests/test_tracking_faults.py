@@ -3,8 +3,6 @@ and `track` afterwards makes the record complete, with nothing twice."""
 
 import contextlib
 import os
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,13 +13,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import requests
 
 from pipeline import track
 from pipeline.errors import UserError
 from pipeline.io import tracking
 from tests.faults import FULL, fault, rounds
 from tests.proxy import Proxy
+from tests.servers import MlflowServer
 from tests.test_concurrency import tiny
 from tests.test_tracking import (  # noqa: F401
     KEY,
@@ -50,53 +48,11 @@ EXTRA_SECONDS = tracking.CLOSE_SECONDS + 5  # what the worst store may cost a tr
 CLOSE_SECONDS = 4.0  # in the place of tracking's own 15, for the sake of time
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """A real `mlflow server` on loopback, with a store of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += ["--artifacts-destination", (self.folder / "artifacts").as_uri()]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while not self.is_up():
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
-    def is_up(self) -> bool:
-        try:
-            return requests.get(f"http://127.0.0.1:{self.port}/health", timeout=1).ok
-        except requests.RequestException:
-            return False
-
-    def kill(self) -> None:
-        """As if its machine had lost power: no process of it lives on."""
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, empty_store) -> Iterator[Server]:  # noqa: F811
+def server(tmp_path_factory, empty_store) -> Iterator[MlflowServer]:  # noqa: F811
     folder = tmp_path_factory.mktemp("server")
     (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
-    made = Server(folder)
+    made = MlflowServer(folder)
     made.start()
     yield made
     made.kill()

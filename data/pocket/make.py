@@ -2,6 +2,7 @@
 
     python data/pocket/make.py                                     # messages from OpenAssistant/oasst1
     python data/pocket/make.py --train train.jsonl.gz --validation validation.jsonl.gz
+    python data/pocket/make.py --keep 16,64,256                    # only models/local/pocket-step16, -step64, -step256
 
 A document is a run of consecutive messages in dataset order, joined by a blank line, closed by EOS. Runs
 end at the first message that brings them to RUN_CHARACTERS: were single messages documents, the many short
@@ -33,6 +34,7 @@ RUN_CHARACTERS = 1500  # about 450 tokens: most documents fit one window
 WINDOW = 512  # tokens of context
 BATCH = 16  # windows per optimizer step
 SAVE_SECONDS = 120
+KEPT = "models/local/pocket-step"  # where local models lie, and their names without the step
 CURVE_DOCUMENTS = 8  # every so many-th validation document makes the curve, all of them the final figure
 
 
@@ -136,17 +138,22 @@ def learning_rate(progress: float, warmup: float = 0.02, decay: float = 0.4) -> 
     return min(1.0, (progress + 1e-3) / warmup, max(0.0, 1 - progress) / decay)
 
 
-def write_checkpoint(
-    model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, figures: dict
-) -> None:
-    """float16, as Pythia ships; figures.json says what was reached."""
+def write_checkpoint(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """float16, as Pythia ships."""
     folder.mkdir(parents=True, exist_ok=True)
     half = GPTNeoXForCausalLM(model.config).to(torch.float16)
     half.load_state_dict(model.state_dict())
     half.generation_config.eos_token_id = half.generation_config.bos_token_id = 0
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder.parent / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def step_numbers(text: str) -> list[int]:
+    """'16,64' -> [16, 64], ascending and from 1 on."""
+    numbers = sorted({int(number) for number in text.split(",")})
+    if numbers[0] < 1:
+        raise ValueError(text)
+    return numbers
 
 
 def main() -> None:
@@ -164,6 +171,9 @@ def main() -> None:
     parser.add_argument("--muon-lr", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop here, resumably")
+    parser.add_argument(
+        "--keep", type=step_numbers, default=[], metavar="N,M", help=f"write {KEPT}N after N steps; end after the last"
+    )
     args = parser.parse_args()
 
     names = ("vocabulary", "hidden", "layers", "heads", "tokens", "lr", "muon_lr", "seed")
@@ -207,6 +217,11 @@ def main() -> None:
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
         first, seconds, curve = state["step"], state["seconds"], state["curve"]
+    steps = math.ceil(args.tokens / (BATCH * WINDOW))
+    kept = {step: Path(__file__).parents[2] / f"{KEPT}{step}" for step in args.keep}
+    missing = [step for step, folder in kept.items() if not folder.exists()]
+    if kept and not (missing and first < missing[0] and missing[-1] <= steps):
+        parser.error(f"--keep: {missing or 'nothing'} is missing, and training goes on from step {first} to {steps}")
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts]}
@@ -215,7 +230,6 @@ def main() -> None:
         args.state.with_suffix(".tmp").replace(args.state)
 
     forward = torch.compile(model) if device.type == "cuda" else model
-    steps = math.ceil(args.tokens / (BATCH * WINDOW))
     began = saved_at = time.time()
     for step, ids in enumerate(batches(encoded, int(args.tokens), torch.Generator().manual_seed(args.seed))):
         if step < first:
@@ -241,6 +255,13 @@ def main() -> None:
                 {"tokens": (step + 1) * BATCH * WINDOW, "seconds": round(seconds), "bits_per_byte": round(bpb, 4)}
             )
             print(f"step {step + 1} validation {bpb:.4f} bits a byte on a sample", flush=True)
+        if step + 1 in missing:
+            write_checkpoint(model, tokenizer, kept[step + 1])
+            bpb = bits_per_byte(model, held_out[::CURVE_DOCUMENTS], validation_texts[::CURVE_DOCUMENTS])
+            print(f"kept {kept[step + 1].name}: validation {bpb:.4f} bits a byte on a sample", flush=True)
+            if step + 1 == missing[-1]:
+                save(step + 1)
+                return
         if time.time() - saved_at > SAVE_SECONDS:
             save(step + 1)
             saved_at = time.time()
@@ -258,7 +279,8 @@ def main() -> None:
         "curve_documents": len(held_out[::CURVE_DOCUMENTS]),
         "curve": curve,
     }
-    write_checkpoint(model, tokenizer, args.out, figures)
+    write_checkpoint(model, tokenizer, args.out)
+    (args.out.parent / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     args.state.unlink(missing_ok=True)
 
 

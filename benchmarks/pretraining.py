@@ -1,0 +1,70 @@
+"""Prints docs/CHECKPOINTS.md's table: what REINFORCE did to each checkpoint, mean ± standard deviation over seeds.
+
+python -m benchmarks.pretraining      # after a sweep over `models.<name>.source` or `models.<name>.revision`
+
+Of DVC's experiments of every commit; a checkpoint, recipe and seed that was run twice counts once.
+"""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+from benchmarks.ablation import WINDOW, git, read_run, spread
+
+COLUMNS = (
+    "checkpoint", "recipe", "seeds", "its held-out reward", "held-out gain", "entropy, first and last steps, nats a token",
+    "KL to the checkpoint at the end, nats a completion", "different completions at the end, %", "verdicts",
+)  # fmt: skip
+
+
+def experiments() -> pd.DataFrame:
+    """A row an experiment."""
+    yaml = YAML(typ="safe", pure=True)
+    command = ["dvc", "exp", "list", "--all-commits", "--sha-only"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = []
+    for revision in listing.split():
+        params = yaml.load(git("show", f"{revision}:params.yaml"))
+        verdict = json.loads(git("show", f"{revision}:reports/diagnosis.json"))["verdict"]
+        rows.append(row(params, *read_run(revision)) | {"verdict": verdict})
+    table = pd.DataFrame(rows)
+    return table if table.empty else table.drop_duplicates(["checkpoint", "recipe", "seed"])
+
+
+def row(params: dict[str, Any], history: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
+    model, reward = params["models"][params["model"]], metrics[params["reward"]]
+    end = history.iloc[-WINDOW:].mean()
+    return {
+        "checkpoint": model.get("revision") or model["source"], "recipe": params["recipe"], "seed": params["seed"],
+        "before": reward["checkpoint"]["mean"], "gain": reward["difference"]["mean"],
+        "entropy_start": history["entropy"].iloc[0], "entropy": end["entropy"], "kl": end["ref_kl_sequence"],
+        "distinct": end["distinct_completions"],
+    }  # fmt: skip
+
+
+def table_row(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts().items())
+    cells = [
+        first["checkpoint"], first["recipe"], str(len(rows)), spread(rows["before"]), spread(rows["gain"], "+"),
+        f"{spread(rows['entropy_start'])}, {spread(rows['entropy'])}", spread(rows["kl"]),
+        spread(100 * rows["distinct"], places=0), verdicts,
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    table = experiments()
+    if table.empty:
+        sys.exit("error: no finished experiments; `dvc queue status` says what became of them")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for _, rows in table.groupby(["recipe", "checkpoint"]):
+        print(table_row(rows))
+
+
+if __name__ == "__main__":
+    main()
