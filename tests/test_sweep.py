@@ -228,6 +228,21 @@ def test_what_dvc_refuses_is_said_in_its_own_words(repository: Path) -> None:
         dvc("exp", "run", "--queue", "-S", "sede=1")
 
 
+def test_a_command_does_not_wait_for_the_workers_that_it_leaves_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """They inherit its output: read through a pipe, `dvc queue start` would last as long as the queue."""
+    monkeypatch.chdir(tmp_path)
+    worker = "import time; time.sleep(60)"
+    (tmp_path / "dvc.py").write_text(
+        f"import subprocess, sys\nworker = subprocess.Popen([sys.executable, '-c', {worker!r}])\nprint(worker.pid)\n"
+    )
+    before = time.monotonic()
+    pid = int(dvc("queue", "start"))
+    os.kill(pid, signal.SIGKILL)  # it is still there
+    assert time.monotonic() - before < 40
+
+
 def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = (
         "Task     Name              Created       Status\n7da09db  sweep-a-0-19e714  05:17 AM      Running\n"
