@@ -117,7 +117,7 @@ def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
             stuck = next((name for name, state in pending.items() if state == "Running"), None)
             cure = f"`dvc queue kill {stuck}`, then " if stuck else ""
             raise UserError(f"nobody works on the queue, {len(pending)} experiments are left: {cure}the same command")
-        if idle and "Queued" in pending.values():
+        if idle == 2 and "Queued" in pending.values():  # not at once: a second start beside a slow one doubles the jobs
             dvc("queue", "start", "--jobs", str(jobs))  # the workers of a sweep that was interrupted have gone
 
 
