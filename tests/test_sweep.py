@@ -181,6 +181,9 @@ def test_an_interrupted_sweep_goes_on_with_the_same_command(swept: Swept) -> Non
     assert error.startswith("error: interrupted: running experiments end by themselves")
     assert error.count("\n") == 1
     clone("dvc", "queue", "stop", "--kill")
+    while "Worker status: 0 active, 0 idle" not in clone("dvc", "queue", "status"):  # one that ends still takes tasks
+        assert time.monotonic() < deadline
+        time.sleep(2)
     said = clone("python", "-m", "pipeline.sweep", *command[3:])
     assert "2 experiments, 0 of them finished" in said
     assert re.search(r"\| 2 +\| 30 ", said)
