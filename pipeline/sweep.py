@@ -15,8 +15,9 @@ from pipeline.errors import UserError, run_stage
 from pipeline.io.command import dvc, environment
 from pipeline.io.provenance import digest
 
-POLL_SECONDS = 5.0
-PATIENCE = 6  # looks at a queue in which nobody works
+POLL_SECONDS = 5.0  # between two looks at what is finished
+QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
+PATIENCE = 4  # states of the queue in which nobody works
 ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
 WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 
@@ -92,21 +93,23 @@ def queue(wanted: dict[str, list[str]], commit: str) -> None:
 
 def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
     """Until every experiment is finished. Raises UserError where one failed, after the others have ended."""
-    seen, idle, lost = finished(wanted, commit), 0, 0
+    seen, idle, lost, looks = finished(wanted, commit), 0, 0, 0
     if len(seen) < len(wanted):
         dvc("queue", "start", "--jobs", str(jobs))
     while len(seen) < len(wanted):
         time.sleep(POLL_SECONDS)
-        (states, workers), before = status(), seen
-        seen = finished(wanted, commit)
-        for name in sorted(seen - before):
-            print(f"finished {len(seen)} of {len(wanted)}: {name}", flush=True)
-        pending = {name: states[name] for name in wanted.keys() - seen if states.get(name) in ("Queued", "Running")}
-        failed = sorted(wanted.keys() - seen)
-        lost = lost + 1 if failed and not pending else 0
+        looks, before, seen = looks + 1, seen, finished(wanted, commit)
+        for number, name in enumerate(sorted(seen - before), start=len(before) + 1):
+            print(f"finished {number} of {len(wanted)}: {name}", flush=True)
+        if len(seen) == len(wanted) or (looks % QUEUE_EVERY and not lost):
+            continue
+        states, workers = status()
+        left = sorted(wanted.keys() - finished(wanted, commit))  # and who is not pending either has failed
+        pending = {name: states[name] for name in left if states.get(name) in ("Queued", "Running")}
+        lost = lost + 1 if left and not pending else 0
         if lost > 1:  # looked at twice: DVC calls an experiment failed while it saves its results
             raise UserError(
-                f"{len(failed)} of {len(wanted)} experiments failed: {', '.join(failed)}; {why(failed[0])}; "
+                f"{len(left)} of {len(wanted)} experiments failed: {', '.join(left)}; {why(left[0])}; "
                 "the same command tries them again"
             )
         idle = idle + 1 if pending and not workers else 0
@@ -114,7 +117,7 @@ def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
             stuck = next((name for name, state in pending.items() if state == "Running"), None)
             cure = f"`dvc queue kill {stuck}`, then " if stuck else ""
             raise UserError(f"nobody works on the queue, {len(pending)} experiments are left: {cure}the same command")
-        if idle and "Queued" in pending.values():
+        if idle == 2 and "Queued" in pending.values():  # not at once: a second start beside a slow one doubles the jobs
             dvc("queue", "start", "--jobs", str(jobs))  # the workers of a sweep that was interrupted have gone
 
 

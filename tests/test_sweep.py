@@ -181,6 +181,9 @@ def test_an_interrupted_sweep_goes_on_with_the_same_command(swept: Swept) -> Non
     assert error.startswith("error: interrupted: running experiments end by themselves")
     assert error.count("\n") == 1
     clone("dvc", "queue", "stop", "--kill")
+    while "Worker status: 0 active, 0 idle" not in clone("dvc", "queue", "status"):  # one that ends still takes tasks
+        assert time.monotonic() < deadline
+        time.sleep(2)
     said = clone("python", "-m", "pipeline.sweep", *command[3:])
     assert "2 experiments, 0 of them finished" in said
     assert re.search(r"\| 2 +\| 30 ", said)
@@ -226,6 +229,21 @@ def test_what_dvc_refuses_is_said_in_its_own_words(repository: Path) -> None:
     subprocess.run(["git", "commit", "-qam", "dvc"], check=True, env={**os.environ, **IDENTITY})
     with pytest.raises(UserError, match=r"^`dvc exp` failed: .*Could not override 'sede'.* full_key: sede"):
         dvc("exp", "run", "--queue", "-S", "sede=1")
+
+
+def test_a_command_does_not_wait_for_the_workers_that_it_leaves_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """They inherit its output: read through a pipe, `dvc queue start` would last as long as the queue."""
+    monkeypatch.chdir(tmp_path)
+    worker = "import time; time.sleep(60)"
+    (tmp_path / "dvc.py").write_text(
+        f"import subprocess, sys\nworker = subprocess.Popen([sys.executable, '-c', {worker!r}])\nprint(worker.pid)\n"
+    )
+    before = time.monotonic()
+    pid = int(dvc("queue", "start"))
+    os.kill(pid, signal.SIGKILL)  # it is still there
+    assert time.monotonic() - before < 40
 
 
 def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> None:

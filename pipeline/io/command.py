@@ -4,21 +4,31 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import UserError
 
 
 def dvc(*arguments: str) -> str:
     """What a quick command prints. Raises UserError with what it says of its failure."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], env=environment(), capture_output=True, text=True
-    )  # fmt: skip
-    if done.returncode:
-        said = done.stderr.strip() or "without a word"
+    # Files, not pipes: the workers that `queue start` leaves behind would hold a pipe open until the queue is empty.
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        status = subprocess.run(command, env=environment(), stdout=output, stderr=errors).returncode
+        printed, said = (_text(file) for file in (output, errors))
+    if status:
         error = re.search(r"^ERROR: (.+(?:\n.+)*)", said, re.MULTILINE)  # to the next empty line
-        raise UserError(f"`dvc {arguments[0]}` failed: {error[1] if error else said.splitlines()[-1]}")
-    return done.stdout
+        raise UserError(
+            f"`dvc {arguments[0]}` failed: {error[1] if error else (said.strip() or 'without a word').splitlines()[-1]}"
+        )
+    return printed
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", errors="replace")
 
 
 def environment() -> dict[str, str]:
