@@ -17,7 +17,8 @@ from benchmarks.ablation import WINDOW, git, read_run, spread
 
 COLUMNS = (
     "checkpoint", "recipe", "seeds", "its held-out reward", "held-out gain", "entropy, first and last steps, nats a token",
-    "KL to the checkpoint at the end, nats a completion", "different completions at the end, %", "verdicts",
+    "KL to the checkpoint at the end, nats a completion", "spread of rewards within a prompt, first steps", "gradient's signal over noise, mean of the run",
+    "verdicts",
 )  # fmt: skip
 
 
@@ -37,12 +38,12 @@ def experiments() -> pd.DataFrame:
 
 def row(params: dict[str, Any], history: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
     model, reward = params["models"][params["model"]], metrics[params["reward"]]
-    end = history.iloc[-WINDOW:].mean()
+    start, end = history.iloc[:WINDOW].mean(), history.iloc[-WINDOW:].mean()
     return {
         "checkpoint": model.get("revision") or model["source"], "recipe": params["recipe"], "seed": params["seed"],
         "before": reward["checkpoint"]["mean"], "gain": reward["difference"]["mean"],
-        "entropy_start": history["entropy"].iloc[0], "entropy": end["entropy"], "kl": end["ref_kl_sequence"],
-        "distinct": end["distinct_completions"],
+        "entropy_start": start["entropy"], "entropy": end["entropy"], "kl": end["ref_kl_sequence"],
+        "within": start["reward_std_within"], "snr": history["grad_snr"].mean(),
     }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def table_row(rows: pd.DataFrame) -> str:
     cells = [
         first["checkpoint"], first["recipe"], str(len(rows)), spread(rows["before"]), spread(rows["gain"], "+"),
         f"{spread(rows['entropy_start'])}, {spread(rows['entropy'])}", spread(rows["kl"]),
-        spread(100 * rows["distinct"], places=0), verdicts,
+        spread(rows["within"]), spread(rows["snr"]), verdicts,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -62,7 +63,8 @@ def main() -> None:
     if table.empty:
         sys.exit("error: no finished experiments; `dvc queue status` says what became of them")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    for _, rows in table.groupby(["recipe", "checkpoint"]):
+    groups = [rows for _, rows in table.groupby(["recipe", "checkpoint"])]
+    for rows in sorted(groups, key=lambda rows: rows["entropy_start"].mean(), reverse=True):  # the least trained first
         print(table_row(rows))
 
 
