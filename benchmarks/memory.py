@@ -17,6 +17,8 @@ import torch
 
 from benchmarks import material
 from benchmarks.real_steps import measure
+from pipeline.policy.adapters import add_lora
+from pipeline.policy.memory import round_frozen
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/scale.json"
@@ -34,7 +36,7 @@ BATCH = {
 }  # fmt: skip
 MEASURED = [
     *(("pythia-70m", setting) for setting in SETTINGS), *(("pythia-160m", setting) for setting in SETTINGS),
-    *(("pythia-410m", setting) for setting in SETTINGS if setting != "float32"), ("pythia-1b", "lora"), ("pythia-1b", "lora-checkpointing"),
+    ("pythia-410m", "bfloat16"), ("pythia-410m", "lora"), ("pythia-410m", "sharded"), ("pythia-1b", "lora-checkpointing"),
 ]  # fmt: skip
 
 
@@ -96,11 +98,14 @@ def predicted(shape: str, setting: str, processes: int = 1) -> dict[str, float]:
 LAYER_BYTES = 50  # in bfloat16, a token, layer and hidden unit; from `saved`, below
 
 
-def saved(shape: str) -> float:
+def saved(shape: str, lora: bool) -> float:
     """Bytes that the layers keep for the backward pass, a token, layer and hidden unit, counted by torch's hooks."""
-    h, layers, _ = material.SHAPES[shape]
+    hidden, layers, _ = material.SHAPES[shape]
     policy = material.policy(shape)
     policy.set_attn_implementation("eager")  # as on a CPU
+    if lora:
+        add_lora(policy, RANK, 16, torch.Generator())
+        round_frozen(policy)
     storages: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 
@@ -111,12 +116,12 @@ def saved(shape: str) -> float:
         return tensor
 
     ids = torch.randint(1, 1000, (8, 64))
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        policy.gpt_neox(ids, use_cache=False)
-    rounded = sum(
-        2 * p.numel() for name, p in policy.gpt_neox.named_parameters() if p.dim() > 1 and "embed" not in name
-    )
-    return (sum(storages.values()) - rounded) / (ids.numel() * layers * h)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy.base_model(ids, use_cache=False)
+    trained = [p for p in policy.base_model.parameters() if p.requires_grad and p.dim() > 1]
+    embedding = policy.get_input_embeddings().weight
+    rounded = sum(2 * p.numel() for p in trained if p is not embedding)  # autocast's, counted by the formula elsewhere
+    return (sum(storages.values()) - rounded) / (ids.numel() * layers * hidden)
 
 
 def run(device: str) -> None:
@@ -160,7 +165,8 @@ def main() -> None:
     if options.command == "run":
         run(options.device)
     elif options.command == "saved":
-        print(json.dumps({shape: saved(shape) for shape in ("pythia-31m", "pythia-70m", "pythia-160m")}))
+        for shape in ("pythia-31m", "pythia-70m", "pythia-160m"):
+            print(json.dumps({"shape": shape, "all weights": saved(shape, False), "adapters": saved(shape, True)}))
     else:
         print(tables())
 
