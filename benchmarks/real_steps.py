@@ -21,13 +21,18 @@ from benchmarks import material
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def measure(shape: str, changes: dict[str, Any], processes: int = 1, sharded: bool = False) -> list[dict[str, Any]]:
+def measure(
+    shape: str, changes: dict[str, Any], processes: int = 1, sharded: bool = False, for_memory: bool = False
+) -> list[dict[str, Any]]:  # fmt: skip
     """What each process says of two steps of the default recipe with these changes of it and of `train`, on the length
     reward."""
     with tempfile.TemporaryDirectory() as folder:
         stage_in(Path(folder), shape, changes)
-        # memory that is let go of goes back to the system, so that the peak is of what was held at one time
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if (
+            for_memory
+        ):  # what is let go of goes back to the system, so that the peak is of what was held at one time; slow
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
         environment |= {"ACCELERATE_USE_FSDP": str(sharded).lower(), "OMP_NUM_THREADS": str(changes["threads"])}
         command = ["-m", "benchmarks.real_steps"]
         if processes > 1:
