@@ -36,10 +36,10 @@ sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compa
 	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
-	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest -n 2 --dist loadfile
+	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(BIN)/installed  ## kills, full disks, bad input in full number -> docs/reliability.json
-	$(RUN) FAULTS=full pytest -n 2 --dist loadfile -m faults
+	$(RUN) FAULTS=full pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults
 
 unit: $(BIN)/installed  ## the fast tests
 	$(RUN) pytest -m 'not slow'

@@ -22,6 +22,12 @@ PINNED = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OASST1, in params.yaml
 PYTHIA = "EleutherAI/pythia-70m-deduped"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of two processes none is left with them when the other has nothing more to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist hands its counts to the process that started it."""
     if hasattr(session.config, "workeroutput"):
