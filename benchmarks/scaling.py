@@ -7,7 +7,7 @@ import json
 
 from benchmarks.real_steps import measure
 
-BATCH = {"prompts_per_step": 32, "samples_per_prompt": 8, "max_tokens": 20, "micro_batch": 64}
+BATCH = {"prompts_per_step": 16, "samples_per_prompt": 8, "max_tokens": 20, "micro_batch": 64}
 WAYS = {  # threads of a process, processes, spread
     "1 process, 1 thread": (1, 1, False),
     "1 process, 2 threads": (2, 1, False),
