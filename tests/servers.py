@@ -68,11 +68,11 @@ def postgres_programs() -> Path | None:
 
 
 class Postgres:
-    """A PostgreSQL server with a password and a database named mlflow, in a folder of its own under the system's
-    temporary one: it refuses root, and pytest's folders are closed to the others whom it then runs as."""
+    """A PostgreSQL server with a password and a database named mlflow, in a folder of its own under /tmp: it refuses
+    root, and pytest's folders, as a user's own TMPDIR, are closed to the others whom it then runs as."""
 
     def __init__(self, programs: Path, password: str) -> None:
-        self.folder, self.port = Path(tempfile.mkdtemp(prefix="postgres-")), free_port()
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp")), free_port()
         user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
         if user:
             shutil.chown(self.folder, "nobody", "nogroup")
