@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from ruamel.yaml import YAML
 
+from pipeline.io.provenance import digest
+from pipeline.params import SELECTORS
+
 RUNS = Path("docs/collapse.csv")
 WINDOW = 3  # the end of a run: its last steps
 UNCERTAIN = 2  # standard errors
@@ -183,6 +186,12 @@ def onset(history: pd.DataFrame) -> float:
 
 def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def others(params: dict[str, Any], *aside: str) -> str:
+    """Digest of what a run is made with besides its seed and the selectors `aside`: equal for seeds of one experiment."""
+    chosen = [(params[name], params[table][params[name]]) for name, table in SELECTORS.items() if name not in aside]
+    return digest([chosen, params["train"], params["evaluate"]])
 
 
 def collect() -> None:

@@ -4,7 +4,8 @@
     python -m benchmarks.memory tables            # docs/scale.json and the formula -> the tables of docs/SCALE.md
     python -m benchmarks.memory saved             # what layers keep for the backward pass: LAYER_BYTES
 
-On a CPU the peak is the process's resident memory over that before the models were loaded; on a GPU what torch held.
+On a CPU the peak is the process's resident memory in the steps over that before the models were loaded; on a GPU what
+torch held. A step of two micro-batches: in the second all gradients are there while the activations are.
 """
 
 import argparse
@@ -24,22 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/scale.json"
 RANK, TOKENS, MICRO_BATCH = 16, 20, 64
 LAYER_BYTES = 40  # in bfloat16, a token, layer and hidden unit: `saved` counts 38 to 45
-ADAPTED_BYTES = 90  # with adapters: fitted to the peaks, `saved` does not find them
 LIBRARIES = 0.2e9  # on a CPU, what is loaded after the start, whatever the size: from pythia-14m
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"precision": "float32"},
-    "bfloat16": {},
+    "bfloat16": {},  # as are those below
     "checkpointing": {"gradient_checkpointing": True},
     "lora": {"lora_rank": RANK},
     "lora-checkpointing": {"lora_rank": RANK, "gradient_checkpointing": True},
     "sharded": {},  # over two processes, each of which is measured
 }
 BATCH = {
-    "prompts_per_step": 8, "samples_per_prompt": 8, "max_tokens": TOKENS, "micro_batch": MICRO_BATCH, "threads": 2,
+    "samples_per_prompt": 8, "max_tokens": TOKENS, "micro_batch": MICRO_BATCH, "threads": 2,
+    "precision": "bfloat16",
 }  # fmt: skip
 MEASURED = [
     *(("pythia-70m", setting) for setting in SETTINGS), *(("pythia-160m", setting) for setting in SETTINGS),
-    ("pythia-410m", "bfloat16"), ("pythia-410m", "lora"), ("pythia-410m", "sharded"), ("pythia-1b", "lora-checkpointing"),
+    ("pythia-410m", "bfloat16"), ("pythia-410m", "checkpointing"), ("pythia-410m", "lora"), ("pythia-1b", "lora-checkpointing"),
 ]  # fmt: skip
 
 
@@ -70,11 +71,12 @@ def predicted(shape: str, setting: str, processes: int = 1) -> dict[str, float]:
     """Bytes on one device, by what takes them.
 
     weights: float32, 4 a parameter; of the frozen ones of a policy with adapters and of the untouched checkpoint, 2 in
-    linear layers where the recipe says bfloat16. gradient 4, Adam 8 and the copy from before the update, which tells
-    how far it went, 4 a trained parameter; all four divided by the processes where the policy is spread over them.
-    working: of the sampler's copy and autocast's in bfloat16 the larger, which is there when the copy from before is not.
-    activations: LAYER_BYTES or ADAPTED_BYTES a token, layer and hidden unit, twice that in float32; with checkpointing 4,
-    and once the whole; and the logits of a micro-batch.
+    linear layers where the recipe says bfloat16. Adam 8 a trained parameter, gradient 4; both and the weights divided by
+    the processes where the policy is spread over them. gathered: embedding and head, which FSDP then keeps whole from the
+    forward pass to the end of the backward pass. rounded: autocast's copies of trained linear layers in bfloat16, which the
+    backward pass needs; with checkpointing that of one layer and of the head. activations: LAYER_BYTES a token, layer and
+    hidden unit, twice that in float32; with checkpointing 4, and once the whole. logits: of a micro-batch.
+    The gradient is let go of with the update; what sampling takes instead, a copy in bfloat16, is smaller.
     """
     size, half, lora = sizes(shape), setting != "float32", setting.startswith("lora")
     checkpointing, spread = "checkpointing" in setting, setting == "sharded"
@@ -82,18 +84,20 @@ def predicted(shape: str, setting: str, processes: int = 1) -> dict[str, float]:
     trained = size.adapters if lora else size.all
     parts = processes if spread else 1
     rows = MICRO_BATCH * TOKENS
-    per_token = (ADAPTED_BYTES if lora else LAYER_BYTES) * (1 if half else 2) * size.hidden
+    per_token = LAYER_BYTES * (1 if half else 2) * size.hidden
     kept = 4 * size.hidden if checkpointing else per_token
-    rounded = 2 * size.rest if lora else 2 * size.all if half else 0
-    activations = rows * (kept * size.layers + per_token * checkpointing)
-    logits = rows * material.VOCABULARY * (2 if half else 4)
+    head = material.VOCABULARY * size.hidden
+    rounded = 2 * (head + (size.linear - head) / size.layers if checkpointing else size.linear)
     whole = {
         "weights": (frozen if lora else 0) + 4 * trained / parts,
         "checkpoint": 0 if lora else frozen,
         "copy to act": frozen if spread else 0,
-        "gradient": 4 * trained / parts,
         "Adam": 8 * trained / parts,
-        "update": max(4 * trained / parts, rounded + activations + logits),
+        "gradient": 4 * trained / parts,
+        "gathered": 8 * head if spread else 0,
+        "rounded": rounded if half and not lora else 0,
+        "activations": rows * (kept * size.layers + per_token * checkpointing),
+        "logits": rows * material.VOCABULARY * (2 if half else 4),
     }
     return whole | {"all": sum(whole.values())}
 
@@ -130,9 +134,12 @@ def run(device: str) -> None:
         if any((row["shape"], row["setting"], row["device"]) == (shape, setting, device) for row in rows):
             continue
         sharded = setting == "sharded"
-        each = measure(
-            shape, BATCH | SETTINGS[setting] | {"device": device}, 2 if sharded else 1, sharded, for_memory=True
-        )
+        if sharded and device == "cuda" and torch.cuda.device_count() < 2:
+            print(f"{shape} {setting}: left out, there is one GPU", flush=True)
+            continue
+        processes = 2 if sharded else 1  # each has two micro-batches
+        changes = BATCH | SETTINGS[setting] | {"device": device, "prompts_per_step": processes * 16}
+        each = measure(shape, changes, processes, sharded, for_memory=True)
         rows.append({"shape": shape, "setting": setting, "device": device, "bytes": max(one["bytes"] for one in each)})
         print(json.dumps(rows[-1]), flush=True)
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
@@ -140,11 +147,14 @@ def run(device: str) -> None:
 
 def tables() -> str:
     gb = 1e9
-    lines = ["| policy | setting | measured, GB | formula, GB | formula over measured |", "|---|---|---|---|---|"]
+    lines = [
+        "| policy | setting | on | measured, GB | formula, GB | formula over measured |",
+        "|---" * 6 + "|",
+    ]
     for row in json.loads(RESULTS.read_text()):
-        formula = predicted(row["shape"], row["setting"], 2)["all"] + LIBRARIES
+        formula = predicted(row["shape"], row["setting"], 2)["all"] + (LIBRARIES if row["device"] == "cpu" else 0)
         lines.append(
-            f"| {row['shape']} | {row['setting']} | {row['bytes'] / gb:.2f} | {formula / gb:.2f} "
+            f"| {row['shape']} | {row['setting']} | {row['device']} | {row['bytes'] / gb:.2f} | {formula / gb:.2f} "
             f"| {formula / row['bytes']:.2f} |"
         )
     lines += ["", "| policy | float32 | bfloat16 | checkpointing | lora | lora-checkpointing | sharded over 2 | over 8 |",

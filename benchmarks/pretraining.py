@@ -2,7 +2,7 @@
 
 python -m benchmarks.pretraining      # after a sweep over `models.<name>.source` or `models.<name>.revision`
 
-Of DVC's experiments of every commit; a checkpoint, recipe and seed that was run twice counts once.
+Of DVC's experiments of every commit; what was run twice, all parameters equal, counts once.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from ruamel.yaml import YAML
 
-from benchmarks.ablation import WINDOW, git, read_run, spread
+from benchmarks.ablation import WINDOW, git, others, read_run, spread
 
 COLUMNS = (
     "checkpoint", "recipe", "seeds", "its held-out reward", "held-out gain", "entropy, first and last steps, nats a token",
@@ -33,7 +33,7 @@ def experiments() -> pd.DataFrame:
         verdict = json.loads(git("show", f"{revision}:reports/diagnosis.json"))["verdict"]
         rows.append(row(params, *read_run(revision)) | {"verdict": verdict})
     table = pd.DataFrame(rows)
-    return table if table.empty else table.drop_duplicates(["checkpoint", "recipe", "seed"])
+    return table if table.empty else table.drop_duplicates(["checkpoint", "recipe", "seed", "others"])
 
 
 def row(params: dict[str, Any], history: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def row(params: dict[str, Any], history: pd.DataFrame, metrics: dict[str, Any]) 
     start, end = history.iloc[:WINDOW].mean(), history.iloc[-WINDOW:].mean()
     return {
         "checkpoint": model.get("revision") or model["source"], "recipe": params["recipe"], "seed": params["seed"],
+        "others": others(params, "model"),
         "before": reward["checkpoint"]["mean"], "gain": reward["difference"]["mean"],
         "entropy_start": start["entropy"], "entropy": end["entropy"], "kl": end["ref_kl_sequence"],
         "within": start["reward_std_within"], "snr": history["grad_snr"].mean(),
@@ -63,7 +64,7 @@ def main() -> None:
     if table.empty:
         sys.exit("error: no finished experiments; `dvc queue status` says what became of them")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    groups = [rows for _, rows in table.groupby(["recipe", "checkpoint"])]
+    groups = [rows for _, rows in table.groupby(["recipe", "checkpoint", "others"])]
     for rows in sorted(groups, key=lambda rows: rows["entropy_start"].mean(), reverse=True):  # the least trained first
         print(table_row(rows))
 

@@ -5,7 +5,7 @@ python -m benchmarks.real_steps      # in a folder that `measure` made; prints o
 
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,9 +29,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         stage_in(Path(folder), shape, changes)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if (
-            for_memory
-        ):  # what is let go of goes back to the system, so that the peak is of what was held at one time; slow
+        if for_memory:  # what is let go of goes back to the system: the peak is of what is held at one time; slow
             environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
         environment |= {"ACCELERATE_USE_FSDP": str(sharded).lower(), "OMP_NUM_THREADS": str(changes["threads"])}
         command = ["-m", "benchmarks.real_steps"]
@@ -40,7 +38,9 @@ def measure(
         done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shape} {changes}: {done.stderr[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    each = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert all(one["precision"] == changes["precision"] for one in each)
+    return each
 
 
 def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
@@ -60,8 +60,8 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
 
 
 def two_steps() -> dict[str, Any]:
-    """As `train` does them; the peak of this process's memory over what it held before the models, and the time of the
-    second step."""
+    """As `train` does them; the peak of this process's memory in the steps, over what it held before the models; and the
+    time of the second step."""
     from pipeline import train
     from pipeline.experience.setting import set_stage
     from pipeline.io import launch
@@ -73,25 +73,53 @@ def two_steps() -> dict[str, Any]:
     params = load()
     device = set_up(params.train.device, params.train.threads)
     processes = launch.join(device, params.train.prompts_per_step)
-    before = resident()
+    forget_peak(device)
+    before = peak(device)
     setting, policy = set_stage(params, device, processes)
+    let_go_of_files([setting.acting] + ([] if setting.params.train.lora_rank else [untouched(setting)]))
+    forget_peak(device)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
     run = Progress()
     train.train_step(run, setting, policy, optimizer)
     start = time.perf_counter()
     train.train_step(run, setting, policy, optimizer)
     seconds = time.perf_counter() - start
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    steps = peak(device) - before
     launch.leave(processes)
-    return {"device": device.type, "bytes": peak, "seconds": round(seconds, 3)}
+    precision = params.selected("recipe").precision
+    return {
+        "device": device.type,
+        "precision": precision,
+        "bytes": steps,
+        "seconds": round(seconds, 3),
+    }
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def untouched(setting: Any) -> torch.nn.Module:
+    with setting.reference() as reference:
+        return reference
+
+
+def let_go_of_files(models: list[torch.nn.Module]) -> None:
+    """Copies the weights out of the file that they are mapped from: its pages count as this process's as long as one
+    tensor of it is in use, although the system may take them back."""
+    for parameter in (p for model in models for p in model.parameters()):
+        parameter.data = parameter.data.clone()
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process held since `forget_peak`: resident ones, files it has mapped included; of a GPU
+    what torch had handed out."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time of a step on one and two processes, as one in one piece and spread -> one line of JSON each, docs/SCALE.md.
+"""Time of a step on one and two processes, in one piece and sharded -> one line of JSON each, docs/SCALE.md.
 
 python -m benchmarks.scaling      # on an idle machine with two cores; every way twice
 """
@@ -7,12 +7,12 @@ import json
 
 from benchmarks.real_steps import measure
 
-BATCH = {"prompts_per_step": 16, "samples_per_prompt": 8, "max_tokens": 20, "micro_batch": 64}
-WAYS = {  # threads of a process, processes, spread
+BATCH = {"prompts_per_step": 16, "samples_per_prompt": 8, "max_tokens": 20, "micro_batch": 64, "precision": "float32"}
+WAYS = {  # threads of a process, processes, sharded
     "1 process, 1 thread": (1, 1, False),
     "1 process, 2 threads": (2, 1, False),
     "2 processes, 1 thread each": (1, 2, False),
-    "2 processes, 1 thread each, spread": (1, 2, True),
+    "2 processes, 1 thread each, sharded": (1, 2, True),
 }
 
 

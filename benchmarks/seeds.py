@@ -11,7 +11,7 @@ import sys
 import pandas as pd
 from ruamel.yaml import YAML
 
-from benchmarks.ablation import git, read_run, row_of_run, spread
+from benchmarks.ablation import git, others, read_run, row_of_run, spread
 
 COLUMNS = (
     "reward", "recipe", "seeds", "held-out reward", "over the untouched checkpoint", "seeds whose 95% interval is above 0",
@@ -28,7 +28,7 @@ def experiments() -> pd.DataFrame:
     for revision in listing.split():
         params = yaml.load(git("show", f"{revision}:params.yaml"))
         names = {name: params[name] for name in ("reward", "recipe", "seed")}
-        rows.append(names | row_of_run(*read_run(revision), params))
+        rows.append(names | {"others": others(params)} | row_of_run(*read_run(revision), params))
     return pd.DataFrame(rows)
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     if table.empty:
         print("the current commit has no experiments yet: `dvc exp run`", file=sys.stderr)
         return
-    for _, rows in table.groupby(["reward", "recipe"]):
+    for _, rows in table.groupby(["reward", "recipe", "others"]):
         print(table_row(rows))
 
 

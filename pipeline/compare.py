@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import atomic_path, write_text
-from pipeline.io.tracking import store_uri
+from pipeline.io.tracking import store_uri, without_password
 from pipeline.io.trainings import Training, from_dvc, from_mlflow, readable
 from pipeline.report import comparison, curves, style
 
@@ -39,6 +39,11 @@ def main() -> None:
     print(f"{table}\n{comparison.LEGEND}\n")
     if left_out:
         print(f"{left_out} more left out: the same parameters and seed again, or made by older code or data\n")
+    codes = {training.code for each in found for training in each.trainings}
+    if len(codes) > 1:
+        print(
+            f"note: {len(codes)} versions of the code or of custom/ made these; run all of them again to compare them\n"
+        )
     if len(curves.look_of(found)) > curves.LOOKS:
         print(f"more than {curves.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n")
     print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.png")
@@ -62,7 +67,9 @@ def read(options: argparse.Namespace) -> list[Training]:
     if options.source == "mlflow":
         if found := from_mlflow():
             return found
-        raise UserError(f"no finished run in MLflow's store {store_uri()}: {NONE_YET}; or read `--from dvc`")
+        raise UserError(
+            f"no finished run in MLflow's store {without_password(store_uri())}: {NONE_YET}; or read `--from dvc`"
+        )
     if found := from_dvc(every_commit=options.all_commits or bool(options.experiments)):
         return found
     raise UserError(f"this commit and its experiments hold no training: {NONE_YET}; or look at --all-commits")

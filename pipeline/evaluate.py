@@ -18,7 +18,7 @@ from pipeline.io.runtime import generator, set_up, uniforms
 from pipeline.params import Params, load
 from pipeline.policy.load import load_policy, load_tokenizer
 from pipeline.policy.rollout import check_context, completion_limits, completion_texts, completion_tokens
-from pipeline.policy.sampling import pad_prompts, sample
+from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import score_rollout
 from pipeline.rewards.build import build_reward
 
@@ -52,14 +52,16 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     rewards = {
         name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
     }
-    reference = load_policy(CHECKPOINT / "policy", device)
-    policies = {"checkpoint": reference, "policy": load_policy(POLICY, device)}
     tokenizer = load_tokenizer(POLICY)
+    # one model at a time: two may be more than the device held in training
+    rollouts = {"policy": sample_all(params, prompts, load_policy(POLICY, device), tokenizer)}
+    reference = load_policy(CHECKPOINT / "policy", device)
+    rollouts["checkpoint"] = sample_all(params, prompts, reference, tokenizer)
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
-    for name, policy in policies.items():
-        texts[name], metrics["text"][name], metrics["ref_logprob_per_token"][name] = complete(
-            params, prompts, policy, reference, tokenizer
+    for name in NAMES:
+        texts[name], metrics["text"][name], metrics["ref_logprob_per_token"][name] = measure(
+            params, rollouts[name], reference, tokenizer
         )
     repeated = [prompt for prompt in prompts for _ in range(group)]
     scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
@@ -77,31 +79,37 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     return metrics, rows
 
 
-def complete(
-    params: Params,
-    prompts: list[str],
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[list[str], dict[str, float | None], float]:
-    """Texts [B * G] of a policy as the reward reads them, their statistics, and their log-likelihood a token under the
-    untouched checkpoint."""
+def sample_all(
+    params: Params, prompts: list[str], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Rollout]:
+    """What a policy samples for the prompts, PROMPT_BATCH of them at a time."""
     recipe, group, size = params.selected("recipe"), params.evaluate.samples_per_prompt, params.train.max_tokens
     eos, device = tokenizer.eos_token_id, policy.device
-    texts: list[str] = []
-    plain: list[str] = []  # without special tokens
-    tokens: list[list[int]] = []
-    nats, counted, ended = 0.0, 0, 0
+    rollouts = []
     for start in range(0, len(prompts), PROMPT_BATCH):
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + PROMPT_BATCH]]
         # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
         noise = torch.cat([uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
         check_context(policy, [len(p) for p in ids], limits)
-        rollout = sample(
+        rollouts.append(sample(
             policy, *pad_prompts(ids, eos, device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
             recipe.top_p,
-        )  # fmt: skip
+        ))  # fmt: skip
+    return rollouts
+
+
+def measure(
+    params: Params, rollouts: list[Rollout], reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], dict[str, float | None], float]:
+    """Texts [B * G] as the reward reads them, their statistics, and their log-likelihood a token under the untouched
+    checkpoint."""
+    recipe, group, eos = params.selected("recipe"), params.evaluate.samples_per_prompt, tokenizer.eos_token_id
+    texts: list[str] = []
+    plain: list[str] = []  # without special tokens
+    tokens: list[list[int]] = []
+    nats, counted, ended = 0.0, 0, 0
+    for rollout in rollouts:
         texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group)
         plain += completion_texts(rollout, tokenizer, "strip", group)
         tokens += completion_tokens(rollout, eos)

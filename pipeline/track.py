@@ -165,6 +165,7 @@ def _tags(record: Record) -> dict[str, str]:
     tags = {
         "evaluate_key": artifacts.sha256(EVALUATION),
         "code": str(record.run.get("code", "")),
+        "custom": str(record.run.get("custom", "")),
         "git_commit": commit,
         "mlflow.source.git.commit": commit,
         "git_dirty": None if changes is None else str(bool(changes)).lower(),

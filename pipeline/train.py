@@ -131,13 +131,16 @@ def train(
     setting, policy = set_stage(params, device, processes)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
     run = resume(folder, policy, optimizer)
+    agree(identity["train_key"], run.step, processes, device)
     catch_up(setting, policy)
     run.calibration = run.calibration or calibrate(setting)
     if run.processes[-1:] != [processes.record]:
         run.processes.append(processes.record)
     tracker: tracking.Live | tracking.Nowhere = tracking.Nowhere()
     if processes.writes:
-        tracker = tracking.live(identity["train_key"], identity["params"], {"code": identity["code"]})
+        tracker = tracking.live(
+            identity["train_key"], identity["params"], {name: identity[name] for name in ("code", "custom")}
+        )
     try:
         loop(run, setting, policy, optimizer, tracker, folder)
         saved = in_one_piece(policy, processes)
@@ -293,17 +296,29 @@ def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimiz
     return Progress(**state["run"])
 
 
+def agree(train_key: str, step: int, processes: Processes, device: torch.device) -> None:
+    """Raises UserError where the processes are not at the same step of the same run, as without a common folder."""
+    mine = torch.tensor([[int(train_key[:15], 16), step]], device=device)
+    first, *others = processes.gather(mine).tolist()
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            here, there = (f"step {done} of run {key:015x}" for key, done in (first, other))
+            raise UserError(
+                f"process 0 would train from {here}, process {rank} from {there}; all of them need one folder"
+            )
+
+
 def keep(
     folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: Processes,
     judged: int, every: int,
 ) -> None:  # fmt: skip
-    """Saves the resume state, and the timings beside it for `track`; one process of several does. The policies after fewer than `judged` updates are
-    known to be healthy: the last of them is kept too."""
-    weights = {"policy": trained_weights(policy), "optimizer": optimizer_state(optimizer)}
-    if not processes.writes:
+    """Saves the resume state, and the timings beside it for `track`; one process of several does. The policies after fewer
+    than `judged` updates are known to be healthy: the last of them is kept too."""
+    here = processes.writes
+    weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
+    if not here:
         return
-    state = {**weights, "run": dataclasses.asdict(run)}
-    checkpoints.save(folder, run.step, state, judged, every)
+    checkpoints.save(folder, run.step, {**weights, "run": dataclasses.asdict(run)}, judged, every)
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
 

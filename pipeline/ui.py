@@ -18,7 +18,7 @@ def main() -> None:
     """Becomes `mlflow server`. Raises UserError when there is nothing to serve or the port is taken."""
     port, uri = _port(sys.argv[1:]), tracking.store_uri()
     if uri.startswith("http"):
-        raise UserError(f"MLFLOW_TRACKING_URI names a server already: open {uri}")
+        raise UserError(f"MLFLOW_TRACKING_URI names a server already: open {tracking.without_password(uri)}")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -198,7 +198,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "policy/sharding.py": ("gradient", [
         ("module.set_gradient_divide_factor(1.0)", "pass"),
-        ("tree.full_tensor().cpu()", "tree.to_local()"),
+        ("together = tree.full_tensor()", "together = tree.to_local()"),
     ]),
     "policy/weights.py": ("large", [
         ("if p.requires_grad}\n    if", "}\n    if"),
@@ -218,8 +218,9 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("math.cos(math.pi * done)", "math.cos(done)"),
         ("done = max(0, step - recipe.warmup_steps)", "done = max(0, step)"),
         ("if max_grad_norm > 0:", "if False:"),
-        ("was.sub_(local(p.detach()))", "was.add_(local(p.detach()))"),
-        ("(change / size) ** 0.5", "change / size"),
+        ("before.sub_(local(p.detach()))", "before.add_(local(p.detach()))"),
+        ("        yield p\n        p.grad = None", "        yield p"),
+        ("(change / whole) ** 0.5", "change / whole"),
         ("eps=recipe.adam_eps", "eps=1e-8"),
         ("torch.optim.Adam(", "torch.optim.AdamW("),
         ("if not (math.isfinite(loss) and torch.isfinite(norm)):", "if not torch.isfinite(norm):"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.collections
@@ -51,8 +52,8 @@ def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Tr
         return {step: float(value) for step, value in enumerate(table[column]) if math.isfinite(value)}
 
     default = Training(
-        name=f"s{seed}", params={key: value for key, value in params.items() if value is not None}, code="c", made=seed,
-        columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, kinds=(), onset=None,
+        name=f"s{seed}", params={key: value for key, value in params.items() if value is not None}, code="c", data="d",
+        made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, kinds=(), onset=None,
     )  # fmt: skip
     return default._replace(**changes)
 
@@ -168,6 +169,8 @@ def test_seeds_of_other_code_are_not_mixed() -> None:
     found, left_out = configurations([*old, *new, other])
     assert [[training.name for training in each.trainings] for each in found] == [["s0"], ["new0", "new1"]]
     assert left_out == 3
+    found, _ = configurations([made(0, data="old", made=1.0), made(1, data="new", made=2.0)])
+    assert [training.name for training in found[0].trainings] == ["s1"]
 
 
 def test_verdicts_are_counted_in_the_words_of_the_report() -> None:
@@ -304,6 +307,12 @@ def test_another_folder_keeps_what_is_in_it(say: Say, tmp_path: Path) -> None:
     assert not (tmp_path / "reports").exists()
 
 
+def test_configurations_of_other_code_stand_side_by_side_with_a_note(say: Say) -> None:
+    assert "versions of the code" not in say([made(0), made(0, params={"recipe": "notebook"})])
+    printed = say([made(0), made(0, code="other", params={"recipe": "notebook"})])
+    assert "note: 2 versions of the code or of custom/ made these" in printed
+
+
 def test_names_and_conditions_choose(say: Say) -> None:
     lr = [made(0, name=f"lr{value}", params={"recipe.lr": value}) for value in ("0.0001", "3e-05", "0.001")]
     seeds = [made(seed, params={"recipe": "notebook"}) for seed in range(3)]
@@ -365,12 +374,16 @@ class Commits:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
         return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True).stdout.strip()
 
-    def commit(self, seed: int, policy: str = "", stale: tuple[str, ...] = ()) -> None:
-        """A commit with the results of a run; `stale`: stages whose results are of another policy."""
+    def commit(self, seed: int, policy: str = "", stale: tuple[str, ...] = (), **made: str) -> None:
+        """A commit with the results of a run; `stale`: stages whose results are of another policy; `made`: what
+        run.json says otherwise of code and data."""
         tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
         policy = policy or f"policy of seed {seed}"
         files = {
             "reports/train/history.csv": "step," + history(seed).to_csv(index_label="step").partition(",")[2],
+            "reports/train/run.json": json.dumps(
+                dict.fromkeys(("code", "custom", "prompts", "checkpoint"), "c") | made
+            ),
             "reports/diagnosis.json": json.dumps({"verdict": "empty", "onset": 3, "findings": [{"kind": "empty"}]}),
             "reports/evaluate/metrics.json": json.dumps({"embedding": {"difference": {"mean": 0.5 + seed}}}),
         }
@@ -384,7 +397,7 @@ class Commits:
                             ("encoders", "encoder"), ("recipes", "recipe")):  # fmt: skip
             own[f"{table}.{tree[name]}"] = tree[table][tree[name]]
         del own["prompt_sets.pocket"]["deduplicate"]  # false where the file leaves it out
-        outs = {"data/policy": policy, "reports/train/history.csv": files["reports/train/history.csv"]}
+        outs = {"data/policy": policy} | {name: text for name, text in files.items() if "/train/" in name}
         uses = {"evaluate": "data/policy", "diagnose": "reports/train/history.csv"}
         results = {"evaluate": "reports/evaluate/metrics.json", "diagnose": "reports/diagnosis.json"}
 
@@ -454,6 +467,31 @@ def test_results_of_another_training_are_not_taken_for_its_own(commits: Commits)
     found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
     assert (found["train-only"].gain, found["train-only"].kinds) == (None, None)
     assert found["HEAD"].gain == 0.5
+
+
+def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) -> None:
+    """Custom rewards are code: a seed that was trained after they changed is no seed of the same experiment."""
+    commits.experiment("same", 1)
+    for what in ("code", "custom", "prompts", "checkpoint"):
+        commits.experiment(what, 1, **{what: "other"})
+    found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
+    plain = found["HEAD"]
+    assert (found["same"].code, found["same"].data) == (plain.code, plain.data)
+    for what in ("code", "custom"):
+        assert (found[what].code != plain.code, found[what].data) == (True, plain.data)
+    for what in ("prompts", "checkpoint"):
+        assert (found[what].code, found[what].data != plain.data) == (plain.code, True)
+
+    def of_mlflow(custom: str, prompts: str = "p") -> Training:
+        inputs = [SimpleNamespace(dataset=SimpleNamespace(digest=prompts))]
+        run: Any = SimpleNamespace(
+            info=SimpleNamespace(run_id="r", run_name="r", start_time=0), inputs=SimpleNamespace(dataset_inputs=inputs),
+            data=SimpleNamespace(params={"seed": "0"}, tags={"code": "c", "custom": custom}, metrics={}),
+        )  # fmt: skip
+        return trainings._of_run(None, run)  # type: ignore[arg-type]  # asked for no curve
+
+    assert of_mlflow("c").code == plain.code != of_mlflow("other").code
+    assert of_mlflow("c", "q").data != of_mlflow("c").data
 
 
 def test_a_commit_that_does_not_hold_its_training_is_left_out(

@@ -191,7 +191,8 @@ def test_weights_of_another_policy_are_refused() -> None:
 
 @pytest.fixture
 def adapted(ready: Project) -> Project:
-    ready.edit(train__lora_rank=2, train__lora_alpha=8, train__steps=4, recipes__stable__lr=0.05)
+    ready.edit(train__lora_rank=2, train__lora_alpha=8, train__steps=4, recipes__stable__lr=0.05,
+               recipes__stable__precision="bfloat16")  # fmt: skip
     return ready
 
 
@@ -290,6 +291,21 @@ def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Projec
     succeed(exact)  # in one piece
     assert recorded(exact)["processes"] == ["2 sharded", 1]
     assert [row["step"] for row in history(exact)] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Project) -> None:
+    """The first step, before rounding has made another token of a sample, is that of one process."""
+    exact.edit(train__steps=2, train__gradient_checkpointing=True, recipes__stable__precision="bfloat16")
+    succeed(exact)
+    alone = history(exact)
+    forget(exact)
+    succeed(exact, **spread(exact, 2))
+    assert recorded(exact)["processes"] == ["2 sharded"]
+    rows = history(exact)
+    assert len(rows) == 2
+    for name in ("reward_mean", "entropy", "grad_norm"):
+        assert rows[0][name] == pytest.approx(alone[0][name], rel=0.02), name
 
 
 @pytest.mark.slow

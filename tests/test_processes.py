@@ -6,15 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.launcher.api import LaunchConfig
 
-from pipeline.io.launch import CONFIG
+from pipeline.errors import UserError
+from pipeline.io.launch import CONFIG, relaunch
 from pipeline.reinforce.processes import Processes
+from pipeline.train import agree
 from tests.conftest import Project
+from tests.servers import free_port
 from tests.test_train import checkpoint, contents, forget, history, ready, states, succeed
 
 __all__ = ["checkpoint", "ready"]  # fixtures
@@ -109,8 +117,64 @@ def interrupted(project: Project, environment: dict[str, str], number: signal.Si
     return said
 
 
+@pytest.mark.slow
+def test_two_machines_that_share_the_folder_train_one_run(exact: Project) -> None:
+    """Each is told its rank by a file of its own; here they are two launchers on one machine, that meet at a port."""
+    succeed(exact, **configured(exact, 2))
+    outputs = contents(exact)
+    forget(exact)
+    one, port = (exact.root / "processes.yaml").read_text(), free_port()
+    for rank in (0, 1):
+        text = one.replace("num_machines: 1", "num_machines: 2").replace("machine_rank: 0", f"machine_rank: {rank}")
+        text = text.replace("main_process_port: 0", f"main_process_port: {port}\nmain_process_ip: 127.0.0.1")
+        (exact.root / f"rank{rank}.yaml").write_text(text + "rdzv_backend: static\nsame_network: true\n")
+    second = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.train"], cwd=exact.root, text=True,
+        env={**exact.environment, CONFIG: "rank1.yaml"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        succeed(exact, **{CONFIG: "rank0.yaml"})
+        said = second.communicate(timeout=60)[1]
+    finally:
+        second.kill()
+    assert second.returncode == 0, said
+    assert contents(exact) == outputs
+
+
 def test_a_launcher_that_cannot_be_is_one_line(project: Project) -> None:
     assert "no file" in project.refuse("train", **{CONFIG: "nowhere.yaml"})
+
+
+def test_the_launcher_waits_for_the_end_of_a_long_step(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's launcher, told to stop, kills after 30 s, unless this variable says otherwise; what a user says stays."""
+    monkeypatch.chdir(project.root)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "undone at the end, as what is set here is")
+    for name in ("RANK", "DVC_ROOT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(CONFIG, configured(project, 2)[CONFIG])
+    waits = []
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2)
+    assert config.shutdown_timeout == 30
+    for said in (None, "5"):
+        if said:
+            monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", said)
+        with pytest.MonkeyPatch.context() as inside:
+            inside.setattr(
+                os, "execv", lambda *_: waits.append(replace(config, shutdown_timeout=None).shutdown_timeout)
+            )
+            relaunch("pipeline.train")
+    assert waits == [3600, 5]
+
+
+def test_processes_that_would_train_different_runs_are_refused() -> None:
+    """As where each machine has a folder of its own, of which one knows an earlier state."""
+    key = "ab" * 32
+    for mine, others in (((key, 8), (key, 4)), ((key, 8), ("cd" * 32, 8))):
+        there = torch.tensor([[int(others[0][:15], 16), others[1]]])
+        processes: Any = SimpleNamespace(gather=lambda here, there=there: torch.cat([here, there]))
+        with pytest.raises(UserError, match=r"process 0 would train from step 8 of run (ab){7}a, process 1 from step"):
+            agree(*mine, processes, torch.device("cpu"))
+        agree(*others, processes, torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Random numbers that belong to (seed, step, purpose) and to nothing else; the optimizer's rate and its refusals."""
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -175,6 +176,28 @@ def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> Non
     assert done.relative == pytest.approx(moves / 2, rel=1e-5)  # both weights are 1
     assert not done.withheld
     assert model.weight.flatten().tolist() == pytest.approx([1 - moves / 2] * 2, rel=1e-5)  # half the rate: warm-up
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_parameters_that_step_one_by_one_step_as_all_at_once(optimizer: str) -> None:
+    """torch's own optimizer over all of them gives the same bytes, and the change is that of one long vector. One
+    parameter takes no part, as of a model's part that the loss does not use."""
+    chosen = recipe("stable", optimizer=optimizer, lr=0.1)
+    torch.manual_seed(0)
+    ours = torch.nn.ModuleList([torch.nn.Linear(5, 3), torch.nn.Linear(3, 300), torch.nn.Linear(2, 2)])
+    truth = copy.deepcopy(ours)
+    mine, theirs = make_optimizer(ours.parameters(), chosen), make_optimizer(truth.parameters(), chosen)
+    for _ in range(3):
+        before = [p.detach().clone() for p in truth.parameters()]
+        for p, q in list(zip(ours.parameters(), truth.parameters(), strict=True))[:-1]:
+            p.grad = q.grad = torch.randn_like(p)
+        theirs.step()
+        done = update(ours, mine, 0.0, chosen.lr, 0.0)
+        assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), truth.parameters(), strict=True))
+        change = torch.cat([(p - was).flatten() for p, was in zip(truth.parameters(), before, strict=True)])
+        whole = torch.cat([was.flatten() for was in before])
+        assert done.relative == pytest.approx((change.norm() / whole.norm()).item(), rel=1e-6)
+        assert all(p.grad is None for p in ours.parameters())  # nothing is held while the next batch is sampled
 
 
 @pytest.mark.parametrize(("grad", "loss"), [(torch.nan, 0.0), (torch.inf, 0.0), (1.0, torch.nan), (1.0, torch.inf)])

@@ -105,7 +105,7 @@ def in_one_piece(policy: PreTrainedModel, processes: Processes) -> PreTrainedMod
     """The policy to be saved. Of a spread one every process has to ask; the one that writes gets it, on the CPU."""
     if not processes.sharded:
         return policy
-    weights = trained_weights(policy)
+    weights = trained_weights(policy, processes.writes)
     if processes.writes:
         policy = load_policy(CHECKPOINT / "policy", torch.device("cpu"))
         put_weights(policy, weights)

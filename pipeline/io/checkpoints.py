@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import UserError
 from pipeline.io.artifacts import atomic_path, write_text, writing
 
+DIGEST = 32  # bytes of a sha256, before the state
 KEPT = 2  # states kept: where the newest is damaged, the one before it serves
 
 
@@ -46,12 +47,12 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
 def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
     """Writes the state after `step` steps: its sha256, then torch's format. Of older ones the KEPT last stay, and the one
     that `healthy` finds."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
     with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
-        target.write(hashlib.sha256(payload).digest())
-        target.write(payload)
+        target.write(bytes(DIGEST))
+        hashing = Hashing(target)
+        torch.save(state, hashing)  # type: ignore[arg-type]  # it writes, and that is all torch asks of it
+        target.seek(0)
+        target.write(hashing.sha256.digest())
     kept = {*_states(folder)[-KEPT:], healthy(folder, judged, every)}
     for old in set(_states(folder)) - kept:
         old.unlink()
@@ -73,10 +74,24 @@ def load(folder: Path) -> dict[str, Any] | None:
 def read(path: Path) -> dict[str, Any] | None:
     """A state, on the CPU; None where its checksum differs."""
     with path.open("rb") as source:
-        expected, payload = source.read(32), source.read()
-    if hashlib.sha256(payload).digest() != expected:
-        return None
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        if source.read(DIGEST) != hashlib.file_digest(source, "sha256").digest():
+            return None
+        source.seek(DIGEST)
+        return torch.load(source, map_location="cpu", weights_only=True)
+
+
+class Hashing(io.RawIOBase):
+    """Writes to a file and digests what it writes, so that a state is never in memory a second time."""
+
+    def __init__(self, target: BinaryIO) -> None:
+        self._target, self.sha256 = target, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return self._target.write(data)
 
 
 def healthy(folder: Path, before: int, every: int) -> Path | None:

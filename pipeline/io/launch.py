@@ -29,6 +29,8 @@ def relaunch(module: str) -> None:
         raise UserError(f"{CONFIG}: no file {config}; `accelerate config --config_file {name}` writes one")
     if find_spec("accelerate") is None:
         raise UserError(f"{CONFIG} is set, and accelerate is not installed: `pip install accelerate`, or unset it")
+    # told to stop, torch's launcher waits 30 s before it kills; a step may take longer, and its end is waited for
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     sys.stdout.flush()
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     os.execv(sys.executable, [*launcher, "-m", module])

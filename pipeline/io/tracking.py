@@ -103,7 +103,7 @@ def open_store() -> "tuple[MlflowClient, str]":
                     raise
     if experiment.lifecycle_stage != "active":
         raise UserError(
-            f"MLflow experiment {name!r} in {uri} is deleted; restore it with `mlflow experiments restore "
+            f"MLflow experiment {name!r} in {without_password(uri)} is deleted; restore it with `mlflow experiments restore "
             f"-x {experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME"
         )
     return client, experiment.experiment_id
@@ -180,7 +180,12 @@ def reason(error: BaseException) -> str:
         text = "no answer: " + re.split(r"Caused by |\] ", text)[-1]
     advice = next((f"; {advice}" for sign, advice in ADVICE.items() if sign in text), "")
     text = f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text)
-    return re.sub(r"//[^/@]*@", "//", text if len(text) <= 300 else text[:300] + " ...") + advice
+    return without_password(text if len(text) <= 300 else text[:300] + " ...") + advice
+
+
+def without_password(text: str) -> str:
+    """An address, or a text with addresses, without what stands before their @."""
+    return re.sub(r"//[^/@]*@", "//", text)
 
 
 def live(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "Live":

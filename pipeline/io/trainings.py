@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-HISTORY, DIAGNOSIS, EVALUATION = "reports/train/history.csv", "reports/diagnosis.json", "reports/evaluate/metrics.json"
+HISTORY, RUN = "reports/train/history.csv", "reports/train/run.json"
+DIAGNOSIS, EVALUATION = "reports/diagnosis.json", "reports/evaluate/metrics.json"
 EXPERIMENT = re.compile(r"(\w+) (\d+) refs/exps/([0-9a-f]{2}/[0-9a-f]{38})/(.+)")
 Curve = dict[int, float]  # value by step; undefined ones are left out
 
@@ -40,7 +41,8 @@ class Training(NamedTuple):
 
     name: str
     params: dict[str, str]  # selected ones by MLflow's names, values as MLflow writes them; `seed` is one
-    code: str  # digest of the code and data that made it, of its own kind in each record
+    code: str  # digest of the code that made it, ours and the user's
+    data: str  # digest of prompts and checkpoint, of its own kind in each record
     made: float  # seconds since 1970: of two trainings of the same, the later one counts
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
@@ -81,7 +83,8 @@ def _of_run(client: "MlflowClient", run: "Run") -> Training:
     return Training(
         name=tags.get("dvc_exp_name") or run.info.run_name,
         params=params,
-        code=digest([tags.get("code"), inputs]),
+        code=digest([tags.get("code"), tags.get("custom")]),
+        data=digest(inputs),
         made=run.info.start_time / 1000,
         columns=frozenset(key.removeprefix("train/") for key in metrics if key.startswith("train/")),
         curve=curve,
@@ -138,11 +141,12 @@ def _of_commit(name: str, revision: str, made: float) -> Training | None:
     stages = (YAML(typ="safe", pure=True).load(_show(revision, "dvc.lock") or "{}") or {}).get("stages", {})
     made_by_train = {out["path"]: out["md5"] for out in stages.get("train", {}).get("outs", [])}
     history = _result(revision, stages, "train", HISTORY, made_by_train)
+    run = json.loads(_result(revision, stages, "train", RUN, made_by_train) or "{}")
     try:
         params = _params(stages["train"]["params"]["params.yaml"])
     except KeyError:
         params = {}
-    if not history or not params:
+    if not history or not params or not run:
         if made_by_train:
             print(
                 f"note: {name}: its commit does not hold what its dvc.lock says of `train`; left out", file=sys.stderr
@@ -154,7 +158,8 @@ def _of_commit(name: str, revision: str, made: float) -> Training | None:
     return Training(
         name=name,
         params=params,
-        code=digest([(dep["path"], dep["md5"]) for dep in stages["train"]["deps"]]),
+        code=digest([run.get("code"), run.get("custom")]),
+        data=digest([run.get("prompts"), run.get("checkpoint")]),
         made=made,
         columns=frozenset(rows[0]) - {"step"} if rows else frozenset(),
         curve=lambda column: {

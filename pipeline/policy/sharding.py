@@ -31,13 +31,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tree: Any) -> Any:
-    """A tree of dicts and lists whose spread tensors are put together, on the CPU. Every process has to ask for it."""
+def whole(tree: Any, here: bool = True) -> Any:
+    """A tree of dicts and lists whose spread tensors are put together, on the CPU. Every process has to ask for it; one
+    that has no use for them, not `here`, gets them empty: whole, they may be more than the machine holds several times."""
     if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: whole(value, here) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [whole(value) for value in tree]
-    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+        return [whole(value, here) for value in tree]
+    if not isinstance(tree, DTensor):
+        return tree
+    together = tree.full_tensor()
+    return together.cpu() if here else together.new_empty(0)
 
 
 def spread_like(parameter: Tensor, value: Tensor) -> Tensor:

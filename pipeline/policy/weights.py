@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from pipeline.policy.sharding import spread_like, whole
 
 
-def trained_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
-    """By name, whole: all parameters, or of a policy with adapters those. Of a spread policy every process has to ask."""
-    return {name: whole(p.detach()) for name, p in policy.named_parameters() if p.requires_grad}
+def trained_weights(policy: PreTrainedModel, here: bool = True) -> dict[str, Tensor]:
+    """By name, whole: all parameters, or of a policy with adapters those. Of a spread policy every process has to ask, and
+    gets them only `here`."""
+    return {name: whole(p.detach(), here) for name, p in policy.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -24,9 +25,9 @@ def put_weights(policy: PreTrainedModel, weights: dict[str, Tensor]) -> None:
         parameter.copy_(spread_like(parameter, weights[name]))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its `state_dict` with whole tensors."""
-    return whole(optimizer.state_dict())
+def optimizer_state(optimizer: torch.optim.Optimizer, here: bool = True) -> dict[str, Any]:
+    """Its `state_dict` with whole tensors; see `trained_weights`."""
+    return whole(optimizer.state_dict(), here)
 
 
 def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

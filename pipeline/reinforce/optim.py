@@ -1,7 +1,7 @@
 """The optimizer of a recipe and its learning rate."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,8 @@ def update(
     policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float,
     processes: Processes = ALONE,
 ) -> Update:  # fmt: skip
-    """Clips the gradient to `max_grad_norm` (0 = off) and steps. A non-finite loss or gradient is not applied."""
+    """Clips the gradient to `max_grad_norm` (0 = off), steps, and lets go of it. A non-finite loss or gradient is not
+    applied."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
     if processes.sharded:
@@ -56,16 +57,35 @@ def update(
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = [local(p.detach()).clone() for p in parameters]
-    size = processes.of_parts(square_norm(before), norm.device)
-    optimizer.step()
-    for was, p in zip(before, parameters, strict=True):
-        was.sub_(local(p.detach()))
-    change = processes.of_parts(square_norm(before), norm.device)
-    return Update(norm.item(), (change / size) ** 0.5, False)
+    squares: list[tuple[Tensor, Tensor]] = []
+    for p in _with_gradient_one_by_one(parameters):  # so that no more than one is held as it was before
+        before = local(p.detach()).clone()
+        size = _square(before)
+        optimizer.step()
+        squares.append((size, _square(before.sub_(local(p.detach())))))
+    whole, change = (processes.of_parts(_total(part), norm.device) for part in zip(*squares, strict=True))
+    return Update(norm.item(), (change / whole) ** 0.5, False)
+
+
+def _with_gradient_one_by_one(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
+    """Each in turn, the only one that has its gradient: an optimizer passes over the others. Afterwards none has."""
+    gradients = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    for i, p in enumerate(parameters):
+        p.grad, gradients[i] = gradients[i], None
+        yield p
+        p.grad = None
 
 
 def square_norm(tensors: Iterable[Tensor | None]) -> float:
     """Squared L2 norm of all of them as one vector; rows in their own precision, their sum in float64."""
-    rows = [torch.linalg.vector_norm(x, dim=-1).double().square().sum() for x in tensors if x is not None]
-    return torch.stack(rows).sum().item() if rows else 0.0
+    return _total([_square(x) for x in tensors if x is not None])
+
+
+def _square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).double().square().sum()
+
+
+def _total(squares: Sequence[Tensor]) -> float:
+    return torch.stack(list(squares)).sum().item() if squares else 0.0

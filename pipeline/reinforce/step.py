@@ -76,10 +76,10 @@ def accumulate_gradient(
     mine = processes.rows(len(weights), group)
     separately: AbstractContextManager[list[Tensor | float]] = _gradients_apart(policy) if apart else nullcontext([])
     device = weights.device
-    # one context for all micro-batches: it rounds the weights once and keeps them, if they stay where they are
-    half = torch.autocast(
-        device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=not processes.sharded
-    )
+    # one context for all micro-batches: it rounds the weights once and keeps them, if they stay where they are and
+    # there is room for them
+    keep = not (processes.sharded or recompute)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=keep)
     starts = list(range(mine.start, mine.stop, micro_batch))
     # a spread policy is put together by all processes at once: who has fewer micro-batches computes one in vain
     idle = processes.largest(len(starts), device) - len(starts) if processes.sharded else 0

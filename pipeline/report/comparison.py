@@ -68,7 +68,7 @@ def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], 
     for group in groups.values():
         of_seed: dict[str, Training] = {}
         for training in group:
-            if training.code == group[0].code:
+            if (training.code, training.data) == (group[0].code, group[0].data):
                 of_seed.setdefault(training.params["seed"], training)
         kept.append([of_seed[seed] for seed in sorted(of_seed, key=natural)])
     names = differing([dict(params) for params in groups])
