@@ -51,6 +51,8 @@ def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int
         target.write(bytes(DIGEST))
         hashing = Hashing(target)
         torch.save(state, hashing)  # type: ignore[arg-type]  # it writes, and that is all torch asks of it
+        if hashing.failure:
+            raise hashing.failure
         target.seek(0)
         target.write(hashing.sha256.digest())
     kept = {*_states(folder)[-KEPT:], healthy(folder, judged, every)}
@@ -81,17 +83,24 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 class Hashing(io.RawIOBase):
-    """Writes to a file and digests what it writes, so that a state is never in memory a second time."""
+    """Writes to a file and digests what it writes, so that a state is never in memory a second time. After a failure it
+    writes nothing more and says so at the end: torch, which wants to complete its file, would hide the reason."""
 
     def __init__(self, target: BinaryIO) -> None:
         self._target, self.sha256 = target, hashlib.sha256()
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return self._target.write(data)
+        if self.failure is None:
+            self.sha256.update(data)
+            try:
+                self._target.write(data)
+            except OSError as error:
+                self.failure = error
+        return memoryview(data).nbytes
 
 
 def healthy(folder: Path, before: int, every: int) -> Path | None:
