@@ -375,15 +375,12 @@ class Commits:
         return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True).stdout.strip()
 
     def commit(self, seed: int, policy: str = "", stale: tuple[str, ...] = (), **made: str) -> None:
-        """A commit with the results of a run; `stale`: stages whose results are of another policy; `made`: what
-        run.json says otherwise of code and data."""
+        """A commit with the results of a run; `stale`: stages whose results are of another policy; `made`: other
+        code and data, by path."""
         tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
         policy = policy or f"policy of seed {seed}"
         files = {
             "reports/train/history.csv": "step," + history(seed).to_csv(index_label="step").partition(",")[2],
-            "reports/train/run.json": json.dumps(
-                dict.fromkeys(("code", "custom", "prompts", "checkpoint"), "c") | made
-            ),
             "reports/diagnosis.json": json.dumps({"verdict": "empty", "onset": 3, "findings": [{"kind": "empty"}]}),
             "reports/evaluate/metrics.json": json.dumps({"embedding": {"difference": {"mean": 0.5 + seed}}}),
         }
@@ -397,7 +394,8 @@ class Commits:
                             ("encoders", "encoder"), ("recipes", "recipe")):  # fmt: skip
             own[f"{table}.{tree[name]}"] = tree[table][tree[name]]
         del own["prompt_sets.pocket"]["deduplicate"]  # false where the file leaves it out
-        outs = {"data/policy": policy} | {name: text for name, text in files.items() if "/train/" in name}
+        outs = {"data/policy": policy, "reports/train/history.csv": files["reports/train/history.csv"]}
+        deps = dict.fromkeys(("custom", "data/checkpoint", "data/prompts", "pipeline/train.py"), "first") | made
         uses = {"evaluate": "data/policy", "diagnose": "reports/train/history.csv"}
         results = {"evaluate": "reports/evaluate/metrics.json", "diagnose": "reports/diagnosis.json"}
 
@@ -412,7 +410,7 @@ class Commits:
             for stage, used in uses.items()
         }
         stages["train"] = {
-            "deps": entries({"pipeline/train.py": "code"}), "params": {"params.yaml": own}, "outs": entries(outs)
+            "deps": entries(deps), "params": {"params.yaml": own}, "outs": entries(outs)
         }  # fmt: skip
         with (self.root / "dvc.lock").open("w") as file:
             YAML().dump({"schema": "2.0", "stages": stages}, file)
@@ -472,12 +470,12 @@ def test_results_of_another_training_are_not_taken_for_its_own(commits: Commits)
 def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) -> None:
     """Custom rewards are code: a seed that was trained after they changed is no seed of the same experiment."""
     commits.experiment("same", 1)
-    for what in ("code", "custom", "prompts", "checkpoint"):
-        commits.experiment(what, 1, **{what: "other"})
+    for what in ("pipeline/train.py", "custom", "data/prompts", "data/checkpoint"):
+        commits.experiment(what.partition("/")[2] or what, 1, **{what: "other"})
     found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
     plain = found["HEAD"]
     assert (found["same"].code, found["same"].data) == (plain.code, plain.data)
-    for what in ("code", "custom"):
+    for what in ("train.py", "custom"):
         assert (found[what].code != plain.code, found[what].data) == (True, plain.data)
     for what in ("prompts", "checkpoint"):
         assert (found[what].code, found[what].data != plain.data) == (plain.code, True)
@@ -490,7 +488,7 @@ def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) 
         )  # fmt: skip
         return trainings._of_run(None, run)  # type: ignore[arg-type]  # asked for no curve
 
-    assert of_mlflow("c").code == plain.code != of_mlflow("other").code
+    assert of_mlflow("c").code != of_mlflow("other").code
     assert of_mlflow("c", "q").data != of_mlflow("c").data
 
 

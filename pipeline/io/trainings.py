@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-HISTORY, RUN = "reports/train/history.csv", "reports/train/run.json"
-DIAGNOSIS, EVALUATION = "reports/diagnosis.json", "reports/evaluate/metrics.json"
+HISTORY, DIAGNOSIS, EVALUATION = "reports/train/history.csv", "reports/diagnosis.json", "reports/evaluate/metrics.json"
 EXPERIMENT = re.compile(r"(\w+) (\d+) refs/exps/([0-9a-f]{2}/[0-9a-f]{38})/(.+)")
 Curve = dict[int, float]  # value by step; undefined ones are left out
 
@@ -41,8 +40,8 @@ class Training(NamedTuple):
 
     name: str
     params: dict[str, str]  # selected ones by MLflow's names, values as MLflow writes them; `seed` is one
-    code: str  # digest of the code that made it, ours and the user's
-    data: str  # digest of prompts and checkpoint, of its own kind in each record
+    code: str  # digest of the code that made it, ours and the user's; of its own kind in each record
+    data: str  # digest of prompts and checkpoint; of its own kind in each record
     made: float  # seconds since 1970: of two trainings of the same, the later one counts
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
@@ -141,25 +140,25 @@ def _of_commit(name: str, revision: str, made: float) -> Training | None:
     stages = (YAML(typ="safe", pure=True).load(_show(revision, "dvc.lock") or "{}") or {}).get("stages", {})
     made_by_train = {out["path"]: out["md5"] for out in stages.get("train", {}).get("outs", [])}
     history = _result(revision, stages, "train", HISTORY, made_by_train)
-    run = json.loads(_result(revision, stages, "train", RUN, made_by_train) or "{}")
     try:
         params = _params(stages["train"]["params"]["params.yaml"])
     except KeyError:
         params = {}
-    if not history or not params or not run:
+    if not history or not params:
         if made_by_train:
             print(
                 f"note: {name}: its commit does not hold what its dvc.lock says of `train`; left out", file=sys.stderr
             )
         return None
+    deps = [(dep["path"], dep["md5"]) for dep in stages["train"]["deps"]]
     rows = list(csv.DictReader(io.StringIO(history)))
     evaluation = json.loads(_result(revision, stages, "evaluate", EVALUATION, made_by_train) or "{}")
     diagnosis = json.loads(_result(revision, stages, "diagnose", DIAGNOSIS, made_by_train) or "{}")
     return Training(
         name=name,
         params=params,
-        code=digest([run.get("code"), run.get("custom")]),
-        data=digest([run.get("prompts"), run.get("checkpoint")]),
+        code=digest([used for used in deps if not used[0].startswith("data/")]),
+        data=digest([used for used in deps if used[0].startswith("data/")]),
         made=made,
         columns=frozenset(rows[0]) - {"step"} if rows else frozenset(),
         curve=lambda column: {
