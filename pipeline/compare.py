@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
+from pipeline.io import tracking, workspace
 from pipeline.io.artifacts import atomic_path, write_text
-from pipeline.io.tracking import store_uri, without_password
 from pipeline.io.trainings import Training, from_dvc, from_mlflow, readable
 from pipeline.report import comparison, curves, style
 
@@ -20,6 +20,10 @@ NONE_YET = "queue some, as `dvc exp run --queue -S recipe=notebook,stable -S 'se
 def main() -> None:
     """Raises UserError where there is nothing to compare, or where an option names what is not there."""
     options = arguments()
+    if options.source == "dvc":
+        workspace.check()
+    else:
+        tracking.in_project()
     with readable():
         chosen = choose(read(options), options.experiments, options.where)
         check_metric(options.metric, chosen)
@@ -39,11 +43,8 @@ def main() -> None:
     print(f"{table}\n{comparison.LEGEND}\n")
     if left_out:
         print(f"{left_out} more left out: the same parameters and seed again, or made by older code or data\n")
-    codes = {training.code for each in found for training in each.trainings}
-    if len(codes) > 1:
-        print(
-            f"note: {len(codes)} versions of the code or of custom/ made these; run all of them again to compare them\n"
-        )
+    for caveat in comparison.caveats(found):
+        print(f"note: {caveat}\n")
     if len(curves.look_of(found)) > curves.LOOKS:
         print(f"more than {curves.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n")
     print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.png")
@@ -68,7 +69,7 @@ def read(options: argparse.Namespace) -> list[Training]:
         if found := from_mlflow():
             return found
         raise UserError(
-            f"no finished run in MLflow's store {without_password(store_uri())}: {NONE_YET}; or read `--from dvc`"
+            f"no finished run in MLflow's store {tracking.without_password(tracking.store_uri())}: {NONE_YET}; or read `--from dvc`"
         )
     if found := from_dvc(every_commit=options.all_commits or bool(options.experiments)):
         return found
@@ -118,4 +119,4 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, arguments=True)

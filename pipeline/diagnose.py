@@ -11,7 +11,7 @@ from pipeline.diagnostics.text import repeated_ngrams
 from pipeline.diagnostics.verdict import TITLES, Finding, Shown, findings
 from pipeline.diagnostics.words import headline, summary
 from pipeline.errors import UserError, run_stage
-from pipeline.io.artifacts import finite_or_none, read_csv, read_json, read_jsonl, write_json
+from pipeline.io.artifacts import finite_or_none, read_csv, read_json, read_jsonl, sha256, write_json
 from pipeline.params import SELECTORS, Params, load
 
 REPORTS, TARGET = Path("reports/train"), Path("reports/diagnosis.json")
@@ -33,7 +33,8 @@ def main() -> None:
         except ValueError as error:
             raise UserError(f"{file}: not what the stage writes: {error}; run `dvc repro train`") from None
     rows, calibration, samples, healthy = contents
-    diagnosis = diagnose(params, rows, calibration, samples) | {"healthy_step": healthy["step"]}
+    diagnosis = diagnose(params, rows, calibration, samples)
+    diagnosis |= {"healthy_step": healthy["step"], "history": sha256(REPORTS / "history.csv")}
     write_json(TARGET, diagnosis)
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
     if diagnosis["cure"]:
@@ -43,7 +44,7 @@ def main() -> None:
 def diagnose(
     params: Params, rows: list[dict[str, float]], calibration: list[dict[str, float]], samples: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of diagnosis.json but for the healthy policy's step."""
+    """The content of diagnosis.json but for the healthy policy's step and the digest of the history that it is of."""
     spreads = untouched(calibration, params.train.prompts_per_step)
     found = findings(rows, spreads, params.train.steps)
     summaries = [summary(finding, rows, spreads) for finding in found]

@@ -20,11 +20,19 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Runs a stage's `main`; a UserError becomes `error: ...` on stderr, any other exception keeps its traceback."""
+def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
+    """Runs a stage's `main`; a UserError becomes `error: ...` on stderr, any other exception keeps its traceback. Where it
+    reads no `arguments`, -h and --help print the module's docstring, and others are refused."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a policy says must not end a run in a Latin-1 terminal
     try:
+        if not arguments and {"-h", "--help"} & set(sys.argv[1:]):
+            print(sys.modules[main.__module__].__doc__)
+            return
+        if not arguments and sys.argv[1:]:
+            raise UserError(
+                f"{' '.join(sys.argv[1:])}: no arguments are taken here; choose in params.yaml, or by `dvc exp run -S`"
+            )
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 Every reward of params.yaml is measured, not only the trained one.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.diagnostics.bootstrap import interval
 from pipeline.diagnostics.text import text_statistics
 from pipeline.errors import UserError, run_stage
-from pipeline.io.artifacts import finite_or_none, read_jsonl, write_json, write_jsonl
+from pipeline.io.artifacts import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.io.runtime import generator, set_up, uniforms
 from pipeline.params import Params, load
 from pipeline.policy.load import load_policy, load_tokenizer
@@ -37,8 +38,11 @@ def main() -> None:
         prompts = prompts[: params.evaluate.prompts]
     device = set_up(params.train.device, params.train.threads)
     metrics, rows = evaluate(params, prompts, device)
+    if depends_on(load()) != depends_on(params):  # DVC would record what is there now
+        raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(REPORTS / "completions.jsonl", rows)
     write_json(REPORTS / "metrics.json", metrics)
+    write_json(REPORTS / "measured.json", measured(params))
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
     print(
@@ -56,6 +60,10 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     # one model at a time: two may be more than the device held in training
     rollouts = {"policy": sample_all(params, prompts, load_policy(POLICY, device), tokenizer)}
     reference = load_policy(CHECKPOINT / "policy", device)
+    if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
+        print(
+            "warning: the policy's log-probabilities are not finite; what it says here is not its own", file=sys.stderr
+        )
     rollouts["checkpoint"] = sample_all(params, prompts, reference, tokenizer)
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
@@ -77,6 +85,24 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
         for b, prompt in enumerate(prompts) for g in range(group)
     ]  # fmt: skip
     return metrics, rows
+
+
+def depends_on(params: Params) -> tuple[Any, ...]:
+    """The parameters that dvc.yaml names for this stage."""
+    return (
+        params.evaluate,
+        params.selected("recipe"),
+        params.recipe,
+        params.reward,
+        params.rewards,
+        params.seed,
+        params.train,
+    )
+
+
+def measured(params: Params) -> dict[str, Any]:
+    """Which policy, and how: numbers of other prompts or another number of samples are not those of the same quantity."""
+    return {"policy": folder_digests(POLICY), "prompts": sha256(PROMPTS), "params": params.evaluate.model_dump()}
 
 
 def sample_all(

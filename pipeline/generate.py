@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError, run_stage
+from pipeline.io import workspace
 from pipeline.policy.load import holds_model, load_policy, load_tokenizer
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
@@ -32,6 +33,7 @@ def main() -> None:
     for prompt in arguments.prompts:
         if not prompt or any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that were no UTF-8
             raise UserError(f"the prompt {prompt[:40]!r} should be text in UTF-8, and not empty")
+    workspace.check()
     present = {name: folder for name, folder in FOLDERS.items() if holds_model(folder)}
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
@@ -47,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, arguments=True)

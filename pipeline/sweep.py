@@ -7,13 +7,19 @@ was interrupted, or of which experiments failed: what is finished is not done ag
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
+from pipeline.io import workspace
 from pipeline.io.command import dvc, environment
 from pipeline.io.provenance import digest
+from pipeline.params import PARAMS_FILE, load
 
 POLL_SECONDS = 5.0  # between two looks at what is finished
 QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
@@ -23,10 +29,12 @@ WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 
 
 def main() -> None:
-    """Raises UserError where an override is none, DVC refuses an experiment, one fails, or the queue stands still."""
+    """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue stands still."""
     options = arguments()
+    workspace.check()
     commit = git("rev-parse", "HEAD")  # DVC keeps experiments by it; a commit meanwhile changes nothing
     wanted = experiments(options.overrides, commit)
+    check(wanted.values())
     print(f"{len(wanted)} experiments, {len(finished(wanted, commit))} of them finished", flush=True)
     try:
         queue(wanted, commit)
@@ -70,6 +78,24 @@ def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
         words = [re.sub(r"\W+", "-", values[place].partition("=")[2])[-20:].strip("-_") for place in swept]
         found["-".join(["sweep", *words, digest([state, values])[:6]])] = values
     return found
+
+
+def check(combinations: Iterable[list[str]]) -> None:
+    """Raises UserError where params.yaml with one of them is not valid: before an hour of the others, not after it."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, PARAMS_FILE.name)
+        for values in combinations:
+            try:
+                shutil.copyfile(PARAMS_FILE, copy)
+                apply_overrides(copy, values)
+                load(copy)
+            except UserError as error:
+                raise UserError(f"-S {' -S '.join(values)}: {str(error).replace(str(copy), copy.name)}") from None
+            except DvcException as error:
+                raise UserError(f"-S {' -S '.join(values)}: {error.__cause__ or error}") from None
 
 
 def finished(wanted: dict[str, list[str]], commit: str) -> set[str]:
@@ -145,4 +171,4 @@ def git(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, arguments=True)

@@ -164,6 +164,7 @@ def _tags(record: Record) -> dict[str, str]:
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
     tags = {
         "evaluate_key": artifacts.sha256(EVALUATION),
+        "measured": record.measured,
         "code": str(record.run.get("code", "")),
         "custom": str(record.run.get("custom", "")),
         "git_commit": commit,

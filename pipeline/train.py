@@ -19,12 +19,13 @@ from pipeline.diagnostics.calibration import untouched
 from pipeline.diagnostics.metrics import (
     HISTORY_COLUMNS,
     largest_gap,
+    nonfinite_share,
     policy_metrics,
     reference_metrics,
     reward_metrics,
     update_metrics,
 )
-from pipeline.diagnostics.verdict import THRESHOLDS, TITLES, findings
+from pipeline.diagnostics.verdict import TITLES, findings, judged
 from pipeline.errors import UserError, run_stage
 from pipeline.experience.batch import (
     reward_batch,
@@ -66,11 +67,12 @@ from pipeline.reinforce.step import Batch, loss_mask, update_on
 
 POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
 IN_FOLDER = Path(".locks/train")
+UNDO = "undo that and repeat the command, which only writes the result; or, for what is there now, just repeat it"
 
 
 def main() -> None:
-    launch.relaunch("pipeline.train")
     params = load()
+    launch.relaunch("pipeline.train")
     if not PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
     device = set_up(params.train.device, params.train.threads)
@@ -124,6 +126,19 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     return {"train_key": provenance.digest([parts, tables]), **parts}
 
 
+def still(identity: dict[str, Any], device: torch.device) -> None:
+    """Raises UserError where what the run depends on was changed while it trained: DVC would record, once the stage has
+    ended, that its result is of what is there now."""
+    try:
+        now = run_identity(load(), device)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} was removed while this run trained; {UNDO}") from None
+    names = {"code": "pipeline/", "custom": "custom/", "prompts": PROMPTS, "checkpoint": CHECKPOINT}
+    if now["train_key"] != identity["train_key"]:
+        changed = [str(name) for part, name in names.items() if now[part] != identity[part]] or ["params.yaml"]
+        raise UserError(f"{', '.join(changed)} changed while this run trained; {UNDO}")
+
+
 def train(
     params: Params, identity: dict[str, Any], folder: Path, device: torch.device, processes: Processes
 ) -> None:  # fmt: skip
@@ -134,7 +149,7 @@ def train(
     agree(identity["train_key"], run.step, processes, device)
     catch_up(setting, policy)
     run.calibration = run.calibration or calibrate(setting)
-    if run.processes[-1:] != [processes.record]:
+    if run.processes[-1:] != [processes.record] and not finished(run, params):
         run.processes.append(processes.record)
     tracker: tracking.Live | tracking.Nowhere = tracking.Nowhere()
     if processes.writes:
@@ -143,6 +158,7 @@ def train(
         )
     try:
         loop(run, setting, policy, optimizer, tracker, folder)
+        still(identity, device)
         saved = in_one_piece(policy, processes)
         if processes.writes:
             write_outputs(run, identity, setting, saved, folder)
@@ -181,9 +197,7 @@ def loop(
             bar.update()
             signal = processes.largest(signals[0] if signals else 0, setting.device)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
-                onset = found[0].onset if found else steps
-                judged = min(onset, run.step - THRESHOLDS.patience + 1)
-                keep(folder, run, policy, optimizer, processes, judged=judged, every=every)
+                keep(folder, run, policy, optimizer, processes, judged=judged(found, run.step), every=every)
                 tracker.flush()
             if signal and run.step < steps:
                 if processes.writes:
@@ -245,6 +259,7 @@ def train_step(
         **reference_metrics(gradient.logprobs[measured_rows], ref_logprobs, mask[measured_rows], group),
         **update_metrics(gradient.logprobs[rescored], after, mask[rescored], group),
         **rollout_metrics(rollout, setting),
+        "nonfinite_logprobs": nonfinite_share(gradient.logprobs[mask], after[mask[rescored]]),
         **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
         "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.scored, mask),
         "truncation_gap": largest_gap(rollout.sampler_logprobs, rollout.logprobs, mask),
@@ -352,6 +367,9 @@ def write_outputs(
             policy.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
+    write_csv(
+        REPORTS / "history.csv", run.rows
+    )  # once more: git may have put an older one in the place of the growing one
     write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
     write_json(REPORTS / "summary.json", run.summary())

@@ -16,7 +16,11 @@ HOST, PORT = "127.0.0.1", 5000
 
 def main() -> None:
     """Becomes `mlflow server`. Raises UserError when there is nothing to serve or the port is taken."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     port, uri = _port(sys.argv[1:]), tracking.store_uri()
+    tracking.in_project()
     if uri.startswith("http"):
         raise UserError(f"MLFLOW_TRACKING_URI names a server already: open {tracking.without_password(uri)}")
     with socket.socket() as probe:
@@ -58,4 +62,4 @@ def _port(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, arguments=True)

@@ -238,7 +238,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("torch.expm1(log_ratio) - log_ratio", "torch.expm1(-log_ratio) + log_ratio"),
         ("torch.where(mask, logprobs, -torch.inf) > CERTAIN", "logprobs > CERTAIN"),
         ("(current + 1) * column", "current + column"),
-        ("~torch.isfinite(logprobs[mask])", "torch.isnan(logprobs[mask])"),
+        ("~torch.isfinite(torch.cat([before, after]))", "torch.isnan(torch.cat([before, after]))"),
         ("[mask].abs().max()", ".abs().max()"),
         ("advantages.std(correction=0)", "advantages.std()"),
     ]),
@@ -261,6 +261,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "diagnostics/verdict.py": ("verdict", [
         ("FALSE_ALARMS / (steps * COMPARISONS)", "FALSE_ALARMS * steps * COMPARISONS"),
+        (" if finding.kind != \"starved\"", ""),
+        ("done - thresholds.patience + 1", "done"),
         ("max(effect, spread.margin(tail))", "effect"),
         ("max(effect, spread.margin(tail))", "spread.margin(tail)"),
         ("distance if side == \"above\" else -distance", "-distance if side == \"above\" else distance"),

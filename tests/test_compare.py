@@ -54,6 +54,7 @@ def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Tr
     default = Training(
         name=f"s{seed}", params={key: value for key, value in params.items() if value is not None}, code="c", data="d",
         made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, kinds=(), onset=None,
+        measured="m",
     )  # fmt: skip
     return default._replace(**changes)
 
@@ -277,6 +278,7 @@ Say = Callable[..., str]
 def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
     """Runs the command on these trainings in an empty folder; gives what it prints."""
     monkeypatch.chdir(tmp_path)
+    Path("params.yaml").touch()  # the project's root
 
     def run(found: list[Training], *arguments: str) -> str:
         monkeypatch.setattr(compare, "from_mlflow", lambda: found)
@@ -311,6 +313,52 @@ def test_configurations_of_other_code_stand_side_by_side_with_a_note(say: Say) -
     assert "versions of the code" not in say([made(0), made(0, params={"recipe": "notebook"})])
     printed = say([made(0), made(0, code="other", params={"recipe": "notebook"})])
     assert "note: 2 versions of the code or of custom/ made these" in printed
+
+
+def test_the_same_parameters_with_other_files_get_a_note(say: Say) -> None:
+    notebook = {"recipe": "notebook"}
+    assert "note:" not in say([made(0), made(0, params=notebook)])
+    printed = say([made(0), made(0, params=notebook, data="other")])
+    assert "note: prompts or checkpoints of the same parameters were not always the same files" in printed
+    elsewhere = {"prompts": "mine", **notebook}
+    assert "note:" not in say([made(0), made(0, params=elsewhere, data="other", measured="other")]), "as they should be"
+
+
+def test_gains_that_were_measured_otherwise_are_not_averaged(say: Say) -> None:
+    seeds = [made(seed, gain=float(seed), measured="few" if seed == 1 else "many") for seed in range(3)]
+    found, left_out = configurations(seeds)
+    gains = comparison.number(found[0], "held-out gain")
+    assert (gains.mean, gains.seeds, left_out) == (1.0, 2, 0)
+    assert len(found[0].trainings) == 3, "the training itself counts"
+    assert "(n=2)" in comparison.markdown(found)
+    two = [made(0, measured="few", made=9), made(1, measured="many", made=0)]
+    for pair in (two, [two[0]._replace(made=0), two[1]._replace(made=9)]):  # whichever record says which was later
+        assert [each.gain for each in configurations(pair)[0][0].trainings] == [0.0, None]
+    other = made(0, params={"recipe": "notebook"}, measured="few")
+    for several in (seeds, [made(0), other]):
+        assert "note: held-out gains were measured on different prompts" in say(several)
+    assert "note:" not in say([made(0), other._replace(measured="m")])
+    printed = say([made(0), other])
+    assert "note: held-out gains were measured on different prompts, or with other `evaluate` parameters" in printed
+    assert "note:" not in say([made(0), made(0, params={"recipe": "notebook"}, measured=None, gain=None)])
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(say: Say) -> None:
+    Path("taken").touch()
+    for out in ("taken", "taken/below"):
+        with pytest.raises(UserError, match=f"^{out}/table.md cannot be written: (File exists|Not a directory)"):
+            say([made(0)], "--out", out)
+
+
+def test_elsewhere_than_in_the_project_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    for arguments in ([], ["--from", "dvc"]):
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        with pytest.raises(UserError, match=r"^params.yaml: no such file; run from the project's root$"):
+            compare.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_and_conditions_choose(say: Say) -> None:
@@ -374,9 +422,11 @@ class Commits:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
         return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True).stdout.strip()
 
-    def commit(self, seed: int, policy: str = "", stale: tuple[str, ...] = (), **made: str) -> None:
-        """A commit with the results of a run; `stale`: stages whose results are of another policy; `made`: other
-        code and data, by path."""
+    def commit(
+        self, seed: int, policy: str = "", stale: tuple[str, ...] = (), evaluated: int = 0, **made: str
+    ) -> None:  # fmt: skip
+        """A commit with the results of a run; `stale`: stages whose results are of another policy; `evaluated`: on how
+        many prompts; `made`: other code and data, by path."""
         tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
         policy = policy or f"policy of seed {seed}"
         files = {
@@ -409,6 +459,8 @@ class Commits:
             }
             for stage, used in uses.items()
         }
+        stages["evaluate"]["deps"] += entries({"data/prompts": deps["data/prompts"]})
+        stages["evaluate"]["params"] = {"params.yaml": {"evaluate": {"prompts": evaluated}}}
         stages["train"] = {
             "deps": entries(deps), "params": {"params.yaml": own}, "outs": entries(outs)
         }  # fmt: skip
@@ -480,16 +532,22 @@ def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) 
     for what in ("prompts", "checkpoint"):
         assert (found[what].code, found[what].data != plain.data) == (plain.code, True)
 
+    assert found["same"].measured == plain.measured != found["prompts"].measured
+    commits.experiment("few", 1, evaluated=5)
+    few = next(each for each in trainings.from_dvc(every_commit=False) if each.name == "few")
+    assert few.measured != plain.measured
+
     def of_mlflow(custom: str, prompts: str = "p") -> Training:
         inputs = [SimpleNamespace(dataset=SimpleNamespace(digest=prompts))]
         run: Any = SimpleNamespace(
             info=SimpleNamespace(run_id="r", run_name="r", start_time=0), inputs=SimpleNamespace(dataset_inputs=inputs),
-            data=SimpleNamespace(params={"seed": "0"}, tags={"code": "c", "custom": custom}, metrics={}),
+            data=SimpleNamespace(params={"seed": "0"}, tags={"code": "c", "custom": custom, "measured": prompts}, metrics={}),
         )  # fmt: skip
         return trainings._of_run(None, run)  # type: ignore[arg-type]  # asked for no curve
 
     assert of_mlflow("c").code != of_mlflow("other").code
     assert of_mlflow("c", "q").data != of_mlflow("c").data
+    assert of_mlflow("c", "q").measured != of_mlflow("c").measured
 
 
 def test_a_commit_that_does_not_hold_its_training_is_left_out(
@@ -514,6 +572,7 @@ def test_without_mlflow_its_record_cannot_be_read_and_dvcs_can(commits: Commits,
     (tmp_path / "without").mkdir()
     (tmp_path / "without/sitecustomize.py").write_text("import sys\nsys.modules['mlflow'] = None\n")
     (commits.root / "mlflow.db").touch()
+    (commits.root / "params.yaml").touch()
     environment = {"PYTHONPATH": f"{tmp_path / 'without'}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:

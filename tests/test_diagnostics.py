@@ -15,6 +15,7 @@ from pipeline.diagnostics.metrics import (
     HISTORY_COLUMNS,
     largest_gap,
     longest_runs,
+    nonfinite_share,
     policy_metrics,
     reference_metrics,
     reward_metrics,
@@ -92,7 +93,6 @@ def test_policy_metrics_are_masked_means_of_the_formulas() -> None:
         one, two, three = (x.masked_fill(~mask, filler) for x in (logprobs, ref, entropy))
         measured = policy_metrics(one, three, mask) | reference_metrics(one, two, mask, 1)
         assert {name: measured[name] for name in truth} == pytest.approx(truth, rel=1e-12)
-        assert measured["nonfinite_logprobs"] == 0
         update = update_metrics(one, two, mask, 1)["update_kl"]  # KL(pi || q) on samples of pi, by k3 as well
         assert update == pytest.approx((np.exp(q - pi) - 1 - (q - pi)).mean(), rel=1e-12)
 
@@ -138,8 +138,9 @@ def test_runs_of_near_certain_tokens_by_hand() -> None:
 
 
 def test_faults_are_counted() -> None:
-    logprobs = torch.tensor([[-1.0, torch.nan], [-torch.inf, -2.0]])
-    assert policy_metrics(logprobs, logprobs, torch.ones(2, 2, dtype=torch.bool))["nonfinite_logprobs"] == 0.5
+    before, after = torch.tensor([-1.0, torch.nan, -torch.inf, -2.0]), torch.tensor([torch.inf, -3.0])
+    assert nonfinite_share(before, after) == 0.5
+    assert nonfinite_share(before[:1], after[1:]) == 0.0
 
 
 def test_logprob_gap_is_the_largest_difference_of_a_token_that_counts() -> None:

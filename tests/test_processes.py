@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate.commands.launch
 import pytest
 import torch
 from hypothesis import given
@@ -90,17 +91,21 @@ def test_the_same_number_gives_the_same_bytes_and_another_one_goes_on(exact: Pro
     assert contents(exact) == undisturbed
 
     forget(exact)
+    exact.edit(train__steps=12)
     interrupted(exact, two, signal.SIGKILL)
     steps = len(states(exact)) and int(states(exact)[-1].stem.partition("-")[2])
+    assert steps < 12, "else the other number has nothing to do"
     succeed(exact)  # by itself: the rest of the steps
+    succeed(exact, **two)  # nothing is left to compute: no process more has
     assert steps
     assert kept
     assert recorded(exact)["processes"] == [2, 1]
-    assert [row["step"] for row in history(exact)] == [0, 1, 2, 3]
+    assert [row["step"] for row in history(exact)] == list(range(12))
 
 
 def interrupted(project: Project, environment: dict[str, str], number: signal.Signals) -> str:
-    """The stage, ended by a signal to its launcher as soon as there is a state; what it said on stderr."""
+    """The stage, ended by a signal as soon as there is a state, to its launcher, or, if it is to be killed, to all; what it
+    said on stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.train"], cwd=project.root, env=project.environment | environment, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
@@ -108,12 +113,15 @@ def interrupted(project: Project, environment: dict[str, str], number: signal.Si
     while not states(project):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.005)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
+    if number == signal.SIGKILL:  # torch's launcher gives each process a session of its own, and they would live on
+        (owner,) = project.root.glob(".checkpoints/*/owner")
+        os.kill(int(owner.read_text()), number)  # without it the other ones fail
+        process.kill()
     else:
         process.send_signal(number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert number == signal.SIGKILL or "Traceback" not in said
     return said
 
 
@@ -141,8 +149,43 @@ def test_two_machines_that_share_the_folder_train_one_run(exact: Project) -> Non
     assert contents(exact) == outputs
 
 
-def test_a_launcher_that_cannot_be_is_one_line(project: Project) -> None:
-    assert "no file" in project.refuse("train", **{CONFIG: "nowhere.yaml"})
+def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.edit(seed=-1)
+    assert "seed" in project.refuse("train", **configured(project, 2)), "said once, by nobody launched"
+    monkeypatch.chdir(project.root)
+    for name in ("RANK", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    for file, text, message in (
+        ("nowhere.yaml", None, "no file .*nowhere.yaml"), ("keys.yaml", "distributed: MULTI_GPU\n", "not a configuration"),
+        ("list.yaml", "- 1\n", "not a configuration"), ("none.yaml", "a: b: c\n", "not a configuration"),
+    ):  # fmt: skip
+        if text:
+            (project.root / file).write_text(text)
+        monkeypatch.setenv(CONFIG, file)
+        with pytest.raises(UserError, match=message):
+            relaunch("pipeline.train")
+
+
+@pytest.mark.slow
+def test_a_configuration_without_processes_trains_with_one(exact: Project) -> None:
+    """`distributed_type: 'NO'`, as `accelerate config` writes by default: accelerate then gives no rank."""
+    environment = configured(exact, 1)
+    file = exact.root / "processes.yaml"
+    file.write_text(file.read_text().replace("MULTI_GPU", "'NO'"))
+    succeed(exact, **environment)
+    assert recorded(exact)["processes"] == [1]
+    assert len(history(exact)) == 4
+
+
+@pytest.mark.slow
+def test_what_fails_in_a_launched_process_is_said_without_a_traceback(exact: Project) -> None:
+    code = "import os\ndef f(prompts, completions):\n    return [float('nan' if os.environ['RANK'] == '1' else 0)] * len(prompts)\n"
+    (exact.root / "custom/mine.py").write_text(code)
+    exact.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
+    done = exact.run("train", **configured(exact, 2))
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: reward mine")]
+    assert "ChildFailedError" not in done.stderr
 
 
 def test_the_launcher_waits_for_the_end_of_a_long_step(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +202,14 @@ def test_the_launcher_waits_for_the_end_of_a_long_step(project: Project, monkeyp
         if said:
             monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", said)
         with pytest.MonkeyPatch.context() as inside:
+            inside.setenv(CONFIG, os.environ[CONFIG])  # which the launcher takes out
             inside.setattr(
-                os, "execv", lambda *_: waits.append(replace(config, shutdown_timeout=None).shutdown_timeout)
-            )
-            relaunch("pipeline.train")
+                accelerate.commands.launch, "launch_command",
+                lambda _: waits.append(replace(config, shutdown_timeout=None).shutdown_timeout),
+            )  # fmt: skip
+            with pytest.raises(SystemExit) as end:
+                relaunch("pipeline.train")
+            assert end.value.code == 0
     assert waits == [3600, 5]
 
 

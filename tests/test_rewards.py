@@ -18,6 +18,8 @@ from pipeline.errors import UserError
 from pipeline.params import Reward as Table
 from pipeline.rewards import build as build_module
 from pipeline.rewards.build import Reward, build_reward
+from pipeline.rewards.custom import check_custom
+from tests.conftest import Project
 from tests.faults import fault, rounds
 from tests.models import PARAMS
 from tests.test_params import check_line
@@ -176,6 +178,53 @@ def refused(action: Callable[[], Any]) -> str:
     line = " ".join(str(refusal.value).split())  # as `run_stage` prints it
     assert line.startswith("reward ")
     return line
+
+
+@pytest.mark.parametrize(
+    ("code", "params", "message"),
+    [
+        (
+            "def reward(prompts, completions, scale=1): ...",
+            {"scal": 2},
+            "takes no parameter 'scal'; did you mean 'scale'",
+        ),
+        (
+            "def rewards(prompts, completions): ...",
+            {},
+            "custom/mine.py defines no function 'reward'; did you mean 'rewards'",
+        ),
+        ("def f(:", {}, "SyntaxError: .*line 1 of custom/mine.py"),
+        ("def reward(prompts, completions, **params): ...", {"any": 2}, None),
+        ("def reward(prompts, completions, *, scale): ...", {"scale": 2}, None),
+        ("import functools\nreward = functools.partial(max, key=1)", {"any": 2}, None),
+        ("from somewhere import reward", {"any": 2}, None),
+        ("from somewhere import *", {}, None),
+        ("class reward: ...", {"any": 2}, None),
+        ("@decorated\ndef reward(prompts, completions): ...", {"any": 2}, None),
+        ("raise SystemExit\ndef reward(prompts, completions): ...", {}, None),
+    ],
+)
+def test_what_the_text_of_a_custom_reward_tells_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, params: dict[str, Any], message: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^reward custom/mine.py:reward: there is no file custom/mine.py$"):
+        check_custom("custom/mine.py:reward", params)
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom/mine.py").write_text(code)
+    if message is None:
+        check_custom("custom/mine.py:reward", params)
+    else:
+        with pytest.raises(UserError, match=f"^reward custom/mine.py:reward: .*{message}"):
+            check_custom("custom/mine.py:reward", params)
+
+
+def test_check_looks_at_every_custom_reward_that_is_named(project: Project) -> None:
+    project.edit(rewards__mine={"kind": "sum", "terms": [
+        {"weight": 1.0, "reward": {"kind": "length", "target": 9}},
+        {"weight": 1.0, "reward": {"kind": "custom", "function": "custom/example.py:question"}},
+    ]})  # fmt: skip
+    assert "custom/example.py defines no function 'question'; did you mean 'questions'?" in project.refuse("check")
 
 
 def test_a_custom_reward_is_called_with_lists_and_its_params(custom: Callable[..., Reward]) -> None:

@@ -109,6 +109,12 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             set_up("cuda", 1)
 
 
+def test_threads_that_would_stop_the_machine_are_refused() -> None:
+    most = 8 * (os.cpu_count() or 1)
+    with pytest.raises(UserError, match=f"^train.threads = {most + 1}: this machine has .* cores; at most {most} are"):
+        set_up("cpu", most + 1)
+
+
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 200), st.data())
 def test_some_of_the_prompts_are_rescored(step: int, prompts: int, data: st.DataObject) -> None:
@@ -210,6 +216,7 @@ def test_what_is_not_finite_is_withheld(grad: float, loss: float, optimizer: str
     assert (done.withheld, done.relative) == (True, 0.0)
     assert model.weight.flatten().tolist() == [1, 1]
     assert not made.state  # Adam's moments are as clean as before
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_adam_s_first_step_is_the_rate_and_its_eps_is_the_recipe_s() -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import prepare
 from pipeline.errors import UserError, one_line, run_stage
 from pipeline.io import modelfiles
 from pipeline.report import cured, inputs, page
@@ -155,6 +156,27 @@ def test_what_a_terminal_cannot_show_ends_no_stage() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (done.returncode, done.stdout) == (0, "Größe \\u4f60\\u597d\n".encode("latin-1"))
     assert run_stage.__doc__
+
+
+def test_a_stage_asked_for_help_or_given_arguments_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        pytest.fail("the stage runs")
+
+    main.__module__ = "pipeline.prepare"
+    for option in ("-h", "--help"):
+        monkeypatch.setattr(sys, "argv", ["prepare", option])
+        run_stage(main)
+        assert capsys.readouterr().out.strip() == (prepare.__doc__ or "").strip()
+    monkeypatch.setattr(sys, "argv", ["train", "--seed", "7"])
+    with pytest.raises(SystemExit) as end:
+        run_stage(main)
+    assert end.value.code == 1
+    assert check_line(capsys.readouterr().err.removeprefix("error: ").strip()).startswith("--seed 7: no arguments are")
+    done = []
+    run_stage(lambda: done.append(sys.argv), arguments=True)
+    assert done
 
 
 # --- names that would leave their folder

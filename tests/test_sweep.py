@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,11 +150,12 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 @pytest.mark.slow
 def test_a_failed_experiment_is_named_with_its_error_after_the_others_have_ended(swept: Swept) -> None:
     clone = swept.clone
-    said = clone("python", "-m", "pipeline.sweep", "--jobs", "2", "-S", "train.steps=0,3", "-S", "seed=1", fails=True)
+    sizes = ("-S", "train.max_tokens=4,9999", "-S", "seed=1")  # valid, and more than the model's context
+    said = clone("python", "-m", "pipeline.sweep", "--jobs", "2", *sizes, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: 1 of 2 experiments failed: sweep-0-[0-9a-f]{6}; `dvc queue logs sweep-0-", line)
-    assert "train.steps = 0" in line
-    assert re.search(r"finished 1 of 2: sweep-3-[0-9a-f]{6}", said)
+    assert re.match(r"error: 1 of 2 experiments failed: sweep-9999-[0-9a-f]{6}; `dvc queue logs sweep-9999-", line)
+    assert "the model's context has" in line
+    assert re.search(r"finished 1 of 2: sweep-4-[0-9a-f]{6}", said)
 
 
 @pytest.mark.slow
@@ -220,6 +222,22 @@ def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_c
 def test_an_override_that_is_none_is_refused(repository: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"^-S: .*should be KEY=VALUE"):
         sweep.experiments([override], "HEAD")
+
+
+def test_a_combination_that_is_not_valid_is_refused_before_any_is_queued(
+    repository: Path,
+) -> None:
+    shutil.copy(ROOT / "params.yaml", repository)
+    for overrides, message in (
+        (["reward=length,lenght"], r"^-S reward=lenght: params.yaml: reward: .* did you mean 'length'"),
+        (["seed=1", "recipes.stable.lr=fast"], r"^-S seed=1 -S recipes.stable.lr=fast: params.yaml: .*lr"),
+        (["recipe.lr=1"], r"^-S recipe.lr=1: .*"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sweep.check(sweep.experiments(overrides, "HEAD").values())
+    before = (repository / "params.yaml").read_bytes()
+    sweep.check(sweep.experiments(["reward=length,words", "recipes.stable.lr=3e-5"], "HEAD").values())
+    assert (repository / "params.yaml").read_bytes() == before
 
 
 def test_what_dvc_refuses_is_said_in_its_own_words(repository: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from filelock import FileLock
 from pipeline import track
 from pipeline.errors import UserError
 from pipeline.io import tracking, workspace
+from pipeline.io.artifacts import folder_digests, sha256
 
 # mlflow 3.17 on SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -67,8 +69,9 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
     write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.5\n")
     write_diagnosis()
+    write_measured()
     write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
-    write(Path("reports/report.html"), "<h1>Report</h1>")
+    write(Path("reports/report.html"), f"<h1>Report</h1>{key}")
     write(Path("reports/figures/reward.png"), "png")
     if timings:
         lines = ["step,timestamp_ms,seconds_sample", *(f"{step},{timestamp(step)},0.5" for step in range(steps))]
@@ -77,8 +80,16 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
 
 def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
     diagnosis = {"verdict": verdict, "onset": onset, "findings": [{"kind": kind} for kind in kinds]}
-    cure = {"changes": {"seed": 1}, "command": command} if command else None
-    write(Path("reports/diagnosis.json"), json.dumps({**diagnosis, "cure": cure}))
+    diagnosis["cure"] = {"changes": {"seed": 1}, "command": command} if command else None
+    diagnosis["history"] = sha256(Path("reports/train/history.csv"))
+    write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
+
+
+def write_measured(**changes):
+    """What `evaluate` says that it measured; the policy is a file of a line."""
+    write(Path("data/policy/model.safetensors"), "weights")
+    measured = {"policy": folder_digests(Path("data/policy")), "prompts": "d4" * 32, "params": {"prompts": 0}}
+    write(Path("reports/evaluate/measured.json"), json.dumps({**measured, **changes}))
 
 
 def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
@@ -300,7 +311,7 @@ def test_git_commit_and_changes_are_tags(project):
     write(Path("params.yaml"), "seed: 0\n")
     for arguments in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *arguments], check=True)
-    write(Path(".gitignore"), "/mlflow.db*\n/mlartifacts/\n/.checkpoints/\n/.locks/\n/.gitignore\n")
+    write(Path(".gitignore"), "/mlflow.db*\n/mlartifacts/\n/.checkpoints/\n/.locks/\n/data/\n/.gitignore\n")
     make_reports()
     track.main()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -375,12 +386,84 @@ def test_machine_without_mlflow_trains_on(project, monkeypatch, capsys):
         track.main()
 
 
+def test_a_database_server_that_is_not_there_is_one_line_at_once(project, monkeypatch):
+    """mlflow tries ten times, for a hundred seconds."""
+    from mlflow.store.db import utils
+
+    make_reports()
+    monkeypatch.setattr(utils.time, "sleep", lambda _: pytest.fail("it is tried again"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg://ann:pa/ss@127.0.0.1:9/db")
+    with pytest.raises(UserError, match=r"^MLflow store postgresql\+psycopg://127\.0\.0\.1:9/db: .*refused") as error:
+        track.main()
+    assert "pa/ss" not in str(error.value)
+
+
 def test_deleted_experiment_is_one_line(project):
     client, experiment = tracking.open_store()
     client.delete_experiment(experiment)
     make_reports()
     with pytest.raises(UserError, match="mlflow experiments restore"):
         track.main()
+
+
+def test_files_of_another_run_are_refused(project):
+    """As `dvc repro train` and a killed `dvc repro` leave them: the stages behind `train` still say what was before."""
+    for key in ("22" * 32, KEY):
+        make_reports(key)
+        track.main()
+    before = stored_runs()
+
+    def refused(file):
+        with pytest.raises(
+            UserError, match=f"^{re.escape(file)}: of another run than reports/train/run.json; run `dvc repro`"
+        ):
+            track.main()
+
+    history = Path("reports/train/history.csv")
+    kept = history.read_text()
+    history.write_text(kept.replace("0.0\n", "1.0\n", 1))
+    refused("reports/diagnosis.json")
+    history.write_text(kept)
+    write(Path("data/policy/model.safetensors"), "other weights")
+    refused("reports/evaluate/metrics.json")
+    write_measured()
+    write(Path("reports/report.html"), "<h1>Report</h1>" + "22" * 32)
+    refused("reports/report.html")
+    make_reports(KEY)
+    history.write_text("\n".join(kept.splitlines()[:-1]) + "\n")
+    with pytest.raises(UserError, match=f"{STEPS - 1} rows, and .* says {STEPS} steps"):
+        track.main()
+    after = stored_runs()
+    assert [run.to_dictionary() for run in before[1]] == [run.to_dictionary() for run in after[1]], (
+        "nothing was written, nothing deleted"
+    )
+
+
+def test_where_there_is_no_policy_the_evaluation_is_believed(project):
+    make_reports()
+    shutil.rmtree("data/policy")
+    track.main()
+    assert len(stored_runs()[1][0].data.tags["measured"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://ann:pa/ss@h/db", "postgresql://h/db"),
+        ("postgresql://ann:p@ss@h:5432/db: no", "postgresql://h:5432/db: no"),
+        ("at https://ann:secret@h:1/x and postgresql://bob:s@i/db", "at https://h:1/x and postgresql://i/db"),
+        ("mysql://h/db?user=ann&password=secret&ssl=1", "mysql://h/db?user=ann&password=…&ssl=1"),
+        ("sqlite:////home/ann@uni/mlflow.db", "sqlite:////home/ann@uni/mlflow.db"),
+        ("http://127.0.0.1:5000: no answer", "http://127.0.0.1:5000: no answer"),
+    ],
+)
+def test_no_password_is_printed(text, shown):
+    assert tracking.without_password(text) == shown
+
+
+def test_a_long_address_is_cut_after_its_password_is_taken_out(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://ann:{'x' * 400}@h/db")
+    assert tracking.reason(OSError("no")) == "postgresql://h/db: no"
 
 
 @pytest.mark.parametrize("file", ["reports/train/history.csv", "reports/report.html", "reports/evaluate/metrics.json"])

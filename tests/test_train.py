@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline import evaluate, train
 from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS, untouched
 from pipeline.diagnostics.verdict import TITLES, Finding, findings
 from pipeline.errors import UserError
+from pipeline.io import checkpoints
 from pipeline.io.artifacts import read_csv
 from pipeline.policy.sampling import Rollout
 from tests.conftest import Project
@@ -467,6 +469,123 @@ def test_a_non_finite_loss_is_never_applied(here: Project, choice: str, rows: in
     before = load_file(here.root / "data/checkpoint/policy/model.safetensors")
     assert trained.keys() == before.keys()
     assert all((trained[name] == before[name].float()).all() for name in trained)
+
+
+def test_a_policy_that_its_last_update_broke_is_no_healthy_one(
+    here: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are finite, and so large that what it says is not: no further step would show that."""
+    code = "def f(prompts, completions):\n    return [1e15 * i for i in range(len(completions))]\n"
+    (here.root / "custom/mine.py").write_text(code)
+    here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__steps=1)
+    here.keep_rewards("mine")
+    here.edit(**{f"recipes__stable__{key}": value for key, value in
+                 {"optimizer": "sgd", "lr": 1000.0, "max_grad_norm": 0, "advantage_norm": "none"}.items()})  # fmt: skip
+    train.main()
+    (row,) = history(here)
+    assert row["nonfinite"] == 0, "the update itself was finite"
+    assert row["nonfinite_logprobs"] > 0
+    assert [(finding.kind, finding.onset) for finding in diagnosed(here)] == [("numeric", 0)]
+    evaluate.main()
+    assert "warning: the policy's log-probabilities are not finite" in capsys.readouterr().err
+
+
+def test_a_run_whose_parameters_change_meanwhile_is_not_recorded_as_of_the_new_ones(
+    here: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC looks at params.yaml, deps and code once more when the stage has ended, and would record those."""
+    changes: dict[str, Callable[[], Any]] = {
+        "params.yaml": lambda: here.edit(seed=1),
+        "custom/": lambda: (here.root / "custom/more.py").write_text("x = 1\n"),
+        "data/prompts/train.jsonl": lambda: prompts.write_text(prompts.read_text() + '{"prompt": "More"}\n'),
+    }
+    real, prompts, before = train.train_step, here.root / "data/prompts/train.jsonl", {}
+    for name in ("params.yaml", "data/prompts/train.jsonl"):
+        before[name] = (here.root / name).read_text()
+    for what, change in changes.items():
+
+        def changing(run: Any, *arguments: Any, change: Callable[[], Any] = change) -> None:
+            real(run, *arguments)
+            if run.step == 3:
+                change()
+
+        monkeypatch.setattr(train, "train_step", changing)
+        with pytest.raises(
+            UserError, match=f"^{what} changed while this run trained; undo that and repeat the command"
+        ):
+            train.main()
+        assert not (here.root / "data/policy").exists()
+        assert not (here.root / "reports/train/run.json").exists()
+        for name, text in before.items():
+            (here.root / name).write_text(text)
+        (here.root / "custom/more.py").unlink(missing_ok=True)
+        monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("no step is done again"))
+        train.main()
+        assert len(history(here)) == 6
+        forget(here)
+    monkeypatch.setattr(train, "train_step", real)
+
+    def removing(run: Any, *arguments: Any) -> None:
+        real(run, *arguments)
+        prompts.unlink(missing_ok=True)
+
+    monkeypatch.setattr(train, "train_step", removing)
+    with pytest.raises(UserError, match=r"^data/prompts/train\.jsonl was removed while this run trained; undo that"):
+        train.main()
+
+
+def test_parameters_that_change_during_an_evaluation_are_not_recorded_with_it(
+    here: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.keep_rewards("length")
+    here.edit(reward="length", train__steps=1)
+    train.main()
+    real = evaluate.evaluate
+
+    def changing(*arguments: Any) -> Any:
+        here.edit(evaluate__prompts=3)
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "evaluate", changing)
+    with pytest.raises(UserError, match=r"^params\.yaml changed while the policy was evaluated"):
+        evaluate.main()
+    assert not (here.root / "reports/evaluate").exists()
+    evaluate.main()
+
+
+def test_the_history_is_whole_whatever_git_does_to_the_file_meanwhile(
+    here: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`git stash`, and with it a `dvc exp run` beside a run, puts another file in the place of the one that grows."""
+    train.main()
+    undisturbed, real = contents(here), train.train_step
+    forget(here)
+
+    def disturbed(run: Any, *arguments: Any) -> None:
+        real(run, *arguments)
+        if run.step == 3:
+            file = here.root / "reports/train/history.csv"
+            file.unlink()
+            file.write_text("step\n0\n")
+
+    monkeypatch.setattr(train, "train_step", disturbed)
+    train.main()
+    assert contents(here) == undisturbed
+
+
+def test_ctrl_c_while_a_state_is_saved_leaves_none_half_written(tmp_path: Path) -> None:
+    class Interrupting:
+        def write(self, _: Any) -> int:
+            raise KeyboardInterrupt
+
+    writer = checkpoints.Hashing(Interrupting())  # type: ignore[arg-type]
+    torch.save({"policy": torch.ones(1000)}, writer)  # type: ignore[arg-type]
+    assert isinstance(writer.failure, KeyboardInterrupt)
+    with pytest.MonkeyPatch.context() as inside:
+        inside.setattr(checkpoints, "Hashing", lambda _: writer)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(tmp_path, 1, {"policy": torch.ones(1000)}, 0, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_misaligned_objective_shows_at_step_0(here: Project) -> None:

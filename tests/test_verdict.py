@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -31,9 +33,11 @@ from pipeline.diagnostics.verdict import (
     Kind,
     Shown,
     findings,
+    judged,
     limits_of_run,
 )
 from pipeline.errors import UserError
+from pipeline.io import checkpoints
 from pipeline.params import Params, validate
 from tests.conftest import Project
 from tests.models import PARAMS
@@ -185,6 +189,28 @@ def test_the_evidence_is_passed_at_the_step_shown_and_not_before_the_onset(
     assert all(limit.passed(rows[finding.onset]) for limit in limits)
     assert finding.onset == 0 or not all(limit.passed(rows[finding.onset - 1]) for limit in limits)
     assert all(shown.value == rows[shown.step][shown.limit.metric] for shown in finding.evidence)
+
+
+@settings(max_examples=30, deadline=None)  # each writes twenty files
+@given(st.data())
+def test_what_is_kept_on_the_way_is_the_state_before_the_collapse(data: st.DataObject) -> None:
+    """Whatever a run shows on its way, and wherever a signal had it save: at its end the newest state of the grid from
+    before the onset is there, as if all had been kept. Rewards without a spread are no collapse as long as that may end."""
+    draw = random.Random(2)
+    spreads = untouched(without_signal([batch(draw) for _ in range(8)]), PROMPTS)
+    empty = data.draw(st.lists(st.sampled_from([0.03, 0.8]), min_size=STEPS, max_size=STEPS))
+    first = data.draw(st.integers(0, STEPS))
+    rows = history(empty_share=empty, zero_spread_share=[1.0 if step < first else 0.0 for step in range(STEPS)])
+    every, signals = data.draw(st.integers(1, 6)), data.draw(st.sets(st.integers(1, STEPS)))
+    with tempfile.TemporaryDirectory() as folder:
+        for done in range(1, STEPS + 1):
+            if done % every == 0 or done == STEPS or done in signals:
+                checkpoints.save(Path(folder), done, {}, judged(findings(rows[:done], spreads, STEPS), done), every)
+        found = findings(rows, spreads, STEPS)
+        onset = found[0].onset if found else STEPS
+        kept = checkpoints.healthy(Path(folder), onset, every)
+    truth = max((done for done in range(every, onset, every)), default=None)
+    assert (kept and int(kept.stem.partition("-")[2])) == truth
 
 
 def test_a_certain_policy_is_mode_collapse(spreads: dict[str, Spread]) -> None:

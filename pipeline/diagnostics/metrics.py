@@ -43,8 +43,13 @@ def policy_metrics(
         "entropy": entropy[mask].mean().item(),
         "policy_logprob": logprobs[mask].mean().item(),
         "certain_run": longest_runs(torch.where(mask, logprobs, -torch.inf) > CERTAIN).double().mean().item(),
-        "nonfinite_logprobs": (~torch.isfinite(logprobs[mask])).double().mean().item(),
     }
+
+
+def nonfinite_share(before: Tensor, after: Tensor) -> float:
+    """Share of the logprobs before and after an update, of tokens of completions, that are not finite. One of those after
+    it says that the update broke the policy, which a run's last one would else hide."""
+    return (~torch.isfinite(torch.cat([before, after]))).double().mean().item()
 
 
 def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, group: int) -> dict[str, float]:

@@ -84,6 +84,13 @@ def findings(
     return sorted(filter(None, found), key=lambda finding: (finding.onset, ORDER.index(finding.kind)))
 
 
+def judged(found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS) -> int:
+    """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `starved` is no
+    judgement yet: rewards may still begin to differ, and then it is gone."""
+    onsets = [finding.onset for finding in found if finding.kind != "starved"]
+    return min([*onsets, done - thresholds.patience + 1])
+
+
 def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds) -> dict[str, Limit]:
     """The limits that both chance and the effect sizes set, by name."""
     tail = FALSE_ALARMS / (steps * COMPARISONS)

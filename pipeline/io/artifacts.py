@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced, then renamed into it."""
+"""Files and folders that are whole or absent: written beside their place, then renamed into it."""
 
 import contextlib
 import csv
@@ -15,8 +15,12 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-# What the machine refuses: no room, a quota, a limit on size, a folder that is read-only or another's, a broken disk.
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# What the machine refuses: no room, a quota, a limit on size, a folder that is read-only or another's, a broken disk; a file
+# where a folder is wanted or the other way round, too long a name.
+REFUSED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ class Hashing(io.RawIOBase):
 
     def __init__(self, target: BinaryIO) -> None:
         self._target, self.sha256 = target, hashlib.sha256()
-        self.failure: OSError | None = None
+        self.failure: BaseException | None = None  # Ctrl-C too
 
     def writable(self) -> bool:
         return True
@@ -98,7 +98,7 @@ class Hashing(io.RawIOBase):
             self.sha256.update(data)
             try:
                 self._target.write(data)
-            except OSError as error:
+            except BaseException as error:
                 self.failure = error
         return memoryview(data).nbytes
 

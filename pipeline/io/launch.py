@@ -1,4 +1,7 @@
-"""How many processes train: as many as a launcher started, `accelerate launch` or `torchrun`, or this one alone."""
+"""How many processes train: as many as a launcher started, `accelerate launch` or `torchrun`, or this one alone.
+
+accelerate may not be installed, and a launcher takes a second to import, so both are imported inside a function.
+"""
 
 import os
 import sys
@@ -16,10 +19,12 @@ CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config
 
 
 def relaunch(module: str) -> None:
-    """Where the environment names a configuration of accelerate, this process becomes its launcher of `module`.
+    """Where the environment names a configuration of accelerate, this process becomes its launcher of `module`, and ends
+    as the first of the launched ones that failed, which has said why.
 
     The environment and not params.yaml: where a run is computed is no part of what it is. A relative path counts from
-    the main workspace. Raises UserError where the file or accelerate is missing.
+    the main workspace. Raises UserError where the file or accelerate is missing, or the file is not what accelerate
+    writes.
     """
     name = os.environ.get(CONFIG)
     if not name or _launched():
@@ -31,9 +36,25 @@ def relaunch(module: str) -> None:
         raise UserError(f"{CONFIG} is set, and accelerate is not installed: `pip install accelerate`, or unset it")
     # told to stop, torch's launcher waits 30 s before it kills; a step may take longer, and its end is waited for
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
+    del os.environ[CONFIG]  # of the launched ones, which would launch again where accelerate gives a single one no rank
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        load_config_from_file(str(config))
+    except Exception as error:  # whatever a file can be wrong about
+        raise UserError(f"{config}: not a configuration of accelerate: {error}") from error
     sys.stdout.flush()
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    os.execv(sys.executable, [*launcher, "-m", module])
+    try:
+        launch_command(launch_command_parser().parse_args(["--config_file", str(config), "--quiet", "-m", module]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code >= 0 else 128 - code)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
 
 
 def join(device: torch.device, prompts: int) -> Processes:

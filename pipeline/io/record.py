@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.io import artifacts, workspace
+from pipeline.io import artifacts, provenance, workspace
 from pipeline.io.tracking import Point, Scalar
 
 REPORTS = Path("reports")
 RUN, HISTORY = REPORTS / "train/run.json", REPORTS / "train/history.csv"
 EVALUATION, PREPARE = REPORTS / "evaluate/metrics.json", REPORTS / "prepare.json"
-DIAGNOSIS = REPORTS / "diagnosis.json"
-TABLES = [RUN, HISTORY, REPORTS / "train/summary.json", REPORTS / "train/samples.jsonl",
-          REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
+DIAGNOSIS, MEASURED = REPORTS / "diagnosis.json", REPORTS / "evaluate/measured.json"
+SUMMARY = REPORTS / "train/summary.json"
+POLICY, REPORT = Path("data/policy"), REPORTS / "report.html"
+TABLES = [RUN, HISTORY, SUMMARY, REPORTS / "train/samples.jsonl",
+          REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, MEASURED, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
 
 
 class Record(NamedTuple):
@@ -30,18 +32,20 @@ class Record(NamedTuple):
     training: list[Point]
     timings: list[Point]
     evaluation: dict[str, float]
+    measured: str  # digest of what was evaluated on, and how
     diagnosis: dict[str, Any]  # diagnosis.json
     artifacts: dict[str, list[Path]]  # folder of the artifact store -> files
 
 
 def read_record() -> Record:
-    """Reads every file before anything is written. Raises UserError naming a file that is missing or broken."""
+    """Reads every file before anything is written. Raises UserError naming a file that is missing, broken, or of another
+    run than the others: `dvc repro train` alone leaves those of the stages behind it as they were."""
     figures = sorted((REPORTS / "figures").glob("*.png"))
-    files = {"tables": TABLES, "figures": figures, "": [REPORTS / "report.html"]}
-    for file in [*TABLES, PREPARE, REPORTS / "report.html"]:
+    files = {"tables": TABLES, "figures": figures, "": [REPORT]}
+    for file in [*TABLES, PREPARE, REPORT]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; `dvc repro` makes it")
-    run, prompts, evaluation = _json(RUN), _json(PREPARE), _json(EVALUATION)
+    run, prompts, evaluation, measured = _json(RUN), _json(PREPARE), _json(EVALUATION), _json(MEASURED)
     key, params = str(run.get("train_key")), run.get("params")
     if not re.fullmatch("[0-9a-f]{64}", key) or not isinstance(params, dict):
         raise UserError(
@@ -52,8 +56,19 @@ def read_record() -> Record:
     written_ms = HISTORY.stat().st_mtime_ns // 1_000_000
     times = {step: int(row.pop("timestamp_ms", written_ms)) for step, row in timings.items()}
     history, diagnosis = _rows(HISTORY), _json(DIAGNOSIS)
-    if missing := {"verdict", "onset", "findings", "cure"} - diagnosis.keys():
+    if (steps := _json(SUMMARY).get("steps")) != len(history):
+        raise UserError(f"{HISTORY}: {len(history)} rows, and {SUMMARY} says {steps} steps; `dvc repro` makes both")
+    if missing := {"verdict", "onset", "findings", "cure", "history"} - diagnosis.keys():
         raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; `dvc repro -f diagnose` makes it")
+    if missing := {"policy", "prompts", "params"} - measured.keys():
+        raise UserError(f"{MEASURED}: has no {min(missing)}; `dvc repro -f evaluate` makes it")
+    others = {
+        DIAGNOSIS: diagnosis["history"] != artifacts.sha256(HISTORY),
+        EVALUATION: POLICY.is_dir() and measured["policy"] != artifacts.folder_digests(POLICY),
+        REPORT: key[:16] not in REPORT.read_text(encoding="utf-8", errors="replace"),
+    }
+    if any(others.values()):
+        raise UserError(f"{next(file for file in others if others[file])}: of another run than {RUN}; run `dvc repro`")
     return Record(
         train_key=key,
         run=run,
@@ -63,6 +78,7 @@ def read_record() -> Record:
         training=_points("train", history, times, written_ms),
         timings=_points("time", {step: row for step, row in timings.items() if step in history}, times, written_ms),
         evaluation=_flat("evaluate", evaluation),
+        measured=provenance.digest([measured["prompts"], measured["params"]]),
         diagnosis=diagnosis,
         artifacts=files,
     )

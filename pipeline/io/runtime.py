@@ -8,12 +8,18 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
+THREADS_PER_CORE = 8  # more would only wait for each other, and all else with them
+
 
 def set_up(device: str, threads: int) -> torch.device:
     """Chooses the device, fixes the number of threads and asks torch for deterministic kernels.
 
-    Raises UserError where a CUDA device is asked for and none is there.
+    Raises UserError where a CUDA device is asked for and none is there, or so many threads that the machine stands still.
     """
+    if threads > (most := THREADS_PER_CORE * (os.cpu_count() or 1)):
+        raise UserError(
+            f"train.threads = {threads}: this machine has {os.cpu_count()} cores; at most {most} are started"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = cuda: torch sees no CUDA device here; auto or cpu would run")
     chosen = torch.device("cpu")

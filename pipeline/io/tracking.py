@@ -63,6 +63,13 @@ def store_uri() -> str:
     return f"sqlite:///{workspace.root() / relative[1]}" if relative else uri
 
 
+def in_project() -> None:
+    """Raises UserError where the store is the project's own, and this is not its folder: there would be none, or a new
+    one."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        workspace.check()
+
+
 def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "reinforce"
 
@@ -90,6 +97,8 @@ def open_store() -> "tuple[MlflowClient, str]":
     with lock("mlflow"):
         if uri.startswith("sqlite:////"):
             _prepare_database(Path(uri.removeprefix("sqlite:///")))
+        elif re.match("postgresql|mysql|mssql", uri):
+            _check_server(uri)
         client = MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -179,13 +188,15 @@ def reason(error: BaseException) -> str:
     if "Max retries exceeded" in text:
         text = "no answer: " + re.split(r"Caused by |\] ", text)[-1]
     advice = next((f"; {advice}" for sign, advice in ADVICE.items() if sign in text), "")
-    text = f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text)
-    return without_password(text if len(text) <= 300 else text[:300] + " ...") + advice
+    text = without_password(f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text))
+    return (text if len(text) <= 300 else text[:300] + " ...") + advice
 
 
 def without_password(text: str) -> str:
-    """An address, or a text with addresses, without what stands before their @."""
-    return re.sub(r"//[^/@]*@", "//", text)
+    """An address, or a text with addresses, without what stands before their last @, and without what their options keep
+    secret. SQLAlchemy takes any sign in a password."""
+    text = re.sub(r"(?<!/)//(?!/)\S*@", "//", text)  # three slashes: a file of SQLite's
+    return re.sub(r"(?i)((?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1…", text)
 
 
 def live(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "Live":
@@ -304,6 +315,17 @@ def _prepare_database(path: Path) -> None:
     store = SqlAlchemyStore(f"sqlite:///{unfinished}", (workspace.root() / "mlartifacts").as_uri())
     store.engine.dispose()
     unfinished.replace(path)
+
+
+def _check_server(uri: str) -> None:
+    """Raises SQLAlchemyError at once for a database server that is not there: mlflow would try for a hundred seconds."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _check_database(path: Path) -> None:

@@ -46,6 +46,7 @@ class Training(NamedTuple):
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
     gain: float | None  # held-out reward, trained policy minus checkpoint; None: not evaluated
+    measured: str | None  # digest of the held-out prompts and of how the gain was measured on them; as `code`
     kinds: tuple[str, ...] | None  # findings of the verdict, the first one first; None: not diagnosed
     onset: int | None  # step of the first one
 
@@ -88,6 +89,7 @@ def _of_run(client: "MlflowClient", run: "Run") -> Training:
         columns=frozenset(key.removeprefix("train/") for key in metrics if key.startswith("train/")),
         curve=curve,
         gain=metrics.get(f"evaluate/{params.get('reward')}/difference/mean"),
+        measured=tags.get("measured"),
         kinds=None if kinds is None else tuple(kinds.split(", ")) if kinds != "none" else (),
         onset=int(tags["collapse_onset"]) if tags.get("collapse_onset", "none") != "none" else None,
     )
@@ -154,6 +156,8 @@ def _of_commit(name: str, revision: str, made: float) -> Training | None:
     rows = list(csv.DictReader(io.StringIO(history)))
     evaluation = json.loads(_result(revision, stages, "evaluate", EVALUATION, made_by_train) or "{}")
     diagnosis = json.loads(_result(revision, stages, "diagnose", DIAGNOSIS, made_by_train) or "{}")
+    evaluate = stages.get("evaluate", {})
+    heldout = [dep["md5"] for dep in evaluate.get("deps", []) if dep["path"] == "data/prompts"]
     return Training(
         name=name,
         params=params,
@@ -165,6 +169,9 @@ def _of_commit(name: str, revision: str, made: float) -> Training | None:
             int(row["step"]): value for row in rows if math.isfinite(value := float(row.get(column) or "nan"))
         },
         gain=evaluation.get(params["reward"], {}).get("difference", {}).get("mean"),
+        measured=digest([heldout, evaluate.get("params", {}).get("params.yaml", {}).get("evaluate")])
+        if evaluation
+        else None,
         kinds=tuple(finding["kind"] for finding in diagnosis["findings"]) if diagnosis else None,
         onset=diagnosis.get("onset"),
     )

@@ -45,13 +45,14 @@ def update(
     policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float,
     processes: Processes = ALONE,
 ) -> Update:  # fmt: skip
-    """Clips the gradient to `max_grad_norm` (0 = off), steps, and lets go of it. A non-finite loss or gradient is not
-    applied."""
+    """Clips the gradient to `max_grad_norm` (0 = off) and steps, but not with a non-finite loss or gradient. Lets go of the
+    gradient."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
     if processes.sharded:
         norm = torch.tensor(processes.total(norm.double().item() ** 2, norm.device) ** 0.5, device=norm.device)
     if not (math.isfinite(loss) and torch.isfinite(norm)):
+        optimizer.zero_grad()
         return Update(norm.item(), 0.0, True)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

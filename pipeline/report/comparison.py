@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from pipeline.diagnostics.verdict import TITLES
@@ -56,7 +56,7 @@ def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], 
     """The configurations in the order of their values, and how many trainings are left out.
 
     Of one configuration only what the newest code and data made counts, and of each seed the newest training: MLflow
-    keeps every run that there ever was.
+    keeps every run that there ever was. Of the gains only those count that were measured alike.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Training]] = {}
     total = 0
@@ -70,7 +70,7 @@ def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], 
         for training in group:
             if (training.code, training.data) == (group[0].code, group[0].data):
                 of_seed.setdefault(training.params["seed"], training)
-        kept.append([of_seed[seed] for seed in sorted(of_seed, key=natural)])
+        kept.append(measured_alike([of_seed[seed] for seed in sorted(of_seed, key=natural)]))
     names = differing([dict(params) for params in groups])
     found = []
     for params, group in zip(map(dict, groups), kept, strict=True):
@@ -78,6 +78,41 @@ def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], 
         found.append(Configuration(shown, params, group))
     found.sort(key=lambda each: [natural(each.params["reward"]), *map(natural, each.shown.values())])
     return found, total - sum(map(len, kept))
+
+
+def measured_alike(group: list[Training]) -> list[Training]:
+    """Without the gains on other held-out prompts, or measured otherwise, than most; of as many, than the first seed's: not
+    by time, which is when it was trained in MLflow's record and when it was evaluated in DVC's."""
+    ways = Counter(training.measured for training in group if training.gain is not None)
+    how = ways.most_common(1)[0][0] if ways else None  # in the order of the seeds where the counts are equal
+    return [training if training.measured == how else training._replace(gain=None) for training in group]
+
+
+def caveats(found: Sequence[Configuration]) -> list[str]:
+    """What the parameters do not tell, and makes rows of the table incomparable."""
+    trainings = [training for each in found for training in each.trainings]
+    again, texts = "run all of them again to compare them", []
+    if (versions := len({training.code for training in trainings})) > 1:
+        texts.append(f"{versions} versions of the code or of custom/ made these; {again}")
+    if changed(trainings, ("prompts", "model", "encoder"), lambda training: training.data):
+        texts.append(f"prompts or checkpoints of the same parameters were not always the same files; {again}")
+    evaluated = [training for training in trainings if training.gain is not None]
+    dropped = [training for training in trainings if training.gain is None and training.measured is not None]
+    if dropped or changed(evaluated, ("prompts",), lambda training: training.measured):
+        texts.append(
+            "held-out gains were measured on different prompts, or with other `evaluate` parameters, and are averaged only "
+            "where they were not; `dvc exp run` with the same ones measures again and trains nothing"
+        )
+    return texts
+
+
+def changed(trainings: Sequence[Training], selectors: Sequence[str], what: Callable[[Training], str | None]) -> bool:
+    """Whether it differs between trainings that select the same."""
+    seen: dict[tuple[tuple[str, str], ...], set[str | None]] = {}
+    for training in trainings:
+        chosen = sorted(item for item in training.params.items() if item[0].partition(".")[0] in selectors)
+        seen.setdefault(tuple(chosen), set()).add(what(training))
+    return any(len(values) > 1 for values in seen.values())
 
 
 def differing(configured: Sequence[dict[str, str]]) -> list[str]:

@@ -1,11 +1,13 @@
 """A reward of the user's: `reward(prompts, completions, **params) -> list[float]`, the convention of trl."""
 
+import ast
+import difflib
 import importlib.util
 import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,44 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
             raise UserError(f"reward {function} raised {_describe(error, path)}") from error
 
     return reward
+
+
+def check_custom(function: str, params: dict[str, Any]) -> None:
+    """Raises UserError for what its text alone tells to be wrong: no such file or function, or a parameter that the
+    function does not take. Nothing of it is run."""
+    file, _, name = function.partition(":")
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"reward {function}: there is no file {file}") from None
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"reward {function}: {_describe(error, Path(file))}") from None
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    found = functions.get(name)
+    if found is None:
+        if not {name, "*"} & set(_bound(tree)):
+            raise UserError(f"reward {function}: {file} defines no function {name!r}{_nearest(name, functions)}")
+    elif found.args.kwarg is None and not found.decorator_list:
+        names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+        for given in params:
+            if given not in names:
+                raise UserError(f"reward {function}: it takes no parameter {given!r}{_nearest(given, names)}")
+
+
+def _bound(tree: ast.Module) -> Iterator[str]:
+    """Names that are defined, assigned or imported anywhere, `*` where all of a module's are."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _describe(error: BaseException, path: Path) -> str:
