@@ -24,6 +24,7 @@ from pipeline.params import PARAMS_FILE, load
 POLL_SECONDS = 5.0  # between two looks at what is finished
 QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
 PATIENCE = 4  # states of the queue in which nobody works
+PENDING = ("Queued", "Running")
 ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
 WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 
@@ -108,7 +109,7 @@ def queue(wanted: dict[str, list[str]], commit: str) -> None:
     """Queues what is neither finished nor in the queue."""
     done, states = finished(wanted, commit), status()[0]
     for place, (name, values) in enumerate(wanted.items(), start=1):
-        if name in done or states.get(name) in ("Queued", "Running"):
+        if name in done or states.get(name) in PENDING:
             continue
         if name in states:  # failed, or its result was removed
             dvc("queue", "remove", name)
@@ -119,7 +120,7 @@ def queue(wanted: dict[str, list[str]], commit: str) -> None:
 
 def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
     """Until every experiment is finished. Raises UserError where one failed, after the others have ended."""
-    seen, idle, lost, looks = finished(wanted, commit), 0, 0, 0
+    seen, idle, lost, looks, revived = finished(wanted, commit), 0, 0, 0, False
     if len(seen) < len(wanted):
         dvc("queue", "start", "--jobs", str(jobs))
     while len(seen) < len(wanted):
@@ -131,7 +132,7 @@ def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
             continue
         states, workers = status()
         left = sorted(wanted.keys() - finished(wanted, commit))  # and who is not pending either has failed
-        pending = {name: states[name] for name in left if states.get(name) in ("Queued", "Running")}
+        pending = {name: states[name] for name in left if states.get(name) in PENDING}
         lost = lost + 1 if left and not pending else 0
         if lost > 1:  # looked at twice: DVC calls an experiment failed while it saves its results
             raise UserError(
@@ -140,9 +141,14 @@ def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
             )
         idle = idle + 1 if pending and not workers else 0
         if idle >= PATIENCE:
-            stuck = next((name for name, state in pending.items() if state == "Running"), None)
-            cure = f"`dvc queue kill {stuck}`, then " if stuck else ""
-            raise UserError(f"nobody works on the queue, {len(pending)} experiments are left: {cure}the same command")
+            if revived:
+                raise UserError(f"nobody works on the queue, {len(pending)} experiments are left: the same command")
+            # A worker that ends takes experiments from the queue that it never starts: running, says DVC, for ever.
+            if stuck := sorted(name for name, state in pending.items() if state == "Running"):
+                dvc("queue", "kill", *stuck)
+            queue(wanted, commit)
+            dvc("queue", "start", "--jobs", str(jobs))
+            idle, revived = 0, True
         if idle == 2 and "Queued" in pending.values():  # not at once: a second start beside a slow one doubles the jobs
             dvc("queue", "start", "--jobs", str(jobs))  # the workers of a sweep that was interrupted have gone
 
@@ -151,7 +157,9 @@ def status() -> tuple[dict[str, str], int]:
     """The state of each experiment that the queue knows, by name, and how many workers there are."""
     text = dvc("queue", "status")
     workers = WORKERS.search(text)
-    return dict(ROW.findall(text)), sum(map(int, workers.groups())) if workers else 0
+    # DVC may go on listing what was removed as failed: what is pending of the same name, later here, counts.
+    rows = sorted(ROW.findall(text), key=lambda row: row[1] in PENDING)
+    return dict(rows), sum(map(int, workers.groups())) if workers else 0
 
 
 def why(name: str) -> str:

@@ -12,7 +12,14 @@ from ruamel.yaml import YAML
 
 from tests.conftest import ROOT
 
-SMALL = {"steps": 3, "prompts_per_step": 4, "samples_per_prompt": 2, "checkpoint_every": 1, "threads": 1}
+SMALL = {
+    "steps": 3,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 2,
+    "max_tokens": 10,
+    "checkpoint_every": 1,
+    "threads": 1,
+}
 
 
 class Clone:

@@ -13,8 +13,8 @@ import pytest
 from pipeline import cure
 from pipeline.errors import UserError
 from pipeline.report import cured, inputs, overlay, page, style
-from tests.clones import Clone
 from tests.conftest import Project
+from tests.test_concurrency import tiny
 from tests.test_page import Elements, words_of
 from tests.test_plot import reports
 
@@ -233,7 +233,7 @@ def answer_of(output: str) -> str:
 
 @pytest.mark.slow
 def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) -> None:
-    clone = Clone(tmp_path / "project", tmp_path / "cache")
+    clone = tiny(tmp_path, tmp_path / "cache")
     clone("dvc", "exp", "run", "-S", "recipe=notebook")  # leaves params.yaml modified, as a user would
 
     def files() -> dict[str, bytes]:

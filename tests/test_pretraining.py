@@ -43,8 +43,8 @@ def test_each_experiment_of_a_sweep_has_its_checkpoint(clone: Clone, hub: Hub, t
     clone.commit()
     clone.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     sweep = ("-S", "model=pythia-70m", "-S", "models.pythia-70m.revision=step1000,step2000", "-S", "train.threads=1")
-    clone("dvc", "exp", "run", "--queue", *sweep)
-    clone("dvc", "exp", "run", "--queue", "-S", "models.pocket.source=models/local/early")
+    clone("dvc", "exp", "run", "--queue", *sweep, "train")
+    clone("dvc", "exp", "run", "--queue", "-S", "models.pocket.source=models/local/early", "train")
     run_queue(clone, 3)
 
     made = experiments(clone).values()

@@ -36,11 +36,39 @@ class Swept(NamedTuple):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
+    """A sweep that was interrupted once its first experiments trained, and gone on with by the same command."""
     base = tmp_path_factory.mktemp("swept")
     clone = tiny(base, base / "cache")
+    interrupt(clone, [sys.executable, "-m", "pipeline.sweep", "--jobs", "2", *GRID])
     printed = clone("python", "-m", "pipeline.sweep", "--jobs", "2", *GRID)
     yield Swept(clone, printed, sorted(set(re.findall(r"finished \d of \d: (\S+)", printed))))
     end(clone)
+
+
+def interrupt(clone: Clone, command: list[str]) -> None:
+    """Ctrl-C while experiments train, then no workers any more: what docs say before the same command goes on."""
+    process = subprocess.Popen(  # a shell's background jobs ignore SIGINT, and so does what they start
+        ["env", "--default-signal=INT", *command],
+        cwd=clone.root,
+        env=clone.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not list((clone.root / ".checkpoints").glob("*/state-00*.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert process.returncode == 1
+    assert error.startswith("error: interrupted: running experiments end by themselves")
+    assert error.count("\n") == 1
+    clone("dvc", "queue", "stop", "--kill")
+    while "Worker status: 0 active, 0 idle" not in clone("dvc", "queue", "status"):  # one that ends still takes tasks
+        assert time.monotonic() < deadline
+        time.sleep(2)
 
 
 def table(clone: Clone, *arguments: str) -> pd.DataFrame:
@@ -54,7 +82,7 @@ def show(clone: Clone, name: str, path: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_with_its_comparison(swept: Swept) -> None:
+def test_a_sweep_that_was_interrupted_ends_with_its_comparison(swept: Swept) -> None:
     clone, printed, names = swept
     assert "4 experiments, 0 of them finished" in printed
     assert len(names) == 4
@@ -159,36 +187,25 @@ def test_a_failed_experiment_is_named_with_its_error_after_the_others_have_ended
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on_with_the_same_command(swept: Swept) -> None:
+def test_an_experiment_that_an_ending_worker_took_along_is_queued_again(swept: Swept) -> None:
+    """It leaves the folder of what waits for that of what was taken, and nobody runs it."""
     clone = swept.clone
-    command = [sys.executable, "-m", "pipeline.sweep", "--jobs", "1", "-S", "train.steps=30", "-S", "seed=5,6"]
-    process = subprocess.Popen(  # a shell's background jobs ignore SIGINT, and so does what they start
-        ["env", "--default-signal=INT", *command],
-        cwd=clone.root,
-        env=clone.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not list((clone.root / ".checkpoints").glob("*/state-00*.pt")) or "Running" not in clone(
-        "dvc", "queue", "status"
-    ):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=PATIENCE_SECONDS)[1]
-    assert process.returncode == 1
-    assert error.startswith("error: interrupted: running experiments end by themselves")
-    assert error.count("\n") == 1
-    clone("dvc", "queue", "stop", "--kill")
-    while "Worker status: 0 active, 0 idle" not in clone("dvc", "queue", "status"):  # one that ends still takes tasks
-        assert time.monotonic() < deadline
-        time.sleep(2)
-    said = clone("python", "-m", "pipeline.sweep", *command[3:])
-    assert "2 experiments, 0 of them finished" in said
-    assert re.search(r"\| 2 +\| 30 ", said)
+    end(clone)  # the workers of what was swept before wait some seconds for more
+    patched = """
+from pipeline import sweep
+dvc, sweep.POLL_SECONDS, sweep.QUEUE_EVERY, sweep.PATIENCE = sweep.dvc, 0.1, 1, 1
+sweep.dvc = lambda *arguments: "" if arguments[:2] == ("queue", "start") else dvc(*arguments)
+"""
+    grid, broker = ("-S", "train.steps=2", "-S", "seed=7"), clone.root / ".dvc/tmp/exps/celery/broker"
+    clone(sys.executable, "-c", f"{patched}sweep.wait = lambda *_: None\nsweep.main()", *grid, fails=True)
+    assert re.search("sweep-.* Queued", clone("dvc", "queue", "status"))
+    (message,) = (broker / "in").glob("*.celery.msg")  # not what is left of talk with workers
+    message.rename(broker / "processed" / message.name)
+    assert re.search("sweep-.* Running", clone("dvc", "queue", "status"))
+    said = clone(sys.executable, "-c", f"{patched}sweep.main()", *grid, fails=True)
+    assert said.count("queued 1 of 1: sweep-") == 1
+    assert "nobody works on the queue, 1 experiments are left: the same command" in said
+    assert re.search("sweep-.* Queued", clone("dvc", "queue", "status"))
 
 
 # --- what needs no experiments
@@ -268,6 +285,7 @@ def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> 
     printed = (
         "Task     Name              Created       Status\n7da09db  sweep-a-0-19e714  05:17 AM      Running\n"
         "1daeeaf  sweep-b-1-3c6bf8  Nov 22, 2026  Failed\n9554dbe  other             05:17 AM      Success\n"
+        "6f2a1b0  sweep-a-0-19e714  05:11 AM      Failed\n"
         "\nWorker status: 2 active, 1 idle\n"
     )
     monkeypatch.setattr(sweep, "dvc", lambda *arguments: printed)
@@ -277,7 +295,7 @@ def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ("Running", r"nobody works on the queue, 1 experiments are left: `dvc queue kill one`, then the same command"),
+        ("Running", r"nobody works on the queue, 1 experiments are left: the same command"),
         ("Failed", r"1 of 1 experiments failed: one; `dvc queue logs one` says why: ERROR: no; the same command"),
     ],
 )
@@ -285,9 +303,16 @@ def test_a_queue_that_stands_still_ends_the_waiting(state: str, message: str, mo
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
     monkeypatch.setattr(sweep, "finished", lambda *_: set())
     monkeypatch.setattr(sweep, "status", lambda: ({"one": state}, 0))
-    monkeypatch.setattr(sweep, "dvc", lambda *arguments: "loading\nERROR: no\n")
+    asked = []
+
+    def dvc(*arguments: str) -> str:
+        asked.append(arguments[:2])
+        return "loading\nERROR: no\n"
+
+    monkeypatch.setattr(sweep, "dvc", dvc)
     with pytest.raises(UserError, match=message):
         sweep.wait({"one": []}, "c", jobs=1)
+    assert asked.count(("queue", "kill")) == (state == "Running")  # once, then a person has to look
 
 
 def test_make_passes_its_variables_on() -> None:
