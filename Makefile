@@ -3,6 +3,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+# two processes on two cores: torch, left to itself, would start two threads in each
+PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # of `make sweep`; OVERRIDES takes more: OVERRIDES="-S recipes.stable.lr=3e-5,1e-4"
 RECIPES := notebook,stable
@@ -36,10 +38,10 @@ sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compa
 	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
-	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" $(PYTEST)
 
 test-faults: $(BIN)/installed  ## kills, full disks, bad input in full number -> docs/reliability.json
-	$(RUN) FAULTS=full pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults
+	$(RUN) FAULTS=full $(PYTEST) -m faults
 
 unit: $(BIN)/installed  ## the fast tests
 	$(RUN) pytest -m 'not slow'
