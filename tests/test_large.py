@@ -22,6 +22,7 @@ from pipeline.policy.weights import put_weights, trained_weights
 from pipeline.reinforce.loss import BatchSize
 from pipeline.reinforce.step import Batch, accumulate_gradient
 from tests.conftest import ROOT, Project
+from tests.faults import FULL, fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
 from tests.test_processes import configured, interrupted, recorded, sampled
 from tests.test_train import checkpoint, contents, forget, history, ready, states, succeed
@@ -286,11 +287,16 @@ def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Projec
     succeed(exact, **two)
     assert contents(exact) == outputs
 
-    forget(exact)
-    interrupted(exact, two, signal.SIGKILL)
-    succeed(exact)  # in one piece
-    assert recorded(exact)["processes"] == ["2 sharded", 1]
-    assert [row["step"] for row in history(exact)] == [0, 1, 2, 3]
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.skipif(not FULL, reason="tests/test_processes.py kills processes that are not spread; FAULTS=full")
+def test_a_spread_policy_that_was_killed_goes_on_in_one_piece(exact: Project) -> None:
+    with fault("killed with a policy spread over two processes"):
+        interrupted(exact, spread(exact, 2), signal.SIGKILL)
+        succeed(exact)
+        assert recorded(exact)["processes"] == ["2 sharded", 1]
+        assert [row["step"] for row in history(exact)] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

@@ -80,15 +80,6 @@ def test_editing_a_reward_that_is_not_selected_never_retrains(clone: Clone) -> N
     clone.restore()
 
 
-def test_experiments_in_folders_of_their_own_reach_the_main_store(clone: Clone) -> None:
-    """--temp and the queue delete their folders; what they trained stays in MLflow and in `dvc exp show`."""
-    before = set(clone.runs())
-    out = clone("dvc", "exp", "run", "--temp", "-S", "recipe=notebook", "--name", "as-the-notebook")
-    assert clone.ran(out)[-5:] == ["train", "diagnose", "evaluate", "plot", "track"]
-    assert len(set(clone.runs()) - before) == 1
-    assert "as-the-notebook" in clone("dvc", "exp", "show", "--md")
-
-
 def test_a_wrong_selector_is_refused_before_anything_runs(clone: Clone) -> None:
     assert "nope" in clone("dvc", "exp", "run", "-S", "reward=nope", fails=True)
     clone.restore()

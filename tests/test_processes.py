@@ -78,29 +78,49 @@ def sampled(project: Project) -> bytes:
 
 
 @pytest.mark.slow
-def test_the_same_number_gives_the_same_bytes_and_another_one_goes_on(exact: Project) -> None:
+def test_stopped_with_two_processes_it_goes_on_with_two_on_two_machines_to_the_same_bytes(exact: Project) -> None:
+    """Machines that share the folder: each is told its rank by a file of its own; here they are two launchers on one machine,
+    that meet at a port."""
     two = configured(exact, 2)
     succeed(exact, **two)
-    undisturbed = contents(exact)
+    outputs = contents(exact)
     forget(exact)
     said = interrupted(exact, two, signal.SIGTERM)
     assert "the same command goes on" in said
     assert not (exact.root / "data/policy").exists()
-    kept = [path.read_bytes() for path in states(exact)]
-    succeed(exact, **two)
-    assert contents(exact) == undisturbed
+    assert last_step(exact) < 4, "else the machines have nothing to do"
+    one, port = (exact.root / "processes.yaml").read_text(), free_port()
+    for rank in (0, 1):
+        text = one.replace("num_machines: 1", "num_machines: 2").replace("machine_rank: 0", f"machine_rank: {rank}")
+        text = text.replace("main_process_port: 0", f"main_process_port: {port}\nmain_process_ip: 127.0.0.1")
+        (exact.root / f"rank{rank}.yaml").write_text(text + "rdzv_backend: static\nsame_network: true\n")
+    second = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.train"], cwd=exact.root, text=True,
+        env={**exact.environment, CONFIG: "rank1.yaml"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        succeed(exact, **{CONFIG: "rank0.yaml"})
+        said = second.communicate(timeout=60)[1]
+    finally:
+        second.kill()
+    assert second.returncode == 0, said
+    assert contents(exact) == outputs
 
-    forget(exact)
+
+@pytest.mark.slow
+def test_killed_with_two_processes_it_goes_on_with_one(exact: Project) -> None:
+    two = configured(exact, 2)
     exact.edit(train__steps=12)
     interrupted(exact, two, signal.SIGKILL)
-    steps = len(states(exact)) and int(states(exact)[-1].stem.partition("-")[2])
-    assert steps < 12, "else the other number has nothing to do"
+    assert last_step(exact) < 12, "else the other number has nothing to do"
     succeed(exact)  # by itself: the rest of the steps
     succeed(exact, **two)  # nothing is left to compute: no process more has
-    assert steps
-    assert kept
     assert recorded(exact)["processes"] == [2, 1]
     assert [row["step"] for row in history(exact)] == list(range(12))
+
+
+def last_step(project: Project) -> int:
+    return int(states(project)[-1].stem.partition("-")[2])
 
 
 def interrupted(project: Project, environment: dict[str, str], number: signal.Signals) -> str:
@@ -123,30 +143,6 @@ def interrupted(project: Project, environment: dict[str, str], number: signal.Si
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or "Traceback" not in said
     return said
-
-
-@pytest.mark.slow
-def test_two_machines_that_share_the_folder_train_one_run(exact: Project) -> None:
-    """Each is told its rank by a file of its own; here they are two launchers on one machine, that meet at a port."""
-    succeed(exact, **configured(exact, 2))
-    outputs = contents(exact)
-    forget(exact)
-    one, port = (exact.root / "processes.yaml").read_text(), free_port()
-    for rank in (0, 1):
-        text = one.replace("num_machines: 1", "num_machines: 2").replace("machine_rank: 0", f"machine_rank: {rank}")
-        text = text.replace("main_process_port: 0", f"main_process_port: {port}\nmain_process_ip: 127.0.0.1")
-        (exact.root / f"rank{rank}.yaml").write_text(text + "rdzv_backend: static\nsame_network: true\n")
-    second = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.train"], cwd=exact.root, text=True,
-        env={**exact.environment, CONFIG: "rank1.yaml"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        succeed(exact, **{CONFIG: "rank0.yaml"})
-        said = second.communicate(timeout=60)[1]
-    finally:
-        second.kill()
-    assert second.returncode == 0, said
-    assert contents(exact) == outputs
 
 
 def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

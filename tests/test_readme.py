@@ -47,7 +47,7 @@ def test_the_commands_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     tree["reward"] = "words"  # without an encoder a run takes half as long
     tree["rewards"] = {name: tree["rewards"][name] for name in ("words", "length")}
     yaml.dump(tree, clone.root / "params.yaml")
-    clone("dvc", "repro")
+    clone("dvc", "repro", "cache")
     clone.commit()
     found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(found) >= 6

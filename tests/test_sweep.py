@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.io.command import dvc
 from tests.clones import Clone
 from tests.conftest import ROOT
-from tests.test_concurrency import PATIENCE_SECONDS, end, tiny
+from tests.test_concurrency import PATIENCE_SECONDS, assert_complete, end, experiments, tiny
 
 IDENTITY = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 GRID = ("-S", "recipe=notebook,stable", "-S", "seed=1,2", "-S", "train.threads=1")
@@ -93,6 +93,12 @@ def test_a_sweep_that_was_interrupted_ends_with_its_comparison(swept: Swept) -> 
     assert written in printed
     assert re.search(r"\| recipe +\| seeds \| steps", written)
     assert clone("git", "status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+def test_each_experiment_is_whole_and_its_own_in_both_records(swept: Swept) -> None:
+    assert_complete(swept.clone, [1, 1, 2, 2])
+    assert len({one["history"] for one in experiments(swept.clone).values()}) == 4
 
 
 @pytest.mark.slow
@@ -176,14 +182,13 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 
 
 @pytest.mark.slow
-def test_a_failed_experiment_is_named_with_its_error_after_the_others_have_ended(swept: Swept) -> None:
+def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     clone = swept.clone
-    sizes = ("-S", "train.max_tokens=4,9999", "-S", "seed=1")  # valid, and more than the model's context
-    said = clone("python", "-m", "pipeline.sweep", "--jobs", "2", *sizes, fails=True)
+    size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
+    said = clone("python", "-m", "pipeline.sweep", *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: 1 of 2 experiments failed: sweep-9999-[0-9a-f]{6}; `dvc queue logs sweep-9999-", line)
+    assert re.match(r"error: 1 of 1 experiments failed: sweep-[0-9a-f]{6}; `dvc queue logs sweep-", line)
     assert "the model's context has" in line
-    assert re.search(r"finished 1 of 2: sweep-4-[0-9a-f]{6}", said)
 
 
 @pytest.mark.slow
@@ -313,6 +318,25 @@ def test_a_queue_that_stands_still_ends_the_waiting(state: str, message: str, mo
     with pytest.raises(UserError, match=message):
         sweep.wait({"one": []}, "c", jobs=1)
     assert asked.count(("queue", "kill")) == (state == "Running")  # once, then a person has to look
+
+
+def test_a_failed_experiment_ends_the_waiting_after_the_others_have_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter([("Failed", "Running")] * 3 + [("Failed", "Success")] * 9)
+    states = {"one": "Queued", "two": "Queued"}
+
+    def status() -> tuple[dict[str, str], int]:
+        states.update(zip(states, next(looks), strict=True))
+        return dict(states), 1
+
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
+    monkeypatch.setattr(sweep, "status", status)
+    monkeypatch.setattr(sweep, "finished", lambda *_: {name for name in states if states[name] == "Success"})
+    monkeypatch.setattr(sweep, "dvc", lambda *arguments: "")
+    with pytest.raises(UserError, match="1 of 2 experiments failed: one; `dvc queue logs one` says why; the same"):
+        sweep.wait({"one": [], "two": []}, "c", jobs=1)
+    assert capsys.readouterr().out == "finished 1 of 2: two\n"
 
 
 def test_make_passes_its_variables_on() -> None:
