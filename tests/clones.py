@@ -53,6 +53,13 @@ class Clone:
             tree[name].update(values)
         yaml.dump(tree, self.root / "params.yaml")
 
+    def keep_rewards(self, *names: str) -> None:
+        """Drops the other rewards and trains on the first of these: without an encoder a run takes half as long."""
+        yaml = YAML()
+        tree = yaml.load(self.root / "params.yaml")
+        tree["reward"], tree["rewards"] = names[0], {name: tree["rewards"][name] for name in names}
+        yaml.dump(tree, self.root / "params.yaml")
+
     def commit(self) -> None:
         self("git", "add", "-A")
         self("git", "commit", "-q", "--allow-empty", "-m", "as it is")

@@ -49,10 +49,7 @@ def end(clone: Clone) -> None:
 def tiny(base: Path, cache: Path) -> Clone:
     """One reward, which needs no encoder; prompts and checkpoint made; no database."""
     made = Clone(base / "project", cache)
-    yaml = YAML()
-    tree = yaml.load(made.root / "params.yaml")
-    tree["reward"], tree["rewards"] = "length", {"length": tree["rewards"]["length"]}
-    yaml.dump(tree, made.root / "params.yaml")
+    made.keep_rewards("length")
     made("dvc", "repro", "check", "prepare", "cache")
     made.commit()
     assert not (made.root / "mlflow.db").exists()

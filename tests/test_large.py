@@ -24,8 +24,8 @@ from pipeline.reinforce.step import Batch, accumulate_gradient
 from tests.conftest import ROOT, Project
 from tests.faults import FULL, fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
-from tests.test_processes import configured, interrupted, recorded, sampled
-from tests.test_train import checkpoint, contents, forget, history, ready, states, succeed
+from tests.test_processes import configured, recorded, sampled
+from tests.test_train import checkpoint, contents, forget, history, interrupted, ready, states, succeed
 
 __all__ = ["checkpoint", "ready"]  # fixtures
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from pipeline.reinforce.processes import Processes
 from pipeline.train import agree
 from tests.conftest import Project
 from tests.servers import free_port
-from tests.test_train import checkpoint, contents, forget, history, ready, states, succeed
+from tests.test_train import checkpoint, contents, forget, history, interrupted, ready, states, succeed
 
 __all__ = ["checkpoint", "ready"]  # fixtures
 
@@ -121,28 +120,6 @@ def test_killed_with_two_processes_it_goes_on_with_one(exact: Project) -> None:
 
 def last_step(project: Project) -> int:
     return int(states(project)[-1].stem.partition("-")[2])
-
-
-def interrupted(project: Project, environment: dict[str, str], number: signal.Signals) -> str:
-    """The stage, ended by a signal as soon as there is a state, to its launcher, or, if it is to be killed, to all; what it
-    said on stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.train"], cwd=project.root, env=project.environment | environment, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    while not states(project):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.005)
-    if number == signal.SIGKILL:  # torch's launcher gives each process a session of its own, and they would live on
-        (owner,) = project.root.glob(".checkpoints/*/owner")
-        os.kill(int(owner.read_text()), number)  # without it the other ones fail
-        process.kill()
-    else:
-        process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or "Traceback" not in said
-    return said
 
 
 def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
