@@ -4,11 +4,10 @@ Prints the table; writes it, the learning curves and their figure to reports/com
 """
 
 import argparse
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, run_stage
+from pipeline.errors import UserError, did_you_mean, run_stage
 from pipeline.io import tracking, workspace
 from pipeline.io.artifacts import atomic_path, write_text
 from pipeline.io.trainings import Training, from_dvc, from_mlflow, readable
@@ -114,8 +113,7 @@ def check_metric(metric: str, trainings: Sequence[Training]) -> None:
 
 def nearest(wrong: str, known: Iterable[str]) -> str:
     known = sorted(set(known))
-    near = difflib.get_close_matches(wrong, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known[:20])}"
+    return did_you_mean(wrong, known) or f"; there are {', '.join(known[:20])}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Errors that a user can cause, and how a stage reports them: one line, exit code 1, no traceback."""
 
+import difflib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 LONGEST = 1000  # characters of a message: what it quotes may be a megabyte
 
@@ -18,6 +19,12 @@ class UserError(Exception):
 def one_line(text: str) -> str:
     """Text from elsewhere for a terminal: without line breaks, and what would steer the terminal is written out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where one of these is near, else nothing."""
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def run_stage(main: Callable[[], None], arguments: bool = False) -> None:

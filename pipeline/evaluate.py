@@ -59,11 +59,11 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     tokenizer = load_tokenizer(POLICY)
     # one model at a time: two may be more than the device held in training
     rollouts = {"policy": sample_all(params, prompts, load_policy(POLICY, device), tokenizer)}
-    reference = load_policy(CHECKPOINT / "policy", device)
     if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
         print(
             "warning: the policy's log-probabilities are not finite; what it says here is not its own", file=sys.stderr
         )
+    reference = load_policy(CHECKPOINT / "policy", device)
     rollouts["checkpoint"] = sample_all(params, prompts, reference, tokenizer)
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}

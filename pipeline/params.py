@@ -1,6 +1,5 @@
 """params.yaml -> frozen, validated objects. Every mistake in the file is one line that names its key."""
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 
 PARAMS_FILE = Path("params.yaml")
 MOST_VALUES = 100_000  # in the file with its aliases written out: a few lines of them can stand for billions
@@ -317,8 +316,7 @@ def _integers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 def _suggest(wrong: Any, known: Any) -> str:
     """`; did you mean x?` where a key is near, else the list of keys."""
-    near = difflib.get_close_matches(str(wrong), [str(key) for key in known], n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(map(str, known)) or 'none'})"
+    return did_you_mean(str(wrong), map(str, known)) or f" (there are: {', '.join(map(str, known)) or 'none'})"
 
 
 def _explain(failure: ValidationError, tree: dict[str, Any]) -> str:

@@ -367,9 +367,8 @@ def write_outputs(
             policy.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
-    write_csv(
-        REPORTS / "history.csv", run.rows
-    )  # once more: git may have put an older one in the place of the growing one
+    # once more: git may have put an older one in the place of the growing one
+    write_csv(REPORTS / "history.csv", run.rows)
     write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
     write_json(REPORTS / "summary.json", run.summary())

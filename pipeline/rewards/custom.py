@@ -1,17 +1,16 @@
 """A reward of the user's: `reward(prompts, completions, **params) -> list[float]`, the convention of trl."""
 
 import ast
-import difflib
 import importlib.util
 import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 
 
 def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str], list[str]], list[float]]:
@@ -61,12 +60,12 @@ def check_custom(function: str, params: dict[str, Any]) -> None:
     found = functions.get(name)
     if found is None:
         if not {name, "*"} & set(_bound(tree)):
-            raise UserError(f"reward {function}: {file} defines no function {name!r}{_nearest(name, functions)}")
+            raise UserError(f"reward {function}: {file} defines no function {name!r}{did_you_mean(name, functions)}")
     elif found.args.kwarg is None and not found.decorator_list:
         names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
         for given in params:
             if given not in names:
-                raise UserError(f"reward {function}: it takes no parameter {given!r}{_nearest(given, names)}")
+                raise UserError(f"reward {function}: it takes no parameter {given!r}{did_you_mean(given, names)}")
 
 
 def _bound(tree: ast.Module) -> Iterator[str]:
@@ -78,11 +77,6 @@ def _bound(tree: ast.Module) -> Iterator[str]:
             yield node.asname or node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _describe(error: BaseException, path: Path) -> str:
