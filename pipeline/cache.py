@@ -1,5 +1,8 @@
 """Stage 2: the policy's checkpoint and the reward's encoder -> data/checkpoint/, whole and usable offline from then on.
 
+Here a policy that cannot be trained as it is meant is refused, before anything long: its prompts must fit, and what is
+sampled, scored and differentiated must be what its own forward pass computes (pipeline/policy/verification.py).
+
 Nothing here depends on the reward: the encoder is stored also where the chosen reward needs none, so that another
 reward never reruns this stage. Code that a repository ships is never run (`trust_remote_code` is off).
 """
@@ -9,17 +12,18 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline import params as parameters
 from pipeline.errors import UserError, run_stage
-from pipeline.io.artifacts import atomic_folder, folder_digests, sha256, write_json
+from pipeline.io.artifacts import atomic_folder, folder_digests, read_json, read_jsonl, sha256, write_json
 from pipeline.io.hub import drop_damaged, from_hub
 from pipeline.io.modelfiles import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
-from pipeline.params import Encoder, Model
+from pipeline.params import Encoder, Model, Params
 
-CHECKPOINT = Path("data/checkpoint")
+CHECKPOINT, PROMPTS = Path("data/checkpoint"), Path("data/prompts")
 WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC hashes for this stage
 
 
@@ -33,6 +37,8 @@ def main() -> None:
     with atomic_folder(CHECKPOINT) as folder:
         store(policy, folder / "policy", policy_key)
         check_policy(folder / "policy", policy_key)
+        name_float32(folder / "policy/config.json")
+        how = check_run(params, folder, policy_key)
         store(encoder, folder / "encoder", encoder_key)
         check_encoder(folder / "encoder", encoder_key)
         manifest = {
@@ -41,6 +47,73 @@ def main() -> None:
         }
         write_json(folder / "manifest.json", manifest)
     print(f"{params.model} and {params.encoder} are in {CHECKPOINT}/")
+    print(f"{policy_key}: {how}")
+
+
+def name_float32(file: Path) -> None:
+    """Has a configuration say float32, which is what is trained, whatever its weights are stored in: transformers loads
+    what the configuration says, and beside adapters rounded weights would be another policy than the trained one."""
+    config = read_json(file)
+    changed = {**config, "dtype": "float32"}
+    changed.pop("torch_dtype", None)  # its older name
+    for name, part in config.items():
+        if isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"}:
+            changed[name] = {key: value for key, value in part.items() if key != "torch_dtype"} | {"dtype": "float32"}
+    if changed != config:
+        write_json(file, changed)
+
+
+def check_run(params: Params, folder: Path, key: str) -> str:
+    """Writes layout.json: how sequences are laid out for the policy in `folder`, and how long the longest is. Gives it in one
+    line. Raises UserError where prompts, lengths and policy do not go together, or the policy cannot be trained."""
+    from pipeline.io.runtime import generator, set_up
+    from pipeline.policy.load import init_policy
+    from pipeline.policy.verification import choose_layout, probe_prompts
+
+    device = set_up(params.train.device, params.train.threads)
+    tokens, limits = fitting_prompts(params, folder / "policy")
+    policy = init_policy(
+        folder / "policy", device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
+        generator=generator(0, 0, "adapters"),  # of any seed
+    )  # fmt: skip
+    layout, how = choose_layout(
+        policy, *probe_prompts(tokens, limits), key, bfloat16=params.selected("recipe").precision == "bfloat16",
+        gradient_checkpointing=params.train.gradient_checkpointing,
+    )  # fmt: skip
+    longest = max(len(ids) + limit for ids, limit in zip(tokens, limits, strict=True))
+    write_json(folder / "layout.json", {"layout": asdict(layout), "longest": longest})
+    return how
+
+
+def fitting_prompts(params: Params, policy: Path) -> tuple[list[list[int]], list[int]]:
+    """The tokens of all prompts that fit the policy's context, and how long their completions may be. Raises UserError naming
+    a prompt of the run that has no token, or that is too long with its completion."""
+    from transformers import AutoConfig
+
+    from pipeline.policy.load import load_tokenizer
+    from pipeline.policy.rollout import check_context, completion_limits, context_length
+    from pipeline.policy.tokenization import encode_prompt
+
+    tokenizer, table = load_tokenizer(policy), f"prompt_sets.{params.prompts}"
+    room = context_length(AutoConfig.from_pretrained(policy, local_files_only=True, trust_remote_code=False))
+    tokens: list[list[int]] = []
+    limits: list[int] = []
+    for file, used in (("train.jsonl", 0), ("heldout.jsonl", params.evaluate.prompts)):
+        if not (PROMPTS / file).is_file():
+            raise UserError(f"{PROMPTS / file}: no such file; `dvc repro prepare` makes it")
+        prompts = [row["prompt"] for row in read_jsonl(PROMPTS / file)]
+        try:
+            ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        except UserError as error:
+            raise UserError(f"{table}, {PROMPTS / file}: {error}; take it out of its source") from None
+        lengths = list(map(len, ids))
+        allowed = completion_limits(lengths, params.train.max_tokens, params.selected("recipe").length_limit).tolist()
+        check_context(room, prompts[: used or None], lengths, allowed, table)
+        # of held-out prompts that are not used some may not fit
+        fits = [i for i, length in enumerate(lengths) if room is None or length + allowed[i] <= room]
+        tokens += [ids[i] for i in fits]
+        limits += [allowed[i] for i in fits]
+    return tokens, limits
 
 
 def find(key: str, table: Model | Encoder, offline_choice: str) -> tuple[Path, dict[str, Any]]:

@@ -4,6 +4,7 @@ Every reward of params.yaml is measured, not only the trained one.
 """
 
 import sys
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.io.runtime import generator, set_up, uniforms
 from pipeline.params import Params, load
-from pipeline.policy.load import load_policy, load_tokenizer
-from pipeline.policy.rollout import check_context, completion_limits, completion_texts, completion_tokens
+from pipeline.policy.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
+from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import score_rollout
+from pipeline.policy.tokenization import encode_prompt
+from pipeline.policy.verification import Layout
 from pipeline.rewards.build import build_reward
 
 PROMPTS, CHECKPOINT, POLICY = Path("data/prompts/heldout.jsonl"), Path("data/checkpoint"), Path("data/policy")
@@ -57,19 +60,23 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
         name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
     }
     tokenizer = load_tokenizer(POLICY)
+    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    limits = completion_limits(lengths, params.train.max_tokens, params.selected("recipe").length_limit).tolist()
+    layout = load_layout(CHECKPOINT / "layout.json", max(map(add, lengths, limits)))
+    eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
     # one model at a time: two may be more than the device held in training
-    rollouts = {"policy": sample_all(params, prompts, load_policy(POLICY, device), tokenizer)}
+    rollouts = {"policy": sample_all(params, prompts, load_policy(POLICY, device), tokenizer, eos, layout)}
     if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
         print(
             "warning: the policy's log-probabilities are not finite; what it says here is not its own", file=sys.stderr
         )
     reference = load_policy(CHECKPOINT / "policy", device)
-    rollouts["checkpoint"] = sample_all(params, prompts, reference, tokenizer)
+    rollouts["checkpoint"] = sample_all(params, prompts, reference, tokenizer, eos, layout)
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
     for name in NAMES:
         texts[name], metrics["text"][name], metrics["ref_logprob_per_token"][name] = measure(
-            params, rollouts[name], reference, tokenizer
+            params, rollouts[name], reference, tokenizer, eos, layout.packing
         )
     repeated = [prompt for prompt in prompts for _ in range(group)]
     scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
@@ -106,31 +113,31 @@ def measured(params: Params) -> dict[str, Any]:
 
 
 def sample_all(
-    params: Params, prompts: list[str], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[Rollout]:
+    params: Params, prompts: list[str], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...],
+    layout: Layout,
+) -> list[Rollout]:  # fmt: skip
     """What a policy samples for the prompts, PROMPT_BATCH of them at a time."""
     recipe, group, size = params.selected("recipe"), params.evaluate.samples_per_prompt, params.train.max_tokens
-    eos, device = tokenizer.eos_token_id, policy.device
-    rollouts = []
+    device, rollouts = policy.device, []
     for start in range(0, len(prompts), PROMPT_BATCH):
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + PROMPT_BATCH]]
+        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + PROMPT_BATCH]]
         # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
         noise = torch.cat([uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
-        check_context(policy, [len(p) for p in ids], limits)
         rollouts.append(sample(
-            policy, *pad_prompts(ids, eos, device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
-            recipe.top_p,
+            policy, *pad_prompts(ids, eos[0], device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
+            recipe.top_p, layout.sampling,
         ))  # fmt: skip
     return rollouts
 
 
 def measure(
-    params: Params, rollouts: list[Rollout], reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], dict[str, float | None], float]:
+    params: Params, rollouts: list[Rollout], reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    eos: tuple[int, ...], packing: bool,
+) -> tuple[list[str], dict[str, float | None], float]:  # fmt: skip
     """Texts [B * G] as the reward reads them, their statistics, and their log-likelihood a token under the untouched
     checkpoint."""
-    recipe, group, eos = params.selected("recipe"), params.evaluate.samples_per_prompt, tokenizer.eos_token_id
+    recipe, group = params.selected("recipe"), params.evaluate.samples_per_prompt
     texts: list[str] = []
     plain: list[str] = []  # without special tokens
     tokens: list[list[int]] = []
@@ -139,7 +146,7 @@ def measure(
         texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group)
         plain += completion_texts(rollout, tokenizer, "strip", group)
         tokens += completion_tokens(rollout, eos)
-        ref_logprobs = score_rollout(reference, rollout, params.train.micro_batch, recipe.temperature)
+        ref_logprobs = score_rollout(reference, rollout, params.train.micro_batch, recipe.temperature, packing)
         nats += ref_logprobs[rollout.completion_mask].double().sum().item()
         counted += int(rollout.lengths.sum())
         ended += int(rollout.ended(eos).sum())

@@ -7,21 +7,25 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io import workspace
-from pipeline.policy.load import holds_model, load_policy, load_tokenizer
+from pipeline.policy.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
+from pipeline.policy.rollout import context_length
+from pipeline.policy.tokenization import encode_prompt
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> str:
-    """Prompt and most likely continuation, `max_tokens` tokens together."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    tokens = model.generate(  # type: ignore[operator]
-        **inputs, pad_token_id=tokenizer.eos_token_id, max_length=max_tokens, do_sample=False
+def continuation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: tuple[int, ...], max_tokens: int
+) -> str:
+    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the checkpoint says of its decoding."""
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_length=max_tokens, eos_token_id=list(eos), pad_token_id=eos[0]
     )
+    tokens = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))  # type: ignore[operator]
     return str(tokenizer.decode(tokens[0]))
 
 
@@ -39,13 +43,14 @@ def main() -> None:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
     for name, folder in present.items():
         model, tokenizer = load_policy(folder, torch.device("cpu")), load_tokenizer(folder)
-        room = getattr(model.config, "max_position_embeddings", None) or arguments.max_tokens
+        eos, room = end_of_text_ids(folder, tokenizer), context_length(model.config) or arguments.max_tokens
         if arguments.max_tokens > room:
             raise UserError(f"--max-tokens {arguments.max_tokens}: the context of {folder} has {room}")
         for prompt in arguments.prompts:
-            if len(tokenizer(prompt)["input_ids"]) >= arguments.max_tokens:
+            ids = encode_prompt(tokenizer, prompt)
+            if len(ids) >= arguments.max_tokens:
                 raise UserError(f"--max-tokens {arguments.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
-            print(f"{name}: {continuation(model, tokenizer, prompt, arguments.max_tokens)}")
+            print(f"{name}: {continuation(model, tokenizer, ids, eos, arguments.max_tokens)}")
 
 
 if __name__ == "__main__":

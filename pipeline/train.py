@@ -5,15 +5,17 @@ that it updates, and used for one update, or for several where the recipe weighs
 """
 
 import dataclasses
+import shutil
 import sys
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.diagnostics.calibration import untouched
 from pipeline.diagnostics.metrics import (
@@ -52,6 +54,7 @@ from pipeline.io.signals import caught_signals
 from pipeline.io.stopwatch import Stopwatch, timing_row
 from pipeline.io.workspace import is_committed, root
 from pipeline.params import SELECTORS, Params, load
+from pipeline.policy.load import load_layout
 from pipeline.policy.weights import optimizer_state, put_optimizer_state, put_weights, trained_weights
 from pipeline.reinforce.advantages import (
     BASELINES,
@@ -119,6 +122,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "custom": provenance.digest(folder_digests(Path("custom"))),
         "prompts": sha256(PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
+        "layout": asdict(load_layout(CHECKPOINT / "layout.json")),
         "params": chosen | provenance.flatten({**tables, "train": params.train.model_dump()}),
         "device": device.type,
     }
@@ -133,7 +137,9 @@ def still(identity: dict[str, Any], device: torch.device) -> None:
         now = run_identity(load(), device)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} was removed while this run trained; {UNDO}") from None
-    names = {"code": "pipeline/", "custom": "custom/", "prompts": PROMPTS, "checkpoint": CHECKPOINT}
+    names = {
+        "code": "pipeline/", "custom": "custom/", "prompts": PROMPTS, "checkpoint": CHECKPOINT, "layout": CHECKPOINT
+    }  # fmt: skip
     if now["train_key"] != identity["train_key"]:
         changed = [str(name) for part, name in names.items() if now[part] != identity[part]] or ["params.yaml"]
         raise UserError(f"{', '.join(changed)} changed while this run trained; {UNDO}")
@@ -245,8 +251,9 @@ def train_step(
     )  # fmt: skip
     lr = learning_rate(step, params.train.steps, recipe)
     gradient, updated = update_on(
-        batch, policy, optimizer, recipe, lr, micro_batch, group, setting.processes, params.train.gradient_checkpointing
-    )
+        batch, policy, optimizer, recipe, lr, micro_batch, group, setting.processes, params.train.gradient_checkpointing,
+        setting.layout.packing,
+    )  # fmt: skip
     catch_up(setting, policy)
     watch.lap("update")
 
@@ -359,13 +366,11 @@ def write_outputs(
     sizes, tokenizer = setting.params.train, setting.tokenizer
     found = findings(run.rows, untouched(run.calibration, sizes.prompts_per_step), sizes.steps)
     with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside:
-        policy.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        save_policy(policy, tokenizer, target)
         step = run.step
         if found:
             step = load_healthy(policy, setting, folder, found[0].onset)
-            policy.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+            save_policy(policy, tokenizer, beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
     # once more: git may have put an older one in the place of the growing one
     write_csv(REPORTS / "history.csv", run.rows)
@@ -373,6 +378,15 @@ def write_outputs(
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
     write_json(REPORTS / "summary.json", run.summary())
     write_json(REPORTS / "run.json", recorded(identity, run))
+
+
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Weights or adapter, tokenizer, and the checkpoint's own say on how it is decoded, which training does not touch."""
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    decoding = CHECKPOINT / "policy/generation_config.json"
+    if decoding.is_file():
+        shutil.copyfile(decoding, folder / decoding.name)
 
 
 if __name__ == "__main__":

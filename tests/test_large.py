@@ -92,8 +92,8 @@ def test_layers_computed_again_keep_less_and_sample_as_before() -> None:
         kept[again] = sum(sizes)
     assert kept[True] < kept[False] / 2
     arguments = pad_prompts([[1, 2], [3]], EOS, torch.device("cpu")), torch.full((2,), 4), uniform(4, 4)
-    before = sample(tiny_neox(hidden=64), *arguments[0], *arguments[1:], EOS)
-    after = sample(policy, *arguments[0], *arguments[1:], EOS)
+    before = sample(tiny_neox(hidden=64), *arguments[0], *arguments[1:], [EOS])
+    after = sample(policy, *arguments[0], *arguments[1:], [EOS])
     assert torch.equal(before.completions, after.completions)
     assert torch.equal(before.logprobs, after.logprobs)
 
@@ -224,6 +224,9 @@ def test_the_stage_trains_adapters_that_peft_loads_and_goes_on_after_a_kill(
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+        # as the README says, and not rounded to the float16 that the checkpoint's weights are stored in
+        plain = AutoModelForCausalLM.from_pretrained("data/policy")
+        torch.testing.assert_close(plain(ids).logits, theirs(ids).logits)
         with without_lora(ours) as checkpoint:
             untouched = checkpoint(ids).logits
         assert not torch.allclose(ours(ids).logits, untouched)

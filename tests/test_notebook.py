@@ -65,7 +65,7 @@ def rollout(model: PreTrainedModel, prompt_ids: list[list[int]]) -> Rollout:
     ids, mask = pad_prompts(prompt_ids, EOS, torch.device("cpu"))
     limits = completion_limits([len(p) for p in prompt_ids], MAX_LENGTH, NOTEBOOK.length_limit)
     noise = uniform(len(prompt_ids) * GROUP, MAX_LENGTH, seed=2)
-    return sample(model, ids, mask, limits, noise, EOS, NOTEBOOK.temperature, NOTEBOOK.top_k, NOTEBOOK.top_p)
+    return sample(model, ids, mask, limits, noise, [EOS], NOTEBOOK.temperature, NOTEBOOK.top_k, NOTEBOOK.top_p)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_batch_holds_what_makes_the_notebook_s_loop_peculiar(rollout: Rollou
     longest = [tokens.shape[1] - prompt for prompt, tokens, _ in drawn]
     assert len(set(longest)) > 1
     assert (rollout.lengths.view(-1, GROUP).amin(1) < torch.tensor(longest)).all()
-    cut = rollout.lengths[~rollout.ended(EOS)]
+    cut = rollout.lengths[~rollout.ended([EOS])]
     assert 0 < len(cut) < len(rollout.lengths)
     assert all(tokens.shape[1] <= MAX_LENGTH for _, tokens, _ in drawn)
 

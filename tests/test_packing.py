@@ -102,7 +102,7 @@ def test_the_half_copy_is_the_model_in_bfloat16() -> None:
     model = tiny_neox(300, dtype=torch.float32)
     prompts = token_lists([3, 5, 1], 300)
     ids, mask = pad_prompts(prompts, EOS, CPU)
-    arguments = (ids, mask, torch.full((3,), 6), uniform(12, 6), EOS)
+    arguments = (ids, mask, torch.full((3,), 6), uniform(12, 6), [EOS])
     half = sample(half_copy(model), *arguments)
     whole = sample(copy.deepcopy(model).to(torch.bfloat16), *arguments)
     assert torch.equal(half.completions, whole.completions)
@@ -115,7 +115,7 @@ def test_sampling_in_parts_gives_the_tokens_of_the_whole(monkeypatch: pytest.Mon
     model = tiny_neox(eos_logit=-0.5)
     prompts = token_lists([3, 5, 1, 2, 5], 7)
     ids, mask = pad_prompts(prompts, EOS, CPU)
-    arguments = (ids, mask, torch.tensor([4, 9, 7, 9, 3]), uniform(15, 9), EOS)
+    arguments = (ids, mask, torch.tensor([4, 9, 7, 9, 3]), uniform(15, 9), [EOS])
     whole = sample(model, *arguments)
     assert len(set(whole.lengths.tolist())) > 3
     for at_once, below in ((1, 7 / 8), (6, 1.0), (1000, 0.0), (1000, 1.0)):

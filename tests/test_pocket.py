@@ -50,7 +50,7 @@ def test_untouched_completions_are_seldom_empty_and_long_enough() -> None:
     rollout = sample(
         load_policy(POCKET / "checkpoint", torch.device("cpu")), *pad_prompts(ids, eos, torch.device("cpu")),
         completion_limits([len(p) for p in ids], limit, "completion"),
-        uniforms(0, 0, "test", len(ids) * group, limit), eos,
+        uniforms(0, 0, "test", len(ids) * group, limit), [eos],
     )  # fmt: skip
     texts = completion_texts(rollout, tokenizer, "strip", group)
     assert sum(not text.strip() for text in texts) <= 0.1 * len(texts)

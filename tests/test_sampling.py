@@ -31,7 +31,7 @@ def draw(
     model: PreTrainedModel, prompts: list[list[int]], limits: list[int], uniforms: Tensor, **how: float
 ) -> Rollout:
     ids, mask = pad_prompts(prompts, EOS, CPU)
-    return sample(model, ids, mask, torch.tensor(limits), uniforms, EOS, **how)  # type: ignore[arg-type]
+    return sample(model, ids, mask, torch.tensor(limits), uniforms, [EOS], **how)  # type: ignore[arg-type]
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], **limit: int) -> list[int]:
@@ -136,8 +136,8 @@ def test_completions_end_at_their_first_eos_or_at_their_limit(seed: int, group: 
         assert rollout.lengths[i] == end
         assert row[end:] == [EOS] * (len(row) - end)
         assert rollout.completion_mask[i].tolist() == [t < end for t in range(len(row))]
-        assert rollout.ended(EOS)[i] == (row[end - 1] == EOS)
-        assert completion_tokens(rollout, EOS)[i] == [token for token in row[:end] if token != EOS]
+        assert rollout.ended([EOS])[i] == (row[end - 1] == EOS)
+        assert completion_tokens(rollout, [EOS])[i] == [token for token in row[:end] if token != EOS]
     assert rollout.completions.shape[1] == rollout.lengths.max()
 
 
@@ -191,7 +191,7 @@ def test_a_prompt_s_completions_do_not_depend_on_the_other_prompts(architecture:
 def test_what_stands_in_the_left_padding_does_not_matter() -> None:
     model, (ids, mask) = tiny_neox(), pad_prompts(PROMPTS, EOS, CPU)
     garbage = torch.where(mask, ids, 5)
-    first, second = (sample(model, i, mask, torch.full((4,), 5), uniform(8, 5), EOS) for i in (ids, garbage))
+    first, second = (sample(model, i, mask, torch.full((4,), 5), uniform(8, 5), [EOS]) for i in (ids, garbage))
     assert torch.equal(first.completions, second.completions)
     torch.testing.assert_close(first.logprobs, second.logprobs, rtol=0, atol=1e-12)
 

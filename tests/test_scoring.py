@@ -94,7 +94,7 @@ def test_garbage_in_the_padding_changes_nothing(
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_scored_logprobs_equal_the_sampled_ones(dtype: torch.dtype, tolerance: float) -> None:
     model, (ids, mask) = tiny_neox(dtype=dtype, eos_logit=1.0), pad_prompts(PROMPTS, EOS, torch.device("cpu"))
-    rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(15, 6), EOS, temperature=0.8)
+    rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(15, 6), [EOS], temperature=0.8)
     scored = score_rollout(model, rollout, micro_batch=4, temperature=0.8)
     counts = rollout.completion_mask
     torch.testing.assert_close(scored[counts], rollout.sampler_logprobs[counts], rtol=0, atol=tolerance)
@@ -105,7 +105,7 @@ def test_truncated_scores_equal_the_truncated_sampler_s() -> None:
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         model, (ids, mask) = tiny_neox(dtype=dtype, eos_logit=1.0), pad_prompts(PROMPTS, EOS, torch.device("cpu"))
         how = {"temperature": 0.8, "top_k": 4, "top_p": 0.8}
-        rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(50, 6), EOS, **how)
+        rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(50, 6), [EOS], **how)
         arguments = (model, rollout.prompt_ids, rollout.prompt_mask, rollout.completions)
         scored, counts = score(*arguments, **how).scored, rollout.completion_mask
         torch.testing.assert_close(scored[counts], rollout.sampler_logprobs[counts], rtol=0, atol=tolerance)

@@ -22,6 +22,7 @@ from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import evaluate, train
+from pipeline.cache import name_float32
 from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS, untouched
 from pipeline.diagnostics.verdict import TITLES, Finding, findings
 from pipeline.errors import UserError
@@ -42,7 +43,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, pythia: Path, bert: Pat
     folder = tmp_path_factory.mktemp("cached") / "checkpoint"
     shutil.copytree(pythia, folder / "policy")
     shutil.copytree(bert, folder / "encoder")
+    name_float32(folder / "policy/config.json")
     (folder / "manifest.json").write_text("{}\n")
+    layout = {"layout": {"sampling": "left_padding", "packing": True}, "longest": 128}
+    (folder / "layout.json").write_text(json.dumps(layout))
     return folder
 
 
@@ -679,10 +683,10 @@ def test_empty_completions_are_seen_where_the_reward_reads_special_tokens(
     here.edit(recipe="notebook", train__steps=1)
     train.main()
 
-    def ends_at_once(policy: Any, ids: Any, mask: Any, limits: Any, noise: Any, eos: int, *rest: Any) -> Rollout:
+    def ends_at_once(policy: Any, ids: Any, mask: Any, limits: Any, noise: Any, eos: Any, *rest: Any) -> Rollout:
         rows, group = len(noise), len(noise) // len(ids)
         return Rollout(
-            ids.repeat_interleave(group, 0), mask.repeat_interleave(group, 0), torch.full((rows, 1), eos),
+            ids.repeat_interleave(group, 0), mask.repeat_interleave(group, 0), torch.full((rows, 1), eos[0]),
             torch.ones(rows, dtype=torch.int64), torch.zeros(rows, 1), torch.zeros(rows, 1),
         )  # fmt: skip
 
@@ -703,6 +707,19 @@ def test_rewards_without_a_finite_mean_are_one_line_in_evaluate(here: Project) -
     with pytest.raises(UserError, match=r"reward mine: values up to 1\.7e"):
         evaluate.main()
     assert not (here.root / "reports/evaluate").exists()
+
+
+def test_sequences_longer_than_those_that_cache_tried_are_refused(here: Project) -> None:
+    """Where `cache` was left out: the layout it chose may ignore a window that they exceed."""
+    here.edit(train__max_tokens=120)
+    for stage in (train.main, evaluate.main):
+        with pytest.raises(
+            UserError, match=r"layout\.json: chosen for sequences of up to 128 tokens, these have up to 1\d\d"
+        ):
+            stage()
+        here.edit(train__max_tokens=6)
+        train.main()
+        here.edit(train__max_tokens=120)
 
 
 def test_missing_inputs_are_one_line(project: Project) -> None:

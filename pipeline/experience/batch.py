@@ -14,6 +14,7 @@ from pipeline.policy.memory import half_copy
 from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import Scores, score_whole
+from pipeline.policy.tokenization import encode_prompt
 
 PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
 
@@ -24,8 +25,8 @@ def sample_batch(
     """Completions of B prompts, as many of each as `noise` [N, T] has rows for it; each process samples its share."""
     params, device = setting.params, setting.device
     recipe, group = params.selected("recipe"), len(noise) // len(prompts)
-    ids = [setting.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    prompt_ids, prompt_mask = pad_prompts(ids, setting.eos, device)
+    ids = [encode_prompt(setting.tokenizer, prompt) for prompt in prompts]
+    prompt_ids, prompt_mask = pad_prompts(ids, setting.eos[0], device)
     limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
     mine, rows = setting.processes.part(len(prompts)), setting.processes.rows(len(noise), group)
     rollout = sample(
@@ -38,11 +39,12 @@ def sample_batch(
         recipe.temperature,
         top_k,
         top_p,
+        setting.layout.sampling,
     )
     gather = setting.processes.gather
     return Rollout(
         prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0),
-        gather(rollout.completions, setting.eos), gather(rollout.lengths), gather(rollout.sampler_logprobs),
+        gather(rollout.completions, setting.eos[0]), gather(rollout.lengths), gather(rollout.sampler_logprobs),
         gather(rollout.logprobs),
     )  # fmt: skip
 
@@ -70,7 +72,9 @@ def score_batch(model: PreTrainedModel, rollout: Rollout, setting: Setting) -> S
     scores = Scores(nothing, nothing, nothing)
     if len(rows):  # there may be more processes than rows
         with half_precision(recipe, setting.device):
-            scores = score_whole(model, rollout.take(rows), setting.params.train.micro_batch, recipe.temperature)
+            scores = score_whole(
+                model, rollout.take(rows), setting.params.train.micro_batch, recipe.temperature, setting.layout.packing
+            )
     gather = setting.processes.gather
     return Scores(gather(scores.logprobs), gather(scores.scored), gather(scores.entropy))
 

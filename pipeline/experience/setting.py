@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import add
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ from pipeline.errors import UserError
 from pipeline.io.artifacts import read_jsonl
 from pipeline.io.runtime import generator
 from pipeline.params import Params
-from pipeline.policy.adapters import add_lora, without_lora
-from pipeline.policy.load import load_policy, load_tokenizer
+from pipeline.policy.adapters import without_lora
+from pipeline.policy.load import end_of_text_ids, init_policy, load_layout, load_policy, load_tokenizer
 from pipeline.policy.memory import round_frozen
-from pipeline.policy.rollout import check_context, completion_limits
+from pipeline.policy.rollout import completion_limits
 from pipeline.policy.sharding import put_together, shard
+from pipeline.policy.tokenization import encode_prompt
+from pipeline.policy.verification import Layout
 from pipeline.policy.weights import put_weights, trained_weights
 from pipeline.reinforce.processes import ALONE, Processes
 from pipeline.rewards.build import Reward, build_reward
@@ -38,17 +41,16 @@ class Setting:
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     reward: Reward
     device: torch.device
+    eos: tuple[int, ...]  # every id that ends a completion; the first one fills up behind an end
+    layout: Layout
     processes: Processes = ALONE
-
-    @property
-    def eos(self) -> int:
-        return self.tokenizer.eos_token_id
 
 
 def set_stage(
     params: Params, device: torch.device, processes: Processes = ALONE
 ) -> tuple[Setting, PreTrainedModel]:  # fmt: skip
-    """What `prepare` and `cache` left, and the policy to train. Raises UserError where a prompt is too long for it."""
+    """What `prepare` and `cache` left, and the policy to train. Raises UserError where `cache` did not try the policy with
+    sequences as long as this run's."""
     # a policy that is spread may be too large for one device: from the CPU its parts are sent where they belong
     policy = acting = first_policy(params, device, torch.device("cpu") if processes.sharded else device)
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -61,26 +63,23 @@ def set_stage(
     if processes.sharded:
         acting = untrained(params, device)
         shard(policy, device, processes.count)
+    tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(PROMPTS)]
+    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    limits = completion_limits(lengths, params.train.max_tokens, params.selected("recipe").length_limit).tolist()
     setting = Setting(
-        params, [row["prompt"] for row in read_jsonl(PROMPTS)], load_tokenizer(CHECKPOINT / "policy"), acting, reference,
-        build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device, processes,
+        params, prompts, tokenizer, acting, reference,
+        build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
+        end_of_text_ids(CHECKPOINT / "policy", tokenizer), load_layout(CHECKPOINT / "layout.json", max(map(add, lengths, limits))), processes,
     )  # fmt: skip
-    tokens = [len(setting.tokenizer(prompt)["input_ids"]) for prompt in setting.prompts]
-    check_context(
-        policy, tokens, completion_limits(tokens, params.train.max_tokens, params.selected("recipe").length_limit)
-    )
     return setting, policy
 
 
 def first_policy(params: Params, device: torch.device, at: torch.device) -> PreTrainedModel:
-    """The policy before its first update: the checkpoint, with new adapters where those are what is trained. Its weights
-    are at `at`, to be computed on the device."""
-    policy, sizes = load_policy(CHECKPOINT / "policy", device, at), params.train
-    if sizes.lora_rank:
-        add_lora(policy, sizes.lora_rank, sizes.lora_alpha, generator(params.seed, 0, "adapters"))
-        if params.selected("recipe").precision == "bfloat16":
-            round_frozen(policy)
-    return policy
+    """The policy before its first update, with this run's adapters."""
+    return init_policy(
+        CHECKPOINT / "policy", device, at, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
+        generator=generator(params.seed, 0, "adapters"), bfloat16=params.selected("recipe").precision == "bfloat16",
+    )  # fmt: skip
 
 
 def untrained(params: Params, device: torch.device) -> PreTrainedModel:

@@ -1,7 +1,6 @@
 """The files that make up a model on disk: which are needed, copying them, and whether they form a usable model."""
 
 import contextlib
-import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -117,11 +116,6 @@ def check_policy(folder: Path, key: str) -> None:
     config = _check_config(folder, key, CAUSAL, "a causal LM")
     if config.architectures and not set(config.architectures) & set(CAUSAL.values()):
         raise UserError(f"{key}: {config.architectures[0]} is no causal LM (GPTNeoXForCausalLM, for example, is one)")
-    architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    if "past_key_values" not in inspect.signature(architecture.forward).parameters:
-        raise UserError(
-            f"{key}: {config.model_type} keeps no key-value cache, which sampling needs; a transformer does"
-        )
     tokenizer = _check_tokenizer(folder, key, config)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key}: the tokenizer has no end-of-text token, so that no completion could end")

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from pipeline.errors import UserError
-from pipeline.policy.adapters import FOLDER_HAS, load_lora
+from pipeline.policy.adapters import FOLDER_HAS, add_lora, load_lora
+from pipeline.policy.memory import round_frozen
+from pipeline.policy.verification import Layout
 
 
 def load_policy(folder: Path, device: torch.device, at: torch.device | None = None) -> PreTrainedModel:
@@ -20,7 +23,7 @@ def load_policy(folder: Path, device: torch.device, at: torch.device | None = No
     """
     logging.disable_progress_bar()
     if (folder / FOLDER_HAS).exists():
-        named = json.loads((folder / FOLDER_HAS).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        named = _read_json(folder / FOLDER_HAS)["base_model_name_or_path"]
         policy = load_policy(Path(named), device)
         load_lora(policy, folder)
         return policy
@@ -31,8 +34,36 @@ def load_policy(folder: Path, device: torch.device, at: torch.device | None = No
     )  # fmt: skip
     # the last position of each prompt is a slice with gaps, and torch multiplies such without gradient by a copy of the
     # head for each prompt
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    _return_logits_only(model)
     return model.to(at or device).eval()  # type: ignore[arg-type]  # its `to` is wrapped without types
+
+
+def _return_logits_only(model: PreTrainedModel) -> None:
+    """Turns off what a configuration may add to the output: a router's loss, which needs a mask of another shape, and inner
+    values. How it was saved to be decoded has no say here either, and could be refused when it is saved again."""
+    for config in (model.config, model.config.get_text_config()):
+        for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
+    model.generation_config = GenerationConfig()
+
+
+def init_policy(
+    folder: Path, device: torch.device, at: torch.device | None = None, *, lora_rank: int = 0, lora_alpha: float = 1,
+    generator: torch.Generator | None = None, bfloat16: bool = False,
+) -> PreTrainedModel:  # fmt: skip
+    """The policy before its first update: the checkpoint, with new adapters, drawn from `generator`, where those are what is
+    trained, and then its frozen weights rounded if it computes in bfloat16. Its weights are at `at`, to be computed on the
+    device."""
+    policy = load_policy(folder, device, at)
+    if lora_rank:
+        assert generator is not None
+        add_lora(policy, lora_rank, lora_alpha, generator)
+        if bfloat16:
+            round_frozen(policy)
+    return policy
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -42,6 +73,40 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
     return tokenizer
+
+
+def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a text by the files of a model: the tokenizer's EOS, which comes first and fills up behind an end,
+    and what config.json and generation_config.json name, as transformers' `generate` does.
+
+    From the files, since a configuration's defaults are those of another model's vocabulary. An adapter has those of the
+    checkpoint that it names.
+    """
+    ids = [int(tokenizer.eos_token_id)]
+    if (folder / FOLDER_HAS).exists():
+        folder = Path(_read_json(folder / FOLDER_HAS)["base_model_name_or_path"])
+    config = _read_json(folder / "config.json")
+    for named in (_read_json(folder / "generation_config.json"), config, config.get("text_config")):
+        value = named.get("eos_token_id") if isinstance(named, dict) else None
+        ids += [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
+    return tuple(dict.fromkeys(ids))
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def load_layout(file: Path, longest: int = 0) -> Layout:
+    """The layout that `cache` chose. Raises UserError where it did so for sequences shorter than the `longest`."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; `dvc repro cache` makes it")
+    chosen = _read_json(file)
+    if longest > chosen["longest"]:
+        raise UserError(
+            f"{file}: chosen for sequences of up to {chosen['longest']} tokens, these have up to {longest}; "
+            "`dvc repro cache` tries them"
+        )
+    return Layout(**chosen["layout"])
 
 
 def holds_model(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ def half_copy(model: PreTrainedModel) -> Callable[..., Any]:
     """The model with its weights rounded to bfloat16, to be called like it; for sampling, where autocast would round
     all of them again at every token. What is bfloat16 already is not copied."""
     weights = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
-    return lambda **inputs: torch.func.functional_call(model, weights, kwargs=inputs)
+
+    @wraps(model.forward)
+    def forward(**inputs: Any) -> Any:
+        return torch.func.functional_call(model, weights, kwargs=inputs)
+
+    return forward
 
 
 def round_frozen(model: PreTrainedModel) -> None:
@@ -30,14 +35,16 @@ def round_frozen(model: PreTrainedModel) -> None:
 @contextmanager
 def recomputing(model: PreTrainedModel, layers: bool) -> Iterator[None]:
     """Inside, if asked, each layer keeps its input only, and the backward pass computes the rest of it again (gradient
-    checkpointing; Chen et al., arXiv 1604.06174). Only inside: a layer in this mode takes no cache to sample with."""
+    checkpointing; Chen et al., arXiv 1604.06174). Only inside: a layer in this mode takes no cache to sample with.
+
+    Around the layers' forward passes and not by transformers' own switch, which asks for training mode, in which many
+    layers drop out.
+    """
     chosen = [module for module in model.modules() if layers and isinstance(module, GradientCheckpointingLayer)]
     for layer in chosen:
-        layer.gradient_checkpointing = layer.training = True  # training: of itself, not of its parts, so no dropout
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        layer._gradient_checkpointing_func = again  # type: ignore[assignment]
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
         for layer in chosen:
-            layer.gradient_checkpointing = layer.training = False
+            del layer.forward  # the attribute of this layer; its class's method is there again

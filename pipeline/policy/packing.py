@@ -13,12 +13,12 @@ ROW_TOKENS = 64  # of a row that holds several completions: longer rows share mo
 
 
 @dataclass(frozen=True)
-class Packed:
+class Rows:
     """Rows for one pass of a model, and where in them the completions lie."""
 
     ids: Tensor  # [R, L] int64
-    positions: Tensor  # [R, L] int64
-    mask: Tensor  # [R, 1, L, L] bool, True = the query (second to last) sees the key (last)
+    positions: Tensor | None  # [R, L] int64; None = as the model counts them itself
+    mask: Tensor | None  # [R, 1, L, L] bool, True = the query (second to last) sees the key (last); None = its own
     last_prompt: Tensor  # [n] flat index, in R * L, of the last token of the completion's prompt
     first: Tensor  # [n] flat index of the completion's first token; the others follow it
 
@@ -33,7 +33,7 @@ class Packed:
         return torch.where(tokens == 0, self.last_prompt[completions], at - 1)
 
 
-def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
+def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Rows:
     """Packs n sequences prompt + completion, in order; a prompt that equals the one before it is shared.
 
     Rows hold ROW_TOKENS tokens, or the longest sequence where that is more.
@@ -57,7 +57,17 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     mask = seen & torch.ones(width, width, dtype=torch.bool, device=device).tril()
     last_prompt = torch.tensor([row * width + last for row, last, _ in places], device=device)
     first = torch.tensor([row * width + start for row, _, start in places], device=device)
-    return Packed(ids, positions, mask[:, None], last_prompt, first)
+    return Rows(ids, positions, mask[:, None], last_prompt, first)
+
+
+def pad_right(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Rows:
+    """One of n sequences prompt + completion a row. Nothing stands before a sequence and what follows it is in its
+    future, so that a causal model needs no mask and no positions: it computes what it does of the sequence alone."""
+    sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(map(len, sequences))
+    ids = torch.tensor([sequence + sequence[:1] * (width - len(sequence)) for sequence in sequences], device=device)
+    first = torch.tensor([row * width + len(prompt) for row, prompt in enumerate(prompts)], device=device)
+    return Rows(ids, None, None, first - 1, first)
 
 
 class _Row:

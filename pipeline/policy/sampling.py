@@ -4,10 +4,11 @@ B prompts, G samples a prompt, N = B * G, P prompt tokens (left-padded), T compl
 """
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pipeline.policy.vocabulary import precise, slices
 
+SamplingLayout = Literal["left_padding", "equal_lengths", "no_cache"]
 CDF_BLOCK = 128  # vocabulary entries summed together before the first look-up; divides Pythia's 50,304
 SAMPLED_AT_ONCE = 512  # completions
 COMPACT_BELOW = 7 / 8  # of the rows are running: then the others leave the cache
@@ -27,22 +29,23 @@ class Rollout:
     prompt_ids: Tensor  # [N, P] int64, left-padded
     prompt_mask: Tensor  # [N, P] bool, True = a token of the prompt
     completions: Tensor  # [N, T] int64, filled with EOS behind the end
-    lengths: Tensor  # [N] int64, tokens up to and including the first EOS
+    lengths: Tensor  # [N] int64, tokens up to and including the first end-of-text token
     sampler_logprobs: Tensor  # [N, T] nats under the distribution that was sampled
     logprobs: Tensor  # [N, T] nats under softmax(logits / temperature), not truncated
 
     @property
     def completion_mask(self) -> Tensor:
-        """[N, T] True = up to and including the first EOS. From lengths, never from ids: EOS is also the filler."""
+        """[N, T] True = up to and including the first end. From lengths, never from ids: EOS is also the filler."""
         return torch.arange(self.completions.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def take(self, rows: Tensor) -> "Rollout":
         """The completions at these indices [n]."""
         return Rollout(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
-    def ended(self, eos: int) -> Tensor:
-        """[N] True = the completion ended by itself, with EOS."""
-        return self.completions.gather(1, self.lengths[:, None] - 1).squeeze(1) == eos
+    def ended(self, eos: Sequence[int]) -> Tensor:
+        """[N] True = the completion ended by itself, with one of the end-of-text ids `eos`."""
+        last = self.completions.gather(1, self.lengths[:, None] - 1).squeeze(1)
+        return torch.isin(last, torch.tensor(eos, device=last.device))
 
 
 def pad_prompts(prompts: list[list[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,32 +106,37 @@ def sample(
     prompt_mask: Tensor,  # [B, P] True = a token of the prompt
     limits: Tensor,  # [B] tokens that a completion of each prompt may have, at least 1
     uniforms: Tensor,  # [N, T] float64 in [0, 1): all the randomness there is
-    eos: int,
+    eos: Sequence[int],  # end-of-text ids; the first one fills up behind an end
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    layout: SamplingLayout = "left_padding",
 ) -> Rollout:
     """Samples G = N / B completions a prompt from softmax(logits / temperature), truncated by top-k and top-p.
 
     Prompts of like length go together, SAMPLED_AT_ONCE completions at a time: a larger batch takes no more memory.
+
+    layout: left_padding puts prompts of any lengths together. equal_lengths feeds the model nothing but tokens, as in its
+    plain forward pass; slower, for models whose masks or positions do not follow left padding. no_cache does without the
+    model's cache as well, and computes the whole sequence for each token.
     """
     group = len(uniforms) // len(prompt_ids)
     prompt_lengths = prompt_mask.sum(1)
-    # a stable order, the same whatever the device
-    order = sorted(
-        range(len(prompt_ids)), key=list(zip(limits.tolist(), prompt_lengths.tolist(), strict=True)).__getitem__
-    )
-    at_once, parts, places = max(1, SAMPLED_AT_ONCE // group), [], []
-    for start in range(0, len(order), at_once):
-        chosen = torch.tensor(order[start : start + at_once], device=prompt_ids.device)
-        rows = (chosen[:, None] * group + torch.arange(group, device=chosen.device)).flatten()
-        width = int(prompt_lengths[chosen].max())
+    parts, places = [], []
+    for chosen in _batches(limits.tolist(), prompt_lengths.tolist(), max(1, SAMPLED_AT_ONCE // group), layout):
+        prompts = torch.tensor(chosen, device=prompt_ids.device)
+        rows = (prompts[:, None] * group + torch.arange(group, device=prompts.device)).flatten()
+        width = int(prompt_lengths[prompts].max())
         parts.append(
-            _complete(
+            (
+                _complete
+                if layout == "left_padding"
+                else partial(_complete_plainly, use_cache=layout == "equal_lengths")
+            )(
                 model,
-                prompt_ids[chosen, -width:],
-                prompt_mask[chosen, -width:],
-                limits[chosen].repeat_interleave(group),
+                prompt_ids[prompts, -width:],
+                prompt_mask[prompts, -width:],
+                limits[prompts].repeat_interleave(group),
                 uniforms[rows],
                 eos,
                 partial(draw, temperature, top_k, top_p),
@@ -139,12 +147,26 @@ def sample(
     back = torch.cat(places).argsort()
     completions, sampled, full = (
         torch.cat([F.pad(part[k], (0, longest - part[k].shape[1]), value=filler) for part in parts])[back]
-        for k, filler in enumerate((eos, 0.0, 0.0))
+        for k, filler in enumerate((eos[0], 0.0, 0.0))
     )
     return Rollout(
         prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0), completions,
         lengths=torch.cat([part[3] for part in parts])[back], sampler_logprobs=sampled, logprobs=full,
     )  # fmt: skip
+
+
+def _batches(limits: list[int], lengths: list[int], at_once: int, layout: SamplingLayout) -> Iterator[list[int]]:
+    """Indices of the prompts that are sampled together, at most `at_once` of them."""
+    # a stable order, the same whatever the device
+    order = sorted(range(len(lengths)), key=list(zip(limits, lengths, strict=True)).__getitem__)
+    together: list[int] = []
+    for prompt in order:
+        fits = layout == "left_padding" or not together or lengths[prompt] == lengths[together[-1]]
+        if len(together) == at_once or not fits:
+            yield together
+            together = []
+        together.append(prompt)
+    yield together
 
 
 def draw(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
@@ -165,8 +187,8 @@ def draw(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms:
 
 
 def _complete(
-    model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor, eos: int,
-    choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
+    eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(completions, sampler_logprobs, logprobs [n, T], lengths [n]) of n = len(limits) completions, prompt-major."""
     group = len(limits) // len(prompt_ids)
@@ -178,35 +200,86 @@ def _complete(
     cache.batch_repeat_interleave(group)
     logits, mask = output.logits[:, -1].repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0)
     position = mask.sum(1)
-    present = torch.arange(len(limits), device=limits.device)  # which completion each row of the cache belongs to
-    running = torch.ones_like(present, dtype=torch.bool)  # rows that have not ended
-    completions = torch.full((len(limits), int(limits.max())), eos, device=limits.device)
-    lengths = torch.zeros_like(limits)
-    sampled: Tensor | None = None
-    for t in range(completions.shape[1]):
-        token, of_sampler, of_softmax = choose(logits, uniforms[present, t])
-        if sampled is None:
-            sampled, full = (of_softmax.new_zeros(completions.shape) for _ in range(2))
-        going = present[running]
-        completions[going, t] = token[running]
-        sampled[going, t], full[going, t] = of_sampler[running], of_softmax[running]
-        lengths[going] = t + 1
-        running = running & (token != eos) & (t + 1 < limits[present])
-        left = int(running.sum())
+    found = _Completions(limits, eos)
+    for t in range(found.width):
+        token = found.add(t, *choose(logits, uniforms[found.present, t]))
+        left = int(found.running.sum())
         if left == 0:
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        if left <= COMPACT_BELOW * len(running):  # what has ended stops costing
-            stay = running.nonzero().squeeze(1)
+        if left <= COMPACT_BELOW * len(found.running):  # what has ended stops costing
+            stay = found.running.nonzero().squeeze(1)
             cache.batch_select_indices(stay)
-            present, running, token, mask = present[stay], running[stay], token[stay], mask[stay]
+            found.keep(stay)
+            token, mask = token[stay], mask[stay]
         output = model(
-            input_ids=token[:, None], attention_mask=mask.long(), position_ids=(position[present] + t)[:, None],
+            input_ids=token[:, None], attention_mask=mask.long(), position_ids=(position[found.present] + t)[:, None],
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
         logits = output.logits[:, -1]
-    assert sampled is not None
-    return completions[:, : t + 1], sampled[:, : t + 1], full[:, : t + 1], lengths
+    return found.columns(t + 1)
+
+
+def _complete_plainly(
+    model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
+    eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]], use_cache: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `_complete`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches, or
+    all tokens each time.
+
+    So each sample has a prefill of its own, and completions that have ended go on to the last step, unread.
+    """
+    ids = prompt_ids.repeat_interleave(len(limits) // len(prompt_ids), 0)
+    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    found = _Completions(limits, eos)
+    cache: dict[str, Any] = {}
+    for t in range(found.width):
+        output = model(input_ids=ids, use_cache=use_cache, **cache, **last)
+        token = found.add(t, *choose(output.logits[:, -1], uniforms[:, t]))[:, None]
+        if not found.running.any():
+            break
+        if use_cache:
+            ids, cache = token, {"past_key_values": output.past_key_values}
+        else:
+            ids = torch.cat([ids, token], 1)
+    return found.columns(t + 1)
+
+
+class _Completions:
+    """n completions as they grow, a token at a time."""
+
+    def __init__(self, limits: Tensor, eos: Sequence[int]) -> None:
+        self.limits, self.width = limits, int(limits.max())
+        self.eos = torch.tensor(eos, device=limits.device)
+        self.present = torch.arange(len(limits), device=limits.device)  # the completion of each row of the cache
+        self.running = torch.ones_like(self.present, dtype=torch.bool)  # rows that have not ended
+        self.tokens = torch.full((len(limits), self.width), eos[0], device=limits.device)
+        self.lengths = torch.zeros_like(limits)
+        self.logprobs: list[Tensor] = []  # of the sampler, of the full softmax; made when their precision is known
+
+    def add(self, t: int, token: Tensor, of_sampler: Tensor, of_softmax: Tensor) -> Tensor:
+        """Notes token t of the rows that are running; returns it for all rows."""
+        if not self.logprobs:
+            self.logprobs = [of_softmax.new_zeros(self.tokens.shape) for _ in range(2)]
+        going = self.present[self.running]
+        for table, values in zip([self.tokens, *self.logprobs], [token, of_sampler, of_softmax], strict=True):
+            table[going, t] = values[self.running]
+        self.lengths[going] = t + 1
+        self.running = self.running & ~torch.isin(token, self.eos) & (t + 1 < self.limits[self.present])
+        return token
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows of the cache are left."""
+        self.present, self.running = self.present[rows], self.running[rows]
+
+    def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens, sampled, full = (table[:, :count] for table in (self.tokens, *self.logprobs))
+        return tokens, sampled, full, self.lengths
+
+
+def takes(model: Callable[..., Any], argument: str) -> bool:
+    """Whether a model's forward pass has an argument of this name."""
+    return argument in inspect.signature(getattr(model, "forward", model)).parameters
 
 
 def positions(mask: Tensor) -> Tensor:

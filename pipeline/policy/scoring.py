@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.policy.packing import Packed, pack
+from pipeline.policy.packing import Rows, pack, pad_right
 from pipeline.policy.sampling import Rollout, truncate
 from pipeline.policy.vocabulary import log_probabilities, precise
 
@@ -38,6 +38,7 @@ def score(
     *,
     lengths: Tensor | None = None,  # [N] tokens of each completion to score, its first ones; None = all T
     entropy_gradient: bool = False,
+    packing: bool = True,
 ) -> Scores:
     """Scores completions. The gradient flows through both kinds of log-probabilities, through the entropy if asked.
 
@@ -45,7 +46,8 @@ def score(
     0 and 1 being the full softmax; the sampled token always stays, since rounding may put it just outside.
 
     Completions of one prompt that follow each other are computed with the prompt once, tokens behind `lengths` not at
-    all, and logits only where a token is predicted.
+    all, and logits only where a token is predicted. packing: False computes each sequence in a row of its own, for models
+    whose attention does not go by the mask and the positions that it is given.
     """
     size = completions.shape
     counts = [size[1]] * size[0] if lengths is None else lengths.tolist()
@@ -53,14 +55,14 @@ def score(
     fed = [max(count - (alignment == "correct"), 0) for count in counts]
     prompts = [row[mask].tolist() for row, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
     inputs = [row[:count] for row, count in zip(completions.tolist(), fed, strict=True)]
-    packed = pack(prompts, inputs, completions.device)
+    layout = (pack if packing else pad_right)(prompts, inputs, completions.device)
     wanted = torch.arange(size[1], device=completions.device) < torch.tensor(counts, device=completions.device)[:, None]
     rows, columns = wanted.nonzero(as_tuple=True)  # [K]
     tokens = completions[rows, columns]
-    sources = packed.sources(rows, columns, "correct")  # [K]
-    shifted = packed.sources(rows, columns, "shifted") if alignment == "shifted" else None
+    sources = layout.sources(rows, columns, "correct")  # [K]
+    shifted = layout.sources(rows, columns, "shifted") if alignment == "shifted" else None
     positions, index = torch.cat([sources] if shifted is None else [sources, shifted]).unique(return_inverse=True)
-    logits = logits_at(model, packed, positions)
+    logits = logits_at(model, layout, positions)
 
     def table(values: Tensor) -> Tensor:
         return torch.zeros(size, dtype=values.dtype, device=values.device).index_put((rows, columns), values)
@@ -78,51 +80,68 @@ def score(
     return Scores(logprobs, scored, entropy if entropy_gradient else entropy.detach())
 
 
-def logits_at(model: PreTrainedModel, packed: Packed, positions: Tensor) -> Tensor:
-    """Logits [M, V] at flat positions [M] of packed rows, and only there."""
-    mask: Tensor = packed.mask
-    if model.config._attn_implementation == "eager":  # adds its mask to the scores instead of choosing by it
-        dtype = (
-            torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype
-        )
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    with _head_sees(model, positions):
-        output = model(input_ids=packed.ids, attention_mask=mask, position_ids=packed.positions, use_cache=False)
-    return output.logits.squeeze(0)
+def logits_at(model: PreTrainedModel, rows: Rows, positions: Tensor) -> Tensor:
+    """Logits [M, V] at flat positions [M] of rows [R, L], and only there."""
+    given = {}
+    if rows.mask is not None:
+        given = {"attention_mask": _attention_mask(model, rows.mask), "position_ids": rows.positions}
+    with _head_sees(model, positions) as seen:
+        logits = model(input_ids=rows.ids, use_cache=False, **given).logits
+    return logits.squeeze(0) if seen else logits.flatten(0, 1)[positions]
+
+
+def _attention_mask(model: PreTrainedModel, mask: Tensor) -> Tensor:
+    """The mask as the model's attention takes it: the plain one adds it to the scores instead of choosing by it."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    autocast = torch.is_autocast_enabled(mask.device.type)
+    dtype = torch.get_autocast_dtype(mask.device.type) if autocast else model.dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 @contextmanager
-def _head_sees(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+def _head_sees(model: PreTrainedModel, positions: Tensor) -> Iterator[list[bool]]:
     """Has the output embedding look at these flat positions [M] only: its input [R, L, H] becomes [1, M, H].
 
     A hook, since `logits_to_keep` takes the same positions of every row; so that what a model does with its logits
-    (a cap, a scale) is still its own.
+    (a cap, a scale) is still its own. The list is empty where the model does not call its output embedding as a module.
     """
+    seen: list[bool] = []
+
+    def choose(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(True)
+        return (inputs[0].flatten(0, 1)[positions][None],)
+
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[positions][None],))
+    handle = head.register_forward_pre_hook(choose) if head is not None else None
     try:
-        yield
+        yield seen
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
 @torch.no_grad()
-def score_whole(model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0) -> Scores:
+def score_whole(
+    model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
+) -> Scores:
     """`score` of a rollout up to its completions' ends, a micro-batch at a time. No gradient."""
     parts = []
     for start in range(0, len(rollout.completions), micro_batch):
         rows = slice(start, start + micro_batch)
         part = score(
             model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature,
-            lengths=rollout.lengths[rows],
+            lengths=rollout.lengths[rows], packing=packing,
         )  # fmt: skip
         parts.append((part.logprobs, part.scored, part.entropy))
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def score_rollout(model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0) -> Tensor:
+def score_rollout(
+    model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
+) -> Tensor:
     """Log-probabilities [N, T] of a rollout under another model, such as the untouched checkpoint. No gradient."""
-    return score_whole(model, rollout, micro_batch, temperature).logprobs
+    return score_whole(model, rollout, micro_batch, temperature, packing).logprobs
 
 
 def _truncated(

@@ -59,13 +59,13 @@ def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
 
 def accumulate_gradient(
     policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1,
-    processes: Processes = ALONE, recompute: bool = False,
+    processes: Processes = ALONE, recompute: bool = False, packing: bool = True,
 ) -> Gradient:  # fmt: skip
     """Adds the gradient of the recipe's loss on this batch to the policy's `.grad` (empty, for the ratio to be right).
 
     Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
     gradients of the processes, each of whole groups of the batch, add up to it. `group`: the samples of a prompt;
-    `recompute`: the layers' inner values in the backward pass.
+    `recompute`: the layers' inner values in the backward pass; `packing`: see `score`.
     """
     rollout, total, clipped = batch.rollout, 0.0, 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -90,7 +90,7 @@ def accumulate_gradient(
             scores = score(
                 policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
                 recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
-                entropy_gradient=recipe.entropy_coef > 0,
+                entropy_gradient=recipe.entropy_coef > 0, packing=packing,
             )  # fmt: skip
             with torch.autocast(device.type, enabled=False):
                 loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
@@ -171,14 +171,14 @@ def _gradients_apart(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
 
 def update_on(
     batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
-    micro_batch: int, group: int, processes: Processes = ALONE, recompute: bool = False,
+    micro_batch: int, group: int, processes: Processes = ALONE, recompute: bool = False, packing: bool = True,
 ) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
     """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
     gradients: list[Gradient] = []
     updates: list[Update] = []
     while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
         optimizer.zero_grad()
-        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group, processes, recompute))
+        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group, processes, recompute, packing))
         updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss, processes))
         batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
     return gradients[0], {

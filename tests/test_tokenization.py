@@ -1,0 +1,121 @@
+"""Prompts as tokens, and the ids that end a text: what a tokenizer appends, prompts without a token, several ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.errors import UserError
+from pipeline.policy.load import end_of_text_ids
+from pipeline.policy.rollout import check_context, completion_tokens, context_length
+from pipeline.policy.sampling import pad_prompts, sample
+from pipeline.policy.tokenization import encode_prompt
+from tests.models import tiny_neox, token_lists, uniform
+
+WORDS = {"<eos>": 0, "<bos>": 1, "<sep>": 2, "<unk>": 3, "say": 4, "a": 5, "word": 6}
+
+
+def tokenizer(template: str = "", normalizer: Any = None) -> PreTrainedTokenizerFast:
+    """Splits at blanks; template: where special tokens stand, such as `<bos> $A <eos>`."""
+    made = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    made.normalizer = normalizer or normalizers.Strip()
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if template:
+        named = [name for name in WORDS if name in template]
+        made.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(n, WORDS[n]) for n in named]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [("", []), ("$A <eos>", []), ("<bos> $A", [1]), ("<bos> $A <eos>", [1]), ("<bos> $A <sep>", [1]), ("$A <sep> <eos>", [])],
+)  # fmt: skip
+def test_what_a_tokenizer_appends_is_taken_off(template: str, before: list[int]) -> None:
+    assert encode_prompt(tokenizer(template), "say a word") == [*before, 4, 5, 6]
+
+
+def test_an_end_that_a_normalizer_appends_is_taken_off_and_one_in_the_text_is_not() -> None:
+    appends = normalizers.Replace("word", "word <eos>")
+    assert encode_prompt(tokenizer(normalizer=appends), "say a word") == [4, 5, 6]
+    assert encode_prompt(tokenizer(), "say <eos>") == [4, 0]
+
+
+@pytest.mark.parametrize("prompt", ["\u3000", "\u00a0", "  ", "\t", ""])
+def test_a_prompt_without_a_token_is_refused_with_its_text(prompt: str) -> None:
+    for template in ("", "$A <eos>", "<bos> $A"):
+        with pytest.raises(UserError, match=r"prompt '.*': the tokenizer gives it no token"):
+            encode_prompt(tokenizer(template), prompt)
+
+
+def write(folder: Path, **files: Any) -> Path:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_every_end_that_a_model_s_files_name_ends_a_text(tmp_path: Path) -> None:
+    ids = tokenizer()
+    assert end_of_text_ids(write(tmp_path, config={}), ids) == (0,)
+    write(tmp_path, config={"eos_token_id": 5, "text_config": {"eos_token_id": [6, 5]}})
+    write(tmp_path, generation_config={"eos_token_id": [0, 4, None, -1]})
+    assert end_of_text_ids(tmp_path, ids) == (0, 4, 5, 6)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write(adapter, adapter_config={"base_model_name_or_path": str(tmp_path)})
+    assert end_of_text_ids(adapter, ids) == (0, 4, 5, 6)
+
+
+def test_a_completion_ends_at_any_of_its_ends() -> None:
+    prompts = token_lists([2, 4], 7)
+    ids, mask = pad_prompts(prompts, 0, torch.device("cpu"))
+    rollout = sample(tiny_neox(), ids, mask, torch.full((2,), 30), uniform(200, 30), [0, 3, 5])
+    rows = zip(rollout.completions.tolist(), rollout.lengths.tolist(), rollout.ended([0, 3, 5]).tolist(), strict=True)
+    seen = set()
+    for (row, length, ended), plain in zip(rows, completion_tokens(rollout, [0, 3, 5]), strict=True):
+        ends = [t for t, token in enumerate(row) if token in (0, 3, 5)]
+        assert length == (ends[0] + 1 if ends else len(row))
+        assert ended == bool(ends)
+        assert plain == row[: length - ended]
+        assert set(row[length:]) <= {0}
+        seen.add(row[length - 1])
+    assert seen >= {0, 3, 5}
+
+
+class Nested:
+    """A multi-modal configuration, as far as its context goes."""
+
+    def __init__(self, text: Any, **own: Any) -> None:
+        self.text = text
+        self.__dict__.update(own)
+
+    def get_text_config(self) -> Any:
+        return self.text or self
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "room"),
+    [({}, {"max_position_embeddings": 64}, 64), ({"max_position_embeddings": 32}, {}, 32), ({}, {"n_positions": 16}, 16),
+     ({"max_position_embeddings": 8}, {"max_position_embeddings": 99}, 8), ({}, {"max_seq_len": 4}, 4), ({}, {}, None)],
+)  # fmt: skip
+def test_the_context_is_that_of_the_text_part(text: dict[str, int], own: dict[str, int], room: int | None) -> None:
+    config: Any = Nested(Nested(None, **text) if text else None, **own)
+    assert context_length(config) == room
+
+
+def test_a_prompt_that_does_not_fit_is_named_with_the_key_at_fault() -> None:
+    check_context(None, ["hi"], [10_000], [20], "prompt_sets.mine")
+    check_context(30, ["hi"], [10], [20], "prompt_sets.mine")
+    with pytest.raises(
+        UserError, match=r"^train\.max_tokens: the prompt 'so long' has 11 tokens; .* the model's 30; at most 19"
+    ):
+        check_context(30, ["hi", "so long"], [10, 11], [20, 20], "prompt_sets.mine")
+    with pytest.raises(
+        UserError, match=r"^prompt_sets\.mine: the prompt 'so long' has 30 tokens; .* prompt_sets\.mine\.max_char"
+    ):
+        check_context(30, ["hi", "so long"], [10, 30], [20, 20], "prompt_sets.mine")

@@ -1,0 +1,210 @@
+"""What a model's plain forward pass says of one sequence is the truth: layouts that agree with it, and models refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
+
+from pipeline.errors import UserError
+from pipeline.policy import packing, verification
+from pipeline.policy.adapters import add_lora
+from pipeline.policy.load import load_policy
+from pipeline.policy.sampling import pad_prompts, sample
+from pipeline.policy.scoring import score
+from pipeline.policy.verification import SAMPLED, Layout, choose_layout, probe_prompts
+from tests.models import EOS, plain_logprobs, token_lists, uniform
+
+VOCABULARY = 40
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 0,
+         "bos_token_id": 0, "initializer_range": 0.3, "max_position_embeddings": 128}  # fmt: skip
+KV = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+PROMPTS, LIMITS = token_lists([3, 5, 12, 20], VOCABULARY), [20] * 4
+PACKED, ROWS = Layout(), Layout(packing=False)
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "window": lambda: MistralForCausalLM(MistralConfig(**KV, head_dim=8, sliding_window=16)),
+    "long_window": lambda: MistralForCausalLM(MistralConfig(**KV, head_dim=8, sliding_window=64)),
+    "local": lambda: GPTNeoForCausalLM(GPTNeoConfig(
+        **{k: v for k, v in SIZES.items() if "num" not in k}, num_layers=2, num_heads=4,
+        attention_types=[[["global", "local"], 1]], window_size=16)),
+    "chunked": lambda: Llama4ForCausalLM(Llama4TextConfig(
+        **KV, intermediate_size_mlp=48, head_dim=8, num_local_experts=2, attention_chunk_size=16, pad_token_id=0)),
+    "alibi": lambda: MptForCausalLM(MptConfig(
+        vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, max_seq_len=128, initializer_range=0.3)),
+    "alibi_by_mask": lambda: BloomForCausalLM(BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)),
+    "positions": lambda: RobertaForCausalLM(RobertaConfig(**{**SIZES, "vocab_size": 2000}, intermediate_size=48, is_decoder=True)),
+    "convolution": lambda: Lfm2ForCausalLM(Lfm2Config(
+        **KV, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
+    "recurrent": lambda: MambaForCausalLM(MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=0.3)),
+    "experts": lambda: MixtralForCausalLM(MixtralConfig(**KV, num_local_experts=4, sliding_window=None)),
+    "dropout": lambda: OPTForCausalLM(OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, init_std=0.3, dropout=0.1, attention_dropout=0.1)),
+    "not_causal": lambda: BertLMHeadModel(BertConfig(**SIZES, intermediate_size=48)),
+}  # fmt: skip
+
+
+def model(kind: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = MODELS[kind]()
+    made.set_attn_implementation("eager")
+    return made.eval()
+
+
+def choose(policy: PreTrainedModel, **how: Any) -> Layout:
+    return choose_layout(policy, PROMPTS, LIMITS, "models.mine", **how)[0]
+
+
+EXPECTED = {
+    "window": ROWS, "long_window": PACKED, "local": ROWS, "chunked": ROWS, "alibi": ROWS, "alibi_by_mask": ROWS,
+    "positions": Layout("equal_lengths", False), "convolution": Layout("equal_lengths", False),
+    "recurrent": Layout("no_cache", False), "experts": PACKED, "dropout": PACKED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_the_layout_chosen_computes_what_the_model_does_of_each_sequence_alone(kind: str) -> None:
+    """The truth is the definition, one sequence at a time, and autograd's of it. float32: some models compute in no other
+    precision; a fault moves these by 0.1 and more."""
+    policy = model(kind)
+    layout = choose(policy, gradient_checkpointing=kind == "dropout")
+    assert layout == EXPECTED[kind]
+    ids, mask = pad_prompts(PROMPTS, EOS, torch.device("cpu"))
+    rollout = sample(policy, ids, mask, torch.tensor(LIMITS), uniform(8, 20), [EOS, 1], layout=layout.sampling)
+    scores = score(policy, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, lengths=rollout.lengths,
+                   packing=layout.packing)  # fmt: skip
+    truths = []
+    for i, length in enumerate(rollout.lengths.tolist()):
+        truth = plain_logprobs(policy, PROMPTS[i // 2], rollout.completions[i, :length].tolist())
+        for found in (rollout.logprobs, scores.logprobs):
+            torch.testing.assert_close(found[i, :length].detach(), truth.detach(), rtol=0, atol=1e-4)
+        truths.append(truth.square().sum())
+    names, parameters = zip(*((n, p) for n, p in policy.named_parameters() if p.requires_grad), strict=True)
+    expected = torch.autograd.grad(torch.stack(truths).sum(), parameters, allow_unused=True)
+    measured = torch.autograd.grad(scores.logprobs.square().sum(), parameters, allow_unused=True)
+    for name, one, truth in zip(names, measured, expected, strict=True):
+        if truth is not None:
+            torch.testing.assert_close(one, truth, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"models\.mine: bert cannot be trained: .* no causal LM \(is it `is_decoder`\?\)"
+    ):
+        choose(model("not_causal"))
+
+
+def test_it_is_said_what_is_slower_and_why() -> None:
+    _, how = choose_layout(model("window"), PROMPTS, LIMITS, "models.mine")
+    assert how.startswith("samples left-padded prompts, scores a sequence a row (slower) (sliding_window is 16); ")
+
+
+def wrong_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows whose completions stand a position too late."""
+    append = packing._Row._append
+    monkeypatch.setattr(packing._Row, "_append", lambda self, tokens, position, *rest: append(
+        self, tokens, position + (position > 0), *rest))  # fmt: skip
+
+
+def test_a_mistake_in_scoring_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_positions(monkeypatch)
+    assert choose(model("experts")) == ROWS
+    monkeypatch.setattr("pipeline.policy.scoring.pad_right", packing.pack)
+    with pytest.raises(UserError, match=r"mixtral cannot be scored: log-probabilities scored differ .* nats \(allowed"):
+        choose(model("experts"))
+
+
+def test_a_mistake_in_the_gradient_alone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = verification._scored
+
+    def halved(*arguments: Any) -> Any:
+        found = scored(*arguments)
+        return verification._Pass(found.logprobs, [*found.gradient[:-1], found.gradient[-1] / 2])
+
+    monkeypatch.setattr(verification, "_scored", halved)
+    with pytest.raises(UserError, match=r"the gradient differs from that of its own forward pass by \d"):
+        choose(model("experts"))
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_precision_and_the_adapters_of_the_run_are_compared_too(
+    adapters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = model("long_window")
+    if adapters:
+        add_lora(policy, 2, 4.0, torch.Generator().manual_seed(0))
+    assert choose(policy, bfloat16=True) == PACKED
+    assert any(p.dtype == torch.bfloat16 for p in policy.parameters()) == adapters
+    policy, half_copy = model("long_window"), verification.half_copy
+
+    def doubled(policy: PreTrainedModel) -> Callable[..., Any]:
+        def call(**inputs: Any) -> Any:
+            output = half_copy(policy)(**inputs)
+            output.logits = 3 * output.logits
+            return output
+
+        return call
+
+    monkeypatch.setattr(verification, "half_copy", doubled)
+    with pytest.raises(UserError, match=r"cannot be trained in bfloat16: .* precision: float32 would do"):
+        choose(policy, bfloat16=True)
+
+
+@pytest.mark.parametrize("option", ["output_router_logits", "output_attentions", "output_hidden_states"])
+def test_what_a_configuration_adds_to_the_output_is_turned_off(tmp_path: Path, option: str) -> None:
+    policy = model("experts")
+    setattr(policy.config, option, True)
+    policy.save_pretrained(tmp_path)
+    assert choose(load_policy(tmp_path, torch.device("cpu"))) == PACKED
+
+
+def test_probes_are_as_long_as_the_run_s_sequences() -> None:
+    prompts = token_lists([7, 2, 9, 30, 4, 5], VOCABULARY)
+    made, limits = probe_prompts(prompts, [20] * 6)
+    assert [prompts[1], prompts[3]] == [made[0], made[-1]]
+    assert limits == [20] * 4
+    made, limits = probe_prompts(prompts, [1000] * 6)
+    assert made[0] == prompts[1]
+    assert len(made[-1]) + limits[-1] == 30 + 1000
+    assert limits == [SAMPLED] * 4
+    assert probe_prompts([[5, 6]], [100]) == ([[5, 6] + [5, 6] * 18], [SAMPLED])
+
+
+def test_a_model_loads_as_transformers_loads_it(tmp_path: Path) -> None:
+    """`eager` attention, as training has it on a CPU, gives what the default one does."""
+    model("window").save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor(token_lists([40], VOCABULARY))
+    with torch.no_grad():
+        torch.testing.assert_close(load_policy(tmp_path, torch.device("cpu"))(ids).logits, plain(ids).logits)
