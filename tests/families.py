@@ -1,30 +1,45 @@
-"""A tiny random model of every causal family that transformers ships; `python -m tests.families` builds and tries all.
+"""A tiny random model of every causal family that transformers ships. `python -m tests.families` builds and tries all;
+`python -m tests.families --cache` runs the stage `cache` on each and writes docs/MODELS.md.
 
 One rule serves nearly all. A configuration's field gets the small value that SIZES has for its name, in nested
 configurations too, and one layer of each kind is kept. EXCEPTIONS holds what a family needs beyond that.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import shutil
 import signal
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from ruamel.yaml import YAML
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from pipeline import cache
+from pipeline.errors import UserError
+from pipeline.io import artifacts
+from tests import repositories
+
+TABLE, MARK = (
+    Path(__file__).resolve().parents[1] / "docs/MODELS.md",
+    "<!-- made by `python -m tests.families --cache` -->",
+)
 TOKENIZER = Path(__file__).resolve().parents[1] / "data/pocket/checkpoint"
 VOCABULARY = 4096  # of that tokenizer; its end of text is 0
 NOISE = 0.2  # added to every weight: some families start at zeros, where nothing could go wrong
 LENGTH = 40  # tokens of the sequence that `check` feeds: longer than each window and chunk
-SECONDS = 20  # that `main` gives to a family
+SECONDS = 120  # that `main` gives to a family, so that none hangs
 
 SIZES: dict[str, Any] = {
     name: value
@@ -241,10 +256,59 @@ def check(model_type: str) -> str:
     return f"{type(model).__name__:45} {size / 1e6:5.2f}M {seconds:4.1f}s ok{causal}"
 
 
+def try_cache(model_type: str, place: Path, encoder: Path, **changes: Any) -> tuple[str, str]:
+    """What the stage `cache` says of a family, run in the empty folder `place`: a result of docs/MODELS.md, and why.
+
+    changes: keys of params.yaml, such as train.lora_rank.
+    """
+    save(model_type, place / "models/local/mine")
+    shutil.copytree(encoder, place / "models/local/encoder")
+    (place / "data/prompts").mkdir(parents=True)
+    for file in ("train", "heldout"):  # of different lengths; with a completion of 20 tokens beyond windows of 16
+        prompts = ["Say", "What is a policy?", "Tell me more of it, please", "And who are you, if I may ask that?"]
+        artifacts.write_jsonl(place / f"data/prompts/{file}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    yaml = YAML()
+    tree = yaml.load(TOKENIZER.parents[2] / "params.yaml")
+    tree["models"]["mine"], tree["encoders"]["mine"] = (
+        {"source": "models/local/mine"},
+        {"source": "models/local/encoder"},
+    )
+    tree["model"] = tree["encoder"] = "mine"
+    tree["train"]["threads"] = 1
+    for key, value in changes.items():
+        table, _, name = key.partition(".")
+        tree[table][name] = value
+    yaml.dump(tree, place / "params.yaml")
+    with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            cache.main()
+        except UserError as error:
+            text = str(error).partition(" cannot be ")[2] or str(error)
+            return "refused", text.replace("|", "\\|")
+    how = said.getvalue().partition("models.mine: ")[2]
+    result = "much slower" if "much slower" in how else "slower" if "slower" in how else ""
+    return ", ".join(["exact", *([result] if result else [])]), how.rpartition("; ")[0]
+
+
+def write_table(results: dict[str, tuple[str, str]]) -> None:
+    """docs/MODELS.md between its marks."""
+    counts = Counter(result for result, _ in results.values())
+    lines = [
+        f"transformers {transformers.__version__}: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()),
+        "", "| family | result | how, or why not |", "|---|---|---|",
+        *(f"| `{family}` | {result} | {why} |" for family, (result, why) in sorted(results.items())),
+    ]  # fmt: skip
+    head, mark, _ = TABLE.read_text(encoding="utf-8").partition(MARK)
+    TABLE.write_text(f"{head}{mark}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """One line a family; exits with 1 if one that should be built is not."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("families", nargs="*", help="model types (all)")
+    parser.add_argument(
+        "--cache", action="store_true", help="what the stage `cache` says of each; of all: to docs/MODELS.md"
+    )
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -253,16 +317,26 @@ def main() -> None:
         raise TimeoutError(f"takes more than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, interrupt)
-    failed = False
-    for model_type in parser.parse_args().families or families():
+    failed, options, results = False, parser.parse_args(), {}
+    encoder = repositories.write_bert(Path(tempfile.mkdtemp()) / "bert") if options.cache else None
+    for model_type in options.families or families():
         signal.alarm(SECONDS)
         try:
-            line = f"not built: {NOT_BUILT[model_type]}" if model_type in NOT_BUILT else check(model_type)
+            if model_type in NOT_BUILT:
+                results[model_type] = "not tried", NOT_BUILT[model_type]
+            elif encoder is None:
+                results[model_type] = "ok", check(model_type)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    results[model_type] = try_cache(model_type, Path(folder), encoder)
+            line = ": ".join(results[model_type])
         except Exception as error:  # the next family is tried all the same
             line, failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", True
         finally:
             signal.alarm(0)
         print(f"{model_type:25} {line}", flush=True)
+    if encoder is not None and not options.families and not failed:
+        write_table(results)
     raise SystemExit(failed)
 
 

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics", "verdict", "runtime",
-    "rewards", "large",
+    "rewards", "large", "verification", "tokenization",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -36,17 +36,17 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("logits < kth", "logits <= kth"),
         (" - ordered.softmax(-1)  #", "  #"),
         ("else part / temperature", "else part"),
-        ("completions[going, t] = token[running]", "completions[present, t] = token"),
+        ("table[going, t] = values[self.running]", "table[self.present, t] = values"),
         ("lengths[going] = t + 1", "lengths[going] = t"),
-        ("(t + 1 < limits[present])", "(t < limits[present])"),
-        ("(t + 1 < limits[present])", "(t + 1 < limits[: len(present)])"),
-        ("(position[present] + t)[", "(position[present] + t + 1)["),
-        ("(position[present] + t)[", "(position[: len(present)] + t)["),
-        ("choose(logits, uniforms[present, t])", "choose(logits, uniforms[: len(present), t])"),
+        ("(t + 1 < self.limits[self.present])", "(t < self.limits[self.present])"),
+        ("(t + 1 < self.limits[self.present])", "(t + 1 < self.limits[: len(self.present)])"),
+        ("(position[found.present] + t)[", "(position[found.present] + t + 1)["),
+        ("(position[found.present] + t)[", "(position[: len(found.present)] + t)["),
+        ("choose(logits, uniforms[found.present, t])", "choose(logits, uniforms[: len(found.present), t])"),
         ("cache.batch_select_indices(stay)", "pass"),
         ("[back]\n", "\n"),
         ("uniforms[rows],\n", "uniforms[: len(rows)],\n"),
-        ("limits[chosen].repeat", "limits[: len(chosen)].repeat"),
+        ("limits[prompts].repeat", "limits[: len(prompts)].repeat"),
         ("(mask.long().cumsum(-1) - 1).clamp(min=0)", "torch.arange(mask.shape[1]).expand(mask.shape)"),
         ("attention_mask=prompt_mask.long()", "attention_mask=torch.ones_like(prompt_ids)"),
         ("torch.ones_like(mask[:, :1])", "torch.zeros_like(mask[:, :1])"),
@@ -54,13 +54,13 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("mass.log().to(logits.dtype) + top.squeeze(-1)", "mass.log().to(logits.dtype)"),
         (") < self.lengths[:, None]", ") <= self.lengths[:, None]"),
         ("self.lengths[:, None] - 1)", "self.lengths[:, None] * 0)"),
-        ("limits[chosen].repeat_interleave(group)", "limits[chosen].repeat(group)"),
+        ("limits[prompts].repeat_interleave(group)", "limits[prompts].repeat(group)"),
         ("prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0), completions", "prompt_ids.repeat(group, 1), prompt_mask.repeat(group, 1), completions"),
         ("[filler] * (width - len(p)) + p", "p + [filler] * (width - len(p))"),
     ]),
     "policy/scoring.py": ("scoring", [
         ('count - (alignment == "correct")', "count - 1"),
-        ("packed.sources(rows, columns, \"correct\")", "packed.sources(rows, columns, \"shifted\")"),
+        ("layout.sources(rows, columns, \"correct\")", "layout.sources(rows, columns, \"shifted\")"),
         ("table(both[:count]), table(both[count:])", "table(both[:count]), table(both[:count])"),
         ("if top_k > 0 or top_p < 1:", "if top_k > 0:"),
         ("scaled = precise(logits)[positions] / temperature", "scaled = precise(logits)[positions]"),
@@ -182,6 +182,17 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("min(start + micro_batch, mine.stop)", "start + micro_batch"),
         ("processes.gather(torch.cat(tensors))", "torch.cat(tensors)"),
     ]),
+    "policy/verification.py": ("verification", [
+        ("not (off <= allowed).all()", "False"),
+        ("not (off := _relative(found, truth)) <= share", "(off := _relative(found, truth)) < 0"),
+        ("not torch.allclose(logits[:-1], part, rtol=1e-2, atol=1e-2)", "False"),
+        ("max(0, limits[i] - SAMPLED)", "0"),
+    ]),
+    "policy/tokenization.py": ("tokenization", [
+        ("whole[: places[0] + len(text)]", "whole"),
+        ("whole[: places[0] + len(text)]", "text"),
+        ("not prompt.endswith(str(tokenizer.eos_token))", "True"),
+    ]),
     "policy/adapters.py": ("large", [
         ("m is not head", "True"),
         ("lora_alpha=alpha", "lora_alpha=rank"),
@@ -193,8 +204,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "policy/memory.py": ("large", [
         (" and module.weight is not embedding", ""),
         (" and not module.weight.requires_grad", ""),
-        ("layer.gradient_checkpointing = layer.training = False", "pass"),
-        ("layer.gradient_checkpointing = layer.training = True", "pass"),
+        ("del layer.forward  #", "pass  #"),
+        ("layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)", "pass"),
     ]),
     "policy/sharding.py": ("gradient", [
         ("module.set_gradient_divide_factor(1.0)", "pass"),
