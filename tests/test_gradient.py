@@ -23,6 +23,8 @@ from pipeline.reinforce.step import Batch, accumulate_gradient, loss_mask, signa
 from tests.enumeration import COEF, random, size_of
 from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 
+pytestmark = pytest.mark.numeric
+
 
 def accumulate(
     model: torch.nn.Module, rollout: Rollout, advantage: Tensor, chosen: object, micro_batch: int, group: int = 1,

@@ -27,6 +27,7 @@ from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt
 from tests.test_processes import configured, recorded, sampled
 from tests.test_train import checkpoint, contents, forget, history, interrupted, ready, states, succeed
 
+pytestmark = pytest.mark.numeric
 __all__ = ["checkpoint", "ready"]  # fixtures
 
 PROMPTS, LENGTHS = token_lists([3, 3, 2, 2], 7), torch.tensor([5, 2, 4, 1])

@@ -10,7 +10,7 @@ import pytest
 from pipeline import evaluate, train
 from tests.conftest import Project, copy_of_project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_tokens": 12, "threads": 1, "checkpoint_every": 100,
          "calibration_batches": 6}  # fmt: skip

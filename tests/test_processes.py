@@ -25,6 +25,7 @@ from tests.conftest import Project
 from tests.servers import free_port
 from tests.test_train import checkpoint, contents, forget, history, interrupted, ready, states, succeed
 
+pytestmark = pytest.mark.numeric
 __all__ = ["checkpoint", "ready"]  # fixtures
 
 

@@ -31,7 +31,7 @@ from pipeline.policy.sampling import Rollout
 from tests.conftest import Project
 from tests.faults import fault, rounds
 
-pytestmark = pytest.mark.slow  # each run of the stage imports torch and transformers
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]  # each run of the stage imports torch and transformers
 
 OUTPUTS = ("data/policy", "data/healthy", "reports/train")
 
