@@ -3,8 +3,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
-# two processes on two cores: torch, left to itself, would start two threads in each
-PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
+# three processes on two cores: tests wait for servers and queues, too; torch, left to itself, would start two threads in each
+PYTEST := OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder
 # Arithmetic as other CPUs do it: torch's own loops, MKL's products, oneDNN's; none with instructions for bfloat16.
 # An old CPU, one with AVX2, one with AVX-512.
 KERNELS := \
