@@ -179,7 +179,8 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     clone = swept.clone
     size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
-    quicker = "from pipeline import sweep\nsweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\nsweep.main()"
+    quicker = "from pipeline import sweep\nsweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
+    quicker += "sweep.run_stage(sweep.main, arguments=True)"
     said = clone(sys.executable, "-c", quicker, *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: 1 of 1 experiments failed: sweep-[0-9a-f]{6}; `dvc queue logs sweep-", line)
