@@ -3,8 +3,14 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTHON ?= python3
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
-# two processes on two cores: torch, left to itself, would start two threads in each
-PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
+# three processes on two cores: tests wait for servers and queues, too; torch, left to itself, would start two threads in each
+PYTEST := OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Arithmetic as other CPUs do it: torch's own loops, MKL's products, oneDNN's; none with instructions for bfloat16.
+# An old CPU, one with AVX2, one with AVX-512.
+KERNELS := \
+"ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41" \
+"ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2" \
+"ATEN_CPU_CAPABILITY=avx512 MKL_CBWR=AVX512 ONEDNN_MAX_CPU_ISA=AVX512_CORE"
 
 # of `make sweep`; OVERRIDES takes more: OVERRIDES="-S recipes.stable.lr=3e-5,1e-4"
 RECIPES := notebook,stable
@@ -15,7 +21,7 @@ JOBS := 2
 THREADS := 1
 OVERRIDES :=
 
-.PHONY: help repro cure sweep test test-faults unit lint audit ui bench clean
+.PHONY: help repro cure sweep test test-all test-faults unit lint audit ui bench clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,6 +45,10 @@ sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compa
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
 	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" $(PYTEST)
+
+test-all: test  ## the same, then every model family, and the numeric tests with the kernels of other CPUs
+	$(RUN) $(PYTEST) -m exhaustive
+	@for kernels in $(KERNELS); do echo "numeric tests with $$kernels"; $(RUN) env $$kernels $(PYTEST) -m numeric || exit; done
 
 test-faults: $(BIN)/installed  ## kills, full disks, bad input in full number -> docs/reliability.json
 	$(RUN) FAULTS=full $(PYTEST) -m faults

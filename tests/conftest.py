@@ -22,8 +22,14 @@ PINNED = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OASST1, in params.yaml
 PYTHIA = "EleutherAI/pythia-70m-deduped"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of two processes none is left with them when the other has nothing more to do."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of several processes none is left with them when the other has nothing more to do.
+    Exhaustive tests run only where -m names them."""
+    if "exhaustive" not in config.option.markexpr:
+        left_out = pytest.mark.skip(reason="exhaustive: `make test-all` runs it, or pytest -m exhaustive")
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(left_out)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -175,11 +181,12 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory, pythia: Path, bert: Path) -> Project:
+def small(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Project:
     """A project whose stages take seconds (see tests/small.py)."""
     from tests.small import make  # which needs this file
 
-    return make(tmp_path_factory.mktemp("small"), pythia, bert)
+    policy = repositories.write_pythia(tmp_path_factory.mktemp("models") / "small", None, vocabulary=257)
+    return make(tmp_path_factory.mktemp("small"), policy, bert)
 
 
 @pytest.fixture(scope="session")

@@ -72,18 +72,18 @@ def read_texts(path: Path) -> list[str]:
 
 def write_pythia(
     folder: Path, tokenizer: Path | None, pickled: bool = False, hidden_size: int = 16, layers: int = 2, heads: int = 2,
-    seed: int = 0,
+    seed: int = 0, vocabulary: int = 50304,
 ) -> Path:  # fmt: skip
     """Pythia's architecture, vocabulary and dtype with other sizes and random weights.
 
-    tokenizer: Pythia's tokenizer.json, or None for one made here. pickled: pytorch_model.bin instead of safetensors.
+    tokenizer: Pythia's tokenizer.json, or None for one made here, of 257 tokens. pickled: pytorch_model.bin instead of safetensors.
     """
     import torch
     from safetensors.torch import load_file
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
-        vocab_size=50304, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=vocabulary, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=4 * hidden_size, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng():

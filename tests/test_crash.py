@@ -26,10 +26,21 @@ from tests.clones import Clone
 from tests.conftest import Project, copy_of_project
 from tests.faults import FULL, fault, rounds
 from tests.forks import Forks, until
-from tests.test_train import OUTPUTS, checkpoint, contents, forget, here, history, make_ready, ready, states
+from tests.test_train import (
+    OUTPUTS,
+    checkpoint,
+    contents,
+    forget,
+    here,
+    history,
+    make_ready,
+    ready,
+    states,
+    wide_checkpoint,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
-__all__ = ["checkpoint", "here", "ready"]  # fixtures
+__all__ = ["checkpoint", "here", "ready", "wide_checkpoint"]  # fixtures
 
 
 # --- the trainer by itself, with MLflow ---------------------------------------------------------------------------
@@ -96,8 +107,8 @@ def left_over(root: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, forks: Forks) -> Tracked:
-    return Tracked(make_ready(copy_of_project(tmp_path_factory.mktemp("tracked")), checkpoint), forks)
+def tracked(tmp_path_factory: pytest.TempPathFactory, wide_checkpoint: Path, forks: Forks) -> Tracked:
+    return Tracked(make_ready(copy_of_project(tmp_path_factory.mktemp("tracked")), wide_checkpoint), forks)
 
 
 WINDOWS = {

@@ -12,7 +12,7 @@ from tests.conftest import Project, copy_of_project
 from tests.faults import rounds
 from tests.small import OUTPUTS, contents, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 # what another terminal, account or machine of the same kind has otherwise
 SURROUNDINGS: list[dict[str, str]] = [

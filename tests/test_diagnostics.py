@@ -33,6 +33,8 @@ from pipeline.diagnostics.text import (
 from pipeline.reinforce.advantages import BASELINES, advantages
 from tests.models import mask_of
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS, GROUP = 5, 4
 
 

@@ -20,10 +20,10 @@ from tests.conftest import Project, copy_of_project
 from tests.faults import fault, rounds
 from tests.forks import Forks
 from tests.test_crash import Tracked, left_over, logged
-from tests.test_train import OUTPUTS, checkpoint, contents, forget, here, make_ready, ready
+from tests.test_train import OUTPUTS, checkpoint, contents, forget, here, make_ready, ready, wide_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
-__all__ = ["checkpoint", "here", "ready"]  # fixtures
+__all__ = ["checkpoint", "here", "ready", "wide_checkpoint"]  # fixtures
 STAGES = ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")
 MADE = {
     "prepare": ["data/prompts", "reports/prepare.json"],
@@ -94,8 +94,8 @@ def error_line(code: int, said: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def tracked(disk: Disk, checkpoint: Path, forks: Forks) -> Tracked:
-    return Tracked(make_ready(copy_of_project(disk.folder / "trainer"), checkpoint), forks)
+def tracked(disk: Disk, wide_checkpoint: Path, forks: Forks) -> Tracked:
+    return Tracked(make_ready(copy_of_project(disk.folder / "trainer"), wide_checkpoint), forks)
 
 
 def test_training_on_a_full_disk_goes_on_once_there_is_room(tracked: Tracked, disk: Disk) -> None:

@@ -23,6 +23,8 @@ from pipeline.reinforce.step import Batch, accumulate_gradient, loss_mask, signa
 from tests.enumeration import COEF, random, size_of
 from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 
+pytestmark = pytest.mark.numeric
+
 
 def accumulate(
     model: torch.nn.Module, rollout: Rollout, advantage: Tensor, chosen: object, micro_batch: int, group: int = 1,
@@ -276,7 +278,9 @@ def batch_of(chosen: Recipe, dtype: torch.dtype) -> Batch:
 
 @pytest.mark.slow
 # shares of 2 and 1 prompts, so of more and fewer micro-batches; of 1 each
-@pytest.mark.parametrize(("count", "micro_batch"), [(2, GROUP), (3, 2 * GROUP)])
+@pytest.mark.parametrize(
+    ("count", "micro_batch"), [(2, GROUP), pytest.param(3, 2 * GROUP, marks=pytest.mark.exhaustive)]
+)
 def test_the_gradient_does_not_move_with_the_number_of_processes(tmp_path: Path, count: int, micro_batch: int) -> None:
     """Nor what the row of the step says of it; but for the ratio of signal to noise where the micro-batches differ."""
     with socket.socket() as free:

@@ -16,6 +16,8 @@ from pipeline.reinforce.step import Batch, accumulate_gradient, update_on
 from tests.enumeration import random, size_of, world
 from tests.models import difference, gradient, mask_of, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("level", ["sequence", "token"])

@@ -14,6 +14,8 @@ from pipeline.reinforce.loss import entropy_bonus, kl_loss_k2, kl_loss_k3, token
 from tests.enumeration import COEF, World, reinforce, size_of, world
 from tests.models import difference
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("baseline", ["none", "rloo"])
 @pytest.mark.parametrize("limit", [2, 3])

@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import material, memory
+from pipeline import evaluate, generate, params, train
+from pipeline.errors import UserError
+from pipeline.experience.setting import set_stage
 from pipeline.policy.adapters import add_lora, without_lora
 from pipeline.policy.load import load_policy
 from pipeline.policy.memory import recomputing, round_frozen
@@ -20,14 +22,16 @@ from pipeline.policy.sampling import pad_prompts, sample
 from pipeline.policy.scoring import score
 from pipeline.policy.weights import put_weights, trained_weights
 from pipeline.reinforce.loss import BatchSize
+from pipeline.reinforce.processes import Processes
 from pipeline.reinforce.step import Batch, accumulate_gradient
 from tests.conftest import ROOT, Project
 from tests.faults import FULL, fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
-from tests.test_processes import configured, recorded, sampled
-from tests.test_train import checkpoint, contents, forget, history, interrupted, ready, states, succeed
+from tests.test_processes import STEPS, configured, exactly, recorded, sampled
+from tests.test_train import checkpoint, contents, forget, here, history, interrupted, ready, states, succeed
 
-__all__ = ["checkpoint", "ready"]  # fixtures
+pytestmark = pytest.mark.numeric
+__all__ = ["checkpoint", "here", "ready"]  # fixtures
 
 PROMPTS, LENGTHS = token_lists([3, 3, 2, 2], 7), torch.tensor([5, 2, 4, 1])
 
@@ -192,7 +196,7 @@ def test_weights_of_another_policy_are_refused() -> None:
 
 @pytest.fixture
 def adapted(ready: Project) -> Project:
-    ready.edit(train__lora_rank=2, train__lora_alpha=8, train__steps=4, recipes__stable__lr=0.05,
+    ready.edit(train__lora_rank=2, train__lora_alpha=8, train__steps=12, recipes__stable__lr=0.05,
                recipes__stable__precision="bfloat16")  # fmt: skip
     return ready
 
@@ -200,9 +204,9 @@ def adapted(ready: Project) -> Project:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_the_stage_trains_adapters_that_peft_loads_and_goes_on_after_a_kill(
-    adapted: Project, monkeypatch: pytest.MonkeyPatch
+    adapted: Project, here: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    succeed(adapted, PYTHONHASHSEED="1")
+    train.main()
     rows, outputs = history(adapted), contents(adapted)
     assert {"data/policy/adapter_model.safetensors", "data/policy/adapter_config.json"} <= set(outputs)
     assert "data/policy/model.safetensors" not in outputs
@@ -212,10 +216,9 @@ def test_the_stage_trains_adapters_that_peft_loads_and_goes_on_after_a_kill(
     said = interrupted(adapted, {"PYTHONHASHSEED": "2"}, signal.SIGKILL)
     assert "Traceback" not in said
     assert states(adapted)
-    succeed(adapted, PYTHONHASHSEED="3")
+    train.main()
     assert contents(adapted) == outputs
 
-    monkeypatch.chdir(adapted.root)
     ours = load_policy(Path("data/policy"), torch.device("cpu"))
     base = AutoModelForCausalLM.from_pretrained(
         "data/checkpoint/policy", dtype=torch.float32, attn_implementation="eager"
@@ -230,22 +233,23 @@ def test_the_stage_trains_adapters_that_peft_loads_and_goes_on_after_a_kill(
         with without_lora(ours) as checkpoint:
             untouched = checkpoint(ids).logits
         assert not torch.allclose(ours(ids).logits, untouched)
-    done = adapted.run("evaluate")
-    assert done.returncode == 0, done.stderr
+    evaluate.main()
     metrics = json.loads((adapted.root / "reports/evaluate/metrics.json").read_text())
     assert metrics["ref_logprob_per_token"]["policy"] != metrics["ref_logprob_per_token"]["checkpoint"]
-    assert "policy: Hello" in adapted.run("generate", "Hello", "--max-tokens", "9").stdout
+    monkeypatch.setattr("sys.argv", ["generate", "Hello", "--max-tokens", "9"])
+    generate.main()
+    assert "policy: Hello" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_changes_no_byte_of_the_policy(ready: Project) -> None:
-    ready.edit(train__steps=3)
-    succeed(ready)
-    plain = contents(ready)
-    forget(ready)
-    ready.edit(train__gradient_checkpointing=True)
-    succeed(ready)
-    again = contents(ready)
+def test_gradient_checkpointing_changes_no_byte_of_the_policy(here: Project) -> None:
+    here.edit(train__steps=3)
+    train.main()
+    plain = contents(here)
+    forget(here)
+    here.edit(train__gradient_checkpointing=True)
+    train.main()
+    again = contents(here)
     for name in ("data/policy/model.safetensors", "reports/train/history.csv"):
         assert again[name] == plain[name]
 
@@ -260,20 +264,17 @@ def spread(project: Project, count: int) -> dict[str, str]:
 
 
 @pytest.fixture
-def exact(ready: Project) -> Iterator[Project]:
-    ready.edit(recipes__stable__precision="float32", train__prompts_per_step=4, train__steps=4)
-    return ready
+def exact(ready: Project) -> Project:
+    return exactly(ready)
 
 
 @pytest.mark.slow
-def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Project) -> None:
-    succeed(exact)
+def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Project, here: Project) -> None:
+    train.main()
     alone, run, samples = history(exact), recorded(exact), sampled(exact)
     weights = load_policy(exact.root / "data/policy", torch.device("cpu")).state_dict()
     forget(exact)
-    two = spread(exact, 2)
-    succeed(exact, **two)
-    outputs = contents(exact)
+    succeed(exact, **spread(exact, 2))
     assert recorded(exact) == {**run, "processes": ["2 sharded"]}
     assert [json.loads(x)["tokens"] for x in sampled(exact).splitlines()] == [
         json.loads(x)["tokens"] for x in samples.splitlines()
@@ -285,6 +286,13 @@ def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Projec
     found = load_policy(exact.root / "data/policy", torch.device("cpu")).state_dict()
     assert max(difference(found[name], weights[name]) for name in weights) < 1e-4
 
+
+@pytest.mark.slow
+@pytest.mark.exhaustive  # tests/test_processes.py ends processes that are not spread
+def test_a_spread_policy_that_was_stopped_goes_on_to_the_same_bytes(exact: Project) -> None:
+    two = spread(exact, 2)
+    succeed(exact, **two)
+    outputs = contents(exact)
     forget(exact)
     interrupted(exact, two, signal.SIGTERM)
     succeed(exact, **two)
@@ -299,14 +307,19 @@ def test_a_spread_policy_that_was_killed_goes_on_in_one_piece(exact: Project) ->
         interrupted(exact, spread(exact, 2), signal.SIGKILL)
         succeed(exact)
         assert recorded(exact)["processes"] == ["2 sharded", 1]
-        assert [row["step"] for row in history(exact)] == [0, 1, 2, 3]
+        assert [row["step"] for row in history(exact)] == list(range(STEPS))
+
+
+ALTERNATING = "def f(prompts, completions):\n    return [float(i % 2) for i in range(len(completions))]\n"
 
 
 @pytest.mark.slow
-def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Project) -> None:
-    """The first step, before rounding has made another token of a sample, is that of one process."""
-    exact.edit(train__steps=2, train__gradient_checkpointing=True, recipes__stable__precision="bfloat16")
-    succeed(exact)
+def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Project, here: Project) -> None:
+    """The first step is that of one process, whose rounding may differ: by one other token of 48, whatever the reward."""
+    (exact.root / "custom/mine.py").write_text(ALTERNATING)
+    exact.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__steps=2)
+    exact.edit(train__gradient_checkpointing=True, recipes__stable__precision="bfloat16")
+    train.main()
     alone = history(exact)
     forget(exact)
     succeed(exact, **spread(exact, 2))
@@ -314,11 +327,10 @@ def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Pr
     rows = history(exact)
     assert len(rows) == 2
     for name in ("reward_mean", "entropy", "grad_norm"):
-        assert rows[0][name] == pytest.approx(alone[0][name], rel=0.02), name
+        assert rows[0][name] == pytest.approx(alone[0][name], rel=0.05), name
 
 
 @pytest.mark.slow
-def test_adapters_are_not_spread(adapted: Project) -> None:
-    done = adapted.run("train", **spread(adapted, 2))
-    assert done.returncode != 0
-    assert "error: train.lora_rank: adapters need no spreading" in done.stderr
+def test_adapters_are_not_spread(adapted: Project, here: Project) -> None:
+    with pytest.raises(UserError, match=r"^train\.lora_rank: adapters need no spreading"):
+        set_stage(params.load(), torch.device("cpu"), Processes(0, 2, sharded=True))

@@ -17,6 +17,8 @@ from pipeline.reinforce.step import Batch, Gradient, accumulate_gradient, loss_m
 from tests import repositories
 from tests.models import EOS, difference, gradient, recipe, tiny_neox, uniform
 
+pytestmark = pytest.mark.numeric
+
 GROUP, MAX_LENGTH = 4, 20
 PROMPTS = ["Hi", "I'm sorry", "Is SEO relevant?", "Ünï"]
 NOTEBOOK = recipe("notebook")

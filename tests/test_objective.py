@@ -24,6 +24,8 @@ from tests.models import (
     tiny_neox,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def test_the_enumeration_is_whole() -> None:
     for limit in (1, 2, 3):

@@ -14,6 +14,8 @@ from pipeline.policy.scoring import score
 from pipeline.policy.vocabulary import ROWS, log_probabilities
 from tests.models import EOS, plain_logprobs, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 
 

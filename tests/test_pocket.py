@@ -15,6 +15,8 @@ from pipeline.policy.rollout import completion_limits, completion_texts
 from pipeline.policy.sampling import pad_prompts, sample
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.numeric
+
 POCKET = ROOT / "data/pocket"
 
 

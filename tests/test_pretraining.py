@@ -14,7 +14,7 @@ from tests.hub import Hub
 from tests.repositories import write_pythia
 from tests.test_concurrency import end, experiments, run_queue, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # three more experiments of a queue
 
 
 @pytest.fixture

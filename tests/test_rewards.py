@@ -101,6 +101,7 @@ def notebook_distance(folder: Path) -> Callable[[str, str], float]:
     return lambda one, two: -torch.norm(embed(one) - embed(two)).item()
 
 
+@pytest.mark.numeric
 def test_embedding_is_the_notebook_s_distance(minilm: Path, embedding: Reward) -> None:
     distance = notebook_distance(minilm)
     truth = [distance(sentence, "Hi there!") for sentence in SENTENCES]
@@ -109,6 +110,7 @@ def test_embedding_is_the_notebook_s_distance(minilm: Path, embedding: Reward) -
     assert embedding([""] * 2, ["Hi there!", "hi THERE!"]) == pytest.approx([0, 0], abs=1e-5)  # it is uncased
 
 
+@pytest.mark.numeric
 def test_embedding_does_not_depend_on_the_batch(embedding: Reward) -> None:
     alone = [embedding([""], [sentence])[0] for sentence in SENTENCES]
     shuffled = [SENTENCES[i] for i in (3, 0, 0, 6, 2, 5, 1, 4, 2)]
@@ -117,6 +119,7 @@ def test_embedding_does_not_depend_on_the_batch(embedding: Reward) -> None:
     assert math.isfinite(alone[SENTENCES.index("")])
 
 
+@pytest.mark.numeric
 def test_an_encoder_in_half_precision_says_almost_the_same(minilm: Path, embedding: Reward) -> None:
     half = build(minilm, kind="embedding", target="Hi there!", precision="bfloat16")
     sentences = [*SENTENCES, *(f"{word}, how do you do?" for word in WORDS)]

@@ -184,6 +184,7 @@ def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> Non
     assert model.weight.flatten().tolist() == pytest.approx([1 - moves / 2] * 2, rel=1e-5)  # half the rate: warm-up
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_parameters_that_step_one_by_one_step_as_all_at_once(optimizer: str) -> None:
     """torch's own optimizer over all of them gives the same bytes, and the change is that of one long vector. One
@@ -202,7 +203,7 @@ def test_parameters_that_step_one_by_one_step_as_all_at_once(optimizer: str) -> 
         assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), truth.parameters(), strict=True))
         change = torch.cat([(p - was).flatten() for p, was in zip(truth.parameters(), before, strict=True)])
         whole = torch.cat([was.flatten() for was in before])
-        assert done.relative == pytest.approx((change.norm() / whole.norm()).item(), rel=1e-6)
+        assert done.relative == pytest.approx((change.double().norm() / whole.double().norm()).item(), rel=1e-6)
         assert all(p.grad is None for p in ours.parameters())  # nothing is held while the next batch is sampled
 
 

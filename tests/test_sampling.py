@@ -17,6 +17,8 @@ from pipeline.policy.rollout import completion_limits, completion_tokens
 from pipeline.policy.sampling import CDF_BLOCK, Rollout, inverse_cdf, pad_prompts, sample, truncate
 from tests.models import EOS, all_completions, plain_logits, plain_logprobs, tiny_gpt2, tiny_neox, token_lists, uniform
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 LAST = 1 - 2**-53  # the largest number below one
 PROMPTS = token_lists([1, 4, 2, 7], 7)

@@ -22,6 +22,8 @@ from tests.models import (
     uniform,
 )
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = token_lists([3, 1, 6, 2, 4], 7)
 COMPLETIONS = token_lists([4, 5, 1, 3, 2], 7, seed=1)
 

@@ -11,6 +11,8 @@ from benchmarks import material, notebook_loop, speed
 from tests.conftest import ROOT
 from tests.models import tiny_neox
 
+pytestmark = pytest.mark.numeric
+
 
 def test_the_page_shows_the_tables_of_the_measured_run() -> None:
     page = (ROOT / "docs/SPEED.md").read_text(encoding="utf-8").splitlines()
