@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.params import Reward as Table
 from pipeline.rewards import build as build_module
 from pipeline.rewards.build import Reward, build_reward
-from pipeline.rewards.custom import check_custom
+from pipeline.rewards.custom import check_custom, custom_reward
 from tests.conftest import Project
 from tests.faults import fault, rounds
 from tests.models import PARAMS
@@ -236,20 +236,27 @@ def reward(prompts, completions, weight):
 
 
 SEQUENCES = ["[1, 2.5]", "(1, 2.5)", "np.array([1, 2.5], dtype=np.float32)", "torch.tensor([1, 2.5])"]
+BOOLEANS = [
+    "[True, False]", "np.array([True, False])", "[np.True_, np.False_]", "torch.tensor([True, False])",
+    "[torch.tensor(True), torch.tensor([False])]", "(len(c) == 1 for c in completions)",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("values", SEQUENCES)
-def test_a_custom_reward_may_return_any_sequence_of_numbers(custom: Callable[..., Reward], values: str) -> None:
+@pytest.mark.parametrize(
+    ("values", "expected"), [*((text, [1.0, 2.5]) for text in SEQUENCES), *((text, [1.0, 0.0]) for text in BOOLEANS)]
+)
+def test_a_custom_reward_may_return_any_sequence_of_numbers_or_booleans(
+    custom: Callable[..., Reward], values: str, expected: list[float]
+) -> None:
     reward = custom(f"import numpy as np, torch\ndef reward(prompts, completions):\n    return {values}\n")
-    result = reward(["", ""], ["a", "b"])
-    assert result == [1.0, 2.5]
+    result = reward(["", ""], ["a", "bc"])
+    assert result == expected
     assert {type(value) for value in result} == {float}
 
 
 BAD_VALUES = {
     "nan": "[1, float('nan')]", "infinity": "[1, float('inf')]", "minus infinity": "[1, -float('inf')]",
-    "string": "[1, '2']", "none inside": "[1, None]", "list inside": "[1, [2]]", "bool": "[1, True]",
-    "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "unprintable": "[1, 10 ** 5000]", "column": "np.ones((2, 1))",
+    "string": "[1, '2']", "none inside": "[1, None]", "list inside": "[1, [2]]", "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "unprintable": "[1, 10 ** 5000]", "column": "np.ones((2, 1))",
 }  # fmt: skip
 
 
@@ -339,19 +346,27 @@ def test_a_custom_reward_that_is_not_there(
         assert all(part in line for part in expected), line
 
 
+@pytest.mark.parametrize("place", ["custom/mine.py", "custom"])
+def test_a_link_in_its_folder_is_as_good_as_a_file(tmp_path: Path, custom: Callable[..., Reward], place: str) -> None:
+    """`dvc add` with cache.type symlink makes links; DVC reads through those to files, and through its own dependency."""
+    custom("def reward(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
+    (tmp_path / place).rename(tmp_path / "elsewhere")
+    (tmp_path / place).symlink_to(tmp_path / "elsewhere")
+    assert build(kind="custom", function="custom/mine.py:reward", params={})([""], ["abc"]) == [3]
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("link", ["custom/mine.py", "custom/inner"])
-def test_a_custom_reward_outside_its_folder_is_refused(
-    tmp_path: Path, custom: Callable[..., Reward], link: str
-) -> None:
-    """Through a link: params.yaml itself takes no `..`."""
+def test_a_custom_reward_behind_a_linked_folder_is_refused(tmp_path: Path, custom: Callable[..., Reward]) -> None:
+    """DVC does not look into it: an edit would go unnoticed. (params.yaml itself takes no `..`.)"""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/mine.py").write_text("raise SystemExit('this must not run')\n")
-    (tmp_path / link).symlink_to(tmp_path / "elsewhere" / ("" if link.endswith("inner") else "mine.py"))
-    function = "custom/inner/mine.py:reward" if link.endswith("inner") else "custom/mine.py:reward"
+    (tmp_path / "custom/inner").symlink_to(tmp_path / "elsewhere")
     with fault("custom reward outside its folder"):
-        line = refused(lambda: build(kind="custom", function=function, params={}))
-        assert "the file must lie in custom/" in line
+        line = refused(lambda: build(kind="custom", function="custom/inner/mine.py:reward", params={}))
+        assert "the file must lie in custom/: custom/inner is a link to a folder" in line
+    with fault("custom reward outside its folder"):
+        line = refused(lambda: custom_reward("custom/../elsewhere/mine.py:reward", {}))
+        assert "the file must lie in custom/: DVC notices no edit elsewhere" in line
 
 
 ODD = st.one_of(

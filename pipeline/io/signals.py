@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as a request to end in an orderly way."""
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,13 +9,18 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list."""
+    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list. A second one, or one to
+    a process that a reward forked, does what it would do without this."""
     received: list[int] = []
+    owner = os.getpid()
 
     def note(number: int, _: object) -> None:
+        if number in received or os.getpid() != owner:  # multiprocessing.Pool ends its workers by SIGTERM
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+            return
         print("stopping after this step; once more stops at once", file=sys.stderr)
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
