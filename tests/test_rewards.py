@@ -389,7 +389,7 @@ def test_whatever_a_reward_returns_becomes_finite_numbers_or_one_line(
     except TypeError:  # unhashable: no dict can be made of them
         returned = values
     with fault("custom reward that returns random values"):
-        reward, result, line = build_module._checked("mine", lambda *_: returned), None, ""
+        reward, result, line = build_module._checked("mine", lambda *_: returned, build_module.LARGEST), None, ""
         try:
             result = reward([""] * count, ["a"] * count)
         except UserError as error:
@@ -398,7 +398,7 @@ def test_whatever_a_reward_returns_becomes_finite_numbers_or_one_line(
             assert "mine returned" in line
         else:
             assert len(result) == len(values) == count
-            assert all(type(number) is float and math.isfinite(number) for number in result)
+            assert all(type(number) is float and abs(number) <= build_module.LARGEST for number in result)
             assert result == [float(value) for value in values]
 
 
@@ -426,11 +426,23 @@ def test_a_bad_custom_term_of_a_sum_is_refused_too(custom: Callable[..., Reward]
     assert "not a finite number" in refused(lambda: reward([""], ["a"]))
 
 
-def test_a_sum_that_overflows_is_refused(custom: Callable[..., Reward]) -> None:
+@pytest.mark.parametrize("value", [1e30, -1e200, 1.7e308, 10**15])
+def test_a_reward_that_is_too_large_is_refused_with_the_largest_that_works(
+    custom: Callable[..., Reward], value: float
+) -> None:
+    reward = custom(f"def reward(prompts, completions):\n    return [1e12, {value!r}]\n")
+    line = refused(lambda: reward(["", ""], ["first", "second"]))
+    assert line == f"reward mine returned {value!r} for 'second': the largest size that works is 1e+12; scale it down"
+
+
+def test_what_a_sum_scales_down_may_be_larger(custom: Callable[..., Reward]) -> None:
     custom("def reward(prompts, completions):\n    return [1e308]\n")
     term = {"kind": "custom", "function": "custom/mine.py:reward"}
-    reward = build(kind="sum", terms=[{"weight": 10.0, "reward": term}])
-    assert "not a finite number" in refused(lambda: reward([""], ["a"]))
+    assert build(kind="sum", terms=[{"weight": 1e-300, "reward": term}])([""], ["a"]) == [1e308 * 1e-300]
+    with pytest.raises(UserError, match="returned 1e\\+308 for 'a': the largest size"):
+        build(kind="sum", terms=[{"weight": 1.0, "reward": term}])([""], ["a"])
+    with pytest.raises(UserError, match="returned inf for 'a', not a finite number"):
+        build(kind="sum", terms=[{"weight": 10.0, "reward": term}])([""], ["a"])
 
 
 def test_numpy_scalars_are_numbers(custom: Callable[..., Reward]) -> None:

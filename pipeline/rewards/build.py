@@ -91,7 +91,7 @@ def _checked(name: str, reward: Reward, largest: float = math.inf) -> Reward:
         for number, value, completion in zip(numbers, values, completions, strict=True):
             if math.isfinite(number) and abs(number) <= largest:
                 continue
-            wrong = f": the largest size that works is {largest:g}; scale the reward down"
+            wrong = f": the largest size that works is {largest:g}; scale it down"
             if not math.isfinite(number):
                 wrong = ", not a finite number"
             raise UserError(f"reward {name} returned {_shown(value)} for {completion[:60]!r}{wrong}")

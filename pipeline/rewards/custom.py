@@ -93,6 +93,7 @@ def _load(function: str, path: Path) -> Loaded:
     module = _run(function, ": importing it raised", settings, name, root, lambda: importlib.import_module(name))
     if not module.__file__ or not os.path.samefile(module.__file__, path):
         other = module.__file__ or f"a folder {name}"
+        del sys.modules[name]
         raise UserError(f"reward {function}: Python imports {other} as {name}, not {path}; rename the file")
     _loaded[name] = Loaded(root, source, module, settings)
     return _loaded[name]
