@@ -45,9 +45,8 @@ def main() -> None:
     write_json(REPORTS / "measured.json", measured(params))
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
-    print(
-        f"held-out {params.reward}: {mean:+.4f} (95% interval {low:+.4f} to {high:+.4f}) over the untouched checkpoint"
-    )
+    sure = "one prompt, no interval" if low is None else f"95% interval {low:+.4f} to {high:+.4f}"
+    print(f"held-out {params.reward}: {mean:+.4f} ({sure}) over the untouched checkpoint")
 
 
 def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -149,7 +148,8 @@ def measure(
 
 
 def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
-    """Means with 95% intervals of both policies and of the paired difference; prompts are the unit that is resampled.
+    """Means with 95% intervals of both policies and of the paired difference; prompts are the unit that is resampled;
+    of one prompt there is no interval.
 
     rewards [2, B, G]: checkpoint, policy. win_rate: share of pairs in which the policy's reward is higher, ties half.
     """

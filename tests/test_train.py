@@ -606,6 +606,16 @@ def test_a_misaligned_objective_shows_at_step_0(here: Project) -> None:
     assert history(here)[0]["logprob_gap"] > 0.1
 
 
+def test_one_held_out_prompt_is_said_to_have_no_interval(here: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    here.keep_rewards("length")
+    here.edit(train__steps=1, evaluate__prompts=1)
+    train.main()
+    evaluate.main()
+    assert "(one prompt, no interval) over the untouched checkpoint" in capsys.readouterr().out
+    metrics = json.loads((here.root / "reports/evaluate/metrics.json").read_text())
+    assert [metrics["length"][part]["low"] for part in ("checkpoint", "policy", "difference")] == [None] * 3
+
+
 def test_evaluate_gives_an_unchanged_policy_the_same_completions(here: Project) -> None:
     """The same random numbers for both: with a learning rate of (almost) nothing every pair is equal."""
     here.edit(train__steps=1, recipes__stable__lr=1e-30)
