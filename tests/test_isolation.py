@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.io.signals import caught_signals
 from pipeline.rewards import isolation, watchdog
 from pipeline.rewards.custom import custom_reward
 from tests.conftest import ROOT
@@ -117,6 +119,19 @@ def test_a_reward_may_start_threads_and_processes_of_every_kind(tmp_path: Path) 
     assert "stopping" not in done.stderr
 
 
+def test_the_second_signal_does_what_it_would_do_without_us() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(-number))
+    try:
+        with caught_signals() as caught:
+            signal.raise_signal(signal.SIGTERM)
+            assert (caught, received) == ([15], [])
+            signal.raise_signal(signal.SIGTERM)
+            assert (caught, received) == ([15], [-15])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_what_is_no_plain_function(custom: Callable[..., Score]) -> None:
     partial = "import functools\ndef f(prompts, completions, by): return [by] * len(completions)\nreward = functools.partial(f, by=2)"
     assert custom(partial)(["", ""], ["a", "b"]) == [2, 2]
@@ -197,6 +212,18 @@ def test_what_a_reward_sets_stays_set_for_it_alone(custom: Callable[..., Score],
     assert _value("torch.zeros(1, requires_grad=True).exp().requires_grad")
 
 
+def test_a_reward_s_open_autocast_keeps_no_rounded_weights(custom: Callable[..., Score]) -> None:
+    """Inside autocast a weight is rounded once and kept until the outermost one ends, which would be never."""
+    code = f"{IMPORTS}def reward(prompts, completions):\n    cast.__enter__()\n    return [(one @ weight).item()]\n"
+    score, one, weight = custom(code), torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+    vars(sys.modules["custom.mine"]).update(one=one, weight=weight, cast=torch.autocast("cpu", torch.bfloat16))
+    assert score([""], ["a"]) == [1]
+    with torch.no_grad():
+        weight.fill_(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (one @ weight).item() == 3
+
+
 def test_settings_are_put_back_after_an_exception(custom: Callable[..., Score]) -> None:
     folder = os.getcwd()
     code = "import os, torch\ndef reward(prompts, completions):\n    os.chdir('/')\n    torch.set_grad_enabled(False)\n    raise ValueError\n"
@@ -245,6 +272,7 @@ def test_the_same_call_gives_the_same_random_numbers(custom: Callable[..., Score
     code = f"{IMPORTS}at_import = random.random()\ndef reward(prompts, completions, scale=1):\n    return {DRAWS}\n"
     score = custom(code)
     first, other = score(["p", "p"], ["a", "b"]), score(["p", "p"], ["a", "c"])
+    _value(DRAWS.replace("completions", "'abc'"))  # training's own, which the reward's do not depend on
     assert score(["p", "p"], ["a", "b"]) == first != other
     assert first[0] != first[1]
     imported = sys.modules["custom.mine"].at_import

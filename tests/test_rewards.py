@@ -198,6 +198,7 @@ def refused(action: Callable[[], Any]) -> str:
         ("def reward(prompts, completions, *, scale): ...", {"scale": 2}, None),
         ("import functools\nreward = functools.partial(max, key=1)", {"any": 2}, None),
         ("from somewhere import reward", {"any": 2}, None),
+        ("async def reward(prompts, completions): ...", {}, "it is an async function"),
         ("from somewhere import *", {}, None),
         ("class reward: ...", {"any": 2}, None),
         ("@decorated\ndef reward(prompts, completions): ...", {"any": 2}, None),
