@@ -338,7 +338,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "io/signals.py": ("isolation", [
         ("number in received or ", ""),
-        (" or os.getpid() != owner", ""),
+        (" or forked:", ":"),
     ]),
 }  # fmt: skip
 

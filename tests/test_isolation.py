@@ -132,6 +132,15 @@ def test_the_second_signal_does_what_it_would_do_without_us() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_ctrl_c_leaves_the_processes_of_a_reward_to_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to all of them. Without their work the step in progress would not end."""
+    with caught_signals() as caught:
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a process that was forked
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert caught == []
+
+
 def test_what_is_no_plain_function(custom: Callable[..., Score]) -> None:
     partial = "import functools\ndef f(prompts, completions, by): return [by] * len(completions)\nreward = functools.partial(f, by=2)"
     assert custom(partial)(["", ""], ["a", "b"]) == [2, 2]

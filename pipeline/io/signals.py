@@ -9,13 +9,16 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list. A second one, or one to
-    a process that a reward forked, does what it would do without this."""
+    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list. A second one does
+    what it would do without this. So does SIGTERM to a process that a reward forked, which leaves Ctrl-C to us."""
     received: list[int] = []
     owner = os.getpid()
 
     def note(number: int, _: object) -> None:
-        if number in received or os.getpid() != owner:  # multiprocessing.Pool ends its workers by SIGTERM
+        forked = os.getpid() != owner
+        if forked and number == signal.SIGINT:  # a terminal sends it to all; the step in progress needs its workers
+            return
+        if number in received or forked:  # multiprocessing.Pool ends its workers by SIGTERM
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
             return

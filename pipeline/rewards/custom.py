@@ -42,7 +42,8 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
 
     It may do what Python can. Its module has a name of its own, `custom.file`, by which child processes import it. It
     has its own settings of the process (`isolation`). The global random numbers of random, numpy and torch are decided
-    by the call alone, its prompts, completions and parameters: they do not depend on the calls before it.
+    by the call alone, its prompts, completions and parameters, and at the import by the file's name: they do not depend
+    on the calls before, so that a resumed run has the same.
     """
     file, _, name = function.partition(":")
     path = Path(file)
