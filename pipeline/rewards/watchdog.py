@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -24,13 +25,14 @@ def watchdog(name: str, place: Callable[[FrameType], str | None]) -> Iterator[No
     stderr = sys.stderr  # the reward may put another one in its place
 
     def watch() -> None:
-        waited, delay = 0.0, PATIENCE
+        started, delay = time.monotonic(), PATIENCE
         while not done.wait(delay):
             _dump_later(2 * delay + GRACE)
-            waited += delay
             where = _line(sys._current_frames().get(caller), place)
             with contextlib.suppress(Exception):  # what cannot be printed must not end the watch
-                tqdm.write(f"{name} has been running for {waited:.0f} s, now in {where}", file=stderr)
+                tqdm.write(
+                    f"{name} has been running for {time.monotonic() - started:.0f} s, now in {where}", file=stderr
+                )
             delay *= 2
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
