@@ -1,12 +1,16 @@
 """A custom reward may change any setting of its process. Training must not notice.
 
-Training's bytes depend on torch's settings, and its files, signals and messages on Python's and the system's. So the
-reward gets settings of its own: they are put in place before its module is imported and before each call, and training's
-are put back afterwards. What the reward sets stays set for it, as in a script; only what a message or a file of
-training's needs is never lent out.
+Training's bytes depend on torch's settings; its files, messages and orderly end depend on those of Python and the system.
+So each reward has settings of its own. They are put in place before its module is imported and before each call, and
+training's are put back afterwards. What a reward sets stays set for it, as in a script: it may set up at its import, or at
+its first call, what later calls rely on.
 
-Not kept apart: what C code keeps to itself, torch's interop threads (which torch sets once and for all), functions of
-other modules that the reward replaces, files that it deletes, and threads and processes that it leaves running.
+Three things are put back and not kept for the reward: random numbers, timers, and the file descriptors of stdin, stdout and
+stderr.
+
+Not kept apart: what C code keeps to itself, torch's interop threads (which can be set once only), the default tensor type of
+CUDA (deprecated), functions of other modules that the reward replaces, files that it deletes, hard limits that it lowers, and
+threads and processes that it leaves running.
 """
 
 import contextlib
