@@ -152,7 +152,7 @@ def identify(params: dict[str, Any], committed: dict[str, Any]) -> Experiment | 
     return None
 
 
-def collapsed(history: pd.DataFrame, steps: int, difference: dict[str, float]) -> list[str]:
+def collapsed(history: pd.DataFrame, steps: int, difference: dict[str, float | None]) -> list[str]:
     """How a run has collapsed; empty if it has not.
 
     entropy   mean of the last WINDOW steps below a tenth of the first step's, or no number
@@ -166,7 +166,7 @@ def collapsed(history: pd.DataFrame, steps: int, difference: dict[str, float]) -
         "entropy": not end["entropy"] >= 0.1 * history["entropy"].iloc[0],
         "distinct": end["distinct_completions"] < 0.1,
         "empty": end["empty_share"] > 0.5,
-        "reward": difference["high"] < 0,
+        "reward": (difference["high"] or 0.0) < 0,  # none: one held-out prompt
         "stopped": len(history) < steps,
     }
     return [name for name, holds in signs.items() if holds]

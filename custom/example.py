@@ -1,4 +1,8 @@
-"""An example of a reward of your own: `dvc exp run -S reward=questions`."""
+"""An example of a reward of your own: `dvc exp run -S reward=questions`.
+
+It is called with all completions of a batch at once, and a prompt for each. Other files of this folder can be imported:
+`from custom import another`, or `import another`.
+"""
 
 
 def questions(prompts: list[str], completions: list[str]) -> list[float]:

@@ -18,7 +18,9 @@ from typing import Any
 
 from pipeline import params as parameters
 from pipeline.errors import UserError, run_stage
-from pipeline.io.artifacts import atomic_folder, folder_digests, read_json, read_jsonl, sha256, write_json
+from pipeline.io.artifacts import (
+    atomic_folder, folder_digests, read_json, read_jsonl, sha256, why_unwatched, write_json,
+)  # fmt: skip
 from pipeline.io.hub import drop_damaged, from_hub
 from pipeline.io.modelfiles import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.params import Encoder, Model, Params
@@ -180,16 +182,17 @@ def _in_directory(key: str, table: Model | Encoder) -> tuple[Path, dict[str, Any
         raise UserError(f"{key}.source = {table.source!r}: no such directory")
     name = folder.name if folder.is_absolute() else folder.as_posix()  # the manifest is the same on every machine
     expected = table.manifest_sha256 if isinstance(table, Model) else None
-    if expected is None and any(folder.resolve().is_relative_to(root.resolve()) for root in WATCHED):
+    reason = why_unwatched(folder, WATCHED)
+    if expected is None and reason is None:
         return folder, {"origin": name, "revision": None, "commit": None}
     places = " or ".join(f"{root}/" for root in WATCHED)
     if isinstance(table, Encoder):
-        raise UserError(f"{key}.source = {table.source!r}: should lie in {places}: DVC notices no edit elsewhere")
+        raise UserError(f"{key}.source = {table.source!r}: should lie in {places}: {reason}")
     found = listing_digest(folder, choose(folder, key))
     if expected is None:
         raise UserError(
-            f"{key}.source = {table.source!r}: DVC notices no edit outside {places}: move it there, or fix its content "
-            f"with {key}.manifest_sha256 = {found}"
+            f"{key}.source = {table.source!r}: should lie in {places}: {reason}; or fix its content with "
+            f"{key}.manifest_sha256 = {found}"
         )
     if expected != found:
         raise UserError(f"{key}.manifest_sha256: the files of {table.source} have the digest {found}, not {expected}")

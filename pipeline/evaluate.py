@@ -48,9 +48,8 @@ def main() -> None:
     write_json(REPORTS / "measured.json", measured(params))
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
-    print(
-        f"held-out {params.reward}: {mean:+.4f} (95% interval {low:+.4f} to {high:+.4f}) over the untouched checkpoint"
-    )
+    sure = "one prompt, no interval" if low is None else f"95% interval {low:+.4f} to {high:+.4f}"
+    print(f"held-out {params.reward}: {mean:+.4f} ({sure}) over the untouched checkpoint")
 
 
 def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -83,7 +82,7 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     for name, reward in rewards.items():
         both = torch.tensor([reward(repeated, texts[which]) for which in NAMES], dtype=torch.float64)
         scores[name] = both.view(2, len(prompts), group)
-        metrics[name] = compare(name, scores[name], params)
+        metrics[name] = compare(scores[name], params)
     rows = [
         {
             "prompt": prompt, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
@@ -155,15 +154,14 @@ def measure(
     return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
 
 
-def compare(name: str, rewards: Tensor, params: Params) -> dict[str, Any]:
-    """Means with 95% intervals of both policies and of the paired difference; prompts are the unit that is resampled.
+def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
+    """Means with 95% intervals of both policies and of the paired difference; prompts are the unit that is resampled;
+    of one prompt there is no interval.
 
     rewards [2, B, G]: checkpoint, policy. win_rate: share of pairs in which the policy's reward is higher, ties half.
     """
     checkpoint, policy = rewards.mean(2)  # [B]
     wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()
-    if not torch.isfinite(rewards.sum()):
-        raise UserError(f"reward {name}: values up to {rewards.abs().max():.3g} have no finite mean; scale them down")
     pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
     drawn = generator(params.seed, 0, "bootstrap")
     indices = torch.randint(len(checkpoint), (params.evaluate.bootstrap, len(checkpoint)), generator=drawn)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import params as parameters
 from pipeline.errors import UserError, run_stage
-from pipeline.io.artifacts import atomic_path, write_json, write_jsonl
+from pipeline.io.artifacts import atomic_path, why_unwatched, write_json, write_jsonl
 from pipeline.io.hub import DamagedError, drop_damaged, from_hub
 from pipeline.params import PromptSet
 
@@ -135,9 +135,9 @@ def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Itera
     source = Path(str(rules.source))
     if not os.path.isdir(source):  # pathlib raises for a name that no file system takes
         raise UserError(f"{key}.source = {rules.source!r}: no such directory")
-    if not any(source.resolve().is_relative_to(Path(folder).resolve()) for folder in WATCHED):
+    if reason := why_unwatched(source, WATCHED):
         folders = " or ".join(f"{folder}/" for folder in WATCHED)
-        raise UserError(f"{key}.source = {rules.source!r}: should lie in {folders}: DVC notices no edit elsewhere")
+        raise UserError(f"{key}.source = {rules.source!r}: should lie in {folders}: {reason}")
 
     def read_split(split: str) -> tuple[str, Iterable[Located]]:
         names = [f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]

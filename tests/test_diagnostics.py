@@ -248,3 +248,8 @@ def test_the_bootstrap_interval_of_a_mean() -> None:
     assert measured["high"] == pytest.approx(measured["mean"] + 1.96 * error, abs=0.1 * error)
     means = values.numpy()[indices.numpy()].mean(1)
     assert [measured["low"], measured["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), rel=1e-9)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    one = interval(torch.tensor([2.5]), torch.zeros(100, 1, dtype=torch.int64))
+    assert one == {"mean": 2.5, "low": None, "high": None}

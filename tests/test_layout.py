@@ -296,7 +296,7 @@ SERVE = ("http.server", "socketserver", "xmlrpc", "asyncio", "requests", "urllib
 RUN = {"run", "Popen", "call", "check_call", "check_output", "execv", "execve", "execvp", "spawnv", "posix_spawn"}
 # file -> what it alone may do, and why
 EXCEPTIONS = {
-    "pipeline.rewards.custom": {"exec_module"},  # the user's own reward, from custom/
+    "pipeline.rewards.custom": {"import_module"},  # the user's own reward, from custom/
     "pipeline.io.checkpoints": {"torch.save"},  # read with weights_only=True
 }
 

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 from matplotlib import font_manager, get_data_path, rcParams
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from pipeline import plot
 from pipeline.errors import UserError
-from pipeline.report import figures, inputs, page, style
+from pipeline.report import cured, figures, inputs, page, style
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = [
@@ -289,6 +290,29 @@ def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
     data = inputs.load(folder)
     made = {name: style.png(figure) for name, figure in plot.draw(data).items() if name in ("reward", "evaluate")}
     assert "undefined" in page.render(data, made)
+
+
+def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
+    folder = reports(tmp_path / "reports", collapsed=True)
+    path = folder / "evaluate/metrics.json"
+    metrics = json.loads(path.read_text())
+    for name in ("embedding", "length", "words"):
+        for part in ("checkpoint", "policy", "difference"):
+            metrics[name][part] |= {"low": None, "high": None}
+    path.write_text(json.dumps(metrics))
+    data = inputs.load(folder)
+    drawn = plot.draw(data)
+    for name in ("reward", "evaluate"):
+        texts = [text.get_text() for text in drawn[name].findobj(Text)]
+        assert not [text for text in texts if "interval" in text]
+        assert any("one prompt" in text for text in texts)
+    left = drawn["evaluate"].axes[0]
+    assert [list(line.get_xdata()) for line in left.lines] == [[0, 0], pytest.approx([-5.4])]
+    assert "undefined" not in [text.get_text() for text in left.texts]
+    pages = [page.render(data, dict.fromkeys(drawn, b"")), cured.render(data, data, b"", "cure-1", "dvc exp run")]
+    for made in pages:
+        assert "interval" not in re.sub("<(script|style).*?</(script|style)>", "", made, flags=re.DOTALL)
+        assert "one held-out prompt" in made
 
 
 @pytest.mark.parametrize("collapsed", [False, True])

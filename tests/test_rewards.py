@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.params import Reward as Table
 from pipeline.rewards import build as build_module
 from pipeline.rewards.build import Reward, build_reward
-from pipeline.rewards.custom import check_custom
+from pipeline.rewards.custom import check_custom, custom_reward
 from tests.conftest import Project
 from tests.faults import fault, rounds
 from tests.models import PARAMS
@@ -201,6 +201,7 @@ def refused(action: Callable[[], Any]) -> str:
         ("def reward(prompts, completions, *, scale): ...", {"scale": 2}, None),
         ("import functools\nreward = functools.partial(max, key=1)", {"any": 2}, None),
         ("from somewhere import reward", {"any": 2}, None),
+        ("async def reward(prompts, completions): ...", {}, "it is an async function"),
         ("from somewhere import *", {}, None),
         ("class reward: ...", {"any": 2}, None),
         ("@decorated\ndef reward(prompts, completions): ...", {"any": 2}, None),
@@ -239,20 +240,27 @@ def reward(prompts, completions, weight):
 
 
 SEQUENCES = ["[1, 2.5]", "(1, 2.5)", "np.array([1, 2.5], dtype=np.float32)", "torch.tensor([1, 2.5])"]
+BOOLEANS = [
+    "[True, False]", "np.array([True, False])", "[np.True_, np.False_]", "torch.tensor([True, False])",
+    "[torch.tensor(True), torch.tensor([False])]", "(len(c) == 1 for c in completions)",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("values", SEQUENCES)
-def test_a_custom_reward_may_return_any_sequence_of_numbers(custom: Callable[..., Reward], values: str) -> None:
+@pytest.mark.parametrize(
+    ("values", "expected"), [*((text, [1.0, 2.5]) for text in SEQUENCES), *((text, [1.0, 0.0]) for text in BOOLEANS)]
+)
+def test_a_custom_reward_may_return_any_sequence_of_numbers_or_booleans(
+    custom: Callable[..., Reward], values: str, expected: list[float]
+) -> None:
     reward = custom(f"import numpy as np, torch\ndef reward(prompts, completions):\n    return {values}\n")
-    result = reward(["", ""], ["a", "b"])
-    assert result == [1.0, 2.5]
+    result = reward(["", ""], ["a", "bc"])
+    assert result == expected
     assert {type(value) for value in result} == {float}
 
 
 BAD_VALUES = {
     "nan": "[1, float('nan')]", "infinity": "[1, float('inf')]", "minus infinity": "[1, -float('inf')]",
-    "string": "[1, '2']", "none inside": "[1, None]", "list inside": "[1, [2]]", "bool": "[1, True]",
-    "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "unprintable": "[1, 10 ** 5000]", "column": "np.ones((2, 1))",
+    "string": "[1, '2']", "none inside": "[1, None]", "list inside": "[1, [2]]", "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "unprintable": "[1, 10 ** 5000]", "column": "np.ones((2, 1))",
 }  # fmt: skip
 
 
@@ -342,19 +350,27 @@ def test_a_custom_reward_that_is_not_there(
         assert all(part in line for part in expected), line
 
 
+@pytest.mark.parametrize("place", ["custom/mine.py", "custom"])
+def test_a_link_in_its_folder_is_as_good_as_a_file(tmp_path: Path, custom: Callable[..., Reward], place: str) -> None:
+    """`dvc add` with cache.type symlink makes links; DVC reads through those to files, and through its own dependency."""
+    custom("def reward(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
+    (tmp_path / place).rename(tmp_path / "elsewhere")
+    (tmp_path / place).symlink_to(tmp_path / "elsewhere")
+    assert build(kind="custom", function="custom/mine.py:reward", params={})([""], ["abc"]) == [3]
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("link", ["custom/mine.py", "custom/inner"])
-def test_a_custom_reward_outside_its_folder_is_refused(
-    tmp_path: Path, custom: Callable[..., Reward], link: str
-) -> None:
-    """Through a link: params.yaml itself takes no `..`."""
+def test_a_custom_reward_behind_a_linked_folder_is_refused(tmp_path: Path, custom: Callable[..., Reward]) -> None:
+    """DVC does not look into it: an edit would go unnoticed. (params.yaml itself takes no `..`.)"""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/mine.py").write_text("raise SystemExit('this must not run')\n")
-    (tmp_path / link).symlink_to(tmp_path / "elsewhere" / ("" if link.endswith("inner") else "mine.py"))
-    function = "custom/inner/mine.py:reward" if link.endswith("inner") else "custom/mine.py:reward"
+    (tmp_path / "custom/inner").symlink_to(tmp_path / "elsewhere")
     with fault("custom reward outside its folder"):
-        line = refused(lambda: build(kind="custom", function=function, params={}))
-        assert "the file must lie in custom/" in line
+        line = refused(lambda: build(kind="custom", function="custom/inner/mine.py:reward", params={}))
+        assert "the file must lie in custom/: custom/inner is a link to a folder" in line
+    with fault("custom reward outside its folder"):
+        line = refused(lambda: custom_reward("custom/../elsewhere/mine.py:reward", {}))
+        assert "the file must lie in custom/: DVC notices no edit elsewhere" in line
 
 
 ODD = st.one_of(
@@ -377,7 +393,7 @@ def test_whatever_a_reward_returns_becomes_finite_numbers_or_one_line(
     except TypeError:  # unhashable: no dict can be made of them
         returned = values
     with fault("custom reward that returns random values"):
-        reward, result, line = build_module._checked("mine", lambda *_: returned), None, ""
+        reward, result, line = build_module._checked("mine", lambda *_: returned, build_module.LARGEST), None, ""
         try:
             result = reward([""] * count, ["a"] * count)
         except UserError as error:
@@ -386,7 +402,7 @@ def test_whatever_a_reward_returns_becomes_finite_numbers_or_one_line(
             assert "mine returned" in line
         else:
             assert len(result) == len(values) == count
-            assert all(type(number) is float and math.isfinite(number) for number in result)
+            assert all(type(number) is float and abs(number) <= build_module.LARGEST for number in result)
             assert result == [float(value) for value in values]
 
 
@@ -414,11 +430,23 @@ def test_a_bad_custom_term_of_a_sum_is_refused_too(custom: Callable[..., Reward]
     assert "not a finite number" in refused(lambda: reward([""], ["a"]))
 
 
-def test_a_sum_that_overflows_is_refused(custom: Callable[..., Reward]) -> None:
+@pytest.mark.parametrize("value", [1e30, -1e200, 1.7e308, 10**15])
+def test_a_reward_that_is_too_large_is_refused_with_the_largest_that_works(
+    custom: Callable[..., Reward], value: float
+) -> None:
+    reward = custom(f"def reward(prompts, completions):\n    return [1e12, {value!r}]\n")
+    line = refused(lambda: reward(["", ""], ["first", "second"]))
+    assert line == f"reward mine returned {value!r} for 'second': the largest size that works is 1e+12; scale it down"
+
+
+def test_what_a_sum_scales_down_may_be_larger(custom: Callable[..., Reward]) -> None:
     custom("def reward(prompts, completions):\n    return [1e308]\n")
     term = {"kind": "custom", "function": "custom/mine.py:reward"}
-    reward = build(kind="sum", terms=[{"weight": 10.0, "reward": term}])
-    assert "not a finite number" in refused(lambda: reward([""], ["a"]))
+    assert build(kind="sum", terms=[{"weight": 1e-300, "reward": term}])([""], ["a"]) == [1e308 * 1e-300]
+    with pytest.raises(UserError, match="returned 1e\\+308 for 'a': the largest size"):
+        build(kind="sum", terms=[{"weight": 1.0, "reward": term}])([""], ["a"])
+    with pytest.raises(UserError, match="returned inf for 'a', not a finite number"):
+        build(kind="sum", terms=[{"weight": 10.0, "reward": term}])([""], ["a"])
 
 
 def test_numpy_scalars_are_numbers(custom: Callable[..., Reward]) -> None:

@@ -29,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.io import checkpoints
 from pipeline.io.artifacts import read_csv
 from pipeline.policy.sampling import Rollout
+from pipeline.rewards.build import LARGEST
 from tests.conftest import Project
 from tests.faults import fault, rounds
 from tests.repositories import write_pythia
@@ -504,14 +505,13 @@ def test_editing_a_custom_reward_is_another_run(here: Project) -> None:
     assert len([path for path in (here.root / ".checkpoints").iterdir() if path.is_dir()]) == 2
 
 
+INFINITE = 1e40  # in float32: the loss is infinite with such a coefficient
+
+
 @pytest.mark.parametrize(("choice", "rows"), [("stop", 1), ("skip", 6)])
 def test_a_non_finite_loss_is_never_applied(here: Project, choice: str, rows: int) -> None:
-    """Rewards too large for float32 make the loss infinite: the policy must stay what the checkpoint is."""
-    code = "def f(prompts, completions):\n    return [1e200 * i for i in range(len(completions))]\n"
-    (here.root / "custom/mine.py").write_text(code)
-    here.edit(
-        reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__on_nonfinite=choice
-    )
+    """A coefficient too large for float32 makes the loss infinite: the policy must stay what the checkpoint is."""
+    here.edit(recipes__stable__entropy_coef=INFINITE, train__on_nonfinite=choice)
     train.main()
     assert [row["nonfinite"] for row in history(here)] == [1.0] * rows
     summary: dict[str, Any] = json.loads((here.root / "reports/train/summary.json").read_text())
@@ -529,12 +529,10 @@ def test_a_policy_that_its_last_update_broke_is_no_healthy_one(
     here: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its weights are finite, and so large that what it says is not: no further step would show that."""
-    code = "def f(prompts, completions):\n    return [1e15 * i for i in range(len(completions))]\n"
-    (here.root / "custom/mine.py").write_text(code)
-    here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__steps=1)
-    here.keep_rewards("mine")
+    here.keep_rewards("length")
+    here.edit(train__steps=1)
     here.edit(**{f"recipes__stable__{key}": value for key, value in
-                 {"optimizer": "sgd", "lr": 1000.0, "max_grad_norm": 0, "advantage_norm": "none"}.items()})  # fmt: skip
+                 {"optimizer": "sgd", "lr": 1000.0, "max_grad_norm": 0, "entropy_coef": 1e16}.items()})  # fmt: skip
     train.main()
     (row,) = history(here)
     assert row["nonfinite"] == 0, "the update itself was finite"
@@ -651,6 +649,16 @@ def test_a_misaligned_objective_shows_at_step_0(here: Project) -> None:
     assert history(here)[0]["logprob_gap"] > 0.1
 
 
+def test_one_held_out_prompt_is_said_to_have_no_interval(here: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    here.keep_rewards("length")
+    here.edit(train__steps=1, evaluate__prompts=1)
+    train.main()
+    evaluate.main()
+    assert "(one prompt, no interval) over the untouched checkpoint" in capsys.readouterr().out
+    metrics = json.loads((here.root / "reports/evaluate/metrics.json").read_text())
+    assert [metrics["length"][part]["low"] for part in ("checkpoint", "policy", "difference")] == [None] * 3
+
+
 def test_evaluate_gives_an_unchanged_policy_the_same_completions(here: Project) -> None:
     """The same random numbers for both: with a learning rate of (almost) nothing every pair is equal."""
     here.edit(train__steps=1, recipes__stable__lr=1e-30)
@@ -685,9 +693,7 @@ def test_a_forced_run_trains_anew_each_time(here: Project, capsys: pytest.Captur
 
 
 def test_a_forced_run_that_stopped_early_trains_anew(here: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    code = "def f(prompts, completions):\n    return [1e200 * i for i in range(len(completions))]\n"
-    (here.root / "custom/mine.py").write_text(code)
-    here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
+    here.edit(recipes__stable__entropy_coef=INFINITE)
     train.main()
     digest = hashlib.md5(contents(here)["reports/train/run.json"]).hexdigest()
     (here.root / "dvc.lock").write_text(
@@ -744,14 +750,76 @@ def test_empty_completions_are_seen_where_the_reward_reads_special_tokens(
     assert {row["policy"] for row in rows} == {"<|endoftext|>"}
 
 
-def test_rewards_without_a_finite_mean_are_one_line_in_evaluate(here: Project) -> None:
-    here.edit(train__steps=1)
+# all that a reward may do to its process, by each call and by its import
+CHANGES = """
+import gc, locale, os, random, signal, sys, tempfile, warnings
+import numpy as np, torch
+
+held = []
+
+def change():
+    random.seed(1); np.random.seed(1); torch.manual_seed(1)
+    os.chdir(tempfile.gettempdir())
+    os.environ.clear()
+    os.umask(0o777)
+    sys.path.clear()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    warnings.simplefilter("error")
+    gc.disable()
+    np.seterr(all="raise")
+    torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.mkldnn.enabled = False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.autograd.set_detect_anomaly(True)
+    torch.set_grad_enabled(False)
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        mode.__enter__()
+        held.append(mode)
+    sys.stdout.close()
+    sys.stderr.close()
+
+change()
+
+def f(prompts, completions):
+    change()
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_policy_does_not_depend_on_what_a_reward_does_to_its_process(here: Project, precision: str) -> None:
+    table = {"kind": "custom", "function": "custom/mine.py:f"}
+    here.edit(reward="mine", rewards__mine=table, train__steps=3, recipes__stable__precision=precision)
+    made = []
+    for code in ("def f(prompts, completions):\n    return [float(len(c)) for c in completions]\n", CHANGES):
+        (here.root / "custom/mine.py").write_text(code)
+        train.main()
+        files = contents(here)
+        files.pop("reports/train/run.json")  # names the reward's digest
+        made.append(files)
+        forget(here)
+    assert made[0] == made[1]
+    assert {"reports/train/history.csv", "data/policy/model.safetensors"} <= made[0].keys()
+
+
+@pytest.mark.parametrize("recipe", ["stable", "notebook"])
+@pytest.mark.parametrize("size", [LARGEST, 5e-324])
+def test_a_reward_of_any_size_that_is_taken_trains(here: Project, recipe: str, size: float) -> None:
+    code = f"def f(prompts, completions):\n    return [{size} * (-1) ** i for i in range(len(completions))]\n"
+    (here.root / "custom/mine.py").write_text(code)
+    here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, recipe=recipe)
     train.main()
-    (here.root / "custom/mine.py").write_text("def f(prompts, completions):\n    return [1.7e308] * len(completions)\n")
-    here.edit(rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
-    with pytest.raises(UserError, match=r"reward mine: values up to 1\.7e"):
-        evaluate.main()
-    assert not (here.root / "reports/evaluate").exists()
+    rows = history(here)
+    assert [(row["nonfinite"], row["nonfinite_logprobs"]) for row in rows] == [(0, 0)] * 6
+    assert "numeric" not in [finding.kind for finding in diagnosed(here)]
+    if size == LARGEST:  # Adam's steps do not depend on a gradient's size
+        assert all(row["relative_update"] > 0 for row in rows)
 
 
 @pytest.mark.usefixtures("torch_as_before")

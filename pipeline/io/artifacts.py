@@ -144,3 +144,23 @@ def folder_digests(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder` but Python's caches, by relative POSIX path, sorted."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def why_unwatched(path: Path, roots: Iterable[Path]) -> str | None:
+    """Why DVC, which watches the folders `roots`, would notice no edit of `path`; None where it would.
+
+    DVC reads through links to files, and through `roots` themselves, but looks into no link to a folder below them.
+    """
+    for root in roots:
+        if path.resolve().is_relative_to(root.resolve()):
+            return None
+        written, folder = Path(os.path.abspath(path)), Path(os.path.abspath(root))
+        if ".." in path.parts or not written.is_relative_to(folder):
+            continue
+        between = [written, *written.parents][: len(written.parts) - len(folder.parts)]
+        linked = [place for place in between if place.is_symlink() and place.is_dir()]
+        if not linked:
+            return None
+        name = root / linked[-1].relative_to(folder)
+        return f"{name} is a link to a folder, into which DVC does not look; copy it, or link its files (`cp -rs`)"
+    return "DVC notices no edit elsewhere"

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as a request to end in an orderly way."""
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,13 +9,21 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list."""
+    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list. A second one does
+    what it would do without this. So does SIGTERM to a process that a reward forked, which leaves Ctrl-C to us."""
     received: list[int] = []
+    owner = os.getpid()
 
     def note(number: int, _: object) -> None:
+        forked = os.getpid() != owner
+        if forked and number == signal.SIGINT:  # a terminal sends it to all; the step in progress needs its workers
+            return
+        if number in received or forked:  # multiprocessing.Pool ends its workers by SIGTERM
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+            return
         print("stopping after this step; once more stops at once", file=sys.stderr)
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -8,7 +8,16 @@ from markupsafe import Markup
 
 from pipeline.report.browser import NUMBERS, key_numbers
 from pipeline.report.inputs import Inputs
-from pipeline.report.page import OPEN_EXAMPLES, command_of, environment, examples, policy_for, text_rows, treated
+from pipeline.report.page import (
+    OPEN_EXAMPLES,
+    command_of,
+    environment,
+    examples,
+    has_intervals,
+    policy_for,
+    text_rows,
+    treated,
+)
 from pipeline.report.words import MEANING
 
 CAPTION = (
@@ -69,6 +78,7 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str, command: 
                 collapsed.rewards[reward]["checkpoint"] != after.rewards[reward]["checkpoint"] for reward in rewards
             ),
             trained=collapsed.trained,
+            intervals=has_intervals(collapsed),
             text=statistics(collapsed, after),
             examples=beside(collapsed, after),
             open_examples=OPEN_EXAMPLES,

@@ -99,7 +99,7 @@ def _legend(axes: Axes, handles: dict[str, Any]) -> None:
 
 
 def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
-    """Both held-out means with 95% intervals in a narrow panel; the untouched one as a line through the run."""
+    """Both held-out means with their intervals in a narrow panel; the untouched one as a line through the run."""
     for place, (who, colour) in enumerate((("checkpoint", INK), ("policy", BLUE))):
         mean, low, high = (held_out[who][name] for name in ("mean", "low", "high"))
         if mean is None:
@@ -114,7 +114,8 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
             _untouched(panel, held_out["checkpoint"]["mean"])
     side.set_xlim(-0.6, 1.6)
     side.set_xticks([0, 1], ["untouched", "trained"], color=INK)
-    side.set_xlabel("held-out, 95% interval", fontsize=12)
+    one_prompt = held_out["policy"]["mean"] is not None and held_out["policy"]["low"] is None
+    side.set_xlabel("held-out, one prompt" if one_prompt else "held-out, 95% interval", fontsize=12)
     side.grid(axis="x", visible=False)
     side.tick_params(left=False)
     side.spines.left.set_visible(False)

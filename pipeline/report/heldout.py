@@ -22,23 +22,27 @@ def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any]) -> Figu
     for (left, right), name in zip(grid, names, strict=True):
         _difference(left, metrics[name], name + (" (trained)" if name == trained else ""))
         _win_rate(right, metrics[name]["win_rate"])
-    grid[-1][0].set_xlabel("difference of means with 95% interval, units of each reward")
+    intervals = any(metric["difference"]["low"] is not None for metric in metrics.values())
+    words = "difference of means with 95% interval" if intervals else "difference of means on one prompt"
+    grid[-1][0].set_xlabel(f"{words}, units of each reward")
     grid[-1][1].set_xlabel("win rate, %")
     return figure
 
 
 def _difference(axes: Axes, metric: dict[str, Any], label: str) -> None:
-    """A point with its interval beside zero: filled where the interval leaves zero out."""
+    """A point with its interval beside zero: filled where the interval leaves zero out. Of one prompt there is none."""
     mean, low, high = (metric["difference"][name] for name in ("mean", "low", "high"))
     means = " → ".join(signed(metric[who]["mean"]) for who in ("checkpoint", "policy"))
     axes.set_title(label, fontweight="bold", pad=7)
     axes.set_title(f"mean {means}", loc="right", color=GREY, fontsize=12, pad=7)
     axes.axvline(0, color=GREY, linewidth=1.4)
-    if mean is not None and low is not None and high is not None:
-        colour = BLUE if low > 0 else RED if high < 0 else GREY
-        axes.plot([low, high], [0, 0], color=colour, linewidth=7, alpha=0.4, solid_capstyle="butt")
+    if mean is not None:
+        colour, ends = INK, [mean]
+        if low is not None and high is not None:
+            colour, ends = BLUE if low > 0 else RED if high < 0 else GREY, [low, high, mean]
+            axes.plot([low, high], [0, 0], color=colour, linewidth=7, alpha=0.4, solid_capstyle="butt")
         axes.plot(mean, 0, "o", color=colour, markersize=11, markerfacecolor="white" if colour == GREY else colour)
-        reach = 1.25 * max(abs(low), abs(high), abs(mean)) or 1.0
+        reach = 1.25 * max(map(abs, ends)) or 1.0
         axes.set_xlim(-reach, reach)
         words = f"{'+' if mean > 0 else ''}{signed(mean)}"
         axes.annotate(words, (mean, 0), (0, 12), textcoords="offset points", ha="center", color=colour, bbox=LABEL)

@@ -31,8 +31,14 @@ CAPTIONS = {
     "collapse": "Each panel watches one way to fall apart; dotted lines are the untouched checkpoint at step 0. "
     "A logprob gap above rounding at step 0 means that the loss does not score the tokens that were sampled.",
     "evaluate": "Both models on the same held-out prompts with the same random numbers, for every reward, "
-    "each on its own scale; a hollow grey point has an interval that includes zero.",
+    "each on its own scale",
 }
+HOLLOW = "; a hollow grey point has an interval that includes zero"
+
+
+def has_intervals(inputs: Inputs) -> bool:
+    """Not on one held-out prompt, which tells nothing about others."""
+    return any(metric["difference"]["low"] is not None for metric in inputs.rewards.values())
 
 
 def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
@@ -40,6 +46,8 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
     folder = resources.files("pipeline.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "browser.js"))
     browser = browser_data(inputs)
+    intervals = has_intervals(inputs)
+    captions = CAPTIONS | {"evaluate": f"{CAPTIONS['evaluate']}{HOLLOW if intervals else ''}."}
     params = inputs.run["params"]
     return (
         environment()
@@ -59,9 +67,10 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             numbers=NUMBERS,
             key_numbers=key_numbers(inputs),
             meaning=MEANING,
-            figures=[(name, CAPTIONS[name], base64.b64encode(content).decode()) for name, content in figures.items()],
+            figures=[(name, captions[name], base64.b64encode(content).decode()) for name, content in figures.items()],
             rewards=sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0])),
             trained=inputs.trained,
+            intervals=intervals,
             text=text_rows(inputs),
             prepare=list(flatten(inputs.prepare)),
             examples=[(row["prompt"], sides(row, inputs.trained)) for row in examples(inputs.completions)],

@@ -6,7 +6,7 @@ from typing_extensions import TypedDict  # what pydantic asks for below Python 3
 
 
 class Interval(TypedDict):
-    """A mean with its bootstrap 95% interval; None is undefined."""
+    """A mean with its bootstrap 95% interval; None is undefined, as the interval of one prompt."""
 
     mean: float | None
     low: float | None

@@ -7,6 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.errors import UserError
@@ -15,6 +16,9 @@ from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward
 
+# Gradients are float32, and Adam and their norm need the squares, which end at 3e38. A gradient is a reward times how much
+# the log-probability of a completion changes with a weight: this leaves seven digits for that.
+LARGEST = 1e12
 NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but not over rewards in the order of the completions
 Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completions [N]) -> rewards [N]
 
@@ -22,10 +26,12 @@ Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completi
 def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> Reward:
     """The reward that a table describes; what it returns is checked on every call.
 
-    Raises UserError, at once or on a call, for a custom reward that is missing or does not keep to its convention.
+    Raises UserError, at once or on a call, for a custom reward that is missing or does not keep to its convention, and
+    for values beyond LARGEST.
     """
-    weighted = isinstance(table, SumReward)
-    return _checked(name, _weighted_sum(name, table, encoder, device) if weighted else _plain(table, encoder, device))
+    if isinstance(table, SumReward):
+        return _checked(name, _weighted_sum(name, table, encoder, device), LARGEST)
+    return _checked(name, _plain(table, encoder, device), LARGEST)
 
 
 def _plain(table: Any, encoder: Path, device: torch.device) -> Reward:
@@ -43,7 +49,7 @@ def _plain(table: Any, encoder: Path, device: torch.device) -> Reward:
 
 def _weighted_sum(name: str, table: SumReward, encoder: Path, device: torch.device) -> Reward:
     """R(y) = sum_k weight_k R_k(y)."""
-    terms = [(term.weight, build_reward(name, term.reward, encoder, device)) for term in table.terms]
+    terms = [(term.weight, _checked(name, _plain(term.reward, encoder, device))) for term in table.terms]
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         scored = [(weight, function(prompts, completions)) for weight, function in terms]
@@ -52,11 +58,14 @@ def _weighted_sum(name: str, table: SumReward, encoder: Path, device: torch.devi
     return reward
 
 
-def _is_finite(value: Any) -> bool:
+def _number(value: Any) -> float:
+    """A number or a boolean, also numpy's or torch's; NaN for anything else."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
     try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if isinstance(value, Real | np.bool_) else math.nan
     except OverflowError:  # an integer beyond float's range
-        return False
+        return math.inf
 
 
 def _shown(value: Any) -> str:
@@ -66,7 +75,7 @@ def _shown(value: Any) -> str:
         return f"an unprintable {type(value).__name__}"
 
 
-def _checked(name: str, reward: Reward) -> Reward:
+def _checked(name: str, reward: Reward, largest: float = math.inf) -> Reward:
     def checked(prompts: list[str], completions: list[str]) -> list[float]:
         values = reward(list(prompts), list(completions))  # copies: a user's function may edit what it is given
         kind = type(values).__name__
@@ -78,10 +87,14 @@ def _checked(name: str, reward: Reward) -> Reward:
             raise UserError(f"reward {name} returned {kind}, not a list of numbers: {error}") from error
         if len(values) != len(completions):
             raise UserError(f"reward {name} returned {len(values)} values for {len(completions)} completions")
-        for value, completion in zip(values, completions, strict=True):
-            number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-            if not _is_finite(number):
-                raise UserError(f"reward {name} returned {_shown(value)} for {completion[:60]!r}, not a finite number")
-        return [float(value) for value in values]
+        numbers = [_number(value) for value in values]
+        for number, value, completion in zip(numbers, values, completions, strict=True):
+            if math.isfinite(number) and abs(number) <= largest:
+                continue
+            wrong = f": the largest size that works is {largest:g}; scale it down"
+            if not math.isfinite(number):
+                wrong = ", not a finite number"
+            raise UserError(f"reward {name} returned {_shown(value)} for {completion[:60]!r}{wrong}")
+        return numbers
 
     return checked

@@ -1,49 +1,120 @@
 """A reward of the user's: `reward(prompts, completions, **params) -> list[float]`, the convention of trl."""
 
 import ast
-import importlib.util
+import importlib
+import inspect
 import itertools
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType, GeneratorType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError, did_you_mean
+from pipeline.io.artifacts import why_unwatched
+from pipeline.rewards.watchdog import watchdog
+
+if TYPE_CHECKING:
+    from pipeline.rewards.isolation import OwnSettings
+
+FOLDER = "custom"
+ASYNC = "it is an async function, which nobody awaits here; call it in a plain one, by asyncio.run"
+
+
+class Loaded(NamedTuple):
+    """A file of custom/ as this process imported it. Rewards of one file share it: pickle wants one of each function."""
+
+    root: Path
+    source: bytes
+    module: ModuleType
+    settings: "OwnSettings"
+
+
+_loaded: dict[str, Loaded] = {}  # by the module's name
 
 
 def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str], list[str]], list[float]]:
     """`custom/file.py:name` as a reward. Raises UserError where it is missing, cannot be imported, or, when called,
-    raises or returns other than one finite number a completion (checked by `build`)."""
+    raises or returns other than one finite number a completion (checked by `build`).
+
+    It may do what Python can. Its module has a name of its own, `custom.file`, by which child processes import it. It
+    has its own settings of the process (`isolation`). The global random numbers of random, numpy and torch are decided
+    by the call alone, its prompts, completions and parameters, and at the import by the file's name: they do not depend
+    on the calls before, so that a resumed run has the same.
+    """
     file, _, name = function.partition(":")
     path = Path(file)
     if not os.path.isfile(path):  # pathlib raises for a name that no file system takes
         raise UserError(f"reward {function}: there is no file {file}")
-    if not path.resolve().is_relative_to(Path("custom").resolve()):
-        raise UserError(f"reward {function}: the file must lie in custom/, where DVC watches it")
-    spec = importlib.util.spec_from_file_location(f"custom_reward_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # sys.exit(0) would end the stage as if it were done
-        raise UserError(f"reward {function}: importing it raised {_describe(error, path)}") from error
-    target = getattr(module, name, None)
+    if reason := why_unwatched(path, [Path(FOLDER)]):
+        raise UserError(f"reward {function}: the file must lie in {FOLDER}/: {reason}")
+    loaded = _load(function, path)
+    target = getattr(loaded.module, name, None)
     if not callable(target):
         raise UserError(f"reward {function}: {file} defines no function {name!r}")
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        try:
+        def call() -> Any:
             values = target(prompts=prompts, completions=completions, **params)
+            if not isinstance(values, Iterator):
+                return values
             # a generator raises only now, and may have no end
-            return list(itertools.islice(values, len(completions) + 1)) if isinstance(values, Iterator) else values
-        except (Exception, SystemExit) as error:
-            raise UserError(f"reward {function} raised {_describe(error, path)}") from error
+            rewards = list(itertools.islice(values, len(completions) + 1))
+            if isinstance(values, GeneratorType):
+                values.close()  # now: a `with` inside it would change settings whenever it is collected
+            return rewards
+
+        seed = json.dumps([function, params, prompts, completions])
+        values = _run(function, " raised", loaded.settings, seed, loaded.root, call)
+        if inspect.iscoroutine(values):
+            values.close()
+            raise UserError(f"reward {function}: {ASYNC}")
+        return values
 
     return reward
+
+
+def _load(function: str, path: Path) -> Loaded:
+    """The file as a module that any process can import by its name from the project's root."""
+    from pipeline.rewards.isolation import OwnSettings  # torch, which `check` does without
+
+    root, source, name = Path.cwd(), path.read_bytes(), ".".join(path.with_suffix("").parts)
+    known = _loaded.get(name)
+    if known and known.root == root and known.source == source:
+        return known
+    if known or any(other.root != root for other in _loaded.values()):  # edited, or another project, as in tests
+        _loaded.clear()
+        for other in [module for module in sys.modules if module.partition(".")[0] == FOLDER]:
+            del sys.modules[other]
+    importlib.invalidate_caches()
+    settings = OwnSettings(str(root), str(root / path.parent))  # its own folder last, for `import helper`
+    module = _run(function, ": importing it raised", settings, name, root, lambda: importlib.import_module(name))
+    if not module.__file__ or not os.path.samefile(module.__file__, path):
+        other = module.__file__ or f"a folder {name}"
+        del sys.modules[name]
+        raise UserError(f"reward {function}: Python imports {other} as {name}, not {path}; rename the file")
+    _loaded[name] = Loaded(root, source, module, settings)
+    return _loaded[name]
+
+
+def _run(
+    function: str, what: str, settings: "OwnSettings", seed: str, root: Path, call: Callable[[], Any]
+) -> Any:  # fmt: skip
+    """Calls the user's code under its own settings. Raises UserError for whatever it raises."""
+
+    def place(frame: FrameType) -> str | None:
+        return _place(root, frame.f_code.co_filename, frame.f_lineno)
+
+    with watchdog(f"reward {function}", place), settings.in_place(seed):
+        try:
+            return call()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit would end the stage as if it were done
+            raise UserError(f"reward {function}{what} {_describe(error, root)}") from error
 
 
 def check_custom(function: str, params: dict[str, Any]) -> None:
@@ -51,13 +122,15 @@ def check_custom(function: str, params: dict[str, Any]) -> None:
     function does not take. Nothing of it is run."""
     file, _, name = function.partition(":")
     try:
-        tree = ast.parse(Path(file).read_bytes())
+        tree = ast.parse(Path(file).read_bytes(), file)
     except FileNotFoundError:
         raise UserError(f"reward {function}: there is no file {file}") from None
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"reward {function}: {_describe(error, Path(file))}") from None
+        raise UserError(f"reward {function}: {_describe(error, Path.cwd())}") from None
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     found = functions.get(name)
+    if any(isinstance(node, ast.AsyncFunctionDef) and node.name == name for node in tree.body):
+        raise UserError(f"reward {function}: {ASYNC}")
     if found is None:
         if not {name, "*"} & set(_bound(tree)):
             raise UserError(f"reward {function}: {file} defines no function {name!r}{did_you_mean(name, functions)}")
@@ -79,14 +152,19 @@ def _bound(tree: ast.Module) -> Iterator[str]:
             yield node.id
 
 
-def _describe(error: BaseException, path: Path) -> str:
-    """`ValueError: text (line 3 of custom/x.py)`, the innermost line of the user's file."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name
-    ]
+def _place(root: Path, filename: str | None, line: int | None) -> str | None:
+    """`line 3 of custom/x.py`; None where the file is not the user's."""
+    file = os.path.join(root, filename or "")
+    return f"line {line} of {file[len(str(root)) + 1 :]}" if file.startswith(f"{root}/{FOLDER}/") else None
+
+
+def _describe(error: BaseException, root: Path) -> str:
+    """`ValueError: text (line 3 of custom/x.py)`, the innermost line of the user's files."""
+    places = [_place(root, frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
-        lines.append(error.lineno)
-    where = f" (line {lines[-1]} of {path})" if lines else ""
+        places.append(_place(root, error.filename, error.lineno))
+    found = [place for place in places if place]
+    where = f" ({found[-1]})" if found else ""
     try:
         return f"{type(error).__name__}: {error}{where}"
     except Exception:  # an exception of the user's whose text cannot be made
