@@ -86,7 +86,7 @@ def test_a_sweep_that_was_interrupted_ends_with_its_comparison(swept: Swept) -> 
     clone, printed, names = swept
     assert "4 experiments, 0 of them finished" in printed
     assert len(names) == 4
-    assert {re.sub("-[0-9a-f]{6}$", "", name) for name in names} == {
+    assert {re.sub("-[0-9a-f]{16}$", "", name) for name in names} == {
         "sweep-notebook-1", "sweep-notebook-2", "sweep-stable-1", "sweep-stable-2"
     }  # fmt: skip
     written = clone.read("reports/compare/table.md").partition("\n\n")[0]
@@ -187,7 +187,7 @@ def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
     said = clone("python", "-m", "pipeline.sweep", *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: 1 of 1 experiments failed: sweep-[0-9a-f]{6}; `dvc queue logs sweep-", line)
+    assert re.match(r"error: 1 of 1 experiments failed: sweep-[0-9a-f]{16}; `dvc queue logs sweep-", line)
     assert "the model's context has" in line
 
 
@@ -227,7 +227,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_change(repository: Path) -> None:
     def names(*overrides: str) -> list[str]:
-        return list(sweep.experiments(list(overrides), sweep.git("rev-parse", "HEAD")))
+        return list(sweep.experiments(list(overrides), sweep.head()))
 
     grid = ("recipe=notebook,stable", "seed=range(0,3)", "train.threads=1")
     first = names(*grid)
