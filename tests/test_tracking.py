@@ -402,8 +402,59 @@ def test_deleted_experiment_is_one_line(project):
     client, experiment = tracking.open_store()
     client.delete_experiment(experiment)
     make_reports()
-    with pytest.raises(UserError, match="mlflow experiments restore"):
+    with pytest.raises(UserError, match="mlflow experiments restore") as refused:
         track.main()
+    do_as_said(refused.value)
+    track.main()
+    assert_complete()
+
+
+def do_as_said(refused):
+    """Runs the first command that a message names."""
+    command = re.findall("`([^`]+)`", str(refused))[0]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, (command, done.stderr[-2000:])
+
+
+@pytest.mark.slow
+def test_the_command_for_an_older_store_runs(project):
+    """MLflow 3.17 upgrades those that lack a table by itself, and no real one lacks less."""
+    said = tracking.reason(OSError("Detected out-of-date database schema"))
+    assert f"`mlflow db upgrade sqlite:///{project}/mlflow.db` helps" in said
+    do_as_said(said)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("one\ntwo of it\n[SQL: SELECT 1]\n[parameters: (1,)]\n(Background on this error at: x)", "one two of it"),
+        (
+            "API request to endpoint /api/2.0/x failed with error code 407 != 200. Response body: '<html><head>"
+            "<title>ERR_CACHE_ACCESS_DENIED</title></head>'",
+            "API request to endpoint /api/2.0/x failed with error code 407 != 200. A web page was the answer: "
+            "ERR_CACHE_ACCESS_DENIED; a proxy or gateway between here and the server answers so: see HTTP_PROXY, "
+            "HTTPS_PROXY and NO_PROXY",
+        ),
+        (
+            "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x (Caused by ResponseError('too many 503 "
+            "error responses'))",
+            "503 was the answer again and again; a proxy or gateway between here and the server answers so: see "
+            "HTTP_PROXY, HTTPS_PROXY and NO_PROXY",
+        ),
+        ("failed with error code 403 != 200. Response body: 'no rights on it'", "failed with error code 403 != 200. Response body: 'no rights on it'"),
+    ],
+)  # fmt: skip
+def test_the_store_is_quoted_to_the_end_of_what_it_says(monkeypatch, error, said):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
+    assert tracking.reason(OSError(error)) == f"http://h:1: {said}"
+
+
+def test_a_long_reason_keeps_its_last_sentence(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
+    said = tracking.reason(OSError("x" * 300 + " and so on. " * 90 + "Then run it again."))
+    assert len(said) < 520
+    assert said.endswith("so on. Then run it again.")
 
 
 def test_files_of_another_run_are_refused(project):
@@ -416,10 +467,9 @@ def test_files_of_another_run_are_refused(project):
     kept = {path: path.read_bytes() for path in Path("reports").rglob("*") if path.is_file()}
 
     def refused(files, stages):
-        message = (
-            f"{files}: of another run than reports/train/summary.json; run `dvc repro`, or where that does nothing "
-        )
-        with pytest.raises(UserError, match=f"^{re.escape(message)}`dvc repro -f -s {stages} && dvc repro`$"):
+        message = f"^{re.escape(str(files))}: of another run than reports/train/summary.json; "
+        message += "`dvc checkout` brings back .*, " if stages == "train" else ""
+        with pytest.raises(UserError, match=f"{message}`dvc repro -f -s {stages} && dvc repro` makes them anew$"):
             track.main()
         for path, content in kept.items():
             path.write_bytes(content)

@@ -28,10 +28,10 @@ def raise_if_mixed(*stages: str, reports: Path = REPORTS) -> None:
     wrong = {stage: found for stage in stages if (found := _strangers(stage, run, reports))}
     if wrong:
         files = ", ".join(str(file) for found in wrong.values() for file in found)
-        raise UserError(
-            f"{files}: of another run than {summary}; run `dvc repro`, or where that does nothing "
-            f"`dvc repro -f -s {' '.join(wrong)} && dvc repro`"
-        )
+        advice = f"`dvc repro -f -s {' '.join(wrong)} && dvc repro` makes them anew"
+        if "train" in wrong:  # which takes its time
+            advice = f"`dvc checkout` brings back those of dvc.lock; where that does not help, {advice}"
+        raise UserError(f"{files}: of another run than {summary}; {advice}")
 
 
 def run_digests(summary: Path) -> dict[str, str]:

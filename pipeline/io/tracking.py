@@ -41,9 +41,9 @@ ADVICE = {
     "is not a database": "move the file away and it is made anew",
     "malformed": "move the file away and it is made anew",
     "is locked": "another process holds it: wait for it, or end it",
-    "database schema": "`mlflow db upgrade` helps an older store; move one of a newer MLflow away",
+    "database schema": "`mlflow db upgrade {store}` helps an older store; move one of a newer MLflow away",
     "Can't locate revision": "a newer MLflow made it: move the file away and it is made anew",
-}  # by what sqlite, mlflow and alembic say
+}  # by what sqlite, mlflow and alembic say; {store}: its address
 PROXY_STATUS = ("407", "502", "503", "504")  # of HTTP: what proxies and gateways answer for a server
 BETWEEN = "a proxy or gateway between here and the server answers so: see HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
 
@@ -211,6 +211,7 @@ def reason(error: BaseException) -> str:
         text = "no answer: " + re.split(r"Caused by |\] ", text)[-1]
     signs = ADVICE | ({status[0]: BETWEEN} if status and (status[1] or status[2]) in PROXY_STATUS else {})
     advice = next((f"; {advice}" for sign, advice in signs.items() if sign in str(error)), "")
+    advice = advice.replace("{store}", without_password(store_uri()))
     return cut(without_password(one_line(f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text))), 500) + advice
 
 
