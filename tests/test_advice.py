@@ -1,15 +1,13 @@
 """What a message advises helps: each test makes the state in which the message appears, and does what it says.
 
 The other commands' advice is followed where their tests are: the store's in tests/test_tracking.py and
-test_tracking_faults.py, the queue's in test_sweep.py.
+test_tracking_faults.py, the queue's in test_sweep.py, the cure's in test_cure.py.
 """
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -92,25 +90,19 @@ def test_files_of_another_run(clone: Clone) -> None:
     clone.restore()
 
 
-@pytest.mark.parametrize(
-    ("path", "text"),
-    [("reports/diagnosis.json", "{}"), ("reports/evaluate/measured.json", "[]"), ("reports/report.html", None),
-     ("reports/prepare.json", None), ("reports/figures/reward.png", "no figure")],
-)  # fmt: skip
-def test_files_that_are_missing_or_broken(clone: Clone, path: str, text: str | None) -> None:
-    for committed in (False, True):
-        (clone.root / path).unlink()
-        if text is not None:
-            (clone.root / path).write_text(text)
-        elif committed:
-            continue
+def test_files_that_are_missing_or_broken(clone: Clone) -> None:
+    (clone.root / "reports/report.html").unlink()
+    message, (command,) = refused(clone, "pipeline.track")
+    assert message.startswith("error: reports/report.html: no such file")
+    clone("bash", "-c", command)
+    for place, committed in enumerate((False, True)):
+        (clone.root / "reports/diagnosis.json").write_text("{}")
         if committed:  # DVC takes it for right
-            clone("dvc", "commit", "-q", "-f")
+            clone("dvc", "commit", "-q", "-f", "diagnose")
         message, commands = refused(clone, "pipeline.track")
-        assert path in message
-        clone("bash", "-c", commands[committed])
+        assert message.startswith("error: reports/diagnosis.json: has no cure")
+        clone("bash", "-c", commands[place])
         clone(sys.executable, "-m", "pipeline.track")
-        clone("dvc", "repro")
     clone.restore()
 
 
@@ -123,33 +115,3 @@ def test_dvc_commit_after_an_edit_counts_under_no_seed(clone: Clone) -> None:
     assert "note: HEAD: its dvc.lock names other parameters than `train` ran with" in said
     clone("git", "reset", "-q", "--hard", "HEAD~1")
     clone("dvc", "checkout", "-q")
-
-
-def test_a_cure_that_was_tried_is_made_anew(clone: Clone) -> None:
-    clone("dvc", "exp", "run", "-S", "recipe=notebook")
-    said = clone(sys.executable, "-m", "pipeline.cure")
-    name = re.findall(r"cure-[0-9a-f]{16}", said)[0]
-    clone.commit()
-    again = clone(sys.executable, "-m", "pipeline.cure")
-    (command,) = re.findall(f"{name} has been tried: `([^`]+)` makes it anew", again)
-    clone("bash", "-c", command)
-    assert "to be tried, in a folder of its own" in clone(sys.executable, "-m", "pipeline.cure")
-
-
-def test_dvcs_refusal_has_its_remedy(clone: Clone) -> None:
-    """That a command of DVC holds its lock for ever, says DVC in three paragraphs; the last one is what to do."""
-    holder = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        lock = {str(clone.root / "data/policy"): {"write": {"pid": holder.pid, "cmd": "dvc"}}}
-        (clone.root / ".dvc/tmp/rwlock").write_text(json.dumps(lock))
-        code = "from pipeline.io.command import dvc; from pipeline.errors import run_stage; import sys; sys.argv[1:] = []; "
-        code += "run_stage(lambda: dvc('checkout', 'data/policy'))"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=clone.root, env=clone.environment, capture_output=True, text=True
-        )
-        assert done.returncode == 1
-        assert re.search(r"manually remove '.*/rwlock' and try again\.$", done.stderr.strip())
-        assert done.stderr.count("\n") == 1
-    finally:
-        holder.communicate(b"\n")
-        Path(clone.root / ".dvc/tmp/rwlock").unlink()

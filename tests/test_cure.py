@@ -260,6 +260,9 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
     assert clone.ran(again) == []
     assert answer_of(again) == answer
     assert clone.read("reports/cure.html") == html
+    (remove,) = re.findall("has been tried: `([^`]+)` makes it anew", again)
+    clone("bash", "-c", remove)
+    assert "/cure-" not in clone("git", "for-each-ref", "refs/exps"), "so that the same command tries it"
 
     clone.edit(train={"steps": 4})
     assert "run `dvc repro`" in clone("python", "-m", "pipeline.cure", fails=True)
