@@ -84,11 +84,11 @@ def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
     belong_together()
 
 
-def belong_together(**measured):
+def belong_together(title="Report", **measured):
     """Makes the files those of one run, and the page and its figure show them."""
     seal(Path("reports"), **measured)
     figure = base64.b64encode(Path("reports/figures/reward.png").read_bytes()).decode()
-    write(Path("reports/report.html"), f'<h1>Report</h1><meta content="{consistency.sources()}">{figure}')
+    write(Path("reports/report.html"), f'<h1>{title}</h1><meta content="{consistency.sources()}">{figure}')
 
 
 def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
