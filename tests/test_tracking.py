@@ -591,3 +591,12 @@ def test_many_processes_open_a_new_store_at_once(project):
         client, runs = stored_runs(key)
         assert len(runs) == 1
         assert len(client.get_metric_history(runs[0].info.run_id, "train/entropy")) == 6
+
+
+def test_a_long_message_of_ours_keeps_its_advice_whole():
+    said = str(UserError("params.yaml: " + "x y " * 1000 + "is too long; run `dvc repro train`, or not"))
+    assert len(said) <= 1000
+    assert said.startswith("params.yaml: x y")
+    assert said.endswith("is too long; run `dvc repro train`, or not") or said.endswith(
+        " ... run `dvc repro train`, or not"
+    )
