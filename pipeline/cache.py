@@ -19,7 +19,13 @@ from typing import Any
 from pipeline import params as parameters
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import (
-    atomic_folder, folder_digests, read_json, read_jsonl, sha256, why_unwatched, write_json,
+    atomic_folder,
+    folder_digests,
+    read_json,
+    read_jsonl,
+    sha256,
+    why_unwatched,
+    write_json,
 )  # fmt: skip
 from pipeline.io.hub import drop_damaged, from_hub
 from pipeline.io.modelfiles import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files

@@ -5,6 +5,7 @@ Prints the table; writes it, the learning curves and their figure to reports/com
 
 import argparse
 from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from pipeline.errors import UserError, did_you_mean, run_stage
@@ -88,10 +89,14 @@ def choose(found: Sequence[Training], names: Sequence[str], where: Sequence[str]
         known = {name for training in found for name in training.params}
         if key not in known:
             raise UserError(f"--where {condition!r}: no training has a parameter {key!r}{nearest(key, known)}")
-        kept = [each for each in kept if any(same(each.params.get(key), value) for value in values.split(","))]
+        kept = [
+            each for each in kept if any(same(each.params.get(key), value) for value in (values, *values.split(",")))
+        ]
         if not kept:
             there = sorted({training.params.get(key, "none") for training in found}, key=comparison.natural)
-            raise UserError(f"--where {condition!r}: no training is left; {key} has been {', '.join(there)}")
+            raise UserError(
+                f"--where {condition!r}: no training is left; {key} has been {', '.join(map(comparison.shortened, there))}"
+            )
     return kept
 
 
@@ -100,8 +105,8 @@ def same(value: str | None, wanted: str) -> bool:
     if value is None or value == wanted:
         return value == wanted
     try:
-        return float(value) == float(wanted)
-    except ValueError:
+        return Decimal(value) == Decimal(wanted)  # exactly: as floats, seeds beyond 2**53 would be the same
+    except InvalidOperation:
         return False
 
 

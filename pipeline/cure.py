@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import write_text
-from pipeline.io.command import dvc, environment
+from pipeline.io.command import dvc, environment, git
 from pipeline.io.provenance import digest
 from pipeline.report import cured, overlay, style
 from pipeline.report.inputs import Inputs, load
@@ -64,16 +64,12 @@ def refuse_stale() -> None:
 def experiment_name(run: Inputs) -> str:
     """The same for the same training, held-out evaluation and changes, whatever the commit."""
     parts = [run.run["train_key"], run.diagnosis["cure"]["changes"], run.rewards]
-    return f"cure-{digest(parts)[:8]}"
+    return f"cure-{digest(parts)[:16]}"
 
 
 def find(name: str) -> str | None:
     """The revision of a finished experiment of this name, on any commit."""
-    listing = ["git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}"]
-    done = subprocess.run(listing, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"experiments need a git repository: {done.stderr}")
-    return next(iter(done.stdout.split()), None)
+    return next(iter(git("for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").split()), None)
 
 
 def run(command: list[str], name: str) -> str:
@@ -98,7 +94,10 @@ def fetch(revision: str, name: str, folder: Path) -> Inputs:
         DVCFileSystem(rev=revision).get("reports", str(folder), recursive=True)
         return load(folder)
     except (OSError, UserError) as error:
-        raise UserError(f"experiment {name}: {error}; `dvc exp remove {name}`, then try again") from None
+        said = (
+            str(error).replace(str(folder), str(REPORTS)).partition("; run `dvc repro")[0]
+        )  # that is for the workspace
+        raise UserError(f"experiment {name}: {said}; `dvc exp remove {name}`, then try again") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pipeline.diagnostics.verdict import TITLES, Finding, Shown, findings
 from pipeline.diagnostics.words import headline, summary
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import finite_or_none, read_csv, read_json, read_jsonl, sha256, write_json
+from pipeline.io.consistency import again, raise_if_mixed
 from pipeline.params import SELECTORS, Params, load
 
 REPORTS, TARGET = Path("reports/train"), Path("reports/diagnosis.json")
@@ -20,19 +21,21 @@ SHOWN = 3  # completions a finding
 
 
 def main() -> None:
-    """Raises UserError where a file of the stage `train` is missing or is not what it writes."""
+    """Raises UserError where a file of the stage `train` is missing, is not what it writes, or is of another run."""
     params = load()
     files = [REPORTS / "history.csv", REPORTS / "calibration.csv", REPORTS / "samples.jsonl", HEALTHY]
-    readers = [read_csv, read_csv, read_jsonl, read_json]
+    files += [REPORTS / "summary.json", REPORTS / "run.json"]
+    readers = [read_csv, read_csv, read_jsonl, read_json, read_json, read_json]
     contents: list[Any] = []
     for file, read in zip(files, readers, strict=True):
         try:
             contents.append(read(file))
         except FileNotFoundError:
-            raise UserError(f"{file}: no such file; run `dvc repro train`") from None
+            raise UserError(f"{file}: no such file; {again('train')}") from None
         except ValueError as error:
-            raise UserError(f"{file}: not what the stage writes: {error}; run `dvc repro train`") from None
-    rows, calibration, samples, healthy = contents
+            raise UserError(f"{file}: not what the stage writes: {error}; {again('train')}") from None
+    rows, calibration, samples, healthy, *_ = contents
+    raise_if_mixed("train")
     diagnosis = diagnose(params, rows, calibration, samples)
     diagnosis |= {"healthy_step": healthy["step"], "history": sha256(REPORTS / "history.csv")}
     write_json(TARGET, diagnosis)

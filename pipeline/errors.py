@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -13,7 +14,16 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         line = one_line(message)
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-250:]}")
+        super().__init__(cut(line, LONGEST))
+
+
+def cut(line: str, longest: int) -> str:
+    """The beginning and the end of a line that is too long. The end is the advice: it starts where a clause does."""
+    if len(line) <= longest:
+        return line
+    start, end = line[: longest * 3 // 5], line[-longest * 2 // 5 + 10 :]
+    clause = re.search(r"(?<=[.;:!?]) ", end) or re.search(" ", end)
+    return f"{start.rpartition(' ')[0] or start} ... {end[clause.end() :] if clause else end}"
 
 
 def one_line(text: str) -> str:

@@ -45,7 +45,7 @@ def main() -> None:
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(REPORTS / "completions.jsonl", rows)
     write_json(REPORTS / "metrics.json", metrics)
-    write_json(REPORTS / "measured.json", measured(params))
+    write_json(REPORTS / "measured.json", [measured(params)])  # a list: `dvc metrics show` leaves it out
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
     sure = "one prompt, no interval" if low is None else f"95% interval {low:+.4f} to {high:+.4f}"
@@ -107,8 +107,11 @@ def depends_on(params: Params) -> tuple[Any, ...]:
 
 
 def measured(params: Params) -> dict[str, Any]:
-    """Which policy, and how: numbers of other prompts or another number of samples are not those of the same quantity."""
-    return {"policy": folder_digests(POLICY), "prompts": sha256(PROMPTS), "params": params.evaluate.model_dump()}
+    """Which policy, how, and what came of it: numbers of other prompts or another number of samples are not those of the same
+    quantity, and those of another policy are not this one's."""
+    files = {name: sha256(REPORTS / name) for name in ("completions.jsonl", "metrics.json")}
+    policy = folder_digests(POLICY)
+    return {"policy": policy, "prompts": sha256(PROMPTS), "params": params.evaluate.model_dump(), **files}
 
 
 def sample_all(

@@ -17,13 +17,15 @@ from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io import workspace
-from pipeline.io.command import dvc, environment
+from pipeline.io.artifacts import sha256
+from pipeline.io.command import dvc, environment, git, head
 from pipeline.io.provenance import digest
 from pipeline.params import PARAMS_FILE, load
 
 POLL_SECONDS = 5.0  # between two looks at what is finished
 QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
 PATIENCE = 4  # states of the queue in which nobody works
+NAME_DIGITS = 16  # of the digest in a name: what has the name of a finished experiment is not run again
 PENDING = ("Queued", "Running")
 ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
 WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
@@ -33,7 +35,7 @@ def main() -> None:
     """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue stands still."""
     options = arguments()
     workspace.check()
-    commit = git("rev-parse", "HEAD")  # DVC keeps experiments by it; a commit meanwhile changes nothing
+    commit = head()  # DVC keeps experiments by it; a commit meanwhile changes nothing
     wanted = experiments(options.overrides, commit)
     check(wanted.values())
     print(f"{len(wanted)} experiments, {len(finished(wanted, commit))} of them finished", flush=True)
@@ -71,14 +73,22 @@ def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
         if type(error).__module__.partition(".")[0] not in ("hydra", "dvc"):
             raise
         raise UserError(f"-S: {str(error).partition('See https')[0]}; should be KEY=VALUE or KEY=VALUE,VALUE") from None
-    # dvc.lock and reports/ are what runs leave behind: they make no other experiment
-    state = [commit, git("diff", commit, "--", ".", ":!reports", ":!dvc.lock")]
+    state = [commit, edits(commit)]
     swept = [place for place, values in enumerate(zip(*combinations, strict=True)) if len(set(values)) > 1]
     found = {}
     for values in combinations:
         words = [re.sub(r"\W+", "-", values[place].partition("=")[2])[-20:].strip("-_") for place in swept]
-        found["-".join(["sweep", *words, digest([state, values])[:6]])] = values
+        found["-".join(["sweep", *words, digest([state, values])[:NAME_DIGITS]])] = values
     return found
+
+
+def edits(commit: str) -> dict[str, str | None]:
+    """The files that differ from the commit with a digest of each, None for one that was removed. dvc.lock and reports/ are
+    what runs leave behind: they make no other experiment. Contents, not a diff: the user's settings change what that says."""
+    options = ("--name-only", "-z", "--no-renames", "--relative", "--no-ext-diff", "--ignore-submodules=none")
+    names = git("-c", "diff.autoRefreshIndex=true", "diff", *options, commit, "--", ".", ":!reports", ":!dvc.lock")
+    paths = sorted(name for name in names.split("\0") if name)
+    return {path: sha256(Path(path)) if Path(path).is_file() else None for path in paths}
 
 
 def check(combinations: Iterable[list[str]]) -> None:
@@ -169,13 +179,6 @@ def why(name: str) -> str:
     except UserError:
         lines = []
     return f"`dvc queue logs {name}` says why" + (f": {lines[0]}" if lines else "")
-
-
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"experiments need a git repository with a commit: {done.stderr}")
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError, run_stage
-from pipeline.io import artifacts, tracking, workspace
+from pipeline.io import artifacts, provenance, tracking, workspace
+from pipeline.io.command import git
 from pipeline.io.record import EVALUATION, HISTORY, REPORTS, RUN, Record, read_record
 from pipeline.io.tracking import Point
 
@@ -161,12 +161,11 @@ def _inputs(record: Record) -> list[Any]:
 
 def _tags(record: Record) -> dict[str, str]:
     """Where the run came from, as of now; what is unknown (no git, no experiment) keeps its earlier value."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock")
+    commit, changes = _commit()
     tags = {
         "evaluate_key": artifacts.sha256(EVALUATION),
         "measured": record.measured,
-        "code": str(record.run.get("code", "")),
-        "custom": str(record.run.get("custom", "")),
+        **{name: str(record.run.get(name, "")) for name in provenance.DIGESTS},
         "git_commit": commit,
         "mlflow.source.git.commit": commit,
         "git_dirty": None if changes is None else str(bool(changes)).lower(),
@@ -180,13 +179,14 @@ def _tags(record: Record) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value}
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command; None where there is no git or no repository."""
+def _commit() -> tuple[str | None, str | None]:
+    """HEAD and what differs from it. None, and a note of what git says, where it tells neither."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=60)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        changes = git("status", "--porcelain", "--untracked-files=normal", "--", ".", ":!reports", ":!dvc.lock")
+        return git("rev-parse", "--verify", "HEAD"), changes
+    except UserError as error:
+        print(f"note: the run's commit is not recorded: {error}", file=sys.stderr)
+        return None, None
 
 
 def _alive(pid: int) -> bool:

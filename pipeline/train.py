@@ -112,6 +112,9 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     """What the result depends on, and its digest, the train_key."""
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
     chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
+    digests = provenance.params_digests(
+        chosen, {**{name: params.selected(name) for name in SELECTORS}, "train": params.train}
+    )
     parts = {
         "code": provenance.digest(
             [
@@ -125,6 +128,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "layout": asdict(load_layout(CHECKPOINT / "layout.json")),
         "params": chosen | provenance.flatten({**tables, "train": params.train.model_dump()}),
         "device": device.type,
+        **digests,
     }
     # the tables once more as they are: flattening shows them to people and may blur a difference
     return {"train_key": provenance.digest([parts, tables]), **parts}
@@ -160,7 +164,7 @@ def train(
     tracker: tracking.Live | tracking.Nowhere = tracking.Nowhere()
     if processes.writes:
         tracker = tracking.live(
-            identity["train_key"], identity["params"], {name: identity[name] for name in ("code", "custom")}
+            identity["train_key"], identity["params"], {name: identity[name] for name in provenance.DIGESTS}
         )
     try:
         loop(run, setting, policy, optimizer, tracker, folder)
@@ -376,7 +380,7 @@ def write_outputs(
     write_csv(REPORTS / "history.csv", run.rows)
     write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
-    write_json(REPORTS / "summary.json", run.summary())
+    write_json(REPORTS / "summary.json", run.summary() | {"digests": [output_digests(identity)]})
     write_json(REPORTS / "run.json", recorded(identity, run))
 
 
@@ -387,6 +391,15 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     decoding = CHECKPOINT / "policy/generation_config.json"
     if decoding.is_file():
         shutil.copyfile(decoding, folder / decoding.name)
+
+
+def output_digests(identity: dict[str, Any]) -> dict[str, str]:
+    """Of which run the outputs are, and what each holds: summary.json is in git, and whatever reads the files checks them.
+    It keeps them in a list, which `dvc metrics show` leaves out."""
+    own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params")}
+    files = {name: sha256(REPORTS / name) for name in ("calibration.csv", "history.csv", "samples.jsonl")}
+    files["healthy.json"] = sha256(HEALTHY / "healthy.json")
+    return {**own, **files, "policy": provenance.digest(folder_digests(POLICY))}
 
 
 if __name__ == "__main__":

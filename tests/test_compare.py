@@ -22,11 +22,14 @@ from ruamel.yaml import YAML
 
 from pipeline import compare
 from pipeline.errors import UserError
-from pipeline.io import trainings
+from pipeline.io import tracking, trainings
+from pipeline.io.provenance import params_digests
 from pipeline.io.trainings import Training
+from pipeline.params import SELECTORS, validate
 from pipeline.report import comparison, curves, style
 from pipeline.report.comparison import configurations, differing, natural, said, verdicts
 from tests.conftest import ROOT, Project
+from tests.seal import sha256
 
 STEPS = 8
 PARAMS = {
@@ -51,8 +54,9 @@ def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Tr
     def curve(column: str) -> dict[int, float]:
         return {step: float(value) for step, value in enumerate(table[column]) if math.isfinite(value)}
 
+    params = {key: value for key, value in params.items() if value is not None}
     default = Training(
-        name=f"s{seed}", params={key: value for key, value in params.items() if value is not None}, code="c", data="d",
+        name=f"s{seed}", params=params, config=json.dumps(sorted(set(params.items()) - {("seed", str(seed))})), code="c", data="d",
         made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, kinds=(), onset=None,
         measured="m",
     )  # fmt: skip
@@ -423,28 +427,42 @@ class Commits:
         return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True).stdout.strip()
 
     def commit(
-        self, seed: int, policy: str = "", stale: tuple[str, ...] = (), evaluated: int = 0, **made: str
+        self, seed: int, policy: str = "", stale: tuple[str, ...] = (), saved: bool = False, evaluated: int = 0,
+        words: list[str] | None = None, locked_seed: int | None = None, old: bool = False, **made: str,
     ) -> None:  # fmt: skip
-        """A commit with the results of a run; `stale`: stages whose results are of another policy; `evaluated`: on how
-        many prompts; `made`: other code and data, by path."""
+        """A commit with the results of a run; `stale`: stages whose results are of another policy, which dvc.lock hides where
+        it was `saved`; `evaluated`: on how many prompts; `words`: a reward of these; `locked_seed`: what dvc.lock says
+        instead; `old`: from before summary.json had digests; `made`: other code and data, by path."""
         tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+        tree["seed"] = seed
+        del tree["prompt_sets"]["pocket"]["deduplicate"]  # false where the file leaves it out
+        if words:
+            tree["reward"], tree["rewards"]["many"] = "many", {"kind": "words", "words": words}
         policy = policy or f"policy of seed {seed}"
-        files = {
-            "reports/train/history.csv": "step," + history(seed).to_csv(index_label="step").partition(",")[2],
-            "reports/diagnosis.json": json.dumps({"verdict": "empty", "onset": 3, "findings": [{"kind": "empty"}]}),
-            "reports/evaluate/metrics.json": json.dumps({"embedding": {"difference": {"mean": 0.5 + seed}}}),
-        }
+        rows = "step," + history(seed).to_csv(index_label="step").partition(",")[2]
+        diagnosis = {"verdict": "empty", "onset": 3, "findings": [{"kind": "empty"}]}
+        metrics = json.dumps({tree["reward"]: {"difference": {"mean": 0.5 + seed}}})
+        files = {"reports/train/history.csv": rows, "reports/evaluate/metrics.json": metrics}
+        files["reports/train/summary.json"] = json.dumps({"steps": STEPS})
+        if not old:
+            diagnosis["history"] = sha256(b"another" if "diagnose" in stale else rows.encode())
+            weights = {"model.safetensors": "another" if "evaluate" in stale else policy}
+            measured = {"policy": weights, "prompts": made.get("data/prompts", "first"), "params": {"prompts": evaluated},
+                        "metrics.json": sha256(metrics.encode()), "completions.jsonl": ""}  # fmt: skip
+            files["reports/evaluate/measured.json"] = json.dumps([measured])
+            files["reports/train/summary.json"] = json.dumps({"digests": [self.digests(tree, rows, policy, made)]})
+        files["reports/diagnosis.json"] = json.dumps(diagnosis)
         for name, text in files.items():
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             (self.root / name).write_text(text)
         own = {name: tree[name] for name in ("model", "prompts", "reward", "encoder", "recipe", "train")} | {
-            "seed": seed
+            "seed": seed if locked_seed is None else locked_seed
         }
         for table, name in (("models", "model"), ("prompt_sets", "prompts"), ("rewards", "reward"),
                             ("encoders", "encoder"), ("recipes", "recipe")):  # fmt: skip
             own[f"{table}.{tree[name]}"] = tree[table][tree[name]]
-        del own["prompt_sets.pocket"]["deduplicate"]  # false where the file leaves it out
         outs = {"data/policy": policy, "reports/train/history.csv": files["reports/train/history.csv"]}
+        outs |= {path: text for path, text in files.items() if path == "reports/train/summary.json"}
         deps = dict.fromkeys(("custom", "data/checkpoint", "data/prompts", "pipeline/train.py"), "first") | made
         uses = {"evaluate": "data/policy", "diagnose": "reports/train/history.csv"}
         results = {"evaluate": "reports/evaluate/metrics.json", "diagnose": "reports/diagnosis.json"}
@@ -454,7 +472,7 @@ class Commits:
 
         stages: dict[str, Any] = {
             stage: {
-                "deps": entries({used: "of another run" if stage in stale else outs[used]}),
+                "deps": entries({used: "of another run" if stage in stale and not saved else outs[used]}),
                 "outs": entries({results[stage]: files[results[stage]]}),
             }
             for stage, used in uses.items()
@@ -468,6 +486,17 @@ class Commits:
             YAML().dump({"schema": "2.0", "stages": stages}, file)
         self.git("add", "-A")
         self.git("commit", "-qm", f"seed {seed}")
+
+    def digests(self, tree: dict[str, Any], rows: str, policy: str, made: dict[str, str]) -> dict[str, str]:
+        """As train.py writes them, from params.yaml."""
+        params = validate(tree)
+        chosen = {name: tree[name] for name in (*SELECTORS, "seed")}
+        tables = {name: params.selected(name) for name in SELECTORS} | {"train": params.train}
+        own = {name: made.get(path, "first") for name, path in (("code", "pipeline/train.py"), ("custom", "custom"),
+               ("prompts", "data/prompts"), ("checkpoint", "data/checkpoint"))}  # fmt: skip
+        weights = sha256(json.dumps({"model.safetensors": policy}).encode())
+        digests = {"train_key": "ab" * 32, "history.csv": sha256(rows.encode()), "policy": weights}
+        return digests | own | params_digests(chosen, tables)
 
     def experiment(self, name: str, seed: int, **options: Any) -> None:
         head = self.git("rev-parse", "HEAD")
@@ -512,11 +541,90 @@ def test_the_commit_and_its_experiments_are_read_from_git(commits: Commits) -> N
 
 
 def test_results_of_another_training_are_not_taken_for_its_own(commits: Commits) -> None:
-    """`dvc exp run train` leaves the diagnosis and evaluation of the commit that it started from."""
-    commits.experiment("train-only", 1, stale=("evaluate", "diagnose"))
+    """`dvc exp run train` leaves the diagnosis and evaluation of the commit that it started from; `dvc exp save` and `dvc
+    commit` then record them as those of this run."""
+    for name, options in (("train-only", {}), ("saved", {"saved": True}), ("old", {"old": True})):
+        commits.experiment(name, 1, stale=("evaluate", "diagnose"), **options)  # type: ignore[arg-type]
+    commits.experiment("evaluated", 1, stale=("diagnose",), saved=True)
+    commits.experiment("old-whole", 1, old=True)
     found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
-    assert (found["train-only"].gain, found["train-only"].kinds) == (None, None)
+    for name in ("train-only", "saved", "old"):
+        assert (found[name].gain, found[name].kinds, found[name].measured) == (None, None, None), name
+    assert (found["evaluated"].gain, found["evaluated"].kinds) == (1.5, None)
+    assert (found["old-whole"].gain, found["old-whole"].kinds) == (1.5, ("empty",))
+    assert found["old-whole"].config == found["saved"].config, "digests or not, a configuration is the same"
     assert found["HEAD"].gain == 0.5
+
+
+def test_metrics_that_are_not_those_that_were_measured_are_left_out(commits: Commits) -> None:
+    path = commits.root / "reports/evaluate/metrics.json"
+    path.write_text(path.read_text().replace("0.5", "9.5"))
+    commits.git("commit", "-qam", "another gain")
+    assert [training.gain for training in trainings.from_dvc(every_commit=False)] == [None]
+
+
+def test_a_lock_of_other_parameters_than_those_of_the_run_is_left_out(
+    commits: Commits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`dvc commit -f` after an edit of params.yaml records what is there now."""
+    commits.experiment("committed", 1, locked_seed=7)
+    assert [training.name for training in trainings.from_dvc(every_commit=False)] == ["HEAD"]
+    assert "note: committed: its dvc.lock names other parameters than `train` ran with" in capsys.readouterr().err
+
+
+WORDS = [f"word{number:03}" for number in range(150)]
+
+
+def test_configurations_that_differ_where_nothing_shows_it_are_two(commits: Commits) -> None:
+    """Two rewards that differ behind the 1000th character of their words: not seeds of one, in both records."""
+    for seed, more in enumerate((["red"], ["the", "a"], ["the", "a"]), start=1):
+        commits.experiment(f"run-{seed}", seed, words=WORDS + more)
+    of_git = [each for each in trainings.from_dvc(every_commit=False) if each.name != "HEAD"]
+    for found in (of_git, [each._replace(params=of_git[0].params | {"seed": each.params["seed"]}) for each in of_git]):
+        of_two, left_out = configurations(found)
+        assert sorted([each.name for each in one.trainings] for one in of_two) == [["run-1"], ["run-2", "run-3"]]
+        assert left_out == 0
+        assert len(set(comparison.markdown(of_two).splitlines())) == 4
+        assert len({tuple(one.shown.values()) for one in of_two}) == 2, "also by what the table shows"
+        assert max(len(cell) for one in of_two for cell in one.shown.values()) <= comparison.CELL
+    assert max(len(value) for value in of_git[0].params.values()) == tracking.PARAM_CHARACTERS
+
+
+def test_a_configuration_is_one_whatever_is_only_written_otherwise(commits: Commits) -> None:
+    """Digests are of values: an integer for a float, a default that is left out."""
+    tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    tree["recipes"]["stable"]["kl_coef"] = 1
+    one = commits.digests(tree, "", "", {})
+    tree["recipes"]["stable"]["kl_coef"] = 1.0
+    tree["prompt_sets"]["pocket"].pop("deduplicate", None)
+    assert commits.digests(tree, "", "", {})["config"] == one["config"]
+    tree["seed"] = 5
+    other = commits.digests(tree, "", "", {})
+    assert other["config"] == one["config"]
+    assert other["written_params"] != one["written_params"]
+
+
+def mlflow_run(name: str, seed: int = 0, tags: dict[str, str] | None = None, **params: str) -> Any:
+    return SimpleNamespace(
+        info=SimpleNamespace(run_id=name, run_name=name, start_time=seed), inputs=None,
+        data=SimpleNamespace(params={"seed": str(seed), **params}, tags=tags or {}, metrics={}),
+    )  # fmt: skip
+
+
+def test_mlflows_runs_are_told_apart_by_their_tag_and_older_ones_by_whole_params() -> None:
+    long, tagged = "w" * tracking.PARAM_CHARACTERS, {"config": "c1", "prompts": "p", "checkpoint": "q"}
+    runs = [
+        mlflow_run("one", 0, tagged, words=long), mlflow_run("two", 1, tagged | {"config": "c2"}, words=long),
+        mlflow_run("new", 0, tagged | {"config": "c3"}, words="a"), mlflow_run("old", 1, words="a"),
+        mlflow_run("older", 2, words="b"), mlflow_run("oldest", 3, words="b"),
+        mlflow_run("cut", 0, words=long), mlflow_run("cut-too", 1, words=long),
+    ]  # fmt: skip
+    found = trainings._with_config([trainings._of_run(None, run) for run in runs])  # type: ignore[arg-type]
+    config = {training.name: training.config for training in found}
+    assert [config[name] for name in ("one", "two", "new", "old")] == ["c1", "c2", "c3", "c3"]
+    assert config["older"] == config["oldest"] != "c3"
+    assert len(set(config.values())) == 6, "of params that were cut nothing is known: each is alone"
+    assert found[0].data != found[3].data
 
 
 def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) -> None:
@@ -565,7 +673,60 @@ def test_a_commit_that_does_not_hold_its_training_is_left_out(
 def test_outside_git_dvc_has_no_record(project: Project) -> None:
     done = project.run("compare", "--from", "dvc")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: DVC's experiments are commits of a git repository, and here is none")
+    assert done.stderr.startswith("error: DVC's experiments are kept in git: `git rev-parse` failed: fatal: not a git")
+    assert "or any of the parent directories" in done.stderr
+
+
+def refusals() -> dict[str, tuple[dict[str, str], str, str]]:
+    """What is wrong: (environment, line of .git/config, what git says of it)."""
+    return {
+        "of another user": ({"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}, "", "git config --global --add safe.directory"),
+        "broken configuration": ({}, "[core\n", "bad config line"),
+        "no git": ({"PATH": "/nowhere"}, "", "git cannot be run: No such file or directory"),
+        "in a language": ({"LANGUAGE": "de", "LC_ALL": "de_DE.UTF-8"}, "[core\n", ".git/config"),
+    }
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_what_git_refuses_is_said_in_its_own_words(
+    commits: Commits, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    variables, line, said = refusals()[name]
+    with (commits.root / ".git/config").open("a") as config:
+        config.write(line)
+    for variable, text in variables.items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(UserError, match=rf"^DVC's experiments are kept in git: .*{re.escape(said)}") as refused:
+        trainings.from_dvc(every_commit=False)
+    assert "no commit yet" not in str(refused.value)
+
+
+def test_a_repository_without_a_commit_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    with pytest.raises(UserError, match="no commit yet, and experiments start from one: `git commit` first"):
+        trainings.from_dvc(every_commit=False)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert trainings.from_dvc(every_commit=False) == []
+
+
+def test_no_setting_of_the_user_changes_what_is_read(commits: Commits, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits.experiment("größer", 1)
+    before = [training._replace(curve=len) for training in trainings.from_dvc(every_commit=False)]  # type: ignore[arg-type]
+    for key, value in (("log.showSignature", "true"), ("color.ui", "always"), ("core.quotePath", "true"),
+                       ("log.date", "relative"), ("core.pager", "false"), ("log.decorate", "full")):  # fmt: skip
+        commits.git("config", key, value)
+    for variable, value in (
+        ("GIT_PAGER", "false"),
+        ("GIT_TRACE", "1"),
+        ("GIT_LITERAL_PATHSPECS", "1"),
+        ("LC_ALL", "C"),
+    ):
+        monkeypatch.setenv(variable, value)
+    found = trainings.from_dvc(every_commit=False)
+    assert {training.name for training in found} == {"HEAD", "größer"}
+    assert [training._replace(curve=len) for training in found] == before  # type: ignore[arg-type]
 
 
 def test_without_mlflow_its_record_cannot_be_read_and_dvcs_can(commits: Commits, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_run_of_other_parameters_is_refused(workspace: Path, monkeypatch: pyte
 
 
 def test_a_failing_dvc_is_one_line(workspace: Path) -> None:
-    with pytest.raises(UserError, match="experiments need a git repository"):
+    with pytest.raises(UserError, match=r"^`git for-each-ref` failed: fatal: not a git repository"):
         cure.main()
     subprocess.run(["git", "init", "-q"], check=True)
     with pytest.raises(UserError, match="`dvc exp run` failed with exit code"):
@@ -216,7 +216,7 @@ def test_a_failing_dvc_is_one_line(workspace: Path) -> None:
 
 def test_the_name_is_of_the_training_the_evaluation_and_the_changes(collapsed: inputs.Inputs) -> None:
     name = cure.experiment_name(collapsed)
-    assert re.fullmatch("cure-[0-9a-f]{8}", name)
+    assert re.fullmatch("cure-[0-9a-f]{16}", name)
     assert cure.experiment_name(collapsed._replace(history=collapsed.history[:3])) == name
     others = [
         collapsed._replace(run=collapsed.run | {"train_key": "f" * 64}),
@@ -246,7 +246,7 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
     assert clone.ran(said)[-5:] == ["train", "diagnose", "evaluate", "plot", "track"]
     # in a folder of its own, which is deleted: what it trained stays in MLflow and in `dvc exp show`
     assert len(set(clone.runs())) == len(clone.runs()) == 2
-    assert re.search(r"\bcure-[0-9a-f]{8}\b", clone("dvc", "exp", "show", "--md"))
+    assert re.search(r"\bcure-[0-9a-f]{16}\b", clone("dvc", "exp", "show", "--md"))
     answer = answer_of(said)
     assert "Misaligned objective from step 0 on" in answer.partition("Without it: ")[2]
     assert "Misaligned" not in answer.partition("Without it: ")[0]
@@ -260,6 +260,9 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
     assert clone.ran(again) == []
     assert answer_of(again) == answer
     assert clone.read("reports/cure.html") == html
+    (remove,) = re.findall("has been tried: `([^`]+)` makes it anew", again)
+    clone("bash", "-c", remove)
+    assert "/cure-" not in clone("git", "for-each-ref", "refs/exps"), "so that the same command tries it"
 
     clone.edit(train={"steps": 4})
     assert "run `dvc repro`" in clone("python", "-m", "pipeline.cure", fails=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.io import hub as hub_of_project
 from pipeline.io.hub import DamagedError, drop_damaged
 from tests import repositories
 from tests.conftest import PINNED, PYTHIA, Project, copy_of_project
@@ -147,6 +148,34 @@ def test_what_lasts_is_one_line_and_leaves_nothing(
         hub.fail(Failure(failure.kind, failure.where))
         refuse_then_succeed(asking, hub, stage, undisturbed, line)
         assert hub.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "said"),
+    [
+        (403, "application/json", "the hub at https://huggingface.co answered 403: check your token (`hf auth login`)"),
+        (
+            403,
+            "text/html",
+            "a proxy or a log-in page answered 403 for the hub at https://huggingface.co: see HTTPS_PROXY",
+        ),
+        (401, "text/html; charset=utf-8", "a proxy or a log-in page answered 401 for the hub"),
+        (407, "text/plain", "a proxy or a log-in page answered 407 for the hub"),
+        (502, "text/html", "the hub at https://huggingface.co answered 502: try again later"),
+    ],
+)
+def test_a_proxys_refusal_is_not_taken_for_the_hubs(
+    monkeypatch: pytest.MonkeyPatch, status: int, content: str, said: str
+) -> None:
+    import httpx2
+    from huggingface_hub.utils import hf_raise_for_status
+
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    request = httpx2.Request("GET", "https://huggingface.co/api/models/a/b/revision/main")
+    response = httpx2.Response(status, headers={"content-type": content}, text="<html>no</html>", request=request)
+    with pytest.raises(Exception, match=str(status)) as error:  # the client's own class for it
+        hf_raise_for_status(response)
+    assert (hub_of_project._meaning(error.value, "model: pocket") or "").startswith(said)
 
 
 @pytest.mark.skipif(not FULL, reason="takes the client half a minute: under FAULTS=full")

@@ -18,6 +18,7 @@ from matplotlib.text import Text
 from pipeline import plot
 from pipeline.errors import UserError
 from pipeline.report import cured, figures, inputs, page, style
+from tests.seal import seal
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = [
@@ -157,6 +158,8 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
     for name, lines in {"train/samples.jsonl": rows, "evaluate/completions.jsonl": completions}.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "train/calibration.csv").write_text("batch,entropy\n0,3.5\n")
+    seal(folder)
     return folder
 
 
@@ -287,6 +290,7 @@ def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("mean", "low", "high"))
     metrics["embedding"] = {"checkpoint": nothing, "policy": nothing, "difference": nothing, "win_rate": None}
     path.write_text(json.dumps(metrics))
+    seal(folder)
     data = inputs.load(folder)
     made = {name: style.png(figure) for name, figure in plot.draw(data).items() if name in ("reward", "evaluate")}
     assert "undefined" in page.render(data, made)
@@ -367,6 +371,7 @@ def test_a_sample_without_a_finite_advantage_is_still_shown(tmp_path: Path) -> N
     path = reports(tmp_path / "reports", steps=3) / "train/samples.jsonl"
     rows = [json.loads(line) | {"advantage": None} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seal(tmp_path / "reports")
     assert len(inputs.load(tmp_path / "reports").samples) == len(rows)
 
 

@@ -85,7 +85,7 @@ def show(clone: Clone, name: str, path: str) -> str:
 def test_a_sweep_that_was_interrupted_ends_with_its_comparison(swept: Swept) -> None:
     clone, printed, names = swept
     assert "2 experiments, 0 of them finished" in printed
-    assert [re.sub("-[0-9a-f]{6}$", "", name) for name in names] == ["sweep-1", "sweep-2"]
+    assert [re.sub("-[0-9a-f]{16}$", "", name) for name in names] == ["sweep-1", "sweep-2"]
     written = clone.read("reports/compare/table.md").partition("\n\n")[0]
     assert written in printed
     assert re.search(r"\| +seeds +\| +steps", written)
@@ -183,7 +183,7 @@ def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     quicker += "sweep.run_stage(sweep.main, arguments=True)"
     said = clone(sys.executable, "-c", quicker, *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: 1 of 1 experiments failed: sweep-[0-9a-f]{6}; `dvc queue logs sweep-", line)
+    assert re.match(r"error: 1 of 1 experiments failed: sweep-[0-9a-f]{16}; `dvc queue logs sweep-", line)
     assert "the model's context has" in line
 
 
@@ -223,7 +223,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_change(repository: Path) -> None:
     def names(*overrides: str) -> list[str]:
-        return list(sweep.experiments(list(overrides), sweep.git("rev-parse", "HEAD")))
+        return list(sweep.experiments(list(overrides), sweep.head()))
 
     grid = ("recipe=notebook,stable", "seed=range(0,3)", "train.threads=1")
     first = names(*grid)
@@ -232,8 +232,32 @@ def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_c
     assert names(*grid) == first
     assert set(names(*grid[:2], "train.threads=2")).isdisjoint(first)
     assert len(names("models.pythia-70m.revision=step1000,step16000", "model=pythia-70m")) == 2
+    for key, value in (
+        ("color.ui", "always"),
+        ("diff.noprefix", "true"),
+        ("diff.external", "false"),
+        ("core.pager", "false"),
+    ):
+        subprocess.run(["git", "config", key, value], check=True)
+    assert names(*grid) == first
     (repository / "params.yaml").write_text("seed: 1\n")
-    assert set(names(*grid)).isdisjoint(first)
+    edited = names(*grid)
+    assert set(edited).isdisjoint(first)
+    subprocess.run(["git", "config", "diff.context", "9"], check=True)
+    assert names(*grid) == edited
+    (repository / "params.yaml").write_text("seed: 0\n")
+    assert names(*grid) == first
+    (repository / "params.yaml").unlink()
+    assert set(names(*grid)).isdisjoint({*first, *edited})
+
+
+def test_an_experiment_needs_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^`git rev-parse` failed: fatal: not a git repository"):
+        sweep.head()
+    subprocess.run(["git", "init", "-q"], check=True)
+    with pytest.raises(UserError, match="no commit yet, and experiments start from one: `git commit` first"):
+        sweep.head()
 
 
 @pytest.mark.parametrize("override", ["recipe", "recipe=a,b)", "seed=glob(*)"])
@@ -265,6 +289,23 @@ def test_what_dvc_refuses_is_said_in_its_own_words(repository: Path) -> None:
     subprocess.run(["git", "commit", "-qam", "dvc"], check=True, env={**os.environ, **IDENTITY})
     with pytest.raises(UserError, match=r"^`dvc exp` failed: .*Could not override 'sede'.* full_key: sede"):
         dvc("exp", "run", "--queue", "-S", "sede=1")
+
+
+def test_what_dvc_says_is_passed_on_to_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As dvc.rwlock and dvc.cli word it, in colours and behind a warning."""
+    monkeypatch.chdir(tmp_path)
+    said = (
+        "\x1b[33mWARNING\x1b[39m: slow\n\x1b[31mERROR\x1b[39m: 'data' is busy, it is being blocked by:\n  (PID 1): dvc\n\n"
+        "If there are no processes with such PIDs, you can manually remove '.dvc/tmp/rwlock' and try again.\n\n"
+        "Having any troubles? Hit us up at dvc.org/support, we are always happy to help!\n"
+    )
+    (tmp_path / "dvc.py").write_text(f"import sys\nsys.exit({said!r})\n")
+    with pytest.raises(UserError) as refused:
+        dvc("queue", "status")
+    assert str(refused.value) == (
+        "`dvc queue` failed: 'data' is busy, it is being blocked by: (PID 1): dvc If there are no processes with such PIDs, "
+        "you can manually remove '.dvc/tmp/rwlock' and try again."
+    )
 
 
 def test_a_command_does_not_wait_for_the_workers_that_it_leaves_behind(

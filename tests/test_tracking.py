@@ -1,5 +1,6 @@
 """Tracking: the MLflow record is complete, holds nothing twice, and never stops training."""
 
+import base64
 import json
 import os
 import re
@@ -16,8 +17,8 @@ from filelock import FileLock
 
 from pipeline import track
 from pipeline.errors import UserError
-from pipeline.io import tracking, workspace
-from pipeline.io.artifacts import folder_digests, sha256
+from pipeline.io import consistency, tracking, workspace
+from tests.seal import POLICY, edit, seal
 
 # mlflow 3.17 on SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -68,11 +69,9 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     write(Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": score, "win_rate": 0.75}}))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
     write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.5\n")
-    write_diagnosis()
-    write_measured()
     write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
-    write(Path("reports/report.html"), f"<h1>Report</h1>{key}")
     write(Path("reports/figures/reward.png"), "png")
+    write_diagnosis()
     if timings:
         lines = ["step,timestamp_ms,seconds_sample", *(f"{step},{timestamp(step)},0.5" for step in range(steps))]
         write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(lines) + "\n")
@@ -81,15 +80,15 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
 def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
     diagnosis = {"verdict": verdict, "onset": onset, "findings": [{"kind": kind} for kind in kinds]}
     diagnosis["cure"] = {"changes": {"seed": 1}, "command": command} if command else None
-    diagnosis["history"] = sha256(Path("reports/train/history.csv"))
     write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
+    belong_together()
 
 
-def write_measured(**changes):
-    """What `evaluate` says that it measured; the policy is a file of a line."""
-    write(Path("data/policy/model.safetensors"), "weights")
-    measured = {"policy": folder_digests(Path("data/policy")), "prompts": "d4" * 32, "params": {"prompts": 0}}
-    write(Path("reports/evaluate/measured.json"), json.dumps({**measured, **changes}))
+def belong_together(title="Report", **measured):
+    """Makes the files those of one run, and the page and its figure show them."""
+    seal(Path("reports"), **measured)
+    figure = base64.b64encode(Path("reports/figures/reward.png").read_bytes()).decode()
+    write(Path("reports/report.html"), f'<h1>{title}</h1><meta content="{consistency.sources()}">{figure}')
 
 
 def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
@@ -256,6 +255,7 @@ def test_new_evaluation_updates_the_run(project):
     write(
         Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": {"mean": -7.0}, "win_rate": 0.75}})
     )
+    belong_together()
     track.main()
     client, run = assert_complete()
     assert run.data.metrics["evaluate/embedding/policy/mean"] == -7.0
@@ -402,48 +402,109 @@ def test_deleted_experiment_is_one_line(project):
     client, experiment = tracking.open_store()
     client.delete_experiment(experiment)
     make_reports()
-    with pytest.raises(UserError, match="mlflow experiments restore"):
+    with pytest.raises(UserError, match="mlflow experiments restore") as refused:
         track.main()
+    do_as_said(refused.value)
+    track.main()
+    assert_complete()
+
+
+def do_as_said(refused):
+    """Runs the first command that a message names."""
+    command = re.findall("`([^`]+)`", str(refused))[0]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, (command, done.stderr[-2000:])
+
+
+@pytest.mark.slow
+def test_the_command_for_an_older_store_runs(project):
+    """MLflow 3.17 upgrades those that lack a table by itself, and no real one lacks less."""
+    said = tracking.reason(OSError("Detected out-of-date database schema"))
+    assert f"`mlflow db upgrade sqlite:///{project}/mlflow.db` helps" in said
+    do_as_said(said)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("one\ntwo of it\n[SQL: SELECT 1]\n[parameters: (1,)]\n(Background on this error at: x)", "one two of it"),
+        (
+            "API request to endpoint /api/2.0/x failed with error code 407 != 200. Response body: '<html><head>"
+            "<title>ERR_CACHE_ACCESS_DENIED</title></head>'",
+            "API request to endpoint /api/2.0/x failed with error code 407 != 200. A web page was the answer: "
+            "ERR_CACHE_ACCESS_DENIED; a proxy or gateway between here and the server answers so: see HTTP_PROXY, "
+            "HTTPS_PROXY and NO_PROXY",
+        ),
+        (
+            "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x (Caused by ResponseError('too many 503 "
+            "error responses'))",
+            "503 was the answer again and again; a proxy or gateway between here and the server answers so: see "
+            "HTTP_PROXY, HTTPS_PROXY and NO_PROXY",
+        ),
+        ("failed with error code 403 != 200. Response body: 'no rights on it'", "failed with error code 403 != 200. Response body: 'no rights on it'"),
+    ],
+)  # fmt: skip
+def test_the_store_is_quoted_to_the_end_of_what_it_says(monkeypatch, error, said):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
+    assert tracking.reason(OSError(error)) == f"http://h:1: {said}"
+
+
+def test_a_long_reason_keeps_its_last_sentence(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
+    said = tracking.reason(OSError("x" * 300 + " and so on. " * 90 + "Then run it again."))
+    assert len(said) < 520
+    assert said.endswith("so on. Then run it again.")
 
 
 def test_files_of_another_run_are_refused(project):
-    """As `dvc repro train` and a killed `dvc repro` leave them: the stages behind `train` still say what was before."""
+    """As `dvc repro train`, `git checkout` without `dvc checkout` and a killed `dvc repro` leave them."""
     for key in ("22" * 32, KEY):
         make_reports(key)
         track.main()
     before = stored_runs()
+    other = POLICY | {"model.safetensors": "77" * 32}
+    kept = {path: path.read_bytes() for path in Path("reports").rglob("*") if path.is_file()}
 
-    def refused(file):
-        with pytest.raises(
-            UserError, match=f"^{re.escape(file)}: of another run than reports/train/run.json; run `dvc repro`"
-        ):
+    def refused(files, stages):
+        message = f"^{re.escape(str(files))}: of another run than reports/train/summary.json; "
+        message += "`dvc checkout` brings back .*, " if stages == "train" else ""
+        with pytest.raises(UserError, match=f"{message}`dvc repro -f -s {stages} && dvc repro` makes them anew$"):
             track.main()
+        for path, content in kept.items():
+            path.write_bytes(content)
 
-    history = Path("reports/train/history.csv")
-    kept = history.read_text()
-    history.write_text(kept.replace("0.0\n", "1.0\n", 1))
-    refused("reports/diagnosis.json")
-    history.write_text(kept)
-    write(Path("data/policy/model.safetensors"), "other weights")
-    refused("reports/evaluate/metrics.json")
-    write_measured()
-    write(Path("reports/report.html"), "<h1>Report</h1>" + "22" * 32)
-    refused("reports/report.html")
+    for name in ("calibration.csv", "history.csv", "samples.jsonl"):
+        path = Path("reports/train", name)
+        path.write_text(path.read_text()[:-2] + "7\n")
+        refused(path, "train")
+    edit(Path("reports/train/run.json"), train_key="22" * 32)
+    refused("reports/train/run.json", "train")
+    edit(Path("reports/diagnosis.json"), history="77" * 32)
+    refused("reports/diagnosis.json, reports/report.html", "diagnose plot")  # what the page shows is not what is there
+    write(Path("reports/evaluate/metrics.json"), '{"embedding": {"policy": {"mean": -9}}}')
+    refused("reports/evaluate/metrics.json", "evaluate")
+    write(Path("reports/evaluate/completions.jsonl"), "{}\n")
+    refused("reports/evaluate/completions.jsonl", "evaluate")
+    belong_together(policy=other)  # which train then says it was
+    summary = kept[Path("reports/train/summary.json")]
+    Path("reports/train/summary.json").write_bytes(summary)
+    refused("reports/evaluate/metrics.json, reports/evaluate/completions.jsonl, reports/report.html", "evaluate plot")
+    write(Path("reports/report.html"), "<h1>Report</h1>" + KEY)
+    refused("reports/report.html", "plot")
+    write(Path("reports/figures/reward.png"), "of another run")
+    with pytest.raises(
+        UserError, match=r"^reports/figures/reward.png: is not the figure in reports/report.html; run `dvc"
+    ):
+        track.main()
     make_reports(KEY)
-    history.write_text("\n".join(kept.splitlines()[:-1]) + "\n")
-    with pytest.raises(UserError, match=f"{STEPS - 1} rows, and .* says {STEPS} steps"):
+    edit(Path("reports/train/summary.json"), steps=STEPS + 1)
+    with pytest.raises(UserError, match=f"{STEPS} rows, and .* says {STEPS + 1} steps"):
         track.main()
     after = stored_runs()
     assert [run.to_dictionary() for run in before[1]] == [run.to_dictionary() for run in after[1]], (
         "nothing was written, nothing deleted"
     )
-
-
-def test_where_there_is_no_policy_the_evaluation_is_believed(project):
-    make_reports()
-    shutil.rmtree("data/policy")
-    track.main()
-    assert len(stored_runs()[1][0].data.tags["measured"]) == 64
 
 
 @pytest.mark.parametrize(
@@ -530,3 +591,12 @@ def test_many_processes_open_a_new_store_at_once(project):
         client, runs = stored_runs(key)
         assert len(runs) == 1
         assert len(client.get_metric_history(runs[0].info.run_id, "train/entropy")) == 6
+
+
+def test_a_long_message_of_ours_keeps_its_advice_whole():
+    said = str(UserError("params.yaml: " + "x y " * 1000 + "is too long; run `dvc repro train`, or not"))
+    assert len(said) <= 1000
+    assert said.startswith("params.yaml: x y")
+    assert said.endswith("is too long; run `dvc repro train`, or not") or said.endswith(
+        " ... run `dvc repro train`, or not"
+    )

@@ -253,11 +253,11 @@ SPOILT = {
     "MLflow's database cut in half": (_cut, "move the file away and it is made anew"),
     "MLflow's database of a newer version": (
         _alembic("update alembic_version set version_num = 'ffffffffffff'"),
-        "`mlflow db upgrade` helps an older store; move one of a newer MLflow away",
+        "mlflow.db` helps an older store; move one of a newer MLflow away",
     ),
     "MLflow's database of an older version": (
         _alembic("update alembic_version set version_num = '451aebb31d03'"),
-        "`mlflow db upgrade` helps an older store; move one of a newer MLflow away",
+        "mlflow.db` helps an older store; move one of a newer MLflow away",
     ),
     "MLflow's database of a foreign version, a table missing": (
         _alembic("update alembic_version set version_num = 'ffffffffffff'", "drop table trace_info"),

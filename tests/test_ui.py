@@ -19,9 +19,8 @@ import pytest
 from pipeline import track, ui
 from pipeline.errors import UserError
 from pipeline.io import tracking
-from pipeline.io.artifacts import sha256
+from tests.test_tracking import belong_together, write
 from tests.test_tracking import pytestmark as warnings_mark
-from tests.test_tracking import write, write_measured
 
 CHROMIUM = shutil.which("chromium")
 PROJECT = Path(__file__).parent.parent
@@ -67,15 +66,13 @@ def make_reports(number, reward, recipe):
     write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.0\n")
     verdict = "healthy" if sign > 0 else "mode"
     diagnosis = {"verdict": verdict, "onset": None if sign > 0 else 12, "findings": [], "cure": None}
-    diagnosis["history"] = sha256(Path("reports/train/history.csv"))
     write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
-    write_measured()
     difference = {"mean": 0.5 * sign, "low": 0.4 * sign, "high": 0.6 * sign}
     write(Path("reports/evaluate/metrics.json"), json.dumps({reward: {"difference": difference, "win_rate": 0.8}}))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
     write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
-    write(Path("reports/report.html"), f"<h1>Report of {reward} with {recipe}</h1>{key}")
     write(Path("reports/figures/reward.png"), "png")
+    belong_together(f"Report of {reward} with {recipe}")
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""DVC as a command, for the tools beside the stages."""
+"""DVC and git as commands, for the tools beside the stages. What they refuse is passed on in their own words.
+
+Only plumbing commands of git are read, whose output no setting of the user changes.
+"""
 
 import os
 import re
@@ -19,16 +22,52 @@ def dvc(*arguments: str) -> str:
         status = subprocess.run(command, env=environment(), stdout=output, stderr=errors).returncode
         printed, said = (_text(file) for file in (output, errors))
     if status:
-        error = re.search(r"^ERROR: (.+(?:\n.+)*)", said, re.MULTILINE)  # to the next empty line
-        raise UserError(
-            f"`dvc {arguments[0]}` failed: {error[1] if error else (said.strip() or 'without a word').splitlines()[-1]}"
-        )
+        raise UserError(f"`dvc {arguments[0]}` failed: {_refusal(said)}")
     return printed
+
+
+def _refusal(said: str) -> str:
+    """All that DVC says of an error, to its end: an empty line may stand before the remedy."""
+    text = re.split(r"^Having any troubles\?", said, maxsplit=1, flags=re.MULTILINE)[0]
+    # progress and warnings come before it; with -v a time stands in front of the level
+    error = re.search(r"^(?:\d{4}-\S+ \S+ )?ERROR: (.+)", text, re.MULTILINE | re.DOTALL)
+    return error[1] if error else (text.strip() or "without a word").splitlines()[-1]
 
 
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read().decode("utf-8", errors="replace")
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.read().decode("utf-8", errors="replace"))  # colours
+
+
+def git(*arguments: str) -> str:
+    """What a git command prints. Raises UserError with what git says of its failure."""
+    return git_bytes(*arguments).decode("utf-8", errors="surrogateescape").strip()
+
+
+def git_bytes(*arguments: str, given: str = "") -> bytes:
+    """The same as it is; `given` is the command's input."""
+    done = _run_git(*arguments, given=given)
+    if done.returncode:
+        said = done.stderr.decode("utf-8", errors="replace").strip()
+        raise UserError(f"`git {arguments[0]}` failed: {said or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _run_git(*arguments: str, given: str = "") -> subprocess.CompletedProcess[bytes]:
+    # `:!reports` is a pattern, whatever the user's variables say; no lock is taken for a look
+    variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "0"}
+    try:
+        return subprocess.run(["git", *arguments], input=given.encode(), env=variables, capture_output=True)
+    except OSError as error:
+        raise UserError(f"git cannot be run: {error.strerror}") from None
+
+
+def head() -> str:
+    """The commit that experiments start from. Raises UserError where there is none."""
+    done = _run_git("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    if done.returncode == 1 and not done.stderr.strip():  # of all failures, git is quiet about this one
+        raise UserError("this git repository has no commit yet, and experiments start from one: `git commit` first")
+    return git("rev-parse", "--verify", "HEAD^{commit}")
 
 
 def environment() -> dict[str, str]:

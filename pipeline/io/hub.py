@@ -120,11 +120,19 @@ def _meaning(error: BaseException, offline_choice: str) -> str | None:
         return "access is gated: accept its terms on the hub's page and log in with `hf auth login`"
     if _any(chain, errors.RevisionNotFoundError):
         return "the repository has no such revision"
+    answer = _any(chain, errors.HfHubHTTPError)
+    # The hub answers a program in JSON, and its client takes any 401 for a repository that is not there.
+    page = answer and "html" in answer.response.headers.get("content-type", "")
+    if answer and (answer.response.status_code == 407 or (page and answer.response.status_code in (401, 403))):
+        return (
+            f"a proxy or a log-in page answered {answer.response.status_code} for the hub at {_endpoint()}: "
+            f"see HTTPS_PROXY and NO_PROXY, {way_out}"
+        )
     if _any(chain, errors.RepositoryNotFoundError):
         return "the hub has no such repository (a private one needs `hf auth login`)"
     if constants.is_offline_mode() and (_any(chain, OSError) or _any(chain, errors.EntryNotFoundError)):
         return f"not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, {way_out}"
-    if answer := _any(chain, errors.HfHubHTTPError):
+    if answer:
         status = answer.response.status_code
         advice = "check your token (`hf auth login`)" if status in (401, 403) else "try again later"
         return f"the hub at {_endpoint()} answered {status}: {advice}, {way_out}"

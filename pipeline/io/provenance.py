@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent.parent
+DIGESTS = (
+    "code",
+    "custom",
+    "config",
+    "prompts",
+    "checkpoint",
+)  # of run.json: what a run is compared by, also in MLflow
 LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers")
 
 
@@ -72,6 +79,19 @@ def _version(name: str) -> str | None:
 def digest(value: Any) -> str:
     """sha256 of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def params_digests(chosen: dict[str, Any], tables: dict[str, Any]) -> dict[str, str]:
+    """Digests of selectors with the seed, and of the validated tables. `config`: every value, defaults included, without
+    the seed; runs of one `config` are seeds of one configuration. `written_params`: the values that params.yaml gives, with
+    the seed, as dvc.lock has them; defaults that a later version adds do not change it."""
+    names = {name: value for name, value in chosen.items() if name != "seed"}
+    return {
+        "config": digest([names, {name: table.model_dump() for name, table in tables.items()}]),
+        "written_params": digest(
+            [chosen, {name: table.model_dump(exclude_unset=True) for name, table in tables.items()}]
+        ),
+    }
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -1,5 +1,6 @@
 """The record of one run, read from the files that the stages wrote: what `track` shows in MLflow."""
 
+import base64
 import csv
 import math
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.io import artifacts, provenance, workspace
+from pipeline.io import artifacts, consistency, provenance, workspace
 from pipeline.io.tracking import Point, Scalar
 
 REPORTS = Path("reports")
@@ -16,7 +17,7 @@ RUN, HISTORY = REPORTS / "train/run.json", REPORTS / "train/history.csv"
 EVALUATION, PREPARE = REPORTS / "evaluate/metrics.json", REPORTS / "prepare.json"
 DIAGNOSIS, MEASURED = REPORTS / "diagnosis.json", REPORTS / "evaluate/measured.json"
 SUMMARY = REPORTS / "train/summary.json"
-POLICY, REPORT = Path("data/policy"), REPORTS / "report.html"
+REPORT = REPORTS / "report.html"
 TABLES = [RUN, HISTORY, SUMMARY, REPORTS / "train/samples.jsonl",
           REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, MEASURED, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
 
@@ -45,30 +46,30 @@ def read_record() -> Record:
     for file in [*TABLES, PREPARE, REPORT]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; `dvc repro` makes it")
-    run, prompts, evaluation, measured = _json(RUN), _json(PREPARE), _json(EVALUATION), _json(MEASURED)
+    run, prompts, evaluation, summary = _json(RUN), _json(PREPARE), _json(EVALUATION), _json(SUMMARY)
     key, params = str(run.get("train_key")), run.get("params")
     if not re.fullmatch("[0-9a-f]{64}", key) or not isinstance(params, dict):
         raise UserError(
-            f"{RUN}: should hold train_key, 64 hexadecimal digits, and params; `dvc repro -f train` makes it"
+            f"{RUN}: should hold train_key, 64 hexadecimal digits, and params; {consistency.again('train')}"
         )
     timings_file = workspace.root() / ".checkpoints" / key / "timings.csv"
     timings = _timings(timings_file)
     written_ms = HISTORY.stat().st_mtime_ns // 1_000_000
     times = {step: int(row.pop("timestamp_ms", written_ms)) for step, row in timings.items()}
     history, diagnosis = _rows(HISTORY), _json(DIAGNOSIS)
-    if (steps := _json(SUMMARY).get("steps")) != len(history):
-        raise UserError(f"{HISTORY}: {len(history)} rows, and {SUMMARY} says {steps} steps; `dvc repro` makes both")
+    if (steps := summary.get("steps")) != len(history):
+        raise UserError(
+            f"{HISTORY}: {len(history)} rows, and {SUMMARY} says {steps} steps; {consistency.again('train')}"
+        )
     if missing := {"verdict", "onset", "findings", "cure", "history"} - diagnosis.keys():
-        raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; `dvc repro -f diagnose` makes it")
-    if missing := {"policy", "prompts", "params"} - measured.keys():
-        raise UserError(f"{MEASURED}: has no {min(missing)}; `dvc repro -f evaluate` makes it")
-    others = {
-        DIAGNOSIS: diagnosis["history"] != artifacts.sha256(HISTORY),
-        EVALUATION: POLICY.is_dir() and measured["policy"] != artifacts.folder_digests(POLICY),
-        REPORT: key[:16] not in REPORT.read_text(encoding="utf-8", errors="replace"),
-    }
-    if any(others.values()):
-        raise UserError(f"{next(file for file in others if others[file])}: of another run than {RUN}; run `dvc repro`")
+        raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; {consistency.again('diagnose')}")
+    measured = consistency.measured_in(_read(MEASURED))
+    if not measured:
+        raise UserError(f"{MEASURED}: does not say what was evaluated; {consistency.again('evaluate')}")
+    consistency.raise_if_mixed("train", "diagnose", "evaluate", "plot")
+    page = REPORT.read_text(encoding="utf-8", errors="replace")
+    if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
+        raise UserError(f"{wrong[0]}: is not the figure in {REPORT}; {consistency.again('plot')}")
     return Record(
         train_key=key,
         run=run,
@@ -85,13 +86,25 @@ def read_record() -> Record:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = artifacts.read_json(file)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
+    value = _read(file)
     if not isinstance(value, dict):
-        raise UserError(f"{file}: should hold a JSON object, not {type(value).__name__}")
+        raise UserError(f"{file}: should hold a JSON object, not {type(value).__name__}{_again(file)}")
     return value
+
+
+def _read(file: Path) -> Any:
+    try:
+        return artifacts.read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}{_again(file)}") from None
+
+
+def _again(file: Path) -> str:
+    """The advice for a file in reports/, whose folders are named as the stages; nothing for others."""
+    if REPORTS not in file.parents:
+        return ""
+    stage = {PREPARE: "prepare", DIAGNOSIS: "diagnose", REPORT: "plot"}.get(file, file.parent.name)
+    return f"; {consistency.again(stage)}"
 
 
 def _rows(file: Path) -> dict[int, dict[str, float]]:
@@ -103,9 +116,11 @@ def _rows(file: Path) -> dict[int, dict[str, float]]:
                 row = {name: float(cell) for name, cell in cells.items() if cell}
                 rows[int(row.pop("step"))] = row
             except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{file} line {number}: should hold a step and numbers: {error!r}") from None
+                raise UserError(
+                    f"{file} line {number}: should hold a step and numbers: {error!r}{_again(file)}"
+                ) from None
     if not rows:
-        raise UserError(f"{file}: no rows")
+        raise UserError(f"{file}: no rows{_again(file)}")
     return rows
 
 

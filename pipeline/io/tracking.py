@@ -5,6 +5,7 @@ functions raise what mlflow raises, and `pipeline.track` turns that into one lin
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, cut, one_line
 from pipeline.io import workspace
 
 if TYPE_CHECKING:
@@ -40,9 +41,11 @@ ADVICE = {
     "is not a database": "move the file away and it is made anew",
     "malformed": "move the file away and it is made anew",
     "is locked": "another process holds it: wait for it, or end it",
-    "database schema": "`mlflow db upgrade` helps an older store; move one of a newer MLflow away",
+    "database schema": "`mlflow db upgrade {store}` helps an older store; move one of a newer MLflow away",
     "Can't locate revision": "a newer MLflow made it: move the file away and it is made anew",
-}  # by what sqlite, mlflow and alembic say
+}  # by what sqlite, mlflow and alembic say; {store}: its address
+PROXY_STATUS = ("407", "502", "503", "504")  # of HTTP: what proxies and gateways answer for a server
+BETWEEN = "a proxy or gateway between here and the server answers so: see HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
 
 
 class Point(NamedTuple):
@@ -148,13 +151,25 @@ def log_params(client: "MlflowClient", run: "Run", params: dict[str, Scalar]) ->
     """Logs the params that the run lacks; MLflow has no way to change one."""
     from mlflow.entities import Param
 
-    texts = {
-        re.sub(r"[^\w\-. :]", "_", key)[:250]: (value if isinstance(value, str) else json.dumps(value))
-        for key, value in params.items()
-    }
-    missing = [Param(key, text[:PARAM_CHARACTERS]) for key, text in texts.items() if key not in run.data.params]
+    missing = [Param(key, text) for key, text in param_texts(params).items() if key not in run.data.params]
     for start in range(0, len(missing), PARAMS_PER_BATCH):
         client.log_batch(run.info.run_id, params=missing[start : start + PARAMS_PER_BATCH])
+
+
+def param_texts(params: dict[str, Scalar]) -> dict[str, str]:
+    """Params as MLflow shows them, for people: what tells configurations apart is the tag `config`. What is cut ends in its
+    digest, so that it still looks different."""
+    return {
+        _cut(re.sub(r"[^\w\-. :]", "_", key), 250): _cut(
+            value if isinstance(value, str) else json.dumps(value), PARAM_CHARACTERS
+        )
+        for key, value in params.items()
+    }
+
+
+def _cut(text: str, size: int) -> str:
+    mark = f"... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text if len(text) <= size else text[: size - len(mark)] + mark
 
 
 def log_points(client: "MlflowClient", run_id: str, points: list[Point]) -> None:
@@ -183,13 +198,21 @@ def lock(name: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The store, the first line of an error, without passwords and what differs from one try to the next, and advice."""
-    text = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-    if "Max retries exceeded" in text:
+    """The store, what an error says of its cause, without passwords and what differs from one try to the next, and advice."""
+    text = str(error).strip() or type(error).__name__
+    text = re.split(r"\n\[(?:SQL|parameters): |\n\(Background on", text)[0]  # what SQLAlchemy adds
+    status = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
+    if page := re.search(r"Response body: '\s*<", text):
+        title = re.search(r"(?is)<title[^>]*>(.*?)</title>", text)
+        text = text[: page.start()] + "A web page was the answer" + (f": {title[1]}" if title else "")
+    elif status and status[2]:
+        text = f"{status[2]} was the answer again and again"
+    elif "Max retries exceeded" in text:
         text = "no answer: " + re.split(r"Caused by |\] ", text)[-1]
-    advice = next((f"; {advice}" for sign, advice in ADVICE.items() if sign in text), "")
-    text = without_password(f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text))
-    return (text if len(text) <= 300 else text[:300] + " ...") + advice
+    signs = ADVICE | ({status[0]: BETWEEN} if status and (status[1] or status[2]) in PROXY_STATUS else {})
+    advice = next((f"; {advice}" for sign, advice in signs.items() if sign in str(error)), "")
+    advice = advice.replace("{store}", without_password(store_uri()))
+    return cut(without_password(one_line(f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text))), 500) + advice
 
 
 def without_password(text: str) -> str:

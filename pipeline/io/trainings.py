@@ -1,7 +1,8 @@
 """The trainings that were done, from either of their records: MLflow's store, or the experiments that DVC keeps in git.
 
-Both say the same of the same training, so that a comparison does not depend on where it was read. mlflow takes seconds
-to import and may not be installed, so it is imported inside functions.
+Both say the same of the same training, so that a comparison does not depend on where it was read. What identifies a
+training is read from the digests that `train` recorded, never from what MLflow shows. mlflow takes seconds to import and
+may not be installed, so it is imported inside functions.
 """
 
 import contextlib
@@ -12,25 +13,32 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UserError
 from pipeline.io import tracking
-from pipeline.io.provenance import digest, flatten
+from pipeline.io.command import git, git_bytes, head
+from pipeline.io.consistency import digests_in, evaluates, measured_in
+from pipeline.io.provenance import digest, flatten, params_digests
 from pipeline.params import SELECTORS, Params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-HISTORY, DIAGNOSIS, EVALUATION = "reports/train/history.csv", "reports/diagnosis.json", "reports/evaluate/metrics.json"
+LOCK, HISTORY, SUMMARY = "dvc.lock", "reports/train/history.csv", "reports/train/summary.json"
+DIAGNOSIS, EVALUATION, MEASURED = (
+    "reports/diagnosis.json",
+    "reports/evaluate/metrics.json",
+    "reports/evaluate/measured.json",
+)
 EXPERIMENT = re.compile(r"(\w+) (\d+) refs/exps/([0-9a-f]{2}/[0-9a-f]{38})/(.+)")
 Curve = dict[int, float]  # value by step; undefined ones are left out
 
@@ -39,14 +47,15 @@ class Training(NamedTuple):
     """What is known of one training."""
 
     name: str
-    params: dict[str, str]  # selected ones by MLflow's names, values as MLflow writes them; `seed` is one
-    code: str  # digest of the code that made it, ours and the user's; of its own kind in each record
-    data: str  # digest of prompts and checkpoint; of its own kind in each record
+    params: dict[str, str]  # selected ones by MLflow's names, values as MLflow shows them, cut; `seed` is one
+    config: str  # digest of all of them but the seed, in full: runs that share it are seeds of one configuration
+    code: str  # digest of the code that made it, ours and the user's
+    data: str  # digest of prompts and checkpoint
     made: float  # seconds since 1970: of two trainings of the same, the later one counts
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
     gain: float | None  # held-out reward, trained policy minus checkpoint; None: not evaluated
-    measured: str | None  # digest of the held-out prompts and of how the gain was measured on them; as `code`
+    measured: str | None  # digest of the held-out prompts and of how the gain was measured on them
     kinds: tuple[str, ...] | None  # findings of the verdict, the first one first; None: not diagnosed
     onset: int | None  # step of the first one
 
@@ -66,13 +75,17 @@ def from_mlflow() -> list[Training]:
     while token != "":
         page = client.search_runs([experiment], "attributes.status = 'FINISHED'", page_token=token)
         runs, token = runs + list(page), page.token or ""
-    return [_of_run(client, run) for run in runs if "train_key" in run.data.tags and "seed" in run.data.params]
+    return _with_config(
+        [_of_run(client, run) for run in runs if "train_key" in run.data.tags and "seed" in run.data.params]
+    )
 
 
 def _of_run(client: "MlflowClient", run: "Run") -> Training:
     params, tags, metrics = dict(run.data.params), run.data.tags, run.data.metrics
     params.pop("processes", None)  # how it was launched: another number is the same experiment
-    inputs = sorted(used.dataset.digest for used in run.inputs.dataset_inputs) if run.inputs else []
+    inputs: list[str | None] = [tags.get("prompts"), tags.get("checkpoint")]
+    if None in inputs:  # from before they were tags
+        inputs = [*sorted(used.dataset.digest for used in run.inputs.dataset_inputs)] if run.inputs else []
 
     @functools.cache
     def curve(column: str) -> Curve:
@@ -83,6 +96,7 @@ def _of_run(client: "MlflowClient", run: "Run") -> Training:
     return Training(
         name=tags.get("dvc_exp_name") or run.info.run_name,
         params=params,
+        config=tags.get("config", ""),
         code=digest([tags.get("code"), tags.get("custom")]),
         data=digest(inputs),
         made=run.info.start_time / 1000,
@@ -93,6 +107,23 @@ def _of_run(client: "MlflowClient", run: "Run") -> Training:
         kinds=None if kinds is None else tuple(kinds.split(", ")) if kinds != "none" else (),
         onset=int(tags["collapse_onset"]) if tags.get("collapse_onset", "none") != "none" else None,
     )
+
+
+def _with_config(found: list[Training]) -> list[Training]:
+    """Gives runs from before `config` was a tag the one of a run that has it and the same params, else a digest of their
+    own params. Params that MLflow may have cut tell nothing apart: such a run is alone."""
+
+    def shown(training: Training) -> dict[str, str]:
+        return {key: value for key, value in training.params.items() if key != "seed"}
+
+    known = {digest(shown(training)): training.config for training in found if training.config}
+
+    def config(training: Training) -> str:
+        cut = any(len(value) >= tracking.PARAM_CHARACTERS for value in training.params.values())
+        of_params = digest([training.name, training.params, training.made] if cut else shown(training))
+        return training.config or known.get(of_params, of_params)
+
+    return [training._replace(config=config(training)) for training in found]
 
 
 @contextlib.contextmanager
@@ -123,14 +154,15 @@ def readable() -> Iterator[None]:
 def from_dvc(every_commit: bool) -> list[Training]:
     """HEAD itself and its experiments, or those of every commit, as git holds them: nothing else is needed to read them.
 
-    Raises UserError outside a git repository.
+    Raises UserError outside a git repository, and where git refuses.
     """
-    head = _git("log", "-1", "--format=%H %ct")
-    if head is None:
-        raise UserError("DVC's experiments are commits of a git repository, and here is none; or read `--from mlflow`")
-    commit, time = head.split()
+    try:
+        commit = head()
+        time = git("rev-list", "--max-count=1", "--timestamp", commit).split()[0]
+        listing = git("for-each-ref", "--format=%(objectname) %(committerdate:unix) %(refname)", "refs/exps")
+    except UserError as error:
+        raise UserError(f"DVC's experiments are kept in git: {error}; or read `--from mlflow`") from None
     found = [_of_commit("HEAD", commit, float(time))]
-    listing = _git("for-each-ref", "--format=%(objectname) %(committerdate:unix) %(refname)", "refs/exps") or ""
     for line in listing.splitlines():
         if (parts := EXPERIMENT.fullmatch(line)) and (every_commit or parts[3].replace("/", "") == commit):
             found.append(_of_commit(parts[4], parts[1], float(parts[2])))
@@ -139,87 +171,153 @@ def from_dvc(every_commit: bool) -> list[Training]:
 
 def _of_commit(name: str, revision: str, made: float) -> Training | None:
     """The training whose results a commit holds; None for a commit without one, or of another age of the project."""
-    stages = (YAML(typ="safe", pure=True).load(_show(revision, "dvc.lock") or "{}") or {}).get("stages", {})
-    made_by_train = {out["path"]: out["md5"] for out in stages.get("train", {}).get("outs", [])}
-    history = _result(revision, stages, "train", HISTORY, made_by_train)
+    files = _show(revision, LOCK, HISTORY, SUMMARY, DIAGNOSIS, EVALUATION, MEASURED)
     try:
-        params = _params(stages["train"]["params"]["params.yaml"])
-    except KeyError:
-        params = {}
-    if not history or not params:
-        if made_by_train:
-            print(
-                f"note: {name}: its commit does not hold what its dvc.lock says of `train`; left out", file=sys.stderr
-            )
+        stages = (YAML(typ="safe", pure=True).load(files[LOCK] or "") or {}).get("stages", {})
+        recorded = {
+            stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in stages.items()
+        }
+        made_by_train = recorded.get("train", {})
+        if not made_by_train:
+            return None
+        locked = stages["train"]["params"]["params.yaml"]
+        chosen, tables = {name: locked[name] for name in (*SELECTORS, "seed")}, _tables(locked)
+        deps = [(dep["path"], dep["md5"]) for dep in stages["train"]["deps"]]
+    except (YAMLError, AttributeError, KeyError, TypeError):
+        _left_out(name, "its dvc.lock is not one that this version reads")
         return None
-    deps = [(dep["path"], dep["md5"]) for dep in stages["train"]["deps"]]
+    history = files[HISTORY]
+    held = {path: _md5(text) for path in (HISTORY, SUMMARY) if (text := files[path]) is not None}
+    if history is None or any(held.get(path) != made_by_train.get(path) for path in (HISTORY, SUMMARY)):
+        _left_out(name, "its commit does not hold what its dvc.lock says of `train`")
+        return None
+    run = digests_in(_json(files[SUMMARY]))  # empty before summary.json had them
+    if run and _sha256(history) != run.get("history.csv"):
+        _left_out(name, f"{HISTORY} and {SUMMARY} are of different runs")
+        return None
+    models = {name: table for name, table in tables.items() if isinstance(table, BaseModel)}
+    digests = params_digests(chosen, models)
+    # tables of another age of the project are not read, and tell nothing
+    if run and len(models) == len(tables) and digests["written_params"] != run.get("written_params"):
+        _left_out(name, "its dvc.lock names other parameters than `train` ran with, as after `dvc commit -f`")
+        return None
+    tables |= {name: table.model_dump() for name, table in models.items()}
+    names = {name: chosen[name] for name in SELECTORS}
+    evaluation, diagnosis = _evaluation(files, stages, recorded, run), _diagnosis(files, stages, recorded, run)
     rows = list(csv.DictReader(io.StringIO(history)))
-    evaluation = json.loads(_result(revision, stages, "evaluate", EVALUATION, made_by_train) or "{}")
-    diagnosis = json.loads(_result(revision, stages, "diagnose", DIAGNOSIS, made_by_train) or "{}")
-    evaluate = stages.get("evaluate", {})
-    heldout = [dep["md5"] for dep in evaluate.get("deps", []) if dep["path"] == "data/prompts"]
     return Training(
         name=name,
-        params=params,
-        code=digest([used for used in deps if not used[0].startswith("data/")]),
-        data=digest([used for used in deps if used[0].startswith("data/")]),
+        params=tracking.param_texts(chosen | flatten(tables)),
+        config=run.get("config") or digest([names, tables]),
+        code=digest(
+            [run["code"], run["custom"]] if run else [used for used in deps if not used[0].startswith("data/")]
+        ),
+        data=digest(
+            [run["prompts"], run["checkpoint"]] if run else [used for used in deps if used[0].startswith("data/")]
+        ),
         made=made,
         columns=frozenset(rows[0]) - {"step"} if rows else frozenset(),
         curve=lambda column: {
             int(row["step"]): value for row in rows if math.isfinite(value := float(row.get(column) or "nan"))
         },
-        gain=evaluation.get(params["reward"], {}).get("difference", {}).get("mean"),
-        measured=digest([heldout, evaluate.get("params", {}).get("params.yaml", {}).get("evaluate")])
-        if evaluation
-        else None,
+        gain=evaluation[0].get(chosen["reward"], {}).get("difference", {}).get("mean") if evaluation else None,
+        measured=evaluation[1] if evaluation else None,
         kinds=tuple(finding["kind"] for finding in diagnosis["findings"]) if diagnosis else None,
-        onset=diagnosis.get("onset"),
+        onset=diagnosis["onset"] if diagnosis else None,
     )
 
 
-def _result(revision: str, stages: dict[str, Any], stage: str, path: str, made_by_train: dict[str, str]) -> str | None:
-    """What a stage made of this training. An experiment of `train` alone still has the other stages' files of the commit
-    that it started from: those are not its results."""
-    entry, text = stages.get(stage, {}), _show(revision, path)
-    used = {dep["path"]: dep["md5"] for dep in entry.get("deps", []) if dep["path"] in made_by_train}
-    recorded = {out["path"]: out["md5"] for out in entry.get("outs", [])}
-    fits = all(made_by_train[path] == md5 for path, md5 in used.items())
-    if text is None or not fits or hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() != recorded.get(path):
+def _left_out(name: str, why: str) -> None:
+    print(f"note: {name}: {why}; left out", file=sys.stderr)
+
+
+Files = dict[str, str | None]  # of a commit, by path
+
+
+def _evaluation(
+    files: Files, stages: dict[str, Any], recorded: dict[str, dict[str, str]], run: dict[str, str]
+) -> tuple[dict[str, Any], str] | None:
+    """metrics.json and a digest of what was evaluated and how; None where they are not of this run. An experiment of `train`
+    alone still has the files of the commit that it started from, and `dvc exp save` records them as its own."""
+    text = files[EVALUATION]
+    if text is None:
         return None
-    return text
+    if run:
+        measured = measured_in(_json(files[MEASURED]))
+        if not evaluates(measured, run) or measured["metrics.json"] != _sha256(text):
+            return None
+        return _json(text), digest([measured["prompts"], measured["params"]])
+    if not _up_to_date("evaluate", EVALUATION, text, stages, recorded):
+        return None
+    heldout = [dep["md5"] for dep in stages["evaluate"].get("deps", []) if dep["path"] == "data/prompts"]
+    return _json(text), digest([heldout, stages["evaluate"].get("params", {}).get("params.yaml", {}).get("evaluate")])
 
 
-def _params(trained: dict[str, Any]) -> dict[str, str]:
-    """The parameters that dvc.lock says `train` ran with, by MLflow's names and in its words: see tracking.log_params."""
-    tables = {name: _dumped(table, f"{trained[name]}", trained) for name, table in SELECTORS.items()}
-    chosen = {name: trained[name] for name in (*SELECTORS, "seed")}
-    params = chosen | flatten({**tables, "train": _dumped("train", "", trained)})
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
-    return {
-        re.sub(r"[^\w\-. :]", "_", key)[:250]: text[: tracking.PARAM_CHARACTERS] for key, text in texts.items()
-    }  # fmt: skip
+def _diagnosis(
+    files: Files, stages: dict[str, Any], recorded: dict[str, dict[str, str]], run: dict[str, str]
+) -> dict[str, Any] | None:
+    """diagnosis.json; None where it is not of this run."""
+    text, history = files[DIAGNOSIS], files[HISTORY]
+    diagnosis = _json(text)
+    if text is None or history is None or not {"findings", "onset"} <= diagnosis.keys():
+        return None
+    if diagnosis.get("history", None if run else _sha256(history)) != _sha256(history):
+        return None
+    return diagnosis if run or _up_to_date("diagnose", DIAGNOSIS, text, stages, recorded) else None
 
 
-def _dumped(section: str, name: str, trained: dict[str, Any]) -> Any:
-    """A table with the defaults that the file leaves out, as train.py records it; as it is where it is of another age."""
-    value = trained[f"{section}.{name}" if name else section]
+def _up_to_date(
+    stage: str, path: str, text: str, stages: dict[str, Any], recorded: dict[str, dict[str, str]]
+) -> bool:  # fmt: skip
+    """Whether dvc.lock says that a stage made this file of this training: all there is to see in commits from before the
+    files said so themselves."""
+    used = {dep["path"]: dep["md5"] for dep in stages.get(stage, {}).get("deps", [])}
+    fits = all(used[path] == md5 for path, md5 in recorded["train"].items() if path in used)
+    return fits and recorded.get(stage, {}).get(path) == _md5(text)
+
+
+def _tables(locked: dict[str, Any]) -> dict[str, Any]:
+    """The tables that dvc.lock says `train` ran with, validated; those of another age of the project as they are."""
+    found = {name: _table(table, f"{locked[name]}", locked) for name, table in SELECTORS.items()}
+    return found | {"train": _table("train", "", locked)}
+
+
+def _table(section: str, name: str, locked: dict[str, Any]) -> Any:
+    value = locked[f"{section}.{name}" if name else section]
     shape: Any = Params.model_fields[section].annotation
     try:
         checked = TypeAdapter(shape).validate_python({name: value} if name else value)
     except ValidationError:
         return value
-    return (checked[name] if name else checked).model_dump()
+    return checked[name] if name else checked
 
 
-def _show(revision: str, path: str) -> str | None:
-    """A file of a commit; None where it has none of that name."""
-    return _git("cat-file", "blob", f"{revision}:./{path}")
-
-
-def _git(*arguments: str) -> str | None:
-    """What a git command prints, None where it fails or there is no git."""
+def _json(text: str | None) -> Any:
+    """The content of a JSON file; an empty table where there is none."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.decode("utf-8") if done.returncode == 0 else None
+        return json.loads(text or "{}")
+    except ValueError:
+        return {}
+
+
+def _md5(text: str) -> str:
+    """As DVC names contents."""
+    return hashlib.md5(text.encode("utf-8", errors="surrogateescape"), usedforsecurity=False).hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()
+
+
+def _show(revision: str, *paths: str) -> Files:
+    """Files of a commit as git holds them; None for one that it has not. Raises UserError: `git`."""
+    done = git_bytes("cat-file", "--batch", given="".join(f"{revision}:./{path}\n" for path in paths))
+    files: Files = {}
+    for path in paths:
+        line, _, done = done.partition(b"\n")
+        if line.endswith(b" missing"):
+            files[path] = None
+            continue
+        size = int(line.split()[-1])
+        files[path], done = done[:size].decode("utf-8", errors="surrogateescape"), done[size + 1 :]
+    return files

@@ -16,6 +16,7 @@ from pipeline.params import SELECTORS
 
 LAST_STEPS = 5  # as in summary.json
 ABSENT = "–"  # a parameter that a configuration does not have
+CELL = 60  # characters of a parameter in the table
 NUMBERS = {  # column of the table -> of the history, mean of the last steps; None: the held-out difference
     "training reward": "reward_mean",
     "held-out gain": None,
@@ -58,12 +59,11 @@ def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], 
     Of one configuration only what the newest code and data made counts, and of each seed the newest training: MLflow
     keeps every run that there ever was. Of the gains only those count that were measured alike.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[Training]] = {}
+    groups: dict[str, list[Training]] = {}
     total = 0
     for training in sorted(trainings, key=lambda training: training.made, reverse=True):
         total += 1
-        params = {key: value for key, value in training.params.items() if key != "seed"}
-        groups.setdefault(tuple(sorted(params.items())), []).append(training)
+        groups.setdefault(training.config, []).append(training)
     kept = []
     for group in groups.values():
         of_seed: dict[str, Training] = {}
@@ -71,13 +71,27 @@ def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], 
             if (training.code, training.data) == (group[0].code, group[0].data):
                 of_seed.setdefault(training.params["seed"], training)
         kept.append(measured_alike([of_seed[seed] for seed in sorted(of_seed, key=natural)]))
-    names = differing([dict(params) for params in groups])
-    found = []
-    for params, group in zip(map(dict, groups), kept, strict=True):
-        shown = {name: one_line(params.get(name, ABSENT)) for name in names}
-        found.append(Configuration(shown, params, group))
+    params = [{key: value for key, value in group[0].params.items() if key != "seed"} for group in groups.values()]
+    shown = cells(params, list(groups))
+    found = [Configuration(*each) for each in zip(shown, params, kept, strict=True)]
     found.sort(key=lambda each: [natural(each.params["reward"]), *map(natural, each.shown.values())])
     return found, total - sum(map(len, kept))
+
+
+def cells(configured: Sequence[dict[str, str]], digests: Sequence[str]) -> list[dict[str, str]]:
+    """What the table shows of each configuration: the parameters that differ, long ones shortened. Where these look alike,
+    the beginning of the configuration's digest tells them apart."""
+    names = differing(configured)
+    shown = [{name: shortened(one_line(params.get(name, ABSENT))) for name in names} for params in configured]
+    if len({tuple(each.values()) for each in shown}) == len(shown):
+        return shown
+    length = next(size for size in range(8, 65) if len({each[:size] for each in digests}) == len(digests))
+    return [each | {"config": value[:length]} for each, value in zip(shown, digests, strict=True)]
+
+
+def shortened(text: str) -> str:
+    """A text for a cell: a long one by its two ends."""
+    return text if len(text) <= CELL else f"{text[: CELL // 2 - 2]} … {text[-(CELL // 2 - 1) :]}"
 
 
 def measured_alike(group: list[Training]) -> list[Training]:

@@ -1,4 +1,5 @@
-"""Reads what the stages before `plot` wrote. Anything missing or broken is one line that names the file and the stage."""
+"""Reads what the stages before `plot` wrote. Anything missing, broken or of another run is one
+line that names the file and the stage."""
 
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.io.artifacts import read_json, read_jsonl
+from pipeline.io.consistency import again, raise_if_mixed, sources
 from pipeline.report.shapes import Comparison, Completion, Diagnosis, Sample, Sides, Train
 
 COLUMNS = (  # of history.csv, as far as the figures use them
@@ -33,14 +35,16 @@ class Inputs(NamedTuple):
     prepare: dict[str, Any]
     diagnosis: dict[str, Any]
     trained: str  # the reward that training used
+    sources: str  # digest over the files that all this is from
 
 
 def load(reports: Path) -> Inputs:
-    """Reads the reports folder. Raises UserError (one line) for what is missing or is not what a stage writes."""
+    """Reads the reports folder. Raises UserError (one line) for what is missing or is not what a stage writes, or is of another
+    run than the rest."""
     run = _checked(reports / "train/run.json", Train, "train")
     for name in ("model", "reward", "recipe", "seed"):
         if name not in run["params"]:
-            raise UserError(f"{reports}/train/run.json: params has no {name}; run `dvc repro train`")
+            raise UserError(f"{reports}/train/run.json: params has no {name}; {again('train')}")
     metrics_file = reports / "evaluate/metrics.json"
     metrics = _checked(metrics_file, dict[str, Any], "evaluate")
     rewards = {name: value for name, value in metrics.items() if name not in NOT_REWARDS}
@@ -49,8 +53,10 @@ def load(reports: Path) -> Inputs:
         _check(metrics_file, metrics.get(name), Sides, "evaluate", name)
     trained = str(run["params"]["reward"])
     if trained not in rewards:
-        raise UserError(f"{metrics_file}: has no reward {trained!r}, which run.json names; run `dvc repro evaluate`")
-    return Inputs(
+        raise UserError(f"{metrics_file}: has no reward {trained!r}, which run.json names; {again('evaluate')}")
+    _checked(reports / "train/summary.json", dict[str, Any], "train")
+    _checked(reports / "evaluate/measured.json", list[dict[str, Any]], "evaluate")
+    found = Inputs(
         history=_history(reports / "train/history.csv"),
         samples=_samples(reports / "train/samples.jsonl"),
         run=run,
@@ -61,21 +67,24 @@ def load(reports: Path) -> Inputs:
         prepare=_checked(reports / "prepare.json", dict[str, Any], "prepare"),
         diagnosis=_checked(reports / "diagnosis.json", Diagnosis, "diagnose"),
         trained=trained,
+        sources=sources(reports),
     )
+    raise_if_mixed("train", "diagnose", "evaluate", reports=reports)
+    return found
 
 
 def _history(path: Path) -> pd.DataFrame:
     try:
         history = pd.read_csv(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro train`") from None
+        raise UserError(f"{path}: no such file; {again('train')}") from None
     except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path}: not a CSV table: {error}; run `dvc repro train`") from None
+        raise UserError(f"{path}: not a CSV table: {error}; {again('train')}") from None
     missing = [name for name in COLUMNS if name not in history]
     if missing:
-        raise UserError(f"{path}: has no column {missing[0]}; run `dvc repro train`")
+        raise UserError(f"{path}: has no column {missing[0]}; {again('train')}")
     if history.empty:
-        raise UserError(f"{path}: has no rows; run `dvc repro train`")
+        raise UserError(f"{path}: has no rows; {again('train')}")
     for name in COLUMNS:
         numbers = pd.to_numeric(history[name], errors="coerce")
         wrong = history[name][numbers.isna() & history[name].notna()]
@@ -83,7 +92,7 @@ def _history(path: Path) -> pd.DataFrame:
             raise UserError(f"{path} row {wrong.index[0] + 1}: {name} = {wrong.iloc[0]!r} is not a number")
         history[name] = numbers
     if history["step"].isna().any() or not history["step"].is_monotonic_increasing:
-        raise UserError(f"{path}: steps must be numbers that increase; run `dvc repro train`")
+        raise UserError(f"{path}: steps must be numbers that increase; {again('train')}")
     return history
 
 
@@ -92,7 +101,7 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if len({len(row[name]) for name in ("tokens", "pieces", "token_logprobs")}) > 1:
             raise UserError(
-                f"{path} row {number}: tokens, pieces and token_logprobs differ in length; run `dvc repro train`"
+                f"{path} row {number}: tokens, pieces and token_logprobs differ in length; {again('train')}"
             )
     return rows
 
@@ -102,9 +111,9 @@ def _checked(path: Path, shape: Any, stage: str) -> Any:
     try:
         value = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro {stage}`") from None
+        raise UserError(f"{path}: no such file; {again(stage)}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}; run `dvc repro {stage}`") from None
+        raise UserError(f"{path}: not valid JSON: {error}; {again(stage)}") from None
     _check(path, value, shape, stage)
     return value
 
@@ -115,4 +124,4 @@ def _check(path: Path, value: Any, shape: Any, stage: str, *inside: str) -> None
     except ValidationError as failure:
         first = failure.errors()[0]
         where = ".".join(map(str, (*inside, *first["loc"]))) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg'].lower()}; run `dvc repro {stage}`") from None
+        raise UserError(f"{path}: {where}: {first['msg'].lower()}; {again(stage)}") from None

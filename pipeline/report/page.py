@@ -55,6 +55,7 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
         .render(
             run=inputs.run,
             params=params,
+            sources=inputs.sources,
             policy=policy_for(style, script),
             style=Markup(style),  # ours, as is the script
             script=Markup(script),
