@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTHON ?= python3
-RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+# the shell's own variable: make would put the path there unescaped
+RUN := PATH="$$PWD/$(BIN):$$PATH"
 # two processes on two cores: torch, left to itself, would start two threads in each
 PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -38,7 +39,7 @@ sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compa
 	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
-	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" $(PYTEST)
+	$(RUN) SCREENSHOTS="$$PWD/.screenshots" $(PYTEST)
 
 test-faults: $(BIN)/installed  ## kills, full disks, bad input in full number -> docs/reliability.json
 	$(RUN) FAULTS=full $(PYTEST) -m faults

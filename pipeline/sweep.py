@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io import workspace
-from pipeline.io.command import dvc, environment
+from pipeline.io.command import check_folder, dvc, environment
 from pipeline.io.provenance import digest
 from pipeline.params import PARAMS_FILE, load
 
@@ -33,6 +33,7 @@ def main() -> None:
     """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue stands still."""
     options = arguments()
     workspace.check()
+    check_folder()
     commit = git("rev-parse", "HEAD")  # DVC keeps experiments by it; a commit meanwhile changes nothing
     wanted = experiments(options.overrides, commit)
     check(wanted.values())
