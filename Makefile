@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTHON ?= python3
-RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+# the shell's own variable: make would put the path there unescaped
+RUN := PATH="$$PWD/$(BIN):$$PATH"
 # three processes on two cores: tests wait for servers and queues, too; torch, left to itself, would start two threads in each
 PYTEST := OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder
 # Arithmetic as other CPUs do it: torch's own loops, MKL's products, oneDNN's; none with instructions for bfloat16.
@@ -44,7 +45,7 @@ sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compa
 	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
-	$(RUN) SCREENSHOTS="$(CURDIR)/.screenshots" $(PYTEST)
+	$(RUN) SCREENSHOTS="$$PWD/.screenshots" $(PYTEST)
 
 test-all: test  ## the same, then every model family, and the numeric tests with the kernels of other CPUs
 	$(RUN) $(PYTEST) -m exhaustive

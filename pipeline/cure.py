@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import write_text
-from pipeline.io.command import dvc, environment, git
+from pipeline.io.command import check_folder, dvc, environment, git
 from pipeline.io.provenance import digest
 from pipeline.report import cured, overlay, style
 from pipeline.report.inputs import Inputs, load
@@ -74,6 +74,7 @@ def find(name: str) -> str | None:
 
 def run(command: list[str], name: str) -> str:
     """Runs the experiment, its output as it comes, and returns its revision."""
+    check_folder()
     process = subprocess.Popen([sys.executable, "-m", *command], env=environment())
     try:
         status = process.wait()

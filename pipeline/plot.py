@@ -1,18 +1,20 @@
 """Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/report.html), from files alone."""
 
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from pipeline.errors import run_stage
 from pipeline.io.artifacts import atomic_folder, write_text
 from pipeline.report import figures, heldout, page, style
 from pipeline.report.inputs import Inputs, load
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 REPORTS = Path("reports")
 
 
-def draw(data: Inputs) -> dict[str, Figure]:
+def draw(data: Inputs) -> "dict[str, Figure]":
     """Every figure by the name of its file, in the order of the page."""
     history, run, held_out = data.history, data.run, data.rewards[data.trained]
     drawn = {

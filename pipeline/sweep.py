@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.errors import UserError, run_stage
 from pipeline.io import workspace
 from pipeline.io.artifacts import sha256
-from pipeline.io.command import dvc, environment, git, head
+from pipeline.io.command import check_folder, dvc, environment, git, head
 from pipeline.io.provenance import digest
 from pipeline.params import PARAMS_FILE, load
 
@@ -35,6 +35,7 @@ def main() -> None:
     """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue stands still."""
     options = arguments()
     workspace.check()
+    check_folder()
     commit = head()  # DVC keeps experiments by it; a commit meanwhile changes nothing
     wanted = experiments(options.overrides, commit)
     check(wanted.values())

@@ -6,12 +6,17 @@ import re
 import socket
 import sqlite3
 import sys
-from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io import tracking, workspace
+from pipeline.io.trainings import readable
 
 HOST, PORT = "127.0.0.1", 5000
+# Of MLflow's variables the server gets those that say how a store is reached, and whether it reports home. The others would
+# move its pages, open them to other machines, or put another store in the place of ours.
+KEPT = (
+    "MLFLOW_S3_", "MLFLOW_GCS_", "MLFLOW_BOTO_", "MLFLOW_SQLALCHEMYSTORE_", "MLFLOW_MYSQL_", "MLFLOW_DISABLE_TELEMETRY",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -30,28 +35,35 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"port {port} of {HOST}: {error.strerror}; choose another: `make ui PORT=5001`") from None
     tracking.defaults(timeout=30, retries=3)
-    experiment = _experiment_id(uri)
-    # Job execution starts processes that we have no use for and that double the time until the page is up.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with readable(instead=""):
+        experiment = _experiment_id()
     artifacts = (workspace.root() / "mlartifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts]
     # MLflow 3 opens on its pages for traces and prompts; this is the one with the runs.
     page = f"http://{HOST}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
     print(f"MLflow at {page} in about 20 s; stop it with Ctrl-C", flush=True)
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, command, _environment())
 
 
-def _experiment_id(uri: str) -> str:
+def _experiment_id() -> str:
     """Id of our experiment. Only where the store has none yet do we import mlflow: it doubles the waiting time."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and path.is_file():
+    path = tracking.sqlite_file()
+    if path and path.is_file():
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as store:
             query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
             found = store.execute(query, [tracking.experiment_name()]).fetchone()
             if found:
                 return str(found[0])
     return tracking.open_store()[1]  # makes it under our lock: the server and a training must not both create it
+
+
+def _environment() -> dict[str, str]:
+    """The server's."""
+    ours = ("MLFLOW_", "_MLFLOW_", "UVICORN_")
+    kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT) or not name.startswith(ours)}
+    # Job execution starts processes that we have no use for and that double the time until the page is up.
+    return {**kept, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def _port(arguments: list[str]) -> int:

@@ -45,7 +45,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError: `writing`."""
     temporary = _beside(target, "tmp")
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         try:
             yield temporary
             temporary.chmod(0o644)  # the umask must not show in what we write
@@ -64,16 +64,31 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     with writing(target):
         for left in (temporary, before):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
         try:
             yield temporary
-            temporary.chmod(0o755)
+            make_readable(temporary)
             if target.exists():
                 target.replace(before)  # deleting takes time, in which a kill would leave half of it in its place
             temporary.replace(target)
             shutil.rmtree(before, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, for everybody to read."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        path.chmod(0o755)
+
+
+def make_readable(folder: Path) -> None:
+    """Gives everybody leave to read what is below `folder`, whatever the umask was: safetensors writes for its owner
+    alone, and others of a shared folder load what was trained."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _beside(target: Path, kind: str) -> Path:

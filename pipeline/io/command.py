@@ -34,6 +34,18 @@ def _refusal(said: str) -> str:
     return error[1] if error else (text.strip() or "without a word").splitlines()[-1]
 
 
+def check_folder() -> None:
+    """Raises UserError in a folder in which DVC 3.67 cannot run experiments beside the workspace (--temp, --queue): it
+    takes the path for a URL and fails at its end, or says that it went well and keeps nothing."""
+    path = str(Path.cwd())
+    wrong = sorted({sign for sign in path if sign in "#?%" or not sign.isascii()})
+    if wrong:
+        raise UserError(
+            f"{path}: DVC cannot run --temp or --queue experiments below a folder with {' '.join(wrong)} in its name; move "
+            "the project (`dvc repro` and `dvc exp run` work here)"
+        )
+
+
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", file.read().decode("utf-8", errors="replace"))  # colours

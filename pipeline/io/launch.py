@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError
+from pipeline.io.runtime import LAUNCHER, is_launched, launcher_number
 from pipeline.io.workspace import root
 from pipeline.reinforce.processes import ALONE, Processes
 
@@ -27,7 +28,7 @@ def relaunch(module: str) -> None:
     writes.
     """
     name = os.environ.get(CONFIG)
-    if not name or _launched():
+    if not name or is_launched():
         return
     config = root() / Path(name).expanduser()
     if not config.is_file():
@@ -62,10 +63,16 @@ def join(device: torch.device, prompts: int) -> Processes:
 
     Raises UserError where there are fewer prompts than processes.
     """
-    if not _launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not is_launched():
         return ALONE
-    if prompts < (count := int(os.environ["WORLD_SIZE"])):
+    if prompts < (count := launcher_number("WORLD_SIZE")):
         raise UserError(f"train.prompts_per_step = {prompts}: at least one for each of the {count} processes is needed")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # neither torchrun nor accelerate: variables may be left over
+        print(
+            f"process {os.environ['RANK']} of {count}: waiting for the others at {os.environ['MASTER_ADDR']}; where there "
+            f"are none, stop this and `unset {' '.join(LAUNCHER)}`",
+            file=sys.stderr,
+        )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # set by `accelerate launch` where its configuration says distributed_type: FSDP
     return Processes(dist.get_rank(), dist.get_world_size(), os.environ.get("ACCELERATE_USE_FSDP") == "true")
@@ -76,7 +83,3 @@ def leave(processes: Processes) -> None:
     if processes.count > 1:
         processes.wait()
         dist.destroy_process_group()
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

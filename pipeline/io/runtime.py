@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each launcher of torch's sets
 THREADS_PER_CORE = 8  # more would only wait for each other, and all else with them
 
 
@@ -24,7 +25,8 @@ def set_up(device: str, threads: int) -> torch.device:
         raise UserError("train.device = cuda: torch sees no CUDA device here; auto or cpu would run")
     chosen = torch.device("cpu")
     if device != "cpu" and torch.cuda.is_available():
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # of the processes on this machine
+        # of the processes on this machine; alone, a LOCAL_RANK is left over from another launcher
+        chosen = torch.device("cuda", launcher_number("LOCAL_RANK") if is_launched() else 0)
         torch.cuda.set_device(chosen)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +41,30 @@ def set_up(device: str, threads: int) -> torch.device:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return chosen
+
+
+def is_launched() -> bool:
+    """Whether `torchrun`, `accelerate launch` or another launcher of torch's started this process as one of several.
+
+    Raises UserError where the environment says so in part: what one of them left there.
+    """
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or launcher_number("WORLD_SIZE") == 1:
+        return False
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and {', '.join(missing)} is not set: no launcher started this "
+            f"process; `unset {' '.join(LAUNCHER)}` trains with it alone"
+        )
+    return True
+
+
+def launcher_number(name: str) -> int:
+    """What a launcher has set; 0 where it has not. Raises UserError."""
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise UserError(f"{name} = {text!r}: should be a whole number, as a launcher sets it; or unset it")
+    return int(text)
 
 
 def generator(seed: int, step: int, purpose: str) -> torch.Generator:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -61,9 +62,64 @@ def store_uri() -> str:
     """MLFLOW_TRACKING_URI, else mlflow.db in the main workspace. A relative SQLite path is taken from there too: in
     the folder of a --temp experiment it would be lost.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    relative = re.fullmatch(r"sqlite:///([^/:].*)", uri)
-    return f"sqlite:///{workspace.root() / relative[1]}" if relative else uri
+    uri, path = os.environ.get("MLFLOW_TRACKING_URI") or "", sqlite_file()
+    if path is None:
+        return uri
+    options = uri.partition("?")[2]
+    return _sqlite_uri(path) + (f"?{options}" if options else "")
+
+
+def sqlite_file() -> Path | None:
+    """The store's file, where it is a SQLite one: without what the URI escapes, and without its options."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return workspace.root() / "mlflow.db"
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        return None
+    if url.database in (None, "", ":memory:") or "uri" in url.query:
+        return None
+    return workspace.root() / str(url.database)
+
+
+def _sqlite_uri(path: Path) -> str:
+    if not re.search("[%?]", str(path)):
+        return f"sqlite:///{path}"
+    from sqlalchemy.engine import URL
+
+    # mlflow makes the folder of the path as it stands in the URI, escaped, unless the URI names a driver
+    return URL.create("sqlite+pysqlite", database=str(path)).render_as_string()
+
+
+def check_store() -> None:
+    """Raises UserError where MLFLOW_TRACKING_URI is of SQLite and names no file that lasts, or options that are none, and
+    where a variable of MLflow's has a value that it cannot read."""
+    from mlflow import environment_variables
+    from sqlalchemy.engine import make_url
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or ""
+    if uri.startswith("sqlite"):
+        if sqlite_file() is None:
+            raise UserError(
+                f"MLFLOW_TRACKING_URI = {without_password(uri)}: should name a file: sqlite:///mlflow.db in the project, "
+                "sqlite:////absolute/path/mlflow.db elsewhere"
+            )
+        try:
+            make_url(uri).get_dialect()().create_connect_args(make_url(uri))
+        except ValueError as error:
+            raise UserError(f"MLFLOW_TRACKING_URI = {without_password(uri)}: {error}") from None
+    for name in sorted(os.environ):
+        if name.startswith("MLFLOW_") and (variable := getattr(environment_variables, name, None)):
+            try:
+                variable.get()
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
 
 def in_project() -> None:
@@ -78,7 +134,8 @@ def experiment_name() -> str:
 
 
 def defaults(timeout: int, retries: int) -> None:
-    """Sets mlflow's environment where the user has not: no telemetry, and how long a request may take (seconds)."""
+    """Sets mlflow's environment: no telemetry, and how long a request may take (seconds), where the user has not said so;
+    and, whatever the user has said, what would lose a failure or split our record (docs/ENVIRONMENT.md)."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -86,6 +143,13 @@ def defaults(timeout: int, retries: int) -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
     }.items():
         os.environ.setdefault(name, value)
+    os.environ |= {"MLFLOW_ENABLE_ASYNC_LOGGING": "false", "MLFLOW_TRUNCATE_LONG_VALUES": "true"}
+    for name in ("MLFLOW_LOGGING_LEVEL", "MLFLOW_CONFIGURE_LOGGING"):  # a value that is none ends `import mlflow`
+        os.environ.pop(name, None)
+    host = urlsplit(os.environ.get("MLFLOW_TRACKING_URI") or "").hostname
+    if host in ("localhost", "127.0.0.1", "::1"):  # no proxy leads to this machine
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
 
 
 def open_store() -> "tuple[MlflowClient, str]":
@@ -97,9 +161,10 @@ def open_store() -> "tuple[MlflowClient, str]":
         logging.getLogger(name).setLevel(logging.ERROR)  # their notes on every new table and every retry
     uri, name = store_uri(), experiment_name()
     artifacts = None if uri.startswith("http") else (workspace.root() / "mlartifacts").as_uri()
+    check_store()
     with lock("mlflow"):
-        if uri.startswith("sqlite:////"):
-            _prepare_database(Path(uri.removeprefix("sqlite:///")))
+        if path := sqlite_file():
+            _prepare_database(path)
         elif re.match("postgresql|mysql|mssql", uri):
             _check_server(uri)
         client = MlflowClient(tracking_uri=uri)
@@ -332,10 +397,11 @@ def _prepare_database(path: Path) -> None:
 
     if path.exists() and path.stat().st_size:  # an empty one is what a killed sqlite leaves
         return _check_database(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # as mlflow does
     unfinished = path.with_name(path.name + ".new")
     unfinished.unlink(missing_ok=True)
     _check_database(unfinished)
-    store = SqlAlchemyStore(f"sqlite:///{unfinished}", (workspace.root() / "mlartifacts").as_uri())
+    store = SqlAlchemyStore(_sqlite_uri(unfinished), (workspace.root() / "mlartifacts").as_uri())
     store.engine.dispose()
     unfinished.replace(path)
 

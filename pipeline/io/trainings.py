@@ -15,7 +15,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -65,8 +64,8 @@ class Training(NamedTuple):
 
 def from_mlflow() -> list[Training]:
     """Every finished run of the store. Raises UserError where there is no store, and within `readable` where it fails."""
-    uri = tracking.store_uri()
-    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    path = tracking.sqlite_file()
+    if path and not path.is_file():
         return []  # looking must not make one
     tracking.defaults(timeout=30, retries=3)
     client, experiment = tracking.open_store()
@@ -127,8 +126,9 @@ def _with_config(found: list[Training]) -> list[Training]:
 
 
 @contextlib.contextmanager
-def readable() -> Iterator[None]:
-    """Raises UserError with one line where the block finds MLflow missing or its store unreadable."""
+def readable(instead: str = ", or `--from dvc`") -> Iterator[None]:
+    """Raises UserError with one line where the block finds MLflow missing or its store unreadable, and what to do
+    `instead`."""
     try:
         yield
     except UserError:
@@ -136,7 +136,7 @@ def readable() -> Iterator[None]:
     except ImportError as error:
         if error.name != "mlflow":
             raise
-        raise UserError("mlflow is not installed: pip install -e '.[pipeline]', or `--from dvc`") from None
+        raise UserError(f"mlflow is not installed: pip install -e '.[pipeline]'{instead}") from None
     except Exception as error:
         # mlflow's, SQLAlchemy's and alembic's own classes, which only they could name, and what the system says
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
@@ -144,7 +144,7 @@ def readable() -> Iterator[None]:
             "sqlalchemy",
             "alembic",
         ):
-            raise UserError(f"MLflow store {tracking.reason(error)}; or read `--from dvc`") from None
+            raise UserError(f"MLflow store {tracking.reason(error)}{instead}") from None
         raise
 
 
