@@ -299,6 +299,8 @@ def _no_end_token(folder: Path) -> None:
         (_no_end_token, "the tokenizer has no end-of-text token"),
         (_cut, "model.safetensors is damaged"),
         (_write("model.safetensors", b""), "model.safetensors is damaged"),
+        (_write("generation_config.json", b"<html>"), "generation_config.json is not the configuration of a model: JSON"),
+        (_write("generation_config.json", b"[0]"), "generation_config.json is not the configuration of a model: Value"),
         (_write("model.safetensors", b"<html>not found</html>"), "model.safetensors is damaged"),
         (_without_a_tensor, "the weights lack gpt_neox.layers.1.attention.dense.weight (1 such)"),
         (_without_a_shard, "model.safetensors.index.json lists model-00002-of-00002.safetensors, which is not there"),

@@ -119,6 +119,12 @@ def check_policy(folder: Path, key: str) -> None:
     tokenizer = _check_tokenizer(folder, key, config)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key}: the tokenizer has no end-of-text token, so that no completion could end")
+    decoding = folder / "generation_config.json"
+    try:
+        if decoding.is_file() and not isinstance(json.loads(decoding.read_text(encoding="utf-8")), dict):
+            raise ValueError("should hold an object")
+    except ValueError as error:
+        raise UserError(f"{key}: {decoding.name} is not the configuration of a model: {error!r}") from None
     _check_weights(folder, key, AutoModelForCausalLM)
 
 
