@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,20 +75,29 @@ def name_float32(file: Path) -> None:
 def check_run(params: Params, folder: Path, key: str) -> str:
     """Writes layout.json: how sequences are laid out for the policy in `folder`, and how long the longest is. Gives it in one
     line. Raises UserError where prompts, lengths and policy do not go together, or the policy cannot be trained."""
+    import torch
+
     from pipeline.io.runtime import generator, set_up
     from pipeline.policy.load import init_policy
-    from pipeline.policy.verification import choose_layout, probe_prompts
+    from pipeline.policy.verification import Layout, choose_layout, probe_prompts
+
+    def compare(device: torch.device) -> tuple[Layout, str]:
+        policy = init_policy(
+            folder / "policy", device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
+            generator=generator(0, 0, "adapters"),  # of any seed
+        )  # fmt: skip
+        return choose_layout(
+            policy, *probe_prompts(tokens, limits), key, bfloat16=params.selected("recipe").precision == "bfloat16",
+            gradient_checkpointing=params.train.gradient_checkpointing,
+        )  # fmt: skip
 
     device = set_up(params.train.device, params.train.threads)
     tokens, limits = fitting_prompts(params, folder / "policy")
-    policy = init_policy(
-        folder / "policy", device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
-        generator=generator(0, 0, "adapters"),  # of any seed
-    )  # fmt: skip
-    layout, how = choose_layout(
-        policy, *probe_prompts(tokens, limits), key, bfloat16=params.selected("recipe").precision == "bfloat16",
-        gradient_checkpointing=params.train.gradient_checkpointing,
-    )  # fmt: skip
+    try:
+        layout, how = compare(device)
+    except torch.OutOfMemoryError:  # a policy that is sharded over several devices is compared in one piece
+        print(f"note: {key} is compared on the CPU: {device} has too little memory", file=sys.stderr)
+        layout, how = compare(torch.device("cpu"))
     longest = max(len(ids) + limit for ids, limit in zip(tokens, limits, strict=True))
     write_json(folder / "layout.json", {"layout": asdict(layout), "longest": longest})
     return how

@@ -181,6 +181,20 @@ def test_the_precision_and_the_adapters_of_the_run_are_compared_too(
         choose(policy, bfloat16=True)
 
 
+def test_adapters_that_peft_refuses_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"train\.lora_rank = 2: .*Mamba.*; 0 trains all weights"):
+        add_lora(model("recurrent"), 2, 4.0, torch.Generator().manual_seed(0))
+
+
+def test_a_machine_without_memory_says_nothing_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(verification, "score", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(model("experts"))
+
+
 @pytest.mark.parametrize("option", ["output_router_logits", "output_attentions", "output_hidden_states"])
 def test_what_a_configuration_adds_to_the_output_is_turned_off(tmp_path: Path, option: str) -> None:
     policy = model("experts")

@@ -24,7 +24,9 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     peft = _peft()
     head = policy.get_output_embeddings()
     linear = {
-        name: m for name, m in policy.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
+        name: m
+        for name, m in policy.named_modules()
+        if type(m) in (nn.Linear, Conv1D) and m is not head  # no subclasses: some routers give back more than a product
     }  # fmt: skip
     if not linear:
         raise UserError(f"train.lora_rank = {rank}: {type(policy).__name__} has no linear layers; 0 trains all weights")
@@ -33,7 +35,10 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed, task_type="CAUSAL_LM"
     )  # fmt: skip
-    policy.add_adapter(config)
+    try:
+        policy.add_adapter(config)
+    except ValueError as error:  # peft's word on models that it cannot adapt
+        raise UserError(f"train.lora_rank = {rank}: {error}; 0 trains all weights") from error
     policy.peft_config["default"].target_modules = names  # type: ignore[attr-defined]  # peft makes a set of them, and would save it in any order
     for name, parameter in policy.named_parameters():
         if ".lora_A." in name:
