@@ -22,8 +22,11 @@ def cut(line: str, longest: int) -> str:
     if len(line) <= longest:
         return line
     start, end = line[: longest * 3 // 5], line[-longest * 2 // 5 + 10 :]
-    clause = re.search(r"(?<=[.;:!?]) ", end) or re.search(" ", end)
-    return f"{start.rpartition(' ')[0] or start} ... {end[clause.end() :] if clause else end}"
+    clause = re.search(r"(?<=[.;!?]) | (?=\()", end) or re.search(" ", end)
+    blank = start.rfind(" ")
+    # what is quoted may be one word of a megabyte
+    start = start[:blank] if blank > len(start) // 2 else start
+    return f"{start} ... {end[clause.end() :] if clause else end}"
 
 
 def one_line(text: str) -> str:

@@ -21,6 +21,7 @@ from tests.test_cache import Malicious, _pickle
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 OASST1 = "OpenAssistant/oasst1"
 STAGES = ("prepare", "cache")
+PROMPT = b'{"prompt": "Hi there"}\n'
 KEY = {
     "prepare": f"prompt_sets.oasst1: dataset {OASST1}@{PINNED}: ",
     "cache": f"models.pythia-70m: {PYTHIA}@step143000: ",
@@ -48,6 +49,9 @@ def project_with(base: Path, hub: Hub, folders: dict[str, Path]) -> Project:
     shutil.copytree(folders["bert"], made.root / "models/local/bert")
     made.edit(encoders__tiny={"source": "models/local/bert"}, encoder="tiny", model="pythia-70m", prompts="oasst1")
     made.environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+    (made.root / "data/prompts").mkdir()
+    for name in ("train", "heldout"):  # which `cache` tries the policy on
+        (made.root / f"data/prompts/{name}.jsonl").write_bytes(PROMPT)
     made.use(hub)
     return made
 
@@ -63,6 +67,7 @@ def outputs(project: Project) -> dict[str, str]:
     below = (project.root / "data/prompts", project.root / "data/checkpoint", project.root / "reports")
     hidden = (project.root / "data").glob(".*")
     files = [path for folder in (*below, *hidden) for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files if path.read_bytes() != PROMPT]
     return {str(path.relative_to(project.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -162,12 +162,17 @@ def test_the_core_imports_only_itself_and_params(module: str) -> None:
     assert not {name for name in direct(module) if name != "pipeline" and not inside(name, allowed)}
 
 
+# the one that may: another Python than the project's says so in one line, where the next import would fail
+WRONG_PYTHON = "sys.version_info < (3, 11) or find_spec('pydantic') is None"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_importing_does_nothing(module: str) -> None:
     """At the level of the module: definitions and constants, no call for its effect; `main` only where it is run."""
     for node in syntax(module).body:
         if isinstance(node, ast.If):
-            assert ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"), f"line {node.lineno}"
+            allowed = {"__name__ == '__main__'", "TYPE_CHECKING", *([WRONG_PYTHON] if module == "pipeline" else [])}
+            assert ast.unparse(node.test) in allowed, f"line {node.lineno}"
         else:
             assert not isinstance(node, ast.Expr) or isinstance(node.value, ast.Constant), f"line {node.lineno}"
             assert not isinstance(node, ast.For | ast.While | ast.With | ast.Try), f"line {node.lineno}"

@@ -304,6 +304,7 @@ def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
         for part in ("checkpoint", "policy", "difference"):
             metrics[name][part] |= {"low": None, "high": None}
     path.write_text(json.dumps(metrics))
+    seal(folder)
     data = inputs.load(folder)
     drawn = plot.draw(data)
     for name in ("reward", "evaluate"):

@@ -231,7 +231,7 @@ def test_processes_that_would_train_different_runs_are_refused() -> None:
 @pytest.mark.slow
 def test_more_processes_than_prompts_are_refused(here: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     here.edit(train__prompts_per_step=1)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"^train\.prompts_per_step = 1: at least one for each of the 2 processes"):
         train.main()
