@@ -78,7 +78,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     import torch
 
     from pipeline.io.runtime import generator, set_up
-    from pipeline.policy.load import init_policy
+    from pipeline.policy.load import end_of_text_ids, init_policy, load_tokenizer
     from pipeline.policy.verification import Layout, choose_layout, probe_prompts
 
     def compare(device: torch.device) -> tuple[Layout, str]:
@@ -87,12 +87,14 @@ def check_run(params: Params, folder: Path, key: str) -> str:
             generator=generator(0, 0, "adapters"),  # of any seed
         )  # fmt: skip
         return choose_layout(
-            policy, *probe_prompts(tokens, limits), key, bfloat16=params.selected("recipe").precision == "bfloat16",
+            policy, *probe_prompts(tokens, limits), key, eos=eos, bfloat16=params.selected("recipe").precision == "bfloat16",
             gradient_checkpointing=params.train.gradient_checkpointing,
         )  # fmt: skip
 
     device = set_up(params.train.device, params.train.threads)
-    tokens, limits = fitting_prompts(params, folder / "policy")
+    tokenizer = load_tokenizer(folder / "policy")
+    eos = end_of_text_ids(folder / "policy", tokenizer)
+    tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     try:
         layout, how = compare(device)
     except torch.OutOfMemoryError:  # a policy that is sharded over several devices is compared in one piece
@@ -103,16 +105,15 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     return how
 
 
-def fitting_prompts(params: Params, policy: Path) -> tuple[list[list[int]], list[int]]:
+def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
     """The tokens of all prompts that fit the policy's context, and how long their completions may be. Raises UserError naming
     a prompt of the run that has no token, or that is too long with its completion."""
     from transformers import AutoConfig
 
-    from pipeline.policy.load import load_tokenizer
     from pipeline.policy.rollout import check_context, completion_limits, context_length
     from pipeline.policy.tokenization import encode_prompt
 
-    tokenizer, table = load_tokenizer(policy), f"prompt_sets.{params.prompts}"
+    table = f"prompt_sets.{params.prompts}"
     room = context_length(AutoConfig.from_pretrained(policy, local_files_only=True, trust_remote_code=False))
     tokens: list[list[int]] = []
     limits: list[int] = []

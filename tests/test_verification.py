@@ -118,6 +118,15 @@ def test_the_layout_chosen_computes_what_the_model_does_of_each_sequence_alone(k
             torch.testing.assert_close(one, truth, rtol=1e-3, atol=1e-3, msg=name)
 
 
+def test_completions_of_the_comparison_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plain = [], verification._plain
+    monkeypatch.setattr(verification, "_plain", lambda policy, rollout: seen.append(rollout) or plain(policy, rollout))
+    likely = list(range(5, 25))  # half of the vocabulary
+    assert choose(model("long_window"), eos=likely) == PACKED
+    assert not torch.isin(seen[0].completions[seen[0].completion_mask], torch.tensor(likely)).any()
+    assert seen[0].lengths.tolist() == [20] * 8
+
+
 def test_a_model_that_looks_ahead_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"models\.mine: bert cannot be trained: .* no causal LM \(is it `is_decoder`\?\)"

@@ -22,16 +22,18 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     starts as it was. Raises UserError where peft is missing, or the model has no linear layer.
     """
     peft = _peft()
-    head = policy.get_output_embeddings()
+    head, modules = policy.get_output_embeddings(), dict(policy.named_modules())
     linear = {
-        name: m
-        for name, m in policy.named_modules()
-        if type(m) in (nn.Linear, Conv1D) and m is not head  # no subclasses: some routers give back more than a product
+        name for name, m in modules.items()
+        if isinstance(m, nn.Linear | Conv1D) and m is not head and "Router" not in type(m).__name__  # gives back more than a product
     }  # fmt: skip
     if not linear:
         raise UserError(f"train.lora_rank = {rank}: {type(policy).__name__} has no linear layers; 0 trains all weights")
-    names = sorted({name.rpartition(".")[2] for name in linear})
-    transposed = any(isinstance(module, Conv1D) for module in linear.values())
+    # peft finds modules by the end of their name: the last part of it, unless that is another kind of module's too
+    others = {name.rpartition(".")[2] for name in modules.keys() - linear}
+    ends = ((name, name.rpartition(".")[2]) for name in linear)
+    names = sorted({name if last in others else last for name, last in ends})
+    transposed = any(isinstance(modules[name], Conv1D) for name in linear)
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed, task_type="CAUSAL_LM"
     )  # fmt: skip

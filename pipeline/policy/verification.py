@@ -4,10 +4,11 @@ The truth is the model's plain forward pass of one sequence in float32: tokens a
 cache or memory settings. No list of architectures decides what works, only this comparison.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -61,18 +62,26 @@ def probe_prompts(prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[
 
 
 def choose_layout(
-    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, *, bfloat16: bool = False,
-    gradient_checkpointing: bool = False,
+    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, *, eos: Sequence[int] = (),
+    bfloat16: bool = False, gradient_checkpointing: bool = False,
 ) -> tuple[Layout, str]:  # fmt: skip
     """The fastest layout in which sampled and scored log-probabilities, and the gradient of the scored ones with respect to
     what is trained, are those of the model's plain forward pass; and that in one line, with the largest difference.
 
     policy: in float32, as training starts with it, its adapters included; with `bfloat16` the layout is compared in that
     too, and the policy is left rounded as training rounds it. prompts and limits: of `probe_prompts`. key: names the model
-    in messages.
+    in messages. eos: ids that end a completion, so that none stands inside one.
 
     Raises UserError where no layout agrees, naming the cause where it is known.
     """
+    with _never(eos, policy):
+        return _choose_layout(policy, prompts, limits, key, bfloat16, gradient_checkpointing)
+
+
+def _choose_layout(
+    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, bfloat16: bool,
+    gradient_checkpointing: bool,
+) -> tuple[Layout, str]:  # fmt: skip
     longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
 
     def refuse(what: str, found: Sequence[str]) -> UserError:
@@ -124,6 +133,22 @@ class _Pass:
     gradient: list[Tensor]  # of `_weights`' sum of them, one for each trained parameter
 
 
+@contextmanager
+def _never(ids: Sequence[int], policy: PreTrainedModel) -> Iterator[None]:
+    """Inside, whichever way the policy is called, these tokens have no probability: completions are as long as they may be."""
+
+    def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        output.logits = output.logits.index_fill(-1, torch.tensor(ids, device=output.logits.device), -1e4)
+        return output
+
+    handle = policy.register_forward_hook(hook) if ids else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def _check_plain(policy: PreTrainedModel, prompt: list[int]) -> None:
     """Raises DisagreementError where the forward pass is no function of the tokens before a position."""
     with torch.no_grad():
@@ -142,7 +167,7 @@ def _check_plain(policy: PreTrainedModel, prompt: list[int]) -> None:
 def _sample(
     policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], way: SamplingLayout, half: bool = False
 ) -> Rollout:
-    """SAMPLES completions of each prompt, as long as they may be: no token ends them."""
+    """SAMPLES completions of each prompt, none of which ends before its limit."""
     # any numbers in [0, 1) will do: the multiples of the golden ratio lie evenly
     numbers = torch.arange(SAMPLES * len(prompts) * max(limits), dtype=torch.float64) * 0.6180339887498949 % 1
     uniforms = numbers.view(-1, max(limits))
