@@ -58,6 +58,7 @@ def main() -> None:
             "artifacts": names,
         },
     )
+    artifacts.let_read(REPORTS)
     drop_resume_state(record.train_key)
 
 

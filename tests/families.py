@@ -294,7 +294,7 @@ def write_table(results: dict[str, tuple[str, str]]) -> None:
     """docs/MODELS.md between its marks."""
     counts = Counter(result for result, _ in results.values())
     lines = [
-        f"transformers {transformers.__version__}: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()),
+        f"transformers {transformers.__version__}: " + "; ".join(f"{count} {name}" for name, count in counts.most_common()),
         "", "| family | result | how, or why not |", "|---|---|---|",
         *(f"| `{family}` | {result} | {why} |" for family, (result, why) in sorted(results.items())),
     ]  # fmt: skip

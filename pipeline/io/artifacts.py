@@ -91,6 +91,15 @@ def make_readable(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+def let_read(folder: Path) -> None:
+    """Adds leave to read what is below `folder`, where it is this user's: DVC commits an output that is a single file anew,
+    with the umask of who runs it."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(PermissionError):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(path.stat().st_mode | 0o444)
+
+
 def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}")
 
