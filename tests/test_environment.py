@@ -1,0 +1,142 @@
+"""What a user's environment and another person's machine may hold: docs/ENVIRONMENT.md. Bytes: test_determinism.py."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.io import artifacts, command, runtime, tracking
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_others_can_read_what_is_written(tmp_path: Path) -> None:
+    """safetensors and a user's umask leave 0600; DVC commits a single file anew, so that `track` lets others read again."""
+    with artifacts.atomic_folder(tmp_path / "deep/policy") as folder:
+        (folder / "part").mkdir()
+        (folder / "part/model.safetensors").touch(mode=0o600)
+    artifacts.write_text(tmp_path / "reports/report.html", "text")
+    (tmp_path / "reports/run.json").touch(mode=0o600)
+    artifacts.let_read(tmp_path / "reports")
+    modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode)[-3:] for path in tmp_path.rglob("*")}
+    assert modes == {
+        "deep": "755", "deep/policy": "755", "deep/policy/part": "755", "deep/policy/part/model.safetensors": "644",
+        "reports": "755", "reports/report.html": "644", "reports/run.json": "644",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("uri", "file"),
+    [("", "mlflow.db"), ("sqlite:///mlflow.db?timeout=60", "mlflow.db"), ("sqlite:///a/b.db", "a/b.db"),
+     ("sqlite+pysqlite:///p.db", "p.db"), ("sqlite:////elsewhere/m.db", "/elsewhere/m.db")],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["plain", "my%20project", "a b", "a#b", "a?b", "ü"])
+def test_options_are_no_part_of_a_store_s_file_and_paths_are_escaped(
+    uri: str, file: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy.engine import make_url
+
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.sqlite_file() == tmp_path / folder / file
+    url = make_url(tracking.store_uri())  # as mlflow reads it
+    assert url.database == str(tmp_path / folder / file)
+    assert dict(url.query) == ({"timeout": "60"} if "timeout" in uri else {})
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "sqlite:///x.db?timeout=abc"])
+def test_a_store_that_keeps_nothing_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI = "):
+        tracking.check_store()
+
+
+def test_mlflow_writes_at_once_whatever_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_ENABLE_ASYNC_LOGGING", "MLFLOW_TRUNCATE_LONG_VALUES", "MLFLOW_LOGGING_LEVEL", "NO_PROXY"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    tracking.defaults(timeout=1, retries=0)
+    assert os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] == "false"
+    assert "MLFLOW_LOGGING_LEVEL" not in os.environ
+    assert os.environ["NO_PROXY"] == "true,127.0.0.1"
+
+
+def test_what_another_launcher_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*runtime.LAUNCHER, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert not runtime.is_launched()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not runtime.is_launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"WORLD_SIZE = 2, and MASTER_ADDR, MASTER_PORT is not set.*`unset RANK"):
+        runtime.is_launched()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match=r"WORLD_SIZE = 'two': should be a whole number"):
+        runtime.is_launched()
+
+
+@pytest.mark.parametrize(
+    ("name", "works"), [("plain", True), ("a b", True), ("a#b", False), ("a%20b", False), ("ü", False)]
+)
+def test_a_folder_in_which_dvc_loses_experiments(
+    name: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    if works:
+        command.check_folder()
+    else:
+        with pytest.raises(UserError, match="DVC cannot run --temp or --queue experiments below"):
+            command.check_folder()
+
+
+def test_git_keeps_line_endings_whatever_autocrlf_says(tmp_path: Path) -> None:
+    """A clone as Git for Windows makes it: the digests are those of the files here."""
+    clone = ["git", "clone", "-q", "--depth", "1", "-c", "core.autocrlf=true", ROOT.as_uri(), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True)
+    for name in ("pipeline/train.py", "params.yaml", "data/pocket/prompts/train.jsonl"):
+        assert b"\r" not in (tmp_path / "clone" / name).read_bytes()
+
+
+def test_another_python_says_so_in_one_line(tmp_path: Path) -> None:
+    """DVC starts `python`, the first in PATH; one without our packages would end in a traceback."""
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", "-m", "pipeline.check"], cwd=tmp_path, capture_output=True, text=True
+    )  # -S: as an interpreter in which nothing is installed
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "is not the Python that the project is installed in: `source .venv/bin/activate`" in done.stderr
+
+
+def test_a_lock_of_dvc_s_that_a_full_disk_cut_off_is_deleted(tmp_path: Path) -> None:
+    """README: every later command of DVC's is refused until .dvc/tmp/rwlock is gone."""
+
+    def dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    assert dvc("init", "--no-scm").returncode == 0
+    (tmp_path / "dvc.yaml").write_text("stages:\n  s:\n    cmd: echo\n")
+    lock = tmp_path / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text('{"read": {"/a"')
+    refused = dvc("repro")
+    assert refused.returncode != 0
+    assert "Unable to read RWLock-file" in refused.stderr
+    lock.unlink()
+    assert dvc("repro").returncode == 0
