@@ -42,13 +42,15 @@ def rollout() -> Rollout:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("architecture", [tiny_neox, tiny_gpt2])
+@pytest.mark.parametrize("packing", [True, False])
 def test_scores_are_those_of_each_sequence_alone(
     rollout: Rollout, architecture: Callable[[], PreTrainedModel], dtype: torch.dtype, tolerance: float,
-    temperature: float,
+    temperature: float, packing: bool,
 ) -> None:  # fmt: skip
     model = architecture().to(dtype)  # type: ignore[arg-type]  # wrapped without types
     with torch.no_grad():
-        scores = score(model, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, temperature, "shifted")
+        arguments = (rollout.prompt_ids, rollout.prompt_mask, rollout.completions, temperature, "shifted")
+        scores = score(model, *arguments, packing=packing)
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         with torch.no_grad():
             logits = plain_logits(model, prompt, completion)

@@ -122,7 +122,7 @@ def test_completions_of_the_comparison_do_not_end(monkeypatch: pytest.MonkeyPatc
     seen, plain = [], verification._plain
     monkeypatch.setattr(verification, "_plain", lambda policy, rollout: seen.append(rollout) or plain(policy, rollout))
     likely = list(range(5, 25))  # half of the vocabulary
-    assert choose(model("long_window"), eos=likely) == PACKED
+    assert choose(model("long_window"), eos=[*likely, VOCABULARY + 5]) == PACKED
     assert not torch.isin(seen[0].completions[seen[0].completion_mask], torch.tensor(likely)).any()
     assert seen[0].lengths.tolist() == [20] * 8
 
@@ -204,10 +204,10 @@ def test_a_machine_without_memory_says_nothing_of_the_model(monkeypatch: pytest.
         choose(model("experts"))
 
 
-@pytest.mark.parametrize("option", ["output_router_logits", "output_attentions", "output_hidden_states"])
-def test_what_a_configuration_adds_to_the_output_is_turned_off(tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize("option", ["output_router_logits", "output_attentions", "output_hidden_states", "return_dict"])
+def test_what_a_configuration_changes_in_the_output_is_turned_off(tmp_path: Path, option: str) -> None:
     policy = model("experts")
-    setattr(policy.config, option, True)
+    setattr(policy.config, option, option != "return_dict")
     policy.save_pretrained(tmp_path)
     assert choose(load_policy(tmp_path, torch.device("cpu"))) == PACKED
 

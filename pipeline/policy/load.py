@@ -41,12 +41,13 @@ def load_policy(folder: Path, device: torch.device, at: torch.device | None = No
 
 
 def _return_logits_only(model: PreTrainedModel) -> None:
-    """Turns off what a configuration may add to the output: a router's loss, which needs a mask of another shape, and inner
-    values. How it was saved to be decoded has no say here either, and could be refused when it is saved again."""
+    """Turns off what a configuration may change in the output: a router's loss, which needs a mask of another shape, inner
+    values, a tuple. How it was saved to be decoded has no say here either, and could be refused when it is saved again."""
     for config in (model.config, model.config.get_text_config()):
         for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
             if getattr(config, name, False):
                 setattr(config, name, False)
+        config.return_dict = True
     model.generation_config = GenerationConfig()
 
 

@@ -138,7 +138,8 @@ def _never(ids: Sequence[int], policy: PreTrainedModel) -> Iterator[None]:
     """Inside, whichever way the policy is called, these tokens have no probability: completions are as long as they may be."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-        output.logits = output.logits.index_fill(-1, torch.tensor(ids, device=output.logits.device), -1e4)
+        known = [i for i in ids if i < output.logits.shape[-1]]  # a file may name an end that the model has not
+        output.logits = output.logits.index_fill(-1, torch.tensor(known, device=output.logits.device), -1e4)
         return output
 
     handle = policy.register_forward_hook(hook) if ids else None
