@@ -7,12 +7,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io import workspace
 from pipeline.policy.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.policy.rollout import context_length
+from pipeline.policy.sampling import sample
 from pipeline.policy.tokenization import encode_prompt
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
@@ -21,12 +22,17 @@ FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/po
 def continuation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: tuple[int, ...], max_tokens: int
 ) -> str:
-    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the checkpoint says of its decoding."""
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_length=max_tokens, eos_token_id=list(eos), pad_token_id=eos[0]
-    )
-    tokens = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))  # type: ignore[operator]
-    return str(tokenizer.decode(tokens[0]))
+    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the checkpoint says of its decoding.
+
+    Without a cache, which is right for every model.
+    """
+    prompt, room = torch.tensor([ids]), max_tokens - len(ids)
+    noise = torch.zeros(1, room, dtype=torch.float64)  # top_k = 1 leaves nothing to draw
+    rollout = sample(
+        model, prompt, torch.ones_like(prompt, dtype=torch.bool), torch.tensor([room]), noise, eos, top_k=1,
+        layout="no_cache",
+    )  # fmt: skip
+    return str(tokenizer.decode(ids + rollout.completions[0, : int(rollout.lengths[0])].tolist()))
 
 
 def main() -> None:
