@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.policy.load import end_of_text_ids
+from pipeline.policy.load import end_of_text_ids, load_tokenizer
 from pipeline.policy.rollout import check_context, completion_tokens, context_length
 from pipeline.policy.sampling import pad_prompts, sample
 from pipeline.policy.tokenization import encode_prompt
@@ -38,6 +38,17 @@ def tokenizer(template: str = "", normalizer: Any = None) -> PreTrainedTokenizer
 )  # fmt: skip
 def test_what_a_tokenizer_appends_is_taken_off(template: str, before: list[int]) -> None:
     assert encode_prompt(tokenizer(template), "say a word") == [*before, 4, 5, 6]
+
+
+@pytest.mark.parametrize("template", ["$A <eos>", "<bos> $A <sep> <eos>"])
+def test_a_tokenizer_loads_and_is_saved_without_what_it_appends(template: str, tmp_path: Path) -> None:
+    """Who loads data/policy with its tokenizer gives the policy what it was trained on."""
+    tokenizer(template).save_pretrained(tmp_path / "one")
+    write(tmp_path / "one", config={})
+    load_tokenizer(tmp_path / "one").save_pretrained(tmp_path / "two")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "two")("say a word")["input_ids"]
+    assert ids == [*([1] if "<bos>" in template else []), 4, 5, 6]
+    assert AutoTokenizer.from_pretrained(tmp_path / "one")("say a word")["input_ids"][-1] == 0
 
 
 def test_an_end_that_a_normalizer_appends_is_taken_off_and_one_in_the_text_is_not() -> None:

@@ -68,12 +68,30 @@ def init_policy(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Raises UserError where the tokenizer has no end-of-sequence token: sampling could not end."""
+    """A tokenizer that appends nothing to a text. Raises UserError where it has no end-of-sequence token: sampling could not
+    end."""
     _must_exist(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
+    _append_nothing(tokenizer)
     return tokenizer
+
+
+def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Takes out of a template what it puts behind a text, such as EOS: a prompt is to be continued. So the tokenizer that is
+    saved beside a policy feeds it what it was trained on. What other processors append, `encode_prompt` takes off."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {}
+    processor = state.get("post_processor") or {}
+    changed = False
+    for part in processor.get("processors", [processor]):
+        single = part.get("single", []) if part.get("type") == "TemplateProcessing" else []
+        while len(single) > 1 and "SpecialToken" in single[-1]:
+            single.pop()
+            changed = True
+    if backend is not None and changed:
+        backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
 
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
