@@ -48,15 +48,6 @@ def pytest_testnodedown(node: Any) -> None:
         counter.update(counts)
 
 
-@pytest.fixture(autouse=True)
-def gradients_are_on() -> None:
-    """A test that runs a reward in this process may leave torch's gradient mode off for the tests after it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and not torch.is_grad_enabled():
-        print("an earlier test left the gradient mode off")
-        torch.set_grad_enabled(True)
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """An empty hub on loopback; `add` gives it repositories."""

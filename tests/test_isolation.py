@@ -1,6 +1,7 @@
 """A custom reward may do what Python can: start processes, change its process, hang. Training's settings stay as they are."""
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -232,6 +233,17 @@ def test_a_reward_s_open_autocast_keeps_no_rounded_weights(custom: Callable[...,
         weight.fill_(3)
     with torch.autocast("cpu", torch.bfloat16):
         assert (one @ weight).item() == 3
+
+
+def test_a_mode_that_a_dropped_reward_held_open_does_not_end_in_training(custom: Callable[..., Score]) -> None:
+    """torch puts the modes of before back when such an object dies: here, gradients off, in the middle of training."""
+    custom(
+        "import torch\ntorch.set_grad_enabled(False)\nheld = torch.inference_mode()\nheld.__enter__()\n"
+        "def reward(prompts, completions):\n    return [0.0] * len(completions)\n"
+    )
+    custom("def reward(prompts, completions):\n    return [1.0] * len(completions)\n")  # takes its place
+    gc.collect()
+    assert torch.is_grad_enabled()
 
 
 def test_settings_are_put_back_after_an_exception(custom: Callable[..., Score]) -> None:

@@ -34,6 +34,7 @@ class Loaded(NamedTuple):
 
 
 _loaded: dict[str, Loaded] = {}  # by the module's name
+_dropped: list[ModuleType] = []  # never freed: a mode of torch's that one of them holds open would end with it, outside
 
 
 def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str], list[str]], list[float]]:
@@ -87,8 +88,8 @@ def _load(function: str, path: Path) -> Loaded:
         return known
     if known or any(other.root != root for other in _loaded.values()):  # edited, or another project, as in tests
         _loaded.clear()
-        for other in [module for module in sys.modules if module.partition(".")[0] == FOLDER]:
-            del sys.modules[other]
+        ours = [module for module in sys.modules if module.partition(".")[0] == FOLDER]
+        _dropped.extend(sys.modules.pop(module) for module in ours)
     importlib.invalidate_caches()
     settings = OwnSettings(str(root), str(root / path.parent))  # its own folder last, for `import helper`
     module = _run(function, ": importing it raised", settings, name, root, lambda: importlib.import_module(name))
