@@ -27,7 +27,7 @@ from pipeline.io.artifacts import (
     sha256,
     why_unwatched,
     write_json,
-)  # fmt: skip
+)
 from pipeline.io.hub import drop_damaged, from_hub
 from pipeline.io.modelfiles import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.params import Encoder, Model, Params

@@ -4,7 +4,6 @@ Every reward of params.yaml is measured, not only the trained one.
 """
 
 import sys
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pipeline.io.artifacts import finite_or_none, folder_digests, read_jsonl, sh
 from pipeline.io.runtime import generator, set_up, uniforms
 from pipeline.params import Params, load
 from pipeline.policy.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
-from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens
+from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens, longest_sequence
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import score_rollout
 from pipeline.policy.tokenization import encode_prompt
@@ -59,18 +58,18 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
         name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
     }
     tokenizer = load_tokenizer(POLICY)
-    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
-    limits = completion_limits(lengths, params.train.max_tokens, params.selected("recipe").length_limit).tolist()
-    layout = load_layout(CHECKPOINT / "layout.json", max(map(add, lengths, limits)))
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected("recipe").length_limit)
+    layout = load_layout(CHECKPOINT / "layout.json", longest)
     eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
     # one model at a time: two may be more than the device held in training
-    rollouts = {"policy": sample_all(params, prompts, load_policy(POLICY, device), tokenizer, eos, layout)}
+    rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout)}
     if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
         print(
             "warning: the policy's log-probabilities are not finite; what it says here is not its own", file=sys.stderr
         )
     reference = load_policy(CHECKPOINT / "policy", device)
-    rollouts["checkpoint"] = sample_all(params, prompts, reference, tokenizer, eos, layout)
+    rollouts["checkpoint"] = sample_all(params, ids, reference, eos, layout)
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
     for name in NAMES:
@@ -115,14 +114,13 @@ def measured(params: Params) -> dict[str, Any]:
 
 
 def sample_all(
-    params: Params, prompts: list[str], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...],
-    layout: Layout,
-) -> list[Rollout]:  # fmt: skip
-    """What a policy samples for the prompts, PROMPT_BATCH of them at a time."""
+    params: Params, prompts: list[list[int]], policy: PreTrainedModel, eos: tuple[int, ...], layout: Layout
+) -> list[Rollout]:
+    """What a policy samples for the prompts, given as tokens, PROMPT_BATCH of them at a time."""
     recipe, group, size = params.selected("recipe"), params.evaluate.samples_per_prompt, params.train.max_tokens
     device, rollouts = policy.device, []
     for start in range(0, len(prompts), PROMPT_BATCH):
-        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + PROMPT_BATCH]]
+        ids = prompts[start : start + PROMPT_BATCH]
         # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
         noise = torch.cat([uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)

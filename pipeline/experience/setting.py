@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from operator import add
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from pipeline.params import Params
 from pipeline.policy.adapters import without_lora
 from pipeline.policy.load import end_of_text_ids, init_policy, load_layout, load_policy, load_tokenizer
 from pipeline.policy.memory import round_frozen
-from pipeline.policy.rollout import completion_limits
+from pipeline.policy.rollout import longest_sequence
 from pipeline.policy.sharding import put_together, shard
 from pipeline.policy.tokenization import encode_prompt
 from pipeline.policy.verification import Layout
@@ -65,11 +64,11 @@ def set_stage(
         shard(policy, device, processes.count)
     tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(PROMPTS)]
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
-    limits = completion_limits(lengths, params.train.max_tokens, params.selected("recipe").length_limit).tolist()
+    longest = longest_sequence(lengths, params.train.max_tokens, params.selected("recipe").length_limit)
     setting = Setting(
         params, prompts, tokenizer, acting, reference,
         build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
-        end_of_text_ids(CHECKPOINT / "policy", tokenizer), load_layout(CHECKPOINT / "layout.json", max(map(add, lengths, limits))), processes,
+        end_of_text_ids(CHECKPOINT / "policy", tokenizer), load_layout(CHECKPOINT / "layout.json", longest), processes,
     )  # fmt: skip
     return setting, policy
 

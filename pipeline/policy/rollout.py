@@ -22,6 +22,11 @@ def completion_limits(prompt_tokens: list[int], max_tokens: int, length_limit: s
     return torch.tensor([max(1, max_tokens - tokens) for tokens in prompt_tokens])
 
 
+def longest_sequence(prompt_tokens: list[int], max_tokens: int, length_limit: str) -> int:
+    """Tokens of the longest prompt and completion together; see `completion_limits`."""
+    return int((torch.tensor(prompt_tokens) + completion_limits(prompt_tokens, max_tokens, length_limit)).max())
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Tokens that a model takes; None where its configuration names no limit. A multi-modal model's is its text part's."""
     for part in (config.get_text_config(), config):

@@ -122,17 +122,16 @@ def sample(
     """
     group = len(uniforms) // len(prompt_ids)
     prompt_lengths = prompt_mask.sum(1)
+    complete: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _complete
+    if layout != "left_padding":
+        complete = partial(_complete_plainly, use_cache=layout == "equal_lengths")
     parts, places = [], []
     for chosen in _batches(limits.tolist(), prompt_lengths.tolist(), max(1, SAMPLED_AT_ONCE // group), layout):
         prompts = torch.tensor(chosen, device=prompt_ids.device)
         rows = (prompts[:, None] * group + torch.arange(group, device=prompts.device)).flatten()
         width = int(prompt_lengths[prompts].max())
         parts.append(
-            (
-                _complete
-                if layout == "left_padding"
-                else partial(_complete_plainly, use_cache=layout == "equal_lengths")
-            )(
+            complete(
                 model,
                 prompt_ids[prompts, -width:],
                 prompt_mask[prompts, -width:],
@@ -202,7 +201,8 @@ def _complete(
     position = mask.sum(1)
     found = _Completions(limits, eos)
     for t in range(found.width):
-        token = found.add(t, *choose(logits, uniforms[found.present, t]))
+        token, *logprobs = choose(logits, uniforms[found.present, t])
+        found.add(t, token, *logprobs)
         left = int(found.running.sum())
         if left == 0:
             break
@@ -235,13 +235,14 @@ def _complete_plainly(
     cache: dict[str, Any] = {}
     for t in range(found.width):
         output = model(input_ids=ids, use_cache=use_cache, **cache, **last)
-        token = found.add(t, *choose(output.logits[:, -1], uniforms[:, t]))[:, None]
+        token, *logprobs = choose(output.logits[:, -1], uniforms[:, t])
+        found.add(t, token, *logprobs)
         if not found.running.any():
             break
         if use_cache:
-            ids, cache = token, {"past_key_values": output.past_key_values}
+            ids, cache = token[:, None], {"past_key_values": output.past_key_values}
         else:
-            ids = torch.cat([ids, token], 1)
+            ids = torch.cat([ids, token[:, None]], 1)
     return found.columns(t + 1)
 
 
@@ -257,8 +258,8 @@ class _Completions:
         self.lengths = torch.zeros_like(limits)
         self.logprobs: list[Tensor] = []  # of the sampler, of the full softmax; made when their precision is known
 
-    def add(self, t: int, token: Tensor, of_sampler: Tensor, of_softmax: Tensor) -> Tensor:
-        """Notes token t of the rows that are running; returns it for all rows."""
+    def add(self, t: int, token: Tensor, of_sampler: Tensor, of_softmax: Tensor) -> None:
+        """Notes token t of the rows that are running."""
         if not self.logprobs:
             self.logprobs = [of_softmax.new_zeros(self.tokens.shape) for _ in range(2)]
         going = self.present[self.running]
@@ -266,7 +267,6 @@ class _Completions:
             table[going, t] = values[self.running]
         self.lengths[going] = t + 1
         self.running = self.running & ~torch.isin(token, self.eos) & (t + 1 < self.limits[self.present])
-        return token
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows of the cache are left."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, cut, one_line
 from pipeline.policy.memory import half_copy, recomputing, round_frozen
 from pipeline.policy.sampling import Rollout, SamplingLayout, pad_prompts, sample, takes
 from pipeline.policy.scoring import score
@@ -84,15 +84,15 @@ def _choose_layout(
 ) -> tuple[Layout, str]:  # fmt: skip
     longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
 
-    def refuse(what: str, found: Sequence[str]) -> UserError:
-        return UserError(f"{key}: {policy.config.model_type} cannot be {what}: {found[-1]}{_because(policy, longest)}")
+    def refuse(what: str, failure: str) -> UserError:
+        return UserError(f"{key}: {policy.config.model_type} cannot be {what}: {failure}{_because(policy, longest)}")
 
     # Whatever a model makes torch or transformers raise: it is the model that cannot be used so.
     try:
         _check_plain(policy, max(prompts, key=len))
     except Exception as error:
-        raise refuse("trained", [_failure(error)]) from error
-    rollout, truth, failures = None, None, []
+        raise refuse("trained", _failure(error)) from error
+    failure = ""  # of the slowest way, tried last
     for way in get_args(SamplingLayout):
         try:
             rollout = _sample(policy, prompts, limits, way)
@@ -100,9 +100,9 @@ def _choose_layout(
             _compare(rollout.logprobs, truth.logprobs, rollout, "sampled")
             break
         except Exception as error:
-            failures.append(_failure(error))
+            failure = _failure(error)
     else:
-        raise refuse("sampled", failures)
+        raise refuse("sampled", failure)
     for packing in (True, False):
         try:
             scored = _scored(policy, rollout, packing, gradient_checkpointing)
@@ -110,15 +110,15 @@ def _choose_layout(
             _compare_gradients(scored.gradient, truth.gradient)
             break
         except Exception as error:
-            failures.append(_failure(error))
+            failure = _failure(error)
     else:
-        raise refuse("scored", failures)
+        raise refuse("scored", failure)
     layout = Layout(way, packing)
     if bfloat16:
         try:
             _check_bfloat16(policy, rollout, truth, layout, prompts, limits, gradient_checkpointing)
         except Exception as error:
-            raise refuse("trained in bfloat16", [f"{_failure(error)}; precision: float32 would do"]) from error
+            raise refuse("trained in bfloat16", f"{_failure(error)}; precision: float32 would do") from error
     why = "" if layout == Layout() else _because(policy, longest)
     return layout, f"{layout}{why}; log-probabilities within {gap:.0e} nats of the model's own forward pass"
 
@@ -172,11 +172,10 @@ def _sample(
     # any numbers in [0, 1) will do: the multiples of the golden ratio lie evenly
     numbers = torch.arange(SAMPLES * len(prompts) * max(limits), dtype=torch.float64) * 0.6180339887498949 % 1
     uniforms = numbers.view(-1, max(limits))
-    no_end = (-1,)
     ids, mask = pad_prompts(prompts, prompts[0][0], policy.device)
     return sample(
         half_copy(policy) if half else policy, ids, mask, torch.tensor(limits, device=policy.device),
-        uniforms.to(policy.device), no_end, layout=way,
+        uniforms.to(policy.device), (-1,), layout=way,  # no token is an end
     )  # fmt: skip
 
 
@@ -300,6 +299,5 @@ def _failure(error: Exception) -> str:
     """An error in words. Raises it again where memory ran out, which says nothing of how a model computes."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         raise error
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 200 else f"{text[:197]}..."
+    text = cut(one_line(str(error)), 200)
     return text if isinstance(error, DisagreementError) else f"{type(error).__name__}: {text}"
