@@ -100,7 +100,7 @@ def params_of(changes: dict[str, Any], seed: int) -> Any:
     """params.yaml with changes; a key without a dot that is no selector is the recipe's."""
     from ruamel.yaml import YAML
 
-    from pipeline.params import PARAMS_FILE, SELECTORS, validate
+    from pipeline.config.params import PARAMS_FILE, SELECTORS, validate
 
     tree = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
     tree["seed"] = seed
@@ -116,12 +116,12 @@ def params_of(changes: dict[str, Any], seed: int) -> Any:
 
 def run(plan: Plan, seed: int) -> None:
     """Trains, evaluating before the first update and after each; writes one JSON file."""
-    from pipeline.experience.calibrate import calibrate
-    from pipeline.experience.setting import set_stage
-    from pipeline.io.history import Progress
-    from pipeline.io.runtime import set_up
-    from pipeline.reinforce.optim import make_optimizer
-    from pipeline.train import train_step
+    from pipeline.rl.calibrate import calibrate
+    from pipeline.rl.context import set_stage
+    from pipeline.runs.history import Progress
+    from pipeline.distributed.runtime import set_up
+    from pipeline.rl.optimizer import make_optimizer
+    from pipeline.stages.train import train_step
 
     file = RUNS / f"{plan.name.replace(' ', '_').replace(',', '')}-{seed}.json"
     if file.exists():
@@ -146,12 +146,12 @@ def run(plan: Plan, seed: int) -> None:
 
 def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     """Held-out prompts with the same random numbers at every step: rewards [P][S] and statistics of the texts."""
-    from pipeline.diagnostics.text import text_statistics
-    from pipeline.experience.batch import half_precision, reward_batch, sample_batch
-    from pipeline.io.artifacts import read_jsonl
-    from pipeline.io.runtime import uniforms
-    from pipeline.policy.rollout import completion_texts, completion_tokens
-    from pipeline.policy.scoring import score_rollout, score_whole
+    from pipeline.diagnosis.text import text_statistics
+    from pipeline.rl.batch import half_precision, reward_batch, sample_batch
+    from pipeline.file_io import read_jsonl
+    from pipeline.distributed.runtime import uniforms
+    from pipeline.models.rollout import completion_texts, completion_tokens
+    from pipeline.models.scoring import score_rollout, score_whole
 
     params, recipe = setting.params, setting.params.selected("recipe")
     prompts = [row["prompt"] for row in read_jsonl(Path("data/prompts/heldout.jsonl"))][:HELD_OUT]

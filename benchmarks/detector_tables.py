@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 
 from benchmarks.detector import STEPS
 from benchmarks.labels import labels
-from pipeline.diagnostics.calibration import untouched
-from pipeline.diagnostics.verdict import CAUSES, ORDER, THRESHOLDS, Thresholds, findings
+from pipeline.diagnosis.calibration import untouched
+from pipeline.diagnosis.verdict import CAUSES, ORDER, THRESHOLDS, Thresholds, findings
 
 CSV = Path("docs/detector.csv")
 TEXTS = ("labels", "findings", "rldoctor", "rldoctor_warnings")

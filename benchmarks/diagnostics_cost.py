@@ -16,12 +16,12 @@ from unittest import mock
 import torch
 
 from benchmarks.detector import params_of
-from pipeline import train
-from pipeline.experience.calibrate import calibrate
-from pipeline.experience.setting import set_stage
-from pipeline.io.history import Progress
-from pipeline.io.runtime import set_up
-from pipeline.reinforce.optim import make_optimizer
+from pipeline.stages import train
+from pipeline.rl.calibrate import calibrate
+from pipeline.rl.context import set_stage
+from pipeline.runs.history import Progress
+from pipeline.distributed.runtime import set_up
+from pipeline.rl.optimizer import make_optimizer
 
 SIZES = {"train.prompts_per_step": 128, "train.samples_per_prompt": 8, "train.steps": 50, "train.threads": 2}
 

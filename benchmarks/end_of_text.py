@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.params import load
+from pipeline.config.params import load
 from pipeline.rewards.build import build_reward
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 19)

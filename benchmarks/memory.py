@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import material
 from benchmarks.real_steps import measure
-from pipeline.policy.adapters import add_lora
-from pipeline.policy.memory import round_frozen
+from pipeline.models.adapters import add_lora
+from pipeline.models.memory import round_frozen
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/scale.json"

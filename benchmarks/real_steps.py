@@ -18,7 +18,7 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks import material
-from pipeline.policy.verification import Layout
+from pipeline.models.verification import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,13 +66,13 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
 def two_steps() -> dict[str, Any]:
     """As `train` does them; the peak of this process's memory in the steps, over what it held before the models; and the
     time of the second step."""
-    from pipeline import train
-    from pipeline.experience.setting import set_stage
-    from pipeline.io import launch
-    from pipeline.io.history import Progress
-    from pipeline.io.runtime import set_up
-    from pipeline.params import load
-    from pipeline.reinforce.optim import make_optimizer
+    from pipeline.stages import train
+    from pipeline.rl.context import set_stage
+    from pipeline.distributed import launch
+    from pipeline.runs.history import Progress
+    from pipeline.distributed.runtime import set_up
+    from pipeline.config.params import load
+    from pipeline.rl.optimizer import make_optimizer
 
     params = load()
     device = set_up(params.train.device, params.train.threads)

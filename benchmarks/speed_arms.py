@@ -23,11 +23,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import material
-from pipeline.experience.setting import Setting
-from pipeline.io.history import Progress
-from pipeline.io.runtime import set_up
-from pipeline.params import PARAMS_FILE, load, validate
-from pipeline.policy.verification import Layout
+from pipeline.rl.context import Setting
+from pipeline.runs.history import Progress
+from pipeline.distributed.runtime import set_up
+from pipeline.config.params import PARAMS_FILE, load, validate
+from pipeline.models.verification import Layout
 
 SAMPLES, TOKENS, THREADS = 8, 20, 2
 WARM_UP = 8  # prompts
@@ -147,8 +147,8 @@ def trl(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """`train_step` as the stage `train` calls it, with every metric of history.csv, without tracking."""
-    from pipeline import train
-    from pipeline.reinforce.optim import make_optimizer
+    from pipeline.stages import train
+    from pipeline.rl.optimizer import make_optimizer
     from pipeline.rewards.embedding import embedding_reward
     from pipeline.rewards.surface import length_reward
 
@@ -181,8 +181,8 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def saved_and_loaded(shape: str, precision: str, device: torch.device) -> tuple[Any, Any]:
     """Policy and reference as the stage loads them."""
-    from pipeline.policy.load import load_policy
-    from pipeline.policy.memory import round_frozen
+    from pipeline.models.load import load_policy
+    from pipeline.models.memory import round_frozen
 
     with tempfile.TemporaryDirectory() as folder:
         material.policy(shape).save_pretrained(folder)

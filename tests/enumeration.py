@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.reinforce.advantages import BASELINES, advantages, with_kl_penalty
-from pipeline.reinforce.loss import BatchSize, policy_loss, token_weights
+from pipeline.rl.advantages import BASELINES, advantages, with_kl_penalty
+from pipeline.rl.loss import BatchSize, policy_loss, token_weights
 from tests.models import all_completions, mask_of, tabular_rows
 
 VOCABULARY = 3

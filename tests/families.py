@@ -26,9 +26,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from pipeline import cache
+from pipeline.stages import cache
 from pipeline.errors import UserError
-from pipeline.io import artifacts
+from pipeline import file_io
 from tests import repositories
 
 TABLE, MARK = (
@@ -270,7 +270,7 @@ def try_cache(model_type: str, place: Path, encoder: Path, **changes: Any) -> tu
     (place / "data/prompts").mkdir(parents=True)
     for file in ("train", "heldout"):  # of different lengths; with a completion of 20 tokens beyond windows of 16
         prompts = ["Say", "What is a policy?", "Tell me more of it, please", "And who are you, if I may ask that?"]
-        artifacts.write_jsonl(place / f"data/prompts/{file}.jsonl", [{"prompt": prompt} for prompt in prompts])
+        file_io.write_jsonl(place / f"data/prompts/{file}.jsonl", [{"prompt": prompt} for prompt in prompts])
     yaml = YAML()
     tree = yaml.load(TOKENIZER.parents[2] / "params.yaml")
     tree["models"]["mine"], tree["encoders"]["mine"] = (

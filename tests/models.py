@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from pipeline.params import Recipe, load
-from pipeline.policy.sampling import Rollout
+from pipeline.config.params import Recipe, load
+from pipeline.models.sampling import Rollout
 
 EOS = 0
 PARAMS = load(Path(__file__).resolve().parents[1] / "params.yaml")

@@ -27,7 +27,7 @@ TESTS = (
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
 MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
-    "policy/sampling.py": ("sampling", [
+    "models/sampling.py": ("sampling", [
         ("right=True", "right=False"),
         ("_search(inside, rest)[0]", "_search(inside, uniforms * inside.sum(-1))[0]"),
         (".squeeze(1)).clamp(min=0)", ".squeeze(1))"),
@@ -58,7 +58,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0), completions", "prompt_ids.repeat(group, 1), prompt_mask.repeat(group, 1), completions"),
         ("[filler] * (width - len(p)) + p", "p + [filler] * (width - len(p))"),
     ]),
-    "policy/scoring.py": ("scoring", [
+    "models/scoring.py": ("scoring", [
         ('count - (alignment == "correct")', "count - 1"),
         ("layout.sources(rows, columns, \"correct\")", "layout.sources(rows, columns, \"shifted\")"),
         ("table(both[:count]), table(both[count:])", "table(both[:count]), table(both[:count])"),
@@ -71,7 +71,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("row[mask].tolist()", "row.tolist()"),
         ("torch.finfo(dtype).min", "0.0"),
     ]),
-    "policy/packing.py": ("packing", [
+    "models/packing.py": ("packing", [
         ("torch.where(tokens == 0, self.last_prompt[completions], at - 1)", "at - 1"),
         (".tril()", ""),
         (" | (parents[:, :, None] == segments[:, None])", ""),
@@ -81,7 +81,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("<= room", "<= room + 1"),
         ("segment += 1", "segment += 0"),
     ]),
-    "policy/vocabulary.py": ("packing", [
+    "models/logprobs.py": ("packing", [
         ("return logits if logits.dtype == torch.float64 else logits.float()", "return logits.float()"),
         ("return logits if logits.dtype == torch.float64 else logits.float()", "return logits"),
         ("else _log_sum(part / temperature)[0]", "else log_sum"),
@@ -95,13 +95,13 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("log_q = part - plain[rows, None]", "log_q = part - scaled[rows, None]"),
         ("logits[rows] = pulls", "logits[: ROWS] = pulls"),
     ]),
-    "policy/rollout.py": ("notebook", [
+    "models/rollout.py": ("notebook", [
         ("max_tokens - tokens)", "max_tokens - tokens + 1)"),
         ("lengths.view(-1, group).amax(1).repeat_interleave(group)", "lengths * 0 + lengths.amax()"),
         ("row[: length - ended]", "row[:length]"),
         ('special_tokens == "strip")', 'special_tokens != "strip")'),
     ]),
-    "reinforce/advantages.py": ("objective", [
+    "rl/advantages.py": ("objective", [
         ("/ (group - 1)", "/ group"),
         ("return rewards.mean(1, keepdim=True).expand_as", "return rewards.mean().expand_as"),
         ("return rewards.mean().expand_as", "return rewards.mean(1, keepdim=True).expand_as"),
@@ -122,7 +122,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("kl / target - 1, -0.2), 0.2", "kl / target - 1, -0.2), 2"),
         (".all(1)", ".any(1)"),
     ]),
-    "reinforce/loss.py": ("objective", [
+    "rl/loss.py": ("objective", [
         ("return -((weights", "return ((weights"),
         ("return ones / batch.samples", "return ones"),
         ("return ones / batch.samples", "return ones / mask.numel()"),
@@ -142,7 +142,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("return (weights.to(counted.dtype) * counted).sum()", "return counted.sum()"),
         ('"loss_k3": kl_loss_k3', '"loss_k3": kl_loss_k2'),
     ]),
-    "reinforce/importance.py": ("importance", [
+    "rl/importance.py": ("importance", [
         ("logprobs - old_logprobs", "old_logprobs - logprobs"),
         ("torch.where(mask, logprobs - old_logprobs, 0.0)", "(logprobs - old_logprobs)"),
         ("0.0).detach()", "0.0)"),
@@ -151,7 +151,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(pull < 0) & ", "(pull <= 0) & "),
         ("ratio > 1 + clip_range", "ratio > 1 - clip_range"),
     ]),
-    "reinforce/step.py": ("gradient", [
+    "rl/update.py": ("gradient", [
         ("= token_weights(batch.counted, recipe.aggregation, batch.size)",
          "= torch.cat([token_weights(part, recipe.aggregation, BatchSize(len(part), int(part.sum()), batch.size.longest))"
          " for part in batch.counted.split(micro_batch)])"),
@@ -182,18 +182,18 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("min(start + micro_batch, mine.stop)", "start + micro_batch"),
         ("processes.gather(torch.cat(tensors))", "torch.cat(tensors)"),
     ]),
-    "policy/verification.py": ("verification", [
+    "models/verification.py": ("verification", [
         ("not (off <= allowed).all()", "False"),
         ("not (off := _relative(found, truth)) <= share", "(off := _relative(found, truth)) < 0"),
         ("not torch.allclose(logits[:-1], part, rtol=1e-2, atol=1e-2)", "False"),
         ("max(0, limits[i] - SAMPLED)", "0"),
     ]),
-    "policy/tokenization.py": ("tokenization", [
+    "models/tokenization.py": ("tokenization", [
         ("whole[: places[0] + len(text)]", "whole"),
         ("whole[: places[0] + len(text)]", "text"),
         ("not prompt.endswith(str(tokenizer.eos_token))", "True"),
     ]),
-    "policy/adapters.py": ("large", [
+    "models/adapters.py": ("large", [
         ("m is not head", "True"),
         ("lora_alpha=alpha", "lora_alpha=rank"),
         ("fan_in_fan_out=transposed", "fan_in_fan_out=not transposed"),
@@ -201,28 +201,28 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("policy.disable_adapters()", "pass"),
         ("policy.enable_adapters()", "pass"),
     ]),
-    "policy/memory.py": ("large", [
+    "models/memory.py": ("large", [
         (" and module.weight is not embedding", ""),
         (" and not module.weight.requires_grad", ""),
         ("del layer.forward  #", "pass  #"),
         ("layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)", "pass"),
     ]),
-    "policy/sharding.py": ("gradient", [
+    "distributed/sharding.py": ("gradient", [
         ("module.set_gradient_divide_factor(1.0)", "pass"),
         ("together = tree.full_tensor()", "together = tree.to_local()"),
     ]),
-    "policy/weights.py": ("large", [
+    "distributed/weights.py": ("large", [
         ("if p.requires_grad}\n    if", "}\n    if"),
         ("if trained.keys() != weights.keys():", "if False:"),
     ]),
-    "reinforce/processes.py": ("gradient", [
+    "distributed/dist_context.py": ("gradient", [
         ("self.rank * share + min(self.rank, more)", "self.rank * share"),
         ("(self.rank < more)", "0"),
         ("dist.all_reduce(parameter.grad)", "pass"),
         ("rows[: int(shape[0])] for", "rows for"),
         ("dtype=torch.float64, device=device)).sum()", "dtype=torch.float64, device=device)).mean()"),
     ]),
-    "reinforce/optim.py": ("runtime", [
+    "rl/optimizer.py": ("runtime", [
         ("(step + 1) / (recipe", "step / (recipe"),
         ("* decay\n", "\n"),
         ("1 - done,", "1 - done / 2,"),
@@ -237,7 +237,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if not (math.isfinite(loss) and torch.isfinite(norm)):", "if not torch.isfinite(norm):"),
         ("if not (math.isfinite(loss) and torch.isfinite(norm)):", "if not math.isfinite(loss):"),
     ]),
-    "diagnostics/metrics.py": ("diagnostics", [
+    "rl/metrics.py": ("diagnostics", [
         ("torch.expm1(-log_ratio) + log_ratio", "torch.expm1(log_ratio) - log_ratio"),
         ("between / len(rewards) ** 0.5", "between / rewards.numel() ** 0.5"),
         ("rewards.var(1).mean().sqrt()", "rewards.std(1).mean()"),
@@ -253,13 +253,13 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("[mask].abs().max()", ".abs().max()"),
         ("advantages.std(correction=0)", "advantages.std()"),
     ]),
-    "diagnostics/text.py": ("diagnostics", [
+    "diagnosis/text.py": ("diagnostics", [
         ("1 - len(set(grams)) / len(grams) for", "len(set(grams)) / len(grams) for"),
         ("len(tokens) - n + 1", "len(tokens) - n"),
         ("not text.strip()", "not text"),
         ("texts[i : i + group]", "texts[i : i + 1]"),
     ]),
-    "diagnostics/calibration.py": ("verdict", [
+    "diagnosis/calibration.py": ("verdict", [
         ("math.sqrt(1 + 1 / self.batches)", "math.sqrt(1 / self.batches)"),
         ("student_quantile(1 - tail, self.freedom)", "student_quantile(1 - 100 * tail, self.freedom)"),
         ("value >= self.threshold if", "value <= self.threshold if"),
@@ -270,7 +270,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("k / (k + 1) * cosine**2", "k / (k + 1) * cosine"),
         ("if math.isfinite(row[name])", ""),
     ]),
-    "diagnostics/verdict.py": ("verdict", [
+    "diagnosis/verdict.py": ("verdict", [
         ("FALSE_ALARMS / (steps * COMPARISONS)", "FALSE_ALARMS * steps * COMPARISONS"),
         (" if finding.kind != \"starved\"", ""),
         ("done - thresholds.patience + 1", "done"),
@@ -295,14 +295,14 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("large_update(rows[:onset])", "large_update(rows)"),
         ("max(sizes)[0] < LARGE_UPDATE", "False"),
     ]),
-    "diagnostics/cures.py": ("verdict", [
+    "diagnosis/cures.py": ("verdict", [
         ("{\"special_tokens\": \"strip\"} | leash(recipe, spreads, slower)", "{\"special_tokens\": \"strip\"}"),
         ("KL_PER_SPREAD * spread.mean", "KL_PER_SPREAD"),
         ("rounded(3 * recipe.kl_coef)", "rounded(recipe.kl_coef / 3)"),
         ("finding.onset == others[0].onset", "True"),
         ("{\"alignment\": \"correct\"}", "{\"alignment\": \"shifted\"}"),
     ]),
-    "io/runtime.py": ("runtime", [
+    "distributed/runtime.py": ("runtime", [
         ('f"{seed}/{step}/{purpose}"', 'f"{seed}/{purpose}"'),
         ('f"{seed}/{step}/{purpose}"', 'f"{seed}{step}{purpose}"'),
         ('generator(seed, epoch, "prompts")', 'generator(seed, step, "prompts")'),
@@ -347,7 +347,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("torch.clear_autocast_cache()", "pass"),
         ("os.dup2(copy, number)", "pass"),
     ]),
-    "io/signals.py": ("isolation", [
+    "runs/signals.py": ("isolation", [
         ("number in received or ", ""),
         (" or forked:", ":"),
     ]),

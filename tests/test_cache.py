@@ -13,9 +13,9 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
-from pipeline import cache
+from pipeline.stages import cache
 from pipeline.errors import UserError
-from pipeline.io import modelfiles
+from pipeline.data import model_files
 from tests import repositories
 from tests.conftest import PYTHIA, ROOT, Project
 from tests.hub import Hub
@@ -129,7 +129,7 @@ def test_pickled_weights_keep_keys_values_and_dtypes_and_untie_what_is_shared(tm
         "half": torch.ones(3, dtype=torch.bfloat16),
     }
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    modelfiles.convert(tmp_path / "pytorch_model.bin", tmp_path / "model.safetensors", "models.x")
+    model_files.convert(tmp_path / "pytorch_model.bin", tmp_path / "model.safetensors", "models.x")
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == weights.keys()
     for name, tensor in weights.items():

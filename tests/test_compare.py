@@ -1,4 +1,4 @@
-"""`python -m pipeline.compare`: made-up trainings whose table is worked out by hand or by pandas, DVC's record as git holds
+"""`python -m pipeline.commands.compare`: made-up trainings whose table is worked out by hand or by pandas, DVC's record as git holds
 it, and what the command refuses. tests/test_sweep.py compares real experiments."""
 
 import dataclasses
@@ -20,13 +20,15 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import compare
+from pipeline.commands import compare
 from pipeline.errors import UserError
-from pipeline.io import tracking, trainings
-from pipeline.io.provenance import params_digests
-from pipeline.io.trainings import Training
-from pipeline.params import SELECTORS, validate
-from pipeline.report import comparison, curves, style
+from pipeline.tracking import mlflow_store
+from pipeline.tracking import summaries
+from pipeline.runs.provenance import params_digests
+from pipeline.tracking.summaries import Training
+from pipeline.config.params import SELECTORS, validate
+from pipeline.report import comparison, style
+from pipeline.report import comparison_figure
 from pipeline.report.comparison import configurations, differing, natural, said, verdicts
 from tests.conftest import ROOT, Project
 from tests.seal import sha256
@@ -102,7 +104,7 @@ def test_the_band_is_the_standard_deviation_over_seeds_of_each_step() -> None:
     assert rows["entropy_std"].to_list() == pytest.approx(together.std(axis=1).to_list(), rel=1e-12)
     assert rows["step"].to_list() == list(range(STEPS))
 
-    (axes, *_) = curves.curves(found, "entropy", "a test").axes
+    (axes, *_) = comparison_figure.curves(found, "entropy", "a test").axes
     (band,) = [each for each in axes.collections if isinstance(each, matplotlib.collections.PolyCollection)]
     drawn = band.get_paths()[0].vertices
     for step, mean, std in zip(rows["step"], rows["entropy_mean"], rows["entropy_std"], strict=True):
@@ -117,7 +119,7 @@ def test_one_seed_has_no_deviation() -> None:
     assert row["training_reward_std"] == row["held_out_gain_std"] == ""
     assert "n=1" in comparison.markdown(found)
     assert "±" not in comparison.markdown(found)
-    assert not curves.curves(found, "reward_mean", "a test").axes[0].collections
+    assert not comparison_figure.curves(found, "reward_mean", "a test").axes[0].collections
 
 
 def test_runs_of_other_lengths_and_undefined_steps() -> None:
@@ -137,7 +139,7 @@ def test_runs_of_other_lengths_and_undefined_steps() -> None:
     assert (by_step[3]["seeds"], by_step[3]["reward_mean_std"]) == ("1", "")
     assert float(by_step[6]["reward_mean_mean"]) == pytest.approx(gap["reward_mean"][6])
     assert set(by_step) == set(range(7))
-    style.png(curves.curves(found, "reward_mean", "a test"))
+    style.png(comparison_figure.curves(found, "reward_mean", "a test"))
 
 
 def test_only_what_differs_is_shown() -> None:
@@ -216,7 +218,7 @@ def test_a_number_that_some_seeds_lack_says_of_how_many_it_is() -> None:
 
 
 def test_the_end_is_that_of_the_summary() -> None:
-    from pipeline.io.history import SUMMARY_STEPS
+    from pipeline.runs.history import SUMMARY_STEPS
 
     assert comparison.LAST_STEPS == SUMMARY_STEPS
 
@@ -240,16 +242,16 @@ def sweep(size: int, rewards: tuple[str, ...] = ("embedding",)) -> list[comparis
 @pytest.mark.parametrize(("size", "rewards"), [(1, 1), (2, 1), (8, 1), (2, 2), (8, 3), (16, 1)])
 def test_every_configuration_has_a_line_of_its_own_and_an_entry_that_fits(size: int, rewards: int) -> None:
     found = sweep(size, ("embedding", "length", "words")[:rewards])
-    figure = curves.curves(found, "reward_mean", "a test")
+    figure = comparison_figure.curves(found, "reward_mean", "a test")
     content = style.png(figure)
-    assert content == style.png(curves.curves(found, "reward_mean", "a test"))
+    assert content == style.png(comparison_figure.curves(found, "reward_mean", "a test"))
     panels = [axes for axes in figure.axes if axes.get_gid() == style.STEPS_AXIS]
     assert len(panels) == rewards
     for axes in panels:
         looks = [
             (line.get_color(), str(line._unscaled_dash_pattern)) for line in axes.lines if line.get_linewidth() > 2
         ]
-        assert len({look for look in looks if look[1]}) >= min(size, curves.LOOKS)
+        assert len({look for look in looks if look[1]}) >= min(size, comparison_figure.LOOKS)
     width, height = figure.get_size_inches() * style.DPI
     boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
     assert len(boxes) == 2 * size * rewards
@@ -263,7 +265,7 @@ def test_every_configuration_has_a_line_of_its_own_and_an_entry_that_fits(size: 
 def test_a_configuration_looks_alike_in_every_panel() -> None:
     """Also where one panel lacks the first of them."""
     (first, *others) = sweep(3, ("embedding", "length"))
-    figure = curves.curves(
+    figure = comparison_figure.curves(
         [*others, first._replace(params=first.params | {"reward": "words"})], "reward_mean", "a test"
     )
     fewer, whole, _ = ([line.get_color() for line in axes.lines if line.get_linewidth() > 2 and len(line.get_xdata())]
@@ -302,7 +304,7 @@ def test_what_is_written_and_printed(say: Say, tmp_path: Path) -> None:
     assert table in printed
     assert legend.strip() in printed
     assert "1 more left out" in printed
-    assert (tmp_path / "reports/compare/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "reports/compare/comparison_figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_another_folder_keeps_what_is_in_it(say: Say, tmp_path: Path) -> None:
@@ -463,7 +465,7 @@ class Commits:
             own[f"{table}.{tree[name]}"] = tree[table][tree[name]]
         outs = {"data/policy": policy, "reports/train/history.csv": files["reports/train/history.csv"]}
         outs |= {path: text for path, text in files.items() if path == "reports/train/summary.json"}
-        deps = dict.fromkeys(("custom", "data/checkpoint", "data/prompts", "pipeline/train.py"), "first") | made
+        deps = dict.fromkeys(("custom", "data/checkpoint", "data/prompts", "pipeline/stages/train.py"), "first") | made
         uses = {"evaluate": "data/policy", "diagnose": "reports/train/history.csv"}
         results = {"evaluate": "reports/evaluate/metrics.json", "diagnose": "reports/diagnosis.json"}
 
@@ -492,7 +494,7 @@ class Commits:
         params = validate(tree)
         chosen = {name: tree[name] for name in (*SELECTORS, "seed")}
         tables = {name: params.selected(name) for name in SELECTORS} | {"train": params.train}
-        own = {name: made.get(path, "first") for name, path in (("code", "pipeline/train.py"), ("custom", "custom"),
+        own = {name: made.get(path, "first") for name, path in (("code", "pipeline/stages/train.py"), ("custom", "custom"),
                ("prompts", "data/prompts"), ("checkpoint", "data/checkpoint"))}  # fmt: skip
         weights = sha256(json.dumps({"model.safetensors": policy}).encode())
         digests = {"train_key": "ab" * 32, "history.csv": sha256(rows.encode()), "policy": weights}
@@ -518,7 +520,7 @@ def commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commits:
 def test_the_commit_and_its_experiments_are_read_from_git(commits: Commits) -> None:
     for seed in (1, 2):
         commits.experiment(f"run-{seed}", seed)
-    found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
+    found = {training.name: training for training in summaries.from_dvc(every_commit=False)}
     assert {name: training.params["seed"] for name, training in found.items()} == {
         "HEAD": "0",
         "run-1": "1",
@@ -536,8 +538,8 @@ def test_the_commit_and_its_experiments_are_read_from_git(commits: Commits) -> N
     )
     assert not [key for key in params if key.startswith("evaluate")]
     commits.commit(5)
-    assert [training.params["seed"] for training in trainings.from_dvc(every_commit=False)] == ["5"]
-    assert sorted(training.params["seed"] for training in trainings.from_dvc(every_commit=True)) == ["1", "2", "5"]
+    assert [training.params["seed"] for training in summaries.from_dvc(every_commit=False)] == ["5"]
+    assert sorted(training.params["seed"] for training in summaries.from_dvc(every_commit=True)) == ["1", "2", "5"]
 
 
 def test_results_of_another_training_are_not_taken_for_its_own(commits: Commits) -> None:
@@ -547,7 +549,7 @@ def test_results_of_another_training_are_not_taken_for_its_own(commits: Commits)
         commits.experiment(name, 1, stale=("evaluate", "diagnose"), **options)  # type: ignore[arg-type]
     commits.experiment("evaluated", 1, stale=("diagnose",), saved=True)
     commits.experiment("old-whole", 1, old=True)
-    found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
+    found = {training.name: training for training in summaries.from_dvc(every_commit=False)}
     for name in ("train-only", "saved", "old"):
         assert (found[name].gain, found[name].kinds, found[name].measured) == (None, None, None), name
     assert (found["evaluated"].gain, found["evaluated"].kinds) == (1.5, None)
@@ -560,7 +562,7 @@ def test_metrics_that_are_not_those_that_were_measured_are_left_out(commits: Com
     path = commits.root / "reports/evaluate/metrics.json"
     path.write_text(path.read_text().replace("0.5", "9.5"))
     commits.git("commit", "-qam", "another gain")
-    assert [training.gain for training in trainings.from_dvc(every_commit=False)] == [None]
+    assert [training.gain for training in summaries.from_dvc(every_commit=False)] == [None]
 
 
 def test_a_lock_of_other_parameters_than_those_of_the_run_is_left_out(
@@ -568,7 +570,7 @@ def test_a_lock_of_other_parameters_than_those_of_the_run_is_left_out(
 ) -> None:
     """`dvc commit -f` after an edit of params.yaml records what is there now."""
     commits.experiment("committed", 1, locked_seed=7)
-    assert [training.name for training in trainings.from_dvc(every_commit=False)] == ["HEAD"]
+    assert [training.name for training in summaries.from_dvc(every_commit=False)] == ["HEAD"]
     assert "note: committed: its dvc.lock names other parameters than `train` ran with" in capsys.readouterr().err
 
 
@@ -579,7 +581,7 @@ def test_configurations_that_differ_where_nothing_shows_it_are_two(commits: Comm
     """Two rewards that differ behind the 1000th character of their words: not seeds of one, in both records."""
     for seed, more in enumerate((["red"], ["the", "a"], ["the", "a"]), start=1):
         commits.experiment(f"run-{seed}", seed, words=WORDS + more)
-    of_git = [each for each in trainings.from_dvc(every_commit=False) if each.name != "HEAD"]
+    of_git = [each for each in summaries.from_dvc(every_commit=False) if each.name != "HEAD"]
     for found in (of_git, [each._replace(params=of_git[0].params | {"seed": each.params["seed"]}) for each in of_git]):
         of_two, left_out = configurations(found)
         assert sorted([each.name for each in one.trainings] for one in of_two) == [["run-1"], ["run-2", "run-3"]]
@@ -587,7 +589,7 @@ def test_configurations_that_differ_where_nothing_shows_it_are_two(commits: Comm
         assert len(set(comparison.markdown(of_two).splitlines())) == 4
         assert len({tuple(one.shown.values()) for one in of_two}) == 2, "also by what the table shows"
         assert max(len(cell) for one in of_two for cell in one.shown.values()) <= comparison.CELL
-    assert max(len(value) for value in of_git[0].params.values()) == tracking.PARAM_CHARACTERS
+    assert max(len(value) for value in of_git[0].params.values()) == mlflow_store.PARAM_CHARACTERS
 
 
 def test_a_configuration_is_one_whatever_is_only_written_otherwise(commits: Commits) -> None:
@@ -612,14 +614,14 @@ def mlflow_run(name: str, seed: int = 0, tags: dict[str, str] | None = None, **p
 
 
 def test_mlflows_runs_are_told_apart_by_their_tag_and_older_ones_by_whole_params() -> None:
-    long, tagged = "w" * tracking.PARAM_CHARACTERS, {"config": "c1", "prompts": "p", "checkpoint": "q"}
+    long, tagged = "w" * mlflow_store.PARAM_CHARACTERS, {"config": "c1", "prompts": "p", "checkpoint": "q"}
     runs = [
         mlflow_run("one", 0, tagged, words=long), mlflow_run("two", 1, tagged | {"config": "c2"}, words=long),
         mlflow_run("new", 0, tagged | {"config": "c3"}, words="a"), mlflow_run("old", 1, words="a"),
         mlflow_run("older", 2, words="b"), mlflow_run("oldest", 3, words="b"),
         mlflow_run("cut", 0, words=long), mlflow_run("cut-too", 1, words=long),
     ]  # fmt: skip
-    found = trainings._with_config([trainings._of_run(None, run) for run in runs])  # type: ignore[arg-type]
+    found = summaries._with_config([summaries._of_run(None, run) for run in runs])  # type: ignore[arg-type]
     config = {training.name: training.config for training in found}
     assert [config[name] for name in ("one", "two", "new", "old")] == ["c1", "c2", "c3", "c3"]
     assert config["older"] == config["oldest"] != "c3"
@@ -630,9 +632,9 @@ def test_mlflows_runs_are_told_apart_by_their_tag_and_older_ones_by_whole_params
 def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) -> None:
     """Custom rewards are code: a seed that was trained after they changed is no seed of the same experiment."""
     commits.experiment("same", 1)
-    for what in ("pipeline/train.py", "custom", "data/prompts", "data/checkpoint"):
+    for what in ("pipeline/stages/train.py", "custom", "data/prompts", "data/checkpoint"):
         commits.experiment(what.partition("/")[2] or what, 1, **{what: "other"})
-    found = {training.name: training for training in trainings.from_dvc(every_commit=False)}
+    found = {training.name: training for training in summaries.from_dvc(every_commit=False)}
     plain = found["HEAD"]
     assert (found["same"].code, found["same"].data) == (plain.code, plain.data)
     for what in ("train.py", "custom"):
@@ -642,7 +644,7 @@ def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) 
 
     assert found["same"].measured == plain.measured != found["prompts"].measured
     commits.experiment("few", 1, evaluated=5)
-    few = next(each for each in trainings.from_dvc(every_commit=False) if each.name == "few")
+    few = next(each for each in summaries.from_dvc(every_commit=False) if each.name == "few")
     assert few.measured != plain.measured
 
     def of_mlflow(custom: str, prompts: str = "p") -> Training:
@@ -651,7 +653,7 @@ def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) 
             info=SimpleNamespace(run_id="r", run_name="r", start_time=0), inputs=SimpleNamespace(dataset_inputs=inputs),
             data=SimpleNamespace(params={"seed": "0"}, tags={"code": "c", "custom": custom, "measured": prompts}, metrics={}),
         )  # fmt: skip
-        return trainings._of_run(None, run)  # type: ignore[arg-type]  # asked for no curve
+        return summaries._of_run(None, run)  # type: ignore[arg-type]  # asked for no curve
 
     assert of_mlflow("c").code != of_mlflow("other").code
     assert of_mlflow("c", "q").data != of_mlflow("c").data
@@ -663,11 +665,11 @@ def test_a_commit_that_does_not_hold_its_training_is_left_out(
 ) -> None:  # fmt: skip
     (commits.root / "reports/train/history.csv").write_text("step,lr\n0,1\n")
     commits.git("commit", "-qam", "edited by hand")
-    assert trainings.from_dvc(every_commit=False) == []
+    assert summaries.from_dvc(every_commit=False) == []
     assert "HEAD: its commit does not hold what its dvc.lock says of `train`" in capsys.readouterr().err
     (commits.root / "dvc.lock").unlink()
     commits.git("commit", "-qam", "before the first run")
-    assert trainings.from_dvc(every_commit=False) == []
+    assert summaries.from_dvc(every_commit=False) == []
 
 
 def test_outside_git_dvc_has_no_record(project: Project) -> None:
@@ -697,7 +699,7 @@ def test_what_git_refuses_is_said_in_its_own_words(
     for variable, text in variables.items():
         monkeypatch.setenv(variable, text)
     with pytest.raises(UserError, match=rf"^DVC's experiments are kept in git: .*{re.escape(said)}") as refused:
-        trainings.from_dvc(every_commit=False)
+        summaries.from_dvc(every_commit=False)
     assert "no commit yet" not in str(refused.value)
 
 
@@ -705,15 +707,15 @@ def test_a_repository_without_a_commit_says_what_to_do(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
     with pytest.raises(UserError, match="no commit yet, and experiments start from one: `git commit` first"):
-        trainings.from_dvc(every_commit=False)
+        summaries.from_dvc(every_commit=False)
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    assert trainings.from_dvc(every_commit=False) == []
+    assert summaries.from_dvc(every_commit=False) == []
 
 
 def test_no_setting_of_the_user_changes_what_is_read(commits: Commits, monkeypatch: pytest.MonkeyPatch) -> None:
     commits.experiment("größer", 1)
-    before = [training._replace(curve=len) for training in trainings.from_dvc(every_commit=False)]  # type: ignore[arg-type]
+    before = [training._replace(curve=len) for training in summaries.from_dvc(every_commit=False)]  # type: ignore[arg-type]
     for key, value in (("log.showSignature", "true"), ("color.ui", "always"), ("core.quotePath", "true"),
                        ("log.date", "relative"), ("core.pager", "false"), ("log.decorate", "full")):  # fmt: skip
         commits.git("config", key, value)
@@ -724,7 +726,7 @@ def test_no_setting_of_the_user_changes_what_is_read(commits: Commits, monkeypat
         ("LC_ALL", "C"),
     ):
         monkeypatch.setenv(variable, value)
-    found = trainings.from_dvc(every_commit=False)
+    found = summaries.from_dvc(every_commit=False)
     assert {training.name for training in found} == {"HEAD", "größer"}
     assert [training._replace(curve=len) for training in found] == before  # type: ignore[arg-type]
 
@@ -737,7 +739,7 @@ def test_without_mlflow_its_record_cannot_be_read_and_dvcs_can(commits: Commits,
     environment = {"PYTHONPATH": f"{tmp_path / 'without'}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pipeline.compare", *arguments]
+        command = [sys.executable, "-m", "pipeline.commands.compare", *arguments]
         return subprocess.run(command, cwd=commits.root, env=environment, capture_output=True, text=True)
 
     refused = run()

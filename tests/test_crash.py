@@ -20,7 +20,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pipeline import train
+from pipeline.stages import train
 from pipeline.errors import UserError
 from tests.clones import Clone
 from tests.conftest import Project, copy_of_project
@@ -593,7 +593,7 @@ def test_a_trainer_that_outlived_its_dvc_is_named_and_its_work_is_taken_over(pip
             piped.afresh()
             with piped.start("dvc", "repro", "train") as dvc:
                 piped.wait(lambda: piped.saved() >= 1)
-                (trainer,) = piped.working("pipeline.train")
+                (trainer,) = piped.working("pipeline.stages.train")
                 trainer.suspend()
                 dvc.kill()
                 dvc.wait()
@@ -629,7 +629,7 @@ def test_an_experiment_in_a_folder_of_its_own_goes_on_after_a_kill(piped: Piped)
         for _ in range(3):
             faults.enter_context(fault("kill -9 of dvc exp run --temp and train"))
             with piped.start(*command):
-                piped.wait(lambda: piped.working("pipeline.train"))
+                piped.wait(lambda: piped.working("pipeline.stages.train"))
                 time.sleep(draw.uniform(0, 0.7) * piped.seconds)
         if not any(ref.endswith("/in-temp") for ref in piped.refs()):  # else it was through
             piped.clone(*command)
@@ -651,7 +651,7 @@ def test_a_queued_experiment_goes_on_after_a_kill(piped: Piped, start: tuple[str
         with piped.start(*start) as dvc:
             piped.wait(lambda: piped.saved() >= 2)
             if victim == "train":
-                for trainer in piped.working("pipeline.train"):
+                for trainer in piped.working("pipeline.stages.train"):
                     trainer.kill()
                 dvc.wait()
                 piped.wait(lambda: piped.working() == [])

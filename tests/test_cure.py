@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import cure
+from pipeline.commands import cure
 from pipeline.errors import UserError
-from pipeline.report import cured, inputs, overlay, page, style
+from pipeline.report import inputs, page, style
+from pipeline.report import cure_page
+from pipeline.report import cure_figure
 from tests.conftest import Project
 from tests.test_concurrency import tiny
 from tests.test_page import Elements, words_of
@@ -44,27 +46,27 @@ def with_findings(
 
 
 def rendered(before: inputs.Inputs, after: inputs.Inputs) -> str:
-    return cured.render(before, after, b"\x89PNG", "cure-12345678", "dvc exp run --temp --name cure-12345678 -S a=b")
+    return cure_page.render(before, after, b"\x89PNG", "cure-12345678", "dvc exp run --temp --name cure-12345678 -S a=b")
 
 
 # --- the answer
 
 
 def test_gone(collapsed: inputs.Inputs, healthy: inputs.Inputs) -> None:
-    answer = cured.answer(collapsed, healthy)
+    answer = cure_page.answer(collapsed, healthy)
     without = "Without it: Misaligned objective from step 1 on, One text for all from step 4 on."
     assert answer == ("The collapse is gone", f"Healthy in all 50 steps. {without}")
 
 
 def test_gone_for_a_reward_that_no_held_out_prompt_confirms(collapsed: inputs.Inputs, healthy: inputs.Inputs) -> None:
     worse = healthy.rewards["embedding"] | {"difference": {"mean": -1.0, "low": -1.5, "high": -0.5}}
-    answer = cured.answer(collapsed, healthy._replace(rewards=healthy.rewards | {"embedding": worse}))
+    answer = cure_page.answer(collapsed, healthy._replace(rewards=healthy.rewards | {"embedding": worse}))
     assert answer.title == "The collapse is gone"
     assert answer.text.endswith("But its held-out reward is below the untouched checkpoint's.")
 
 
 def test_not_gone_names_what_is_left_and_what_is_gone(collapsed: inputs.Inputs) -> None:
-    answer = cured.answer(collapsed, with_findings(collapsed, {"kind": "mode", "title": "One text", "onset": 9}, KIND))
+    answer = cure_page.answer(collapsed, with_findings(collapsed, {"kind": "mode", "title": "One text", "onset": 9}, KIND))
     assert answer.title == "Not gone"
     assert answer.text.startswith(
         "With the change: One text from step 9 on, Gibberish from step 7 on. Without it: Misaligned"
@@ -73,7 +75,7 @@ def test_not_gone_names_what_is_left_and_what_is_gone(collapsed: inputs.Inputs) 
 
 
 def test_another_kind(collapsed: inputs.Inputs) -> None:
-    answer = cured.answer(collapsed, with_findings(collapsed, KIND))
+    answer = cure_page.answer(collapsed, with_findings(collapsed, KIND))
     assert answer.title == "Another kind of collapse"
     assert answer.text.startswith("With the change: Gibberish from step 7 on. Without it: ")
 
@@ -110,7 +112,7 @@ def test_a_further_cure_keeps_the_first_changes(collapsed: inputs.Inputs) -> Non
 def test_only_the_changes_of_the_cure_are_shown(collapsed: inputs.Inputs) -> None:
     later = collapsed.diagnosis["findings"][1] | {"changes": {"recipes.stable.lr": 0.5, "recipes.stable.kl": "x"}}
     findings = [*collapsed.diagnosis["findings"], later]
-    shown = cured.treated(collapsed.diagnosis | {"findings": findings})
+    shown = cure_page.treated(collapsed.diagnosis | {"findings": findings})
     assert [finding["changes"] for finding in shown] == [
         {"recipes.stable.alignment": "correct"},
         {"recipes.stable.lr": 0.0001},
@@ -119,7 +121,7 @@ def test_only_the_changes_of_the_cure_are_shown(collapsed: inputs.Inputs) -> Non
 
 def test_completions_are_those_of_the_same_prompt_and_sample(collapsed: inputs.Inputs, healthy: inputs.Inputs) -> None:
     after = healthy._replace(completions=healthy.completions[:0:-1])  # in another order, without the first
-    shown = cured.beside(collapsed, after)
+    shown = cure_page.beside(collapsed, after)
     assert len(shown) == page.EXAMPLES
     names = ["before training", "without the change", "with the change"]
     for prompt, sides in shown:
@@ -159,9 +161,9 @@ def test_the_page_needs_nothing_else_and_hostile_texts_stay_texts(collapsed: inp
 
 
 def test_the_figure_is_the_same_again_and_marks_both_onsets(collapsed: inputs.Inputs, healthy: inputs.Inputs) -> None:
-    first, again = (style.png(overlay.overlay(collapsed, healthy)) for _ in range(2))
+    first, again = (style.png(cure_figure.overlay(collapsed, healthy)) for _ in range(2))
     assert first == again
-    both = overlay.overlay(collapsed, with_findings(collapsed, KIND))
+    both = cure_figure.overlay(collapsed, with_findings(collapsed, KIND))
     for panel in both.axes[:5]:
         upright = {line.get_xdata()[0] for line in panel.lines if len(set(line.get_xdata())) == 1}  # type: ignore[index]
         assert {1, 7} <= upright
@@ -242,7 +244,7 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
         return {str(path): path.read_bytes() for path in watched}
 
     before, status = files(), clone("git", "status", "--porcelain")
-    said = clone("python", "-m", "pipeline.cure")
+    said = clone("python", "-m", "pipeline.commands.cure")
     assert clone.ran(said)[-5:] == ["train", "diagnose", "evaluate", "plot", "track"]
     # in a folder of its own, which is deleted: what it trained stays in MLflow and in `dvc exp show`
     assert len(set(clone.runs())) == len(clone.runs()) == 2
@@ -256,7 +258,7 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
     assert (files(), clone("git", "status", "--porcelain")) == (before, status)
 
     clone.commit()  # the same experiment is found from another commit too
-    again = clone("python", "-m", "pipeline.cure")
+    again = clone("python", "-m", "pipeline.commands.cure")
     assert clone.ran(again) == []
     assert answer_of(again) == answer
     assert clone.read("reports/cure.html") == html
@@ -265,4 +267,4 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
     assert "/cure-" not in clone("git", "for-each-ref", "refs/exps"), "so that the same command tries it"
 
     clone.edit(train={"steps": 4})
-    assert "run `dvc repro`" in clone("python", "-m", "pipeline.cure", fails=True)
+    assert "run `dvc repro`" in clone("python", "-m", "pipeline.commands.cure", fails=True)

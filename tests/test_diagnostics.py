@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.diagnostics.bootstrap import interval
-from pipeline.diagnostics.metrics import (
+from pipeline.diagnosis.bootstrap import interval
+from pipeline.rl.metrics import (
     HISTORY_COLUMNS,
     largest_gap,
     longest_runs,
@@ -22,7 +22,7 @@ from pipeline.diagnostics.metrics import (
     token_mean_error,
     update_metrics,
 )
-from pipeline.diagnostics.text import (
+from pipeline.diagnosis.text import (
     distinct_ngrams,
     distinct_share,
     empty_share,
@@ -30,7 +30,7 @@ from pipeline.diagnostics.text import (
     text_statistics,
     top_token_share,
 )
-from pipeline.reinforce.advantages import BASELINES, advantages
+from pipeline.rl.advantages import BASELINES, advantages
 from tests.models import mask_of
 
 pytestmark = pytest.mark.numeric

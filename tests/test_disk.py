@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import train
+from pipeline.stages import train
 from pipeline.errors import UserError
 from tests.conftest import Project, copy_of_project
 from tests.faults import fault, rounds

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.io import artifacts, command, runtime, tracking
+from pipeline import file_io
+from pipeline.runs import dvc_git
+from pipeline.distributed import runtime
+from pipeline.tracking import mlflow_store
 from tests.conftest import ROOT
 
 
@@ -24,12 +27,12 @@ def umask() -> Iterator[None]:
 @pytest.mark.usefixtures("umask")
 def test_others_can_read_what_is_written(tmp_path: Path) -> None:
     """safetensors and a user's umask leave 0600; DVC commits a single file anew, so that `track` lets others read again."""
-    with artifacts.atomic_folder(tmp_path / "deep/policy") as folder:
+    with file_io.atomic_folder(tmp_path / "deep/policy") as folder:
         (folder / "part").mkdir()
         (folder / "part/model.safetensors").touch(mode=0o600)
-    artifacts.write_text(tmp_path / "reports/report.html", "text")
+    file_io.write_text(tmp_path / "reports/report.html", "text")
     (tmp_path / "reports/run.json").touch(mode=0o600)
-    artifacts.let_read(tmp_path / "reports")
+    file_io.let_read(tmp_path / "reports")
     modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode)[-3:] for path in tmp_path.rglob("*")}
     assert modes == {
         "deep": "755", "deep/policy": "755", "deep/policy/part": "755", "deep/policy/part/model.safetensors": "644",
@@ -52,8 +55,8 @@ def test_options_are_no_part_of_a_store_s_file_and_paths_are_escaped(
     monkeypatch.chdir(tmp_path / folder)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert tracking.sqlite_file() == tmp_path / folder / file
-    url = make_url(tracking.store_uri())  # as mlflow reads it
+    assert mlflow_store.sqlite_file() == tmp_path / folder / file
+    url = make_url(mlflow_store.store_uri())  # as mlflow reads it
     assert url.database == str(tmp_path / folder / file)
     assert dict(url.query) == ({"timeout": "60"} if "timeout" in uri else {})
 
@@ -62,14 +65,14 @@ def test_options_are_no_part_of_a_store_s_file_and_paths_are_escaped(
 def test_a_store_that_keeps_nothing_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI = "):
-        tracking.check_store()
+        mlflow_store.check_store()
 
 
 def test_mlflow_writes_at_once_whatever_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_ENABLE_ASYNC_LOGGING", "MLFLOW_TRUNCATE_LONG_VALUES", "MLFLOW_LOGGING_LEVEL", "NO_PROXY"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    tracking.defaults(timeout=1, retries=0)
+    mlflow_store.defaults(timeout=1, retries=0)
     assert os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] == "false"
     assert "MLFLOW_LOGGING_LEVEL" not in os.environ
     assert os.environ["NO_PROXY"] == "true,127.0.0.1"
@@ -99,17 +102,17 @@ def test_a_folder_in_which_dvc_loses_experiments(
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     if works:
-        command.check_folder()
+        dvc_git.check_folder()
     else:
         with pytest.raises(UserError, match="DVC cannot run --temp or --queue experiments below"):
-            command.check_folder()
+            dvc_git.check_folder()
 
 
 def test_git_keeps_line_endings_whatever_autocrlf_says(tmp_path: Path) -> None:
     """A clone as Git for Windows makes it: the digests are those of the files here."""
     clone = ["git", "clone", "-q", "--depth", "1", "-c", "core.autocrlf=true", ROOT.as_uri(), str(tmp_path / "clone")]
     subprocess.run(clone, check=True)
-    for name in ("pipeline/train.py", "params.yaml", "data/pocket/prompts/train.jsonl"):
+    for name in ("pipeline/stages/train.py", "params.yaml", "data/pocket/prompts/train.jsonl"):
         assert b"\r" not in (tmp_path / "clone" / name).read_bytes()
 
 
@@ -117,7 +120,7 @@ def test_another_python_says_so_in_one_line(tmp_path: Path) -> None:
     """DVC starts `python`, the first in PATH; one without our packages would end in a traceback."""
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run(
-        [sys.executable, "-S", "-E", "-m", "pipeline.check"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-S", "-E", "-m", "pipeline.stages.check"], cwd=tmp_path, capture_output=True, text=True
     )  # -S: as an interpreter in which nothing is installed
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1

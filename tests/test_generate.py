@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
 
-from pipeline.generate import continuation
-from pipeline.policy.load import end_of_text_ids, load_policy, load_tokenizer
-from pipeline.policy.tokenization import encode_prompt
+from pipeline.commands.generate import continuation
+from pipeline.models.load import end_of_text_ids, load_policy, load_tokenizer
+from pipeline.models.tokenization import encode_prompt
 from tests.conftest import ROOT
 
 POCKET = ROOT / "data/pocket/checkpoint"

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.params import Recipe
-from pipeline.policy.sampling import Rollout
-from pipeline.policy.sharding import shard, whole
-from pipeline.reinforce.advantages import with_kl_penalty
-from pipeline.reinforce.loss import BatchSize, kl_loss_k2, policy_loss, token_weights
-from pipeline.reinforce.processes import Processes
-from pipeline.reinforce.step import Batch, accumulate_gradient, loss_mask, signal_to_noise
+from pipeline.config.params import Recipe
+from pipeline.models.sampling import Rollout
+from pipeline.distributed.sharding import shard, whole
+from pipeline.rl.advantages import with_kl_penalty
+from pipeline.rl.loss import BatchSize, kl_loss_k2, policy_loss, token_weights
+from pipeline.distributed.dist_context import Processes
+from pipeline.rl.update import Batch, accumulate_gradient, loss_mask, signal_to_noise
 from tests.enumeration import COEF, random, size_of
 from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 

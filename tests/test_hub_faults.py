@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.io import hub as hub_of_project
-from pipeline.io.hub import DamagedError, drop_damaged
+from pipeline.data import hub as hub_of_project
+from pipeline.data.hub import DamagedError, drop_damaged
 from tests import repositories
 from tests.conftest import PINNED, PYTHIA, Project, copy_of_project
 from tests.faults import FULL, fault, rounds

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.reinforce.advantages import BASELINES, advantages
-from pipeline.reinforce.importance import importance_weights
-from pipeline.reinforce.loss import policy_loss, token_weights
-from pipeline.reinforce.optim import make_optimizer
-from pipeline.reinforce.step import Batch, accumulate_gradient, update_on
+from pipeline.rl.advantages import BASELINES, advantages
+from pipeline.rl.importance import importance_weights
+from pipeline.rl.loss import policy_loss, token_weights
+from pipeline.rl.optimizer import make_optimizer
+from pipeline.rl.update import Batch, accumulate_gradient, update_on
 from tests.enumeration import random, size_of, world
 from tests.models import difference, gradient, mask_of, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 

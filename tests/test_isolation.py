@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.io.signals import caught_signals
+from pipeline.runs.signals import caught_signals
 from pipeline.rewards import isolation, watchdog
 from pipeline.rewards.custom import custom_reward
 from tests.conftest import ROOT
@@ -91,7 +91,7 @@ WAYS = [f"{kind} {method}" for kind in ("pool", "executor") for method in ("spaw
 RUN = """
 import json, sys
 import pipeline.rewards.isolation
-from pipeline.io.signals import caught_signals
+from pipeline.runs.signals import caught_signals
 from pipeline.rewards.custom import custom_reward
 
 if __name__ != "__main__":

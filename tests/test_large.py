@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import material, memory
-from pipeline import evaluate, generate, params, train
+from pipeline.stages import evaluate
+from pipeline.commands import generate
+from pipeline.config import params
+from pipeline.stages import train
 from pipeline.errors import UserError
-from pipeline.experience.setting import set_stage
-from pipeline.policy.adapters import add_lora, without_lora
-from pipeline.policy.load import load_policy
-from pipeline.policy.memory import recomputing, round_frozen
-from pipeline.policy.sampling import pad_prompts, sample
-from pipeline.policy.scoring import score
-from pipeline.policy.weights import put_weights, trained_weights
-from pipeline.reinforce.loss import BatchSize
-from pipeline.reinforce.processes import Processes
-from pipeline.reinforce.step import Batch, accumulate_gradient
+from pipeline.rl.context import set_stage
+from pipeline.models.adapters import add_lora, without_lora
+from pipeline.models.load import load_policy
+from pipeline.models.memory import recomputing, round_frozen
+from pipeline.models.sampling import pad_prompts, sample
+from pipeline.models.scoring import score
+from pipeline.distributed.weights import put_weights, trained_weights
+from pipeline.rl.loss import BatchSize
+from pipeline.distributed.dist_context import Processes
+from pipeline.rl.update import Batch, accumulate_gradient
 from tests.conftest import ROOT, Project
 from tests.faults import FULL, fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform

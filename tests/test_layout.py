@@ -18,9 +18,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline.diagnostics.metrics import HISTORY_COLUMNS
-from pipeline.io import provenance
-from pipeline.params import SELECTORS
+from pipeline.rl.metrics import HISTORY_COLUMNS
+from pipeline.runs import provenance
+from pipeline.config.params import SELECTORS
 from tests import test_plot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,16 +99,16 @@ def test_nothing_imports_a_stage(module: str) -> None:
 def test_the_files_beside_the_stages_are_few() -> None:
     """A new module belongs into one of the folders, or into STAGES above."""
     top = {name for name in MODULES if name.count(".") == 1 and not (ROOT / name.replace(".", "/")).is_dir()}
-    assert top == STAGES | {"pipeline.params", "pipeline.errors"}
+    assert top == STAGES | {"pipeline.config.params", "pipeline.errors"}
 
 
 def test_params_and_errors_are_the_bottom() -> None:
-    assert direct("pipeline.params") == {"pipeline", "pipeline.errors"}
+    assert direct("pipeline.config.params") == {"pipeline", "pipeline.errors"}
     assert direct("pipeline.errors") == {"pipeline"}
     assert direct("pipeline") == set()
 
 
-LOADER = "pipeline.policy.load"  # reads a model from a folder, and is the one module of the core that may
+LOADER = "pipeline.models.load"  # reads a model from a folder, and is the one module of the core that may
 CORE_MODULES = [module for module in MODULES if inside(module, CORE) and module != LOADER]
 OUTSIDE = ("os", "sys", "time", "datetime", "random", "secrets", "uuid", "pathlib", "io", "shutil", "tempfile", "glob",
            "subprocess", "socket", "urllib", "threading", "logging", "pickle", "platform", "numpy.random")  # fmt: skip
@@ -158,7 +158,7 @@ def test_the_core_touches_nothing_outside(module: str) -> None:
 
 @pytest.mark.parametrize("module", [*CORE_MODULES, LOADER])
 def test_the_core_imports_only_itself_and_params(module: str) -> None:
-    allowed = ("pipeline.params", "pipeline.errors", *CORE)
+    allowed = ("pipeline.config.params", "pipeline.errors", *CORE)
     assert not {name for name in direct(module) if name != "pipeline" and not inside(name, allowed)}
 
 
@@ -238,7 +238,7 @@ def test_stages_run_as_modules_and_keep_to_what_makes_reruns_right() -> None:
 
 @pytest.mark.parametrize("module", sorted(STAGES))
 def test_provenance_agrees_with_the_walk(module: str) -> None:
-    """`train_key` hashes what pipeline.io.provenance finds."""
+    """`train_key` hashes what pipeline.runs.provenance finds."""
     assert set(provenance.local_modules(module)) == reached(module)
 
 
@@ -246,12 +246,12 @@ def test_provenance_agrees_with_the_walk(module: str) -> None:
 
 HEAVY = {"torch", "transformers", "datasets", "mlflow", "dvc", "pandas", "matplotlib", "sentence_transformers", "sklearn",
          "playwright", "huggingface_hub"}  # fmt: skip
-NEVER_AT_IMPORT = {"pipeline.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
-                   "pipeline.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
-                   "pipeline.prepare": HEAVY, "pipeline.cache": HEAVY, "pipeline.track": HEAVY, "pipeline.ui": HEAVY,
-                   "pipeline.diagnose": HEAVY, "pipeline.plot": HEAVY - {"pandas", "matplotlib"},
-                   "pipeline.cure": HEAVY - {"pandas", "matplotlib"}, "pipeline.compare": HEAVY - {"pandas", "matplotlib"},
-                   "pipeline.sweep": HEAVY, "pipeline.params": HEAVY, "pipeline.check": HEAVY}  # fmt: skip
+NEVER_AT_IMPORT = {"pipeline.stages.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
+                   "pipeline.stages.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
+                   "pipeline.stages.prepare": HEAVY, "pipeline.stages.cache": HEAVY, "pipeline.stages.track": HEAVY, "pipeline.commands.ui": HEAVY,
+                   "pipeline.stages.diagnose": HEAVY, "pipeline.stages.plot": HEAVY - {"pandas", "matplotlib"},
+                   "pipeline.commands.cure": HEAVY - {"pandas", "matplotlib"}, "pipeline.commands.compare": HEAVY - {"pandas", "matplotlib"},
+                   "pipeline.commands.sweep": HEAVY, "pipeline.config.params": HEAVY, "pipeline.stages.check": HEAVY}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NEVER_AT_IMPORT)
@@ -268,7 +268,7 @@ def test_importing_loads_no_more_than_it_needs(module: str) -> None:
 def test_only_what_shows_or_reads_its_record_can_reach_mlflow() -> None:
     for stage in sorted(STAGES):
         reaches = any(inside(name, ["mlflow"]) for module in reached(stage) for name in imported(syntax(module)))
-        assert reaches == (stage in ("pipeline.train", "pipeline.track", "pipeline.compare", "pipeline.ui")), stage
+        assert reaches == (stage in ("pipeline.stages.train", "pipeline.stages.track", "pipeline.commands.compare", "pipeline.commands.ui")), stage
 
 
 # These never load torch, neither on import nor when they run: nothing that they reach imports it.
@@ -286,7 +286,7 @@ def test_prepare_runs_without_torch(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/pocket").symlink_to(ROOT / "data/pocket")
     (tmp_path / "params.yaml").write_text(PARAMS)
-    code = "import sys; sys.modules['torch'] = None; from pipeline.prepare import main; main()"
+    code = "import sys; sys.modules['torch'] = None; from pipeline.stages.prepare import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -302,7 +302,7 @@ RUN = {"run", "Popen", "call", "check_call", "check_output", "execv", "execve", 
 # file -> what it alone may do, and why
 EXCEPTIONS = {
     "pipeline.rewards.custom": {"import_module"},  # the user's own reward, from custom/
-    "pipeline.io.checkpoints": {"torch.save"},  # read with weights_only=True
+    "pipeline.runs.checkpoints": {"torch.save"},  # read with weights_only=True
 }
 
 
@@ -407,7 +407,7 @@ def test_the_check_of_templates_sees_some() -> None:
 def test_every_column_of_the_history_is_documented() -> None:
     training, _, rest = (ROOT / "docs/METRICS.md").read_text().partition("## Time")
     assert re.findall(r"^\| `(\w+)` \|", training, re.MULTILINE) == list(HISTORY_COLUMNS)
-    phases = re.findall(r'watch\.lap\("(\w+)"\)', (ROOT / "pipeline/train.py").read_text())
+    phases = re.findall(r'watch\.lap\("(\w+)"\)', (ROOT / "pipeline/stages/train.py").read_text())
     assert re.findall(r"`seconds_(\w+)`", rest) == phases
 
 

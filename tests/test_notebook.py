@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.notebook_loop import get_selected_log_probs
-from pipeline.policy.rollout import completion_limits, completion_texts
-from pipeline.policy.sampling import Rollout, pad_prompts, sample
-from pipeline.reinforce.advantages import BASELINES, advantages
-from pipeline.reinforce.loss import BatchSize
-from pipeline.reinforce.optim import learning_rate, make_optimizer, update
-from pipeline.reinforce.step import Batch, Gradient, accumulate_gradient, loss_mask
+from pipeline.models.rollout import completion_limits, completion_texts
+from pipeline.models.sampling import Rollout, pad_prompts, sample
+from pipeline.rl.advantages import BASELINES, advantages
+from pipeline.rl.loss import BatchSize
+from pipeline.rl.optimizer import learning_rate, make_optimizer, update
+from pipeline.rl.update import Batch, Gradient, accumulate_gradient, loss_mask
 from tests import repositories
 from tests.models import EOS, difference, gradient, recipe, tiny_neox, uniform
 

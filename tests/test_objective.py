@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.params import Recipe
-from pipeline.reinforce.advantages import BASELINES, advantages, next_running_mean, zero_spread
-from pipeline.reinforce.step import Batch, accumulate_gradient
+from pipeline.config.params import Recipe
+from pipeline.rl.advantages import BASELINES, advantages, next_running_mean, zero_spread
+from pipeline.rl.update import Batch, accumulate_gradient
 from tests.enumeration import COEF, random, reinforce, size_of, world
 from tests.models import (
     all_completions,

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.policy.memory import half_copy
-from pipeline.policy.packing import ROW_TOKENS, pack
-from pipeline.policy.sampling import pad_prompts, sample
-from pipeline.policy.scoring import score
-from pipeline.policy.vocabulary import ROWS, log_probabilities
+from pipeline.models.memory import half_copy
+from pipeline.models.packing import ROW_TOKENS, pack
+from pipeline.models.sampling import pad_prompts, sample
+from pipeline.models.scoring import score
+from pipeline.models.logprobs import ROWS, log_probabilities
 from tests.models import EOS, plain_logprobs, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
 
 pytestmark = pytest.mark.numeric
@@ -121,8 +121,8 @@ def test_sampling_in_parts_gives_the_tokens_of_the_whole(monkeypatch: pytest.Mon
     whole = sample(model, *arguments)
     assert len(set(whole.lengths.tolist())) > 3
     for at_once, below in ((1, 7 / 8), (6, 1.0), (1000, 0.0), (1000, 1.0)):
-        monkeypatch.setattr("pipeline.policy.sampling.SAMPLED_AT_ONCE", at_once)
-        monkeypatch.setattr("pipeline.policy.sampling.COMPACT_BELOW", below)
+        monkeypatch.setattr("pipeline.models.sampling.SAMPLED_AT_ONCE", at_once)
+        monkeypatch.setattr("pipeline.models.sampling.COMPACT_BELOW", below)
         parts = sample(model, *arguments)
         assert torch.equal(parts.completions, whole.completions)
         assert torch.equal(parts.lengths, whole.lengths)

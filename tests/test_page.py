@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import browser, inputs, page, text, words
+from pipeline.report import browser, inputs, page, text
+from pipeline.report import labels
 from tests.test_plot import COLUMNS, FOREIGN, ROOT, reports
 
 
@@ -141,7 +142,7 @@ def test_a_healthy_run_says_so_and_shows_numbers_to_check(healthy: str, tmp_path
     said = words_of(healthy)
     assert "Healthy No sign of collapse. Nothing crossed a threshold in 50 steps." in said
     history = inputs.load(reports(tmp_path / "reports")).history
-    first, last = (words.measured(history["entropy"].iloc[row], "entropy") for row in (0, -1))
+    first, last = (labels.measured(history["entropy"].iloc[row], "entropy") for row in (0, -1))
     assert f"entropy of the policy, nats a token entropy {first} {last}" in said
     for absent in ("Not healthy", "cure", "to-onset", "data/healthy"):
         assert absent not in healthy.split("<script")[0].split("</style>")[1]
@@ -172,9 +173,9 @@ def test_the_policy_that_was_kept_is_named(tmp_path: Path) -> None:
 
 
 def test_every_metric_of_the_words_is_a_column() -> None:
-    assert set(words.MEANING) <= set(COLUMNS)
-    assert set(words.SHARES) <= set(words.MEANING)
-    assert set(browser.NUMBERS) <= set(inputs.COLUMNS) & set(words.MEANING)
+    assert set(labels.MEANING) <= set(COLUMNS)
+    assert set(labels.SHARES) <= set(labels.MEANING)
+    assert set(browser.NUMBERS) <= set(inputs.COLUMNS) & set(labels.MEANING)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_every_metric_of_the_words_is_a_column() -> None:
      (float("nan"), "empty_share", "undefined"), (float("inf"), "grad_norm", "undefined"), (2.0, "a_new_one", "2.00")],
 )  # fmt: skip
 def test_a_value_says_its_unit(value: float | None, metric: str, said: str) -> None:
-    assert words.measured(value, metric) == said
+    assert labels.measured(value, metric) == said
 
 
 # --- the browser's data

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from pipeline.errors import UserError
-from pipeline.params import SELECTORS, Params, load, validate
+from pipeline.config.params import SELECTORS, Params, load, validate
 from tests.clones import Clone
 from tests.faults import fault, rounds
 

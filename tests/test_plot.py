@@ -15,9 +15,10 @@ from matplotlib import font_manager, get_data_path, rcParams
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from pipeline import plot
+from pipeline.stages import plot
 from pipeline.errors import UserError
-from pipeline.report import cured, figures, inputs, page, style
+from pipeline.report import figures, inputs, page, style
+from pipeline.report import cure_page
 from tests.seal import seal
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +166,7 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
 
 def run_plot(project: Path, seed: str = "0") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline.plot"]
+    command = [sys.executable, "-m", "pipeline.stages.plot"]
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -314,7 +315,7 @@ def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
     left = drawn["evaluate"].axes[0]
     assert [list(line.get_xdata()) for line in left.lines] == [[0, 0], pytest.approx([-5.4])]
     assert "undefined" not in [text.get_text() for text in left.texts]
-    pages = [page.render(data, dict.fromkeys(drawn, b"")), cured.render(data, data, b"", "cure-1", "dvc exp run")]
+    pages = [page.render(data, dict.fromkeys(drawn, b"")), cure_page.render(data, data, b"", "cure-1", "dvc exp run")]
     for made in pages:
         assert "interval" not in re.sub("<(script|style).*?</(script|style)>", "", made, flags=re.DOTALL)
         assert "one held-out prompt" in made
@@ -387,7 +388,7 @@ def test_a_number_that_is_none_names_row_and_column(tmp_path: Path) -> None:
 
 def test_imports_neither_torch_nor_mlflow() -> None:
     code = (
-        "import sys, pipeline.plot; heavy = {'torch', 'mlflow', 'transformers', 'matplotlib.pyplot'};"
+        "import sys, pipeline.stages.plot; heavy = {'torch', 'mlflow', 'transformers', 'matplotlib.pyplot'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

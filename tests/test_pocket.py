@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipeline.io.runtime import uniforms
-from pipeline.policy.load import load_policy, load_tokenizer
-from pipeline.policy.rollout import completion_limits, completion_texts
-from pipeline.policy.sampling import pad_prompts, sample
+from pipeline.distributed.runtime import uniforms
+from pipeline.models.load import load_policy, load_tokenizer
+from pipeline.models.rollout import completion_limits, completion_texts
+from pipeline.models.sampling import pad_prompts, sample
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.numeric

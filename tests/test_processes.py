@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.launcher.api import LaunchConfig
 
-from pipeline import train
+from pipeline.stages import train
 from pipeline.errors import UserError
-from pipeline.io.launch import CONFIG, relaunch
-from pipeline.reinforce.processes import Processes
-from pipeline.train import agree
+from pipeline.distributed.launch import CONFIG, relaunch
+from pipeline.distributed.dist_context import Processes
+from pipeline.stages.train import agree
 from tests.conftest import Project, copy_of_project
 from tests.servers import free_port
 from tests.test_train import (
@@ -127,7 +127,7 @@ def test_stopped_with_two_processes_it_goes_on_with_two_on_two_machines_to_the_s
         text = text.replace("main_process_port: 0", f"main_process_port: {port}\nmain_process_ip: 127.0.0.1")
         (exact.root / f"rank{rank}.yaml").write_text(text + "rdzv_backend: static\nsame_network: true\n")
     second = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.train"], cwd=exact.root, text=True,
+        [sys.executable, "-m", "pipeline.stages.train"], cwd=exact.root, text=True,
         env={**exact.environment, CONFIG: "rank1.yaml"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -167,7 +167,7 @@ def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: py
             (project.root / file).write_text(text)
         monkeypatch.setenv(CONFIG, file)
         with pytest.raises(UserError, match=message):
-            relaunch("pipeline.train")
+            relaunch("pipeline.stages.train")
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_the_launcher_waits_for_the_end_of_a_long_step(project: Project, monkeyp
                 lambda _: waits.append(replace(config, shutdown_timeout=None).shutdown_timeout),
             )  # fmt: skip
             with pytest.raises(SystemExit) as end:
-                relaunch("pipeline.train")
+                relaunch("pipeline.stages.train")
             assert end.value.code == 0
     assert waits == [3600, 5]
 

@@ -14,8 +14,8 @@ from scipy.stats import chisquare
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from pipeline.errors import UserError
-from pipeline.io.runtime import draw_prompts, draw_rescored, generator, set_up, uniforms
-from pipeline.reinforce.optim import learning_rate, make_optimizer, update
+from pipeline.distributed.runtime import draw_prompts, draw_rescored, generator, set_up, uniforms
+from pipeline.rl.optimizer import learning_rate, make_optimizer, update
 from tests.models import PARAMS, recipe
 
 # --- random numbers

@@ -13,8 +13,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.policy.rollout import completion_limits, completion_tokens
-from pipeline.policy.sampling import CDF_BLOCK, Rollout, inverse_cdf, pad_prompts, sample, truncate
+from pipeline.models.rollout import completion_limits, completion_tokens
+from pipeline.models.sampling import CDF_BLOCK, Rollout, inverse_cdf, pad_prompts, sample, truncate
 from tests.models import EOS, all_completions, plain_logits, plain_logprobs, tiny_gpt2, tiny_neox, token_lists, uniform
 
 pytestmark = pytest.mark.numeric

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from pipeline.policy.sampling import Rollout, pad_prompts, sample
-from pipeline.policy.scoring import score, score_rollout
+from pipeline.models.sampling import Rollout, pad_prompts, sample
+from pipeline.models.scoring import score, score_rollout
 from tests.models import (
     EOS,
     mask_of,

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import prepare
+from pipeline.stages import prepare
 from pipeline.errors import UserError, one_line, run_stage
-from pipeline.io import modelfiles
-from pipeline.report import cured, inputs, page
+from pipeline.data import model_files
+from pipeline.report import inputs, page
+from pipeline.report import cure_page
 from tests.conftest import ROOT
 from tests.faults import fault, rounds
 from tests.small import HOOK
@@ -62,7 +63,7 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> inputs.Inputs:
 
 
 def pages(run: inputs.Inputs) -> list[str]:
-    return [page.render(run, {"overview": b"\x89PNG"}), cured.render(run, run, b"\x89PNG", "cure-0", "dvc exp run")]
+    return [page.render(run, {"overview": b"\x89PNG"}), cure_page.render(run, run, b"\x89PNG", "cure-0", "dvc exp run")]
 
 
 Skeleton = list[tuple[str, tuple[str, ...]]]
@@ -164,7 +165,7 @@ def test_a_stage_asked_for_help_or_given_arguments_does_not_run(
     def main() -> None:
         pytest.fail("the stage runs")
 
-    main.__module__ = "pipeline.prepare"
+    main.__module__ = "pipeline.stages.prepare"
     for option in ("-h", "--help"):
         monkeypatch.setattr(sys, "argv", ["prepare", option])
         run_stage(main)
@@ -197,7 +198,7 @@ def test_an_index_cannot_name_what_is_no_shard_of_its_folder(tmp_path: Path, sha
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": shard}}))
     with fault("name that leaves its folder"):
         with pytest.raises(UserError, match=r"^models\.mine: model\.safetensors\.index\.json "):
-            modelfiles.store(source, tmp_path / "target", "models.mine")
+            model_files.store(source, tmp_path / "target", "models.mine")
         assert not list((tmp_path / "target").iterdir())
 
 
@@ -205,7 +206,7 @@ def test_an_index_cannot_name_what_is_no_shard_of_its_folder(tmp_path: Path, sha
 @pytest.mark.parametrize("prompt", ["\udcff", ""], ids=ascii)
 def test_prompts_that_are_no_text_are_one_line(monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     """Bytes that are no UTF-8 come from a shell as halves of surrogate pairs."""
-    from pipeline import generate
+    from pipeline.commands import generate
 
     monkeypatch.setattr("sys.argv", ["generate", "Hi", prompt])
     with fault("argument that is no text"), pytest.raises(UserError, match="should be text in UTF-8, and not empty"):
@@ -214,7 +215,7 @@ def test_prompts_that_are_no_text_are_one_line(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "9" * 5000, "٣", "1 2", "a", "", "0.0.0.0:80"])
 def test_the_ui_takes_a_port_and_nothing_else(port: str) -> None:
-    from pipeline import ui
+    from pipeline.commands import ui
 
     with pytest.raises(UserError, match="should be one port number"):
         ui._port([port])

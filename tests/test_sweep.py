@@ -1,4 +1,4 @@
-"""`make sweep` and `python -m pipeline.compare` on real experiments of DVC's queue: their table says what the files say,
+"""`make sweep` and `python -m pipeline.commands.compare` on real experiments of DVC's queue: their table says what the files say,
 read from either record, in this folder or in another clone."""
 
 import io
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 
-from pipeline import sweep
+from pipeline.commands import sweep
 from pipeline.errors import UserError
-from pipeline.io.command import dvc
+from pipeline.runs.dvc_git import dvc
 from tests.clones import Clone
 from tests.conftest import ROOT
 from tests.test_concurrency import PATIENCE_SECONDS, assert_complete, end, experiments, tiny
@@ -39,8 +39,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     """A sweep that was interrupted while one experiment trained and one waited, and gone on with, both at the same time."""
     base = tmp_path_factory.mktemp("swept")
     clone = tiny(base, base / "cache")
-    interrupt(clone, [sys.executable, "-m", "pipeline.sweep", "--jobs", "1", *GRID])
-    printed = clone("python", "-m", "pipeline.sweep", "--jobs", "2", *GRID)
+    interrupt(clone, [sys.executable, "-m", "pipeline.commands.sweep", "--jobs", "1", *GRID])
+    printed = clone("python", "-m", "pipeline.commands.sweep", "--jobs", "2", *GRID)
     yield Swept(clone, printed, sorted(set(re.findall(r"finished \d of \d: (\S+)", printed))))
     end(clone)
 
@@ -72,7 +72,7 @@ def interrupt(clone: Clone, command: list[str]) -> None:
 
 
 def table(clone: Clone, *arguments: str) -> pd.DataFrame:
-    clone("python", "-m", "pipeline.compare", *arguments)
+    clone("python", "-m", "pipeline.commands.compare", *arguments)
     return pd.read_csv(io.StringIO(clone.read("reports/compare/table.csv")), dtype={"seeds": str})
 
 
@@ -158,8 +158,8 @@ def test_another_clone_reads_pulled_experiments_without_mlflow_and_without_data(
         return done.stdout
 
     run("dvc", "exp", "pull", "--no-cache", "origin", *names)
-    printed = run("python", "-m", "pipeline.compare", "--from", "dvc")
-    expected = clone("python", "-m", "pipeline.compare", "--from", "dvc", *names)
+    printed = run("python", "-m", "pipeline.commands.compare", "--from", "dvc")
+    expected = clone("python", "-m", "pipeline.commands.compare", "--from", "dvc", *names)
     assert printed == expected
     assert (tmp_path / "other/reports/compare/curves.png").read_bytes() == (
         clone.root / "reports/compare/curves.png"
@@ -169,7 +169,7 @@ def test_another_clone_reads_pulled_experiments_without_mlflow_and_without_data(
 @pytest.mark.slow
 def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
     clone, printed, _ = swept
-    again = clone("python", "-m", "pipeline.sweep", "--jobs", "2", *GRID)
+    again = clone("python", "-m", "pipeline.commands.sweep", "--jobs", "2", *GRID)
     assert "2 experiments, 2 of them finished" in again
     assert "queued" not in again
     assert again[again.index("\n|") :] == printed[printed.index("\n|") :]
@@ -382,6 +382,6 @@ def test_make_passes_its_variables_on() -> None:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
     said = done.stdout.replace("\\\n", " ")
-    expected = """python -m pipeline.sweep --jobs 3 -S 'recipe=stable' -S 'reward=embedding,length' -S 'seed=range(0,3)'
+    expected = """python -m pipeline.commands.sweep --jobs 3 -S 'recipe=stable' -S 'reward=embedding,length' -S 'seed=range(0,3)'
         -S train.threads=1 -S train.steps=10 -S model=pythia-70m -S 'models.pythia-70m.revision=step1000,step16000'"""
     assert said.split()[-len(expected.split()) :] == expected.split()

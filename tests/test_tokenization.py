@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.policy.load import end_of_text_ids, load_tokenizer
-from pipeline.policy.rollout import check_context, completion_tokens, context_length
-from pipeline.policy.sampling import pad_prompts, sample
-from pipeline.policy.tokenization import encode_prompt
+from pipeline.models.load import end_of_text_ids, load_tokenizer
+from pipeline.models.rollout import check_context, completion_tokens, context_length
+from pipeline.models.sampling import pad_prompts, sample
+from pipeline.models.tokenization import encode_prompt
 from tests.models import tiny_neox, token_lists, uniform
 
 WORDS = {"<eos>": 0, "<bos>": 1, "<sep>": 2, "<unk>": 3, "say": 4, "a": 5, "word": 6}

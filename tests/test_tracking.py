@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline import track
+from pipeline.stages import track
 from pipeline.errors import UserError
-from pipeline.io import consistency, tracking, workspace
+from pipeline.runs import consistency
+from pipeline.tracking import mlflow_store
+from pipeline.runs import workspace
 from tests.seal import POLICY, edit, seal
 
 # mlflow 3.17 on SQLAlchemy 2.1
@@ -92,7 +94,7 @@ def belong_together(title="Report", **measured):
 
 
 def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
-    tracker = tracking.live(key, params, {"code": "c0" * 32})
+    tracker = mlflow_store.live(key, params, {"code": "c0" * 32})
     for step in range(start, steps):
         tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
         if step % flush_every == flush_every - 1:
@@ -116,7 +118,7 @@ def lose_database():
 
 
 def stored_runs(key=KEY):
-    client, experiment = tracking.open_store()
+    client, experiment = mlflow_store.open_store()
     return client, client.search_runs([experiment], f"tags.train_key = '{key}'")
 
 
@@ -137,7 +139,7 @@ def assert_complete(steps=STEPS, columns=COLUMNS):
 def empty_store(tmp_path_factory):
     """A store without experiments: its fifty migrations take seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking._prepare_database(path)
+    mlflow_store._prepare_database(path)
     return path
 
 
@@ -154,7 +156,7 @@ def project(tmp_path, monkeypatch, empty_store):
 
 
 def test_importing_tracking_does_not_import_mlflow():
-    code = "import pipeline.io.tracking, pipeline.track, pipeline.ui, sys; print('mlflow' in sys.modules)"
+    code = "import pipeline.tracking.mlflow_store, pipeline.stages.track, pipeline.commands.ui, sys; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
     assert done.stdout == "False\n", done.stderr
 
@@ -162,11 +164,11 @@ def test_importing_tracking_does_not_import_mlflow():
 def test_workspace_is_dvcs(project, monkeypatch):
     assert workspace.root() == project
     monkeypatch.setenv("DVC_ROOT", str(project / "main"))
-    assert tracking.store_uri() == f"sqlite:///{project}/main/mlflow.db"
+    assert mlflow_store.store_uri() == f"sqlite:///{project}/main/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
-    assert tracking.store_uri() == f"sqlite:///{project}/main/runs.db"
+    assert mlflow_store.store_uri() == f"sqlite:///{project}/main/runs.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.store_uri() == "http://127.0.0.1:5000"
+    assert mlflow_store.store_uri() == "http://127.0.0.1:5000"
 
 
 def test_live_then_track_is_the_full_record(project, capsys):
@@ -234,10 +236,10 @@ def test_running_track_again_changes_nothing(project):
     track.main()
     first = (project / "reports/track.json").read_bytes()
     client, run = assert_complete()
-    points, files = sorted(tracking.logged_points(client, run)), sorted((project / "mlartifacts").rglob("*"))
+    points, files = sorted(mlflow_store.logged_points(client, run)), sorted((project / "mlartifacts").rglob("*"))
     track.main()
     client, again = assert_complete()
-    assert sorted(tracking.logged_points(client, again)) == points
+    assert sorted(mlflow_store.logged_points(client, again)) == points
     assert sorted((project / "mlartifacts").rglob("*")) == files
     assert len(again.inputs.dataset_inputs) == 2
     assert (again.info.start_time, again.info.end_time) == (run.info.start_time, run.info.end_time)
@@ -265,9 +267,9 @@ def test_new_evaluation_updates_the_run(project):
 
 def test_run_that_contradicts_the_files_is_made_anew(project, capsys):
     make_reports()
-    client, experiment = tracking.open_store()
-    run = tracking.create_run(client, experiment, KEY, PARAMS, START_MS)
-    tracking.log_points(client, run.info.run_id, [tracking.Point("train/loss", 3, 99.0, START_MS)])
+    client, experiment = mlflow_store.open_store()
+    run = mlflow_store.create_run(client, experiment, KEY, PARAMS, START_MS)
+    mlflow_store.log_points(client, run.info.run_id, [mlflow_store.Point("train/loss", 3, 99.0, START_MS)])
     track.main()
     assert "differs from" in capsys.readouterr().err
     assert assert_complete()[1].info.run_id != run.info.run_id
@@ -329,7 +331,7 @@ def test_more_than_a_batch(project):
     track.main()
     _, run = assert_complete(steps=300)
     assert len(run.data.params) == len(params) + 1
-    assert len(run.data.params["reward.params.7"]) == tracking.PARAM_CHARACTERS
+    assert len(run.data.params["reward.params.7"]) == mlflow_store.PARAM_CHARACTERS
 
 
 @pytest.mark.parametrize("kind", ["refused", "unknown", "unwritable", "corrupt", "directory"])
@@ -346,7 +348,7 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
         "directory": f"sqlite:///{project}",
     }[kind]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     started = time.monotonic()
     train_live(STEPS, status="FINISHED")
     assert time.monotonic() - started < 30
@@ -363,9 +365,9 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
 
 
 def test_store_that_comes_back_gets_everything(project, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     write(project / "mlflow.db", "no database " * 1000)
-    tracker = tracking.live(KEY, PARAMS, {})
+    tracker = mlflow_store.live(KEY, PARAMS, {})
     for step in range(STEPS):
         tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
         tracker.flush()
@@ -399,7 +401,7 @@ def test_a_database_server_that_is_not_there_is_one_line_at_once(project, monkey
 
 
 def test_deleted_experiment_is_one_line(project):
-    client, experiment = tracking.open_store()
+    client, experiment = mlflow_store.open_store()
     client.delete_experiment(experiment)
     make_reports()
     with pytest.raises(UserError, match="mlflow experiments restore") as refused:
@@ -420,7 +422,7 @@ def do_as_said(refused):
 @pytest.mark.slow
 def test_the_command_for_an_older_store_runs(project):
     """MLflow 3.17 upgrades those that lack a table by itself, and no real one lacks less."""
-    said = tracking.reason(OSError("Detected out-of-date database schema"))
+    said = mlflow_store.reason(OSError("Detected out-of-date database schema"))
     assert f"`mlflow db upgrade sqlite:///{project}/mlflow.db` helps" in said
     do_as_said(said)
 
@@ -447,12 +449,12 @@ def test_the_command_for_an_older_store_runs(project):
 )  # fmt: skip
 def test_the_store_is_quoted_to_the_end_of_what_it_says(monkeypatch, error, said):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
-    assert tracking.reason(OSError(error)) == f"http://h:1: {said}"
+    assert mlflow_store.reason(OSError(error)) == f"http://h:1: {said}"
 
 
 def test_a_long_reason_keeps_its_last_sentence(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
-    said = tracking.reason(OSError("x" * 300 + " and so on. " * 90 + "Then run it again."))
+    said = mlflow_store.reason(OSError("x" * 300 + " and so on. " * 90 + "Then run it again."))
     assert len(said) < 520
     assert said.endswith("so on. Then run it again.")
 
@@ -519,12 +521,12 @@ def test_files_of_another_run_are_refused(project):
     ],
 )
 def test_no_password_is_printed(text, shown):
-    assert tracking.without_password(text) == shown
+    assert mlflow_store.without_password(text) == shown
 
 
 def test_a_long_address_is_cut_after_its_password_is_taken_out(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://ann:{'x' * 400}@h/db")
-    assert tracking.reason(OSError("no")) == "postgresql://h/db: no"
+    assert mlflow_store.reason(OSError("no")) == "postgresql://h/db: no"
 
 
 @pytest.mark.parametrize("file", ["reports/train/history.csv", "reports/report.html", "reports/evaluate/metrics.json"])
@@ -560,7 +562,7 @@ def test_resume_state_goes_only_when_outputs_are_committed(project):
 
 def test_dead_runs_are_ended_by_hand_only(project, monkeypatch, capsys):
     make_reports()
-    client, experiment = tracking.open_store()
+    client, experiment = mlflow_store.open_store()
     finished = subprocess.Popen([sys.executable, "-c", ""])
     finished.wait()
     processes = {"dead": (socket.gethostname(), finished.pid), "alive": (socket.gethostname(), os.getpid())}

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import track
+from pipeline.stages import track
 from pipeline.errors import UserError
-from pipeline.io import tracking
+from pipeline.tracking import mlflow_store
 from tests.faults import FULL, fault, rounds
 from tests.proxy import Proxy
 from tests.servers import MlflowServer
@@ -44,7 +44,7 @@ pytestmark = [
     # mlflow 3.17 on SQLAlchemy 2.1
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
 ]
-EXTRA_SECONDS = tracking.CLOSE_SECONDS + 5  # what the worst store may cost a training
+EXTRA_SECONDS = mlflow_store.CLOSE_SECONDS + 5  # what the worst store may cost a training
 CLOSE_SECONDS = 4.0  # in the place of tracking's own 15, for the sake of time
 
 
@@ -85,10 +85,10 @@ def track_twice() -> None:
     make_reports()
     track.main()
     client, run = assert_complete()
-    before = sorted(tracking.logged_points(client, run))
+    before = sorted(mlflow_store.logged_points(client, run))
     track.main()
     client, run = assert_complete()
-    assert sorted(tracking.logged_points(client, run)) == before
+    assert sorted(mlflow_store.logged_points(client, run)) == before
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"figures", "tables", "report.html"}
 
 
@@ -137,7 +137,7 @@ def track_refuses(advice: str) -> None:
 @pytest.mark.parametrize("kind", ["lost", "late", "reset", "500", "cut", "page"] if FULL else ["lost"])
 def test_one_request_of_a_real_server_fails(proxy, monkeypatch, capsys, kind):
     """Whichever it is: the run is complete in the end, and there is one of it."""
-    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     for number in range(rounds(3, 1)):
         with fault(f"one request to MLflow: {kind}"):
             monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"{kind}-{number}")
@@ -175,9 +175,9 @@ def test_a_server_that_fails_until_the_end(proxy, kind, first):
 @pytest.mark.skipif(not FULL, reason="a server takes 20 s to be up: under FAULTS=full")
 @pytest.mark.parametrize("back", ["during the run", "after the run"])
 def test_a_server_that_is_killed(server, proxy, monkeypatch, back):
-    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     with fault(f"MLflow's server killed, back {back}"):
-        tracker = tracking.live(KEY, PARAMS, {})
+        tracker = mlflow_store.live(KEY, PARAMS, {})
         for step in range(STEPS):
             tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
             tracker.flush()
@@ -213,7 +213,7 @@ def test_a_database_that_another_process_holds(project):  # noqa: F811
             other.execute("ROLLBACK")
             track_twice()
         for run in stored_runs()[1]:
-            tracking.open_store()[0].delete_run(run.info.run_id)
+            mlflow_store.open_store()[0].delete_run(run.info.run_id)
 
 
 def test_a_database_held_for_a_moment(project, capsys):  # noqa: F811

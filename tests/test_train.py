@@ -21,14 +21,16 @@ from filelock import FileLock
 from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import evaluate, generate, train
-from pipeline.cache import name_float32
-from pipeline.diagnostics.calibration import CALIBRATION_COLUMNS, untouched
-from pipeline.diagnostics.verdict import TITLES, Finding, findings
+from pipeline.stages import evaluate
+from pipeline.commands import generate
+from pipeline.stages import train
+from pipeline.stages.cache import name_float32
+from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS, untouched
+from pipeline.diagnosis.verdict import TITLES, Finding, findings
 from pipeline.errors import UserError
-from pipeline.io import checkpoints
-from pipeline.io.artifacts import read_csv
-from pipeline.policy.sampling import Rollout
+from pipeline.runs import checkpoints
+from pipeline.file_io import read_csv
+from pipeline.models.sampling import Rollout
 from pipeline.rewards.build import LARGEST
 from tests.conftest import Project
 from tests.faults import fault, rounds
@@ -161,7 +163,7 @@ def interrupted(project: Project, environment: dict[str, str], number: signal.Si
     """The stage, ended by a signal as soon as there is a state, to its launcher, or, if it is to be killed, to all; what it
     said on stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.train"], cwd=project.root, env=project.environment | environment, text=True,
+        [sys.executable, "-m", "pipeline.stages.train"], cwd=project.root, env=project.environment | environment, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     while not states(project):

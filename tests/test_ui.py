@@ -16,9 +16,10 @@ from urllib.parse import quote
 
 import pytest
 
-from pipeline import track, ui
+from pipeline.stages import track
+from pipeline.commands import ui
 from pipeline.errors import UserError
-from pipeline.io import tracking
+from pipeline.tracking import mlflow_store
 from tests.test_tracking import belong_together, write
 from tests.test_tracking import pytestmark as warnings_mark
 
@@ -86,14 +87,14 @@ def runs(tmp_path, monkeypatch):
         monkeypatch.setenv("DVC_EXP_NAME", name)
         make_reports(number, reward, recipe)
         track.main()
-    client, experiment = tracking.open_store()
+    client, experiment = mlflow_store.open_store()
     return {run.info.run_name: run.info.run_id for run in client.search_runs([experiment])}
 
 
 def test_a_server_s_password_is_not_printed(monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@tracking.example.org:8443/mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@mlflow_store.example.org:8443/mlflow")
     monkeypatch.setattr(sys, "argv", ["ui"])
-    with pytest.raises(UserError, match=r"names a server already: open https://tracking.example.org:8443/mlflow$"):
+    with pytest.raises(UserError, match=r"names a server already: open https://mlflow_store.example.org:8443/mlflow$"):
         ui.main()
 
 
@@ -103,7 +104,7 @@ def server(runs, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pipeline.ui", str(port)]
+    command = [sys.executable, "-m", "pipeline.commands.ui", str(port)]
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=log, stderr=log)
     started = time.monotonic()

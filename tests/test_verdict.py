@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline import diagnose
-from pipeline.diagnostics import verdict
-from pipeline.diagnostics.calibration import (
+from pipeline.stages import diagnose
+from pipeline.diagnosis import verdict
+from pipeline.diagnosis.calibration import (
     CALIBRATION_COLUMNS,
     Limit,
     Spread,
@@ -23,9 +23,9 @@ from pipeline.diagnostics.calibration import (
     student_quantile,
     untouched,
 )
-from pipeline.diagnostics.cures import cure, treated
-from pipeline.diagnostics.metrics import HISTORY_COLUMNS
-from pipeline.diagnostics.verdict import (
+from pipeline.diagnosis.cures import cure, treated
+from pipeline.rl.metrics import HISTORY_COLUMNS
+from pipeline.diagnosis.verdict import (
     ORDER,
     THRESHOLDS,
     TITLES,
@@ -37,8 +37,8 @@ from pipeline.diagnostics.verdict import (
     limits_of_run,
 )
 from pipeline.errors import UserError
-from pipeline.io import checkpoints
-from pipeline.params import Params, validate
+from pipeline.runs import checkpoints
+from pipeline.config.params import Params, validate
 from tests.conftest import Project
 from tests.models import PARAMS
 

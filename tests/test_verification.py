@@ -35,12 +35,13 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
-from pipeline.policy import packing, verification
-from pipeline.policy.adapters import add_lora
-from pipeline.policy.load import check_saving, init_policy, load_policy, special_ids
-from pipeline.policy.sampling import pad_prompts, sample
-from pipeline.policy.scoring import score
-from pipeline.policy.verification import SAMPLED, Layout, choose_layout, probe_prompts
+from pipeline.models import packing
+from pipeline.models import verification
+from pipeline.models.adapters import add_lora
+from pipeline.models.load import check_saving, init_policy, load_policy, special_ids
+from pipeline.models.sampling import pad_prompts, sample
+from pipeline.models.scoring import score
+from pipeline.models.verification import SAMPLED, Layout, choose_layout, probe_prompts
 from tests import families
 from tests.models import EOS, plain_logprobs, token_lists, uniform
 
@@ -163,7 +164,7 @@ def wrong_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mistake_in_scoring_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_positions(monkeypatch)
     assert choose(model("experts")) == ROWS
-    monkeypatch.setattr("pipeline.policy.scoring.pad_right", packing.pack)
+    monkeypatch.setattr("pipeline.models.scoring.pad_right", packing.pack)
     with pytest.raises(UserError, match=r"mixtral cannot be scored: log-probabilities scored differ .* nats \(allowed"):
         choose(model("experts"))
 

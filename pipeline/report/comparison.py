@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from pipeline.diagnostics.verdict import TITLES
+from pipeline.diagnosis.verdict import TITLES
 from pipeline.errors import one_line
-from pipeline.io.trainings import Training
-from pipeline.params import SELECTORS
+from pipeline.tracking.summaries import Training
+from pipeline.config.params import SELECTORS
 
 LAST_STEPS = 5  # as in summary.json
 ABSENT = "–"  # a parameter that a configuration does not have

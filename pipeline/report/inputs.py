@@ -9,9 +9,9 @@ import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
-from pipeline.io.artifacts import read_json, read_jsonl
-from pipeline.io.consistency import again, raise_if_mixed, sources
-from pipeline.report.shapes import Comparison, Completion, Diagnosis, Sample, Sides, Train
+from pipeline.file_io import read_json, read_jsonl
+from pipeline.runs.consistency import again, raise_if_mixed, sources
+from pipeline.report.schema import Comparison, Completion, Diagnosis, Sample, Sides, Train
 
 COLUMNS = (  # of history.csv, as far as the figures use them
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "zero_spread_share", "baseline",

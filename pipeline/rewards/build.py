@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.params import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
+from pipeline.config.params import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
 from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward

@@ -14,7 +14,7 @@ from types import FrameType, GeneratorType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.io.artifacts import why_unwatched
+from pipeline.file_io import why_unwatched
 from pipeline.rewards.watchdog import watchdog
 
 if TYPE_CHECKING:

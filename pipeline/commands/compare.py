@@ -1,0 +1,127 @@
+"""`python -m pipeline.commands.compare [experiment ...]`: many experiments by configuration, mean ± std over seeds.
+
+Prints the table; writes it, the learning curves and their figure to reports/compare/. --help lists the options.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from pipeline.errors import UserError, did_you_mean, run_stage
+from pipeline.tracking import mlflow_store
+from pipeline.runs import workspace
+from pipeline.file_io import atomic_path, write_text
+from pipeline.tracking.summaries import Training, from_dvc, from_mlflow, readable
+from pipeline.report import comparison, style
+from pipeline.report import comparison_figure
+
+NONE_YET = "queue some, as `dvc exp run --queue -S recipe=notebook,stable -S 'seed=range(0,3)'`, and `dvc queue start`"
+
+
+def main() -> None:
+    """Raises UserError where there is nothing to compare, or where an option names what is not there."""
+    options = arguments()
+    if options.source == "dvc":
+        workspace.check()
+    else:
+        mlflow_store.in_project()
+    with readable():
+        chosen = choose(read(options), options.experiments, options.where)
+        check_metric(options.metric, chosen)
+        found, left_out = comparison.configurations(chosen)
+        table = comparison.markdown(found)
+        source = "MLflow's runs" if options.source == "mlflow" else "DVC's experiments"
+        picture = style.png(comparison_figure.curves(found, options.metric, source))
+        texts = {
+            "table.md": f"{table}\n{comparison.LEGEND}\n",
+            "table.csv": comparison.table_csv(found),
+            "curves.csv": comparison.curves_csv(found, options.metric),
+        }
+    for name, text in texts.items():
+        write_text(options.out / name, text)
+    with atomic_path(options.out / "curves.png") as temporary:
+        temporary.write_bytes(picture)
+    print(f"{table}\n{comparison.LEGEND}\n")
+    if left_out:
+        print(f"{left_out} more left out: the same parameters and seed again, or made by older code or data\n")
+    for caveat in comparison.caveats(found):
+        print(f"note: {caveat}\n")
+    if len(comparison_figure.look_of(found)) > comparison_figure.LOOKS:
+        print(f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n")
+    print(f"table and curves: {options.out}/table.md, table.csv, comparison_figure.csv, comparison_figure.png")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.commands.compare", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("experiments", nargs="*", help="names of experiments; without, all of the record")
+    parser.add_argument("--from", dest="source", choices=["mlflow", "dvc"], default="mlflow",
+                        help="record to read: MLflow's finished runs, or DVC's experiments of this commit")  # fmt: skip
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE...]",
+                        help="only trainings with this parameter, such as recipe=stable or recipe.lr=3e-5")  # fmt: skip
+    parser.add_argument("--metric", default="reward_mean", help="column of history.csv to draw")
+    parser.add_argument("--all-commits", action="store_true", help="DVC's experiments of every commit")
+    parser.add_argument("--out", type=Path, default=Path("reports/compare"), help="folder to write to")
+    return parser.parse_args()
+
+
+def read(options: argparse.Namespace) -> list[Training]:
+    """Every training of the record. Raises UserError where there is none."""
+    if options.source == "mlflow":
+        if found := from_mlflow():
+            return found
+        raise UserError(
+            f"no finished run in MLflow's store {mlflow_store.without_password(mlflow_store.store_uri())}: {NONE_YET}; or read `--from dvc`"
+        )
+    if found := from_dvc(every_commit=options.all_commits or bool(options.experiments)):
+        return found
+    raise UserError(f"this commit and its experiments hold no training: {NONE_YET}; or look at --all-commits")
+
+
+def choose(found: Sequence[Training], names: Sequence[str], where: Sequence[str]) -> list[Training]:
+    """Those of these names, or all, that fit every `key=value,value`. Raises UserError naming what is not there."""
+    for name in names:
+        if name not in {training.name for training in found}:
+            raise UserError(f"there is no finished experiment {name!r}{nearest(name, (each.name for each in found))}")
+    kept = [training for training in found if not names or training.name in names]
+    for condition in where:
+        key, equals, values = condition.partition("=")
+        if not equals:
+            raise UserError(f"--where {condition!r}: should be KEY=VALUE, such as recipe=stable")
+        known = {name for training in found for name in training.params}
+        if key not in known:
+            raise UserError(f"--where {condition!r}: no training has a parameter {key!r}{nearest(key, known)}")
+        kept = [
+            each for each in kept if any(same(each.params.get(key), value) for value in (values, *values.split(",")))
+        ]
+        if not kept:
+            there = sorted({training.params.get(key, "none") for training in found}, key=comparison.natural)
+            raise UserError(
+                f"--where {condition!r}: no training is left; {key} has been {', '.join(map(comparison.shortened, there))}"
+            )
+    return kept
+
+
+def same(value: str | None, wanted: str) -> bool:
+    """As text, or as the same number: 3e-5 and 3e-05."""
+    if value is None or value == wanted:
+        return value == wanted
+    try:
+        return Decimal(value) == Decimal(wanted)  # exactly: as floats, seeds beyond 2**53 would be the same
+    except InvalidOperation:
+        return False
+
+
+def check_metric(metric: str, trainings: Sequence[Training]) -> None:
+    known = set().union(*(training.columns for training in trainings))
+    if metric not in known:
+        raise UserError(f"--metric {metric!r}: history.csv has no such column{nearest(metric, known)}")
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str:
+    known = sorted(set(known))
+    return did_you_mean(wrong, known) or f"; there are {', '.join(known[:20])}"
+
+
+if __name__ == "__main__":
+    run_stage(main, arguments=True)

@@ -1,0 +1,63 @@
+"""Continues a prompt with the untouched checkpoint and with the trained policy, greedily: the notebook's `generate`.
+
+python -m pipeline.commands.generate "Hi there, how"
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import UserError, run_stage
+from pipeline.runs import workspace
+from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
+from pipeline.models.rollout import context_length
+from pipeline.models.sampling import sample
+from pipeline.models.tokenization import encode_prompt
+
+FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
+
+
+def continuation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: tuple[int, ...], max_tokens: int
+) -> str:
+    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the checkpoint says of its decoding.
+
+    Without a cache, which is right for every model.
+    """
+    prompt, room = torch.tensor([ids]), max_tokens - len(ids)
+    noise = torch.zeros(1, room, dtype=torch.float64)  # top_k = 1 leaves nothing to draw
+    rollout = sample(
+        model, prompt, torch.ones_like(prompt, dtype=torch.bool), torch.tensor([room]), noise, eos, top_k=1,
+        layout="no_cache",
+    )  # fmt: skip
+    return str(tokenizer.decode(ids + rollout.completions[0, : int(rollout.lengths[0])].tolist()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="+", metavar="prompt")
+    parser.add_argument("--max-tokens", type=int, default=30, help="of prompt and continuation together (30)")
+    arguments = parser.parse_args()
+    for prompt in arguments.prompts:
+        if not prompt or any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that were no UTF-8
+            raise UserError(f"the prompt {prompt[:40]!r} should be text in UTF-8, and not empty")
+    workspace.check()
+    present = {name: folder for name, folder in FOLDERS.items() if holds_model(folder)}
+    if not present:
+        raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
+    for name, folder in present.items():
+        model, tokenizer = load_policy(folder, torch.device("cpu")), load_tokenizer(folder)
+        eos, room = end_of_text_ids(folder, tokenizer), context_length(model.config) or arguments.max_tokens
+        if arguments.max_tokens > room:
+            raise UserError(f"--max-tokens {arguments.max_tokens}: the context of {folder} has {room}")
+        for prompt in arguments.prompts:
+            ids = encode_prompt(tokenizer, prompt)
+            if len(ids) >= arguments.max_tokens:
+                raise UserError(f"--max-tokens {arguments.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
+            print(f"{name}: {continuation(model, tokenizer, ids, eos, arguments.max_tokens)}")
+
+
+if __name__ == "__main__":
+    run_stage(main, arguments=True)

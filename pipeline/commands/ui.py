@@ -1,0 +1,78 @@
+"""`python -m pipeline.commands.ui [port]`: MLflow's pages on loopback, with the runs of this project."""
+
+import contextlib
+import os
+import re
+import socket
+import sqlite3
+import sys
+
+from pipeline.errors import UserError, run_stage
+from pipeline.tracking import mlflow_store
+from pipeline.runs import workspace
+from pipeline.tracking.summaries import readable
+
+HOST, PORT = "127.0.0.1", 5000
+# Of MLflow's variables the server gets those that say how a store is reached, and whether it reports home. The others would
+# move its pages, open them to other machines, or put another store in the place of ours.
+KEPT = (
+    "MLFLOW_S3_", "MLFLOW_GCS_", "MLFLOW_BOTO_", "MLFLOW_SQLALCHEMYSTORE_", "MLFLOW_MYSQL_", "MLFLOW_DISABLE_TELEMETRY",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Becomes `mlflow server`. Raises UserError when there is nothing to serve or the port is taken."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    port, uri = _port(sys.argv[1:]), mlflow_store.store_uri()
+    mlflow_store.in_project()
+    if uri.startswith("http"):
+        raise UserError(f"MLFLOW_TRACKING_URI names a server already: open {mlflow_store.without_password(uri)}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"port {port} of {HOST}: {error.strerror}; choose another: `make ui PORT=5001`") from None
+    mlflow_store.defaults(timeout=30, retries=3)
+    with readable(instead=""):
+        experiment = _experiment_id()
+    artifacts = (workspace.root() / "mlartifacts").as_uri()
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts]
+    # MLflow 3 opens on its pages for traces and prompts; this is the one with the runs.
+    page = f"http://{HOST}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    print(f"MLflow at {page} in about 20 s; stop it with Ctrl-C", flush=True)
+    os.execve(sys.executable, command, _environment())
+
+
+def _experiment_id() -> str:
+    """Id of our experiment. Only where the store has none yet do we import mlflow: it doubles the waiting time."""
+    path = mlflow_store.sqlite_file()
+    if path and path.is_file():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as store:
+            query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
+            found = store.execute(query, [mlflow_store.experiment_name()]).fetchone()
+            if found:
+                return str(found[0])
+    return mlflow_store.open_store()[1]  # makes it under our lock: the server and a training must not both create it
+
+
+def _environment() -> dict[str, str]:
+    """The server's."""
+    ours = ("MLFLOW_", "_MLFLOW_", "UVICORN_")
+    kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT) or not name.startswith(ours)}
+    # Job execution starts processes that we have no use for and that double the time until the page is up.
+    return {**kept, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+
+def _port(arguments: list[str]) -> int:
+    text = arguments[0] if arguments else str(PORT)
+    if len(arguments) > 1 or not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise UserError(f"{' '.join(arguments)!r}: should be one port number, 1 to 65535")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_stage(main, arguments=True)

@@ -1,0 +1,1 @@
+"""Prompts and models from where they are: a hub, a package, a folder."""

@@ -1,0 +1,1 @@
+"""Whether, when and why a run collapsed: pure functions of its history."""

@@ -1,0 +1,100 @@
+"""What to change for each kind of collapse, with its reason and source."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.diagnosis.calibration import Spread
+from pipeline.diagnosis.verdict import CAUSES, Finding
+from pipeline.config.params import Params, Recipe
+
+Changes = dict[str, Any]  # keys of params.yaml, or of a recipe in it
+
+KL_PER_SPREAD = 0.1  # reward spread within a prompt that a nat of a completion's log-ratio costs
+
+
+@dataclass(frozen=True)
+class Cure:
+    changes: Changes  # by the key of params.yaml
+    reason: str
+    source: str
+
+
+def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
+    """The change to try against one finding; without changes where the recipe has no key that would help."""
+    recipe: Recipe = params.selected("recipe")
+    train, where = params.train, f"recipes.{params.recipe}"
+    slower = smaller_steps(recipe, train.steps)
+    match finding.kind:
+        case "numeric" if finding.onset == 0:
+            changes: Changes = {"advantage_norm": "batch"} if recipe.advantage_norm == "none" else slower
+            reason = "numbers overflow before any update: rewards of this size have to be scaled down"
+            source = "docs/THEORY.md"
+        case "numeric":
+            changes = slower | {"lr": rounded(recipe.lr / 10)}
+            changes |= {"precision": "float32"} if recipe.precision != "float32" else {}
+            reason = "numbers overflow where updates are too large; clipping bounds the gradient"
+            source = "Pascanu et al. 2013 (arXiv 1211.5063)"
+        case "misaligned":
+            changes = {"alignment": "correct"} if recipe.alignment != "correct" else {}
+            reason = "the loss must score the tokens that were sampled, each given those before it: anything else is no policy gradient"
+            source = "docs/THEORY.md; Williams 1992"
+        case "starved":
+            more: Changes = {"train.samples_per_prompt": 4 * train.samples_per_prompt}
+            reason = "equal rewards leave no difference to learn from; more samples a prompt may find the rare one that scores"
+            return Cure(more, reason, "DAPO (arXiv 2503.14476)")
+        case "step-size" | "gibberish" if recipe.entropy_coef > 0:
+            changes = {"entropy_coef": 0.0}
+            reason = "the entropy bonus pays for noise"
+            source = "docs/THEORY.md"
+        case "step-size":
+            changes = slower
+            reason = "updates that change the policy too much at once take it where its own samples no longer tell the way back"
+            source = "docs/COLLAPSE.md; Schulman et al. 2015 (arXiv 1502.05477)"
+        case "empty" | "hacking" if finding.passes("empty_share") and recipe.special_tokens == "keep":
+            changes = {"special_tokens": "strip"} | leash(recipe, spreads, slower)
+            reason = "the reward reads end-of-text tokens as text and pays for silence; without them, a KL term and smaller steps keep the policy from narrowing to one text"
+            source = "docs/COLLAPSE.md"
+        case "gibberish" if recipe.baseline == "none":
+            changes = {"baseline": "rloo"} | leash(recipe, spreads, slower)
+            reason = "without a baseline rewards of one sign push all probabilities one way; a KL term and smaller steps hold what the mended gradient could still break"
+            source = "docs/COLLAPSE.md; Ahmadian et al. 2024 (arXiv 2402.14740)"
+        case _:
+            changes = leash(recipe, spreads, slower)
+            reason = "a KL term makes leaving the checkpoint's language cost reward; smaller steps leave it time to act"
+            source = "docs/COLLAPSE.md; Ziegler et al. 2019 (arXiv 1909.08593)"
+    return Cure({f"{where}.{key}": value for key, value in changes.items()}, reason, source)
+
+
+def leash(recipe: Recipe, spreads: dict[str, Spread], slower: Changes) -> Changes:
+    """Smaller steps and a KL term in the units of the reward; where the recipe has one that did not hold, three times
+    as much of it."""
+    if recipe.kl_target > 0:
+        return {"kl_target": rounded(recipe.kl_target / 3), **slower}
+    if recipe.kl == "none" or recipe.kl_coef == 0:
+        spread = spreads.get("reward_std_within")
+        per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
+        return {"kl": "reward_k1", "kl_coef": rounded(per_nat), **slower}
+    return {"kl_coef": rounded(3 * recipe.kl_coef), **slower}
+
+
+def smaller_steps(recipe: Recipe, steps: int) -> Changes:
+    """A third of the learning rate; clipping and a warm-up of at most a fifth of the run where there is none."""
+    changes: Changes = {"lr": rounded(recipe.lr / 3)}
+    if recipe.max_grad_norm == 0:
+        changes["max_grad_norm"] = 1.0
+    if recipe.warmup_steps < (warmup := min(10, steps // 5)):
+        changes["warmup_steps"] = warmup
+    return changes
+
+
+def rounded(value: float) -> float:
+    """To one significant digit: a suggestion claims no more."""
+    return float(f"{value:.0e}")
+
+
+def treated(found: Sequence[Finding]) -> list[Finding]:
+    """The findings to act on, the causes first, then what came first; later ones follow from it."""
+    causes = [finding for finding in found if finding.kind in CAUSES]
+    others = [finding for finding in found if finding.kind not in CAUSES]
+    return causes + [finding for finding in others if finding.onset == others[0].onset]

@@ -1,0 +1,75 @@
+"""Findings in words that a person can check against the history."""
+
+import math
+from collections.abc import Sequence
+
+from pipeline.diagnosis.calibration import Row, Spread
+from pipeline.diagnosis.verdict import THRESHOLDS, Finding
+
+
+def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -> str:
+    """One sentence: what happened, with the numbers of the step that shows it beside the untouched policy's."""
+    row, step = rows[finding.shown_at], finding.shown_at
+    since = f"From step {finding.onset} on" if step == len(rows) - 1 else f"From step {finding.onset} to step {step}"
+
+    def before(metric: str) -> float:
+        return spreads[metric].mean if metric in spreads else math.nan
+
+    def share(metric: str) -> str:
+        return f"{row[metric]:.0%} at step {step}, {before(metric):.0%} untouched"
+
+    reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} untouched"
+    match finding.kind:
+        case "numeric":
+            return f"At step {finding.onset} the loss, the gradient or a log-probability is not a finite number."
+        case "misaligned":
+            return (
+                f"Before the first update the loss scores tokens up to {row['logprob_gap']:.1f} nats away from the "
+                "log-probabilities that they were sampled with: it is not the loss of what was said."
+            )
+        case "starved":
+            return (
+                f"In {len(rows)} steps {finding.evidence[0].value:.0%} of the prompts gave all of their samples the same "
+                "reward: there is nothing to learn from."
+            )
+        case "hacking":
+            broken = {
+                "empty_share": f"{row['empty_share']:.0%} are empty",
+                "repeated_3grams": f"{row['repeated_3grams']:.0%} of their 3-grams are repeats",
+                "ref_logprob": f"the checkpoint finds them {before('ref_logprob') - row['ref_logprob']:.1f} nats a token "
+                "less likely than its own",
+            }
+            said = " and ".join(text for metric, text in broken.items() if finding.passes(metric))
+            return f"{since} the reward is higher ({reward}) for completions that have fallen apart: {said}."
+        case "empty":
+            return f"{since} most completions are empty: {share('empty_share')}."
+        case "repetition":
+            return f"{since} completions repeat themselves; repeats among their 3-grams: {share('repeated_3grams')}."
+        case "gibberish":
+            return (
+                f"{since} the untouched checkpoint finds the completions improbable: {row['ref_logprob']:.1f} nats a token "
+                f"at step {step}, {before('ref_logprob'):.1f} for its own."
+            )
+        case "mode":
+            signs = {
+                "distinct_completions": f"different completions: {share('distinct_completions')}",
+                "entropy": f"entropy: {row['entropy']:.2g} nats a token at step {step}, {before('entropy'):.2g} untouched",
+            }
+            said = "; ".join(text for metric, text in signs.items() if finding.passes(metric))
+            return f"{since} the policy says ever the same; {said}."
+        case "step-size":
+            updates = [shown for shown in finding.evidence if shown.limit.metric == "update_kl"]
+            large = "".join(f" The update of step {u.step} moved it by {u.value:.2g} nats a token." for u in updates)
+            return f"{since} the policy earns less than before training: {reward}.{large}"
+
+
+def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int) -> str:
+    """The verdict in one or two sentences: the first finding, and of the later ones what the run has come to: seen last,
+    and of those the earliest."""
+    if not found and steps < THRESHOLDS.patience:
+        return f"Too short to tell: a collapse has to last {THRESHOLDS.patience} steps to count."
+    if not found:
+        return f"No sign of collapse in {steps} steps."
+    later = [place for place in range(1, len(found)) if found[place].onset > found[0].onset]
+    last = sorted(later, key=lambda place: (-found[place].shown_at, found[place].onset))
+    return " ".join(summaries[place] for place in [0, *last[:1]])

@@ -1,0 +1,200 @@
+"""Whether, how and from when on a run has collapsed: pure functions of its history and of the untouched batches.
+
+docs/DETECTOR.md measures them and says how the thresholds were chosen.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pipeline.diagnosis.calibration import FALSE_ALARMS, Limit, Row, Spread
+
+Kind = Literal[
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size"
+]  # fmt: skip
+# where several begin together, the first of these names the verdict: the cause before what follows from it
+ORDER: tuple[Kind, ...] = (
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size",
+)  # fmt: skip
+TITLES: dict[Kind, str] = {
+    "numeric": "Numeric failure", "misaligned": "Misaligned objective", "starved": "Starved of signal",
+    "hacking": "Reward hacking", "empty": "Empty completions", "repetition": "Repetition", "gibberish": "Gibberish",
+    "mode": "Mode collapse", "step-size": "Step-size failure",
+}  # fmt: skip
+CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
+LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
+COMPARISONS = 6  # limits that chance could pass, a step; a rise of the reward alarms only beside another
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Effect sizes: what chance does not explain must also be bad. docs/DETECTOR.md has what each was chosen from."""
+
+    patience: int = 2  # steps in a row before a sign counts: one batch may stray
+    misaligned: float = 1.0  # nats; half precision rounds by up to 0.3, the shifted objective is off by 10 and more
+    no_signal: float = 0.95  # share of prompts without any spread of reward, mean over all steps so far
+    no_signal_steps: int = 10  # before this is said: a rare reward may still be found
+    empty: float = 0.5  # share of completions
+    repeated: float = 0.5  # share of 3-grams
+    distinct: float = 0.5  # of the untouched policy's share of different completions
+    entropy: float = 0.2  # of the untouched policy's
+    unlikely: float = 2.0  # nats a token below the untouched policy's own texts
+    reward: float = 0.5  # of the spread of rewards within a prompt
+    certain: float = 0.9  # where chance alone could reach any share, this one counts all the same
+
+
+THRESHOLDS = Thresholds()
+
+
+class Shown(NamedTuple):
+    """A limit that is passed, the step and the value that pass it."""
+
+    limit: Limit
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of collapse, confirmed."""
+
+    kind: Kind
+    onset: int  # first step
+    shown_at: int  # the step of the evidence: the last one that shows it
+    evidence: tuple[Shown, ...]  # the limits that are passed there, and an update before the onset that was too large
+
+    def passes(self, metric: str) -> bool:
+        return any(shown.limit.metric == metric for shown in self.evidence)
+
+
+def findings(
+    rows: Sequence[Row], spreads: dict[str, Spread], steps: int, thresholds: Thresholds = THRESHOLDS
+) -> list[Finding]:
+    """Every kind of collapse in the history so far, by onset; [] = healthy.
+
+    rows: of history.csv, from step 0; spreads: see `untouched`; steps: that the run is meant to have. A kind counts
+    once its signs have held for `patience` steps in a row. For metrics that are normal over batches, the limits keep the
+    chance that a run which does not learn passes one at all below FALSE_ALARMS, all its steps and metrics together
+    (Bonferroni); shares count from `certain` on whatever chance allows.
+    """
+    found = [once(rows), misaligned(rows, thresholds), starved(rows, spreads, thresholds)]
+    limits = limits_of_run(spreads, steps, thresholds)
+    found += [lasting(kind, rows, alternatives, thresholds.patience) for kind, alternatives in signs(limits).items()]
+    return sorted(filter(None, found), key=lambda finding: (finding.onset, ORDER.index(finding.kind)))
+
+
+def judged(found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS) -> int:
+    """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `starved` is no
+    judgement yet: rewards may still begin to differ, and then it is gone."""
+    onsets = [finding.onset for finding in found if finding.kind != "starved"]
+    return min([*onsets, done - thresholds.patience + 1])
+
+
+def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds) -> dict[str, Limit]:
+    """The limits that both chance and the effect sizes set, by name."""
+    tail = FALSE_ALARMS / (steps * COMPARISONS)
+
+    def limit(metric: str, side: Literal["above", "below"], effect: float) -> Limit:
+        """`effect` away from the untouched mean, or farther where chance goes farther."""
+        spread = spreads.get(metric)
+        if spread is None:
+            return Limit(metric, side, math.nan)
+        distance = max(effect, spread.margin(tail))
+        return Limit(metric, side, spread.mean + (distance if side == "above" else -distance), spread)
+
+    def share(metric: str, least: float) -> Limit:
+        """At least `least`, whatever the untouched policy does, and beyond chance as far as a share can be."""
+        spread = spreads.get(metric)
+        chance = 0.0 if spread is None else spread.mean + spread.margin(tail)
+        return Limit(metric, "above", max(least, min(thresholds.certain, chance)), spread)
+
+    def ratio(metric: str, least: float) -> Limit:
+        """At most `least` of the untouched mean."""
+        spread = spreads.get(metric)
+        return limit(metric, "below", (1 - least) * spread.mean if spread else math.nan)
+
+    # without any spread among the rewards there is no scale to call a change large on
+    within = spreads["reward_std_within"].mean if "reward_std_within" in spreads else 0.0
+    change = thresholds.reward * within or math.nan
+    return {
+        "empty": share("empty_share", thresholds.empty),
+        "repetition": share("repeated_3grams", thresholds.repeated),
+        "alike": ratio("distinct_completions", thresholds.distinct),
+        "certain": ratio("entropy", thresholds.entropy),
+        "unlikely": limit("ref_logprob", "below", thresholds.unlikely),
+        "fallen": limit("reward_mean", "below", change),
+        "risen": limit("reward_mean", "above", change),
+    }
+
+
+def signs(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ...]]]:
+    """By kind, the sets of limits each of which shows it when all of the set are passed at once."""
+    empty, full = limits["empty"], not_passed(limits["empty"])
+    broken = (empty, limits["repetition"], limits["unlikely"])
+    return {
+        "hacking": [(limits["risen"], sign) for sign in broken],  # the reward pays for text that has fallen apart
+        "empty": [(empty,)],
+        "repetition": [(limits["repetition"],)],
+        "gibberish": [(limits["unlikely"],)],
+        # nothing said is the same text again, and certain: that is `empty`, not this
+        "mode": [(limits["alike"], full), (limits["certain"], full)],
+        "step-size": [(limits["fallen"],)],
+    }
+
+
+def not_passed(limit: Limit) -> Limit:
+    return Limit(limit.metric, "below" if limit.side == "above" else "above", limit.threshold, limit.untouched)
+
+
+def lasting(kind: Kind, rows: Sequence[Row], alternatives: list[tuple[Limit, ...]], patience: int) -> Finding | None:
+    """From the first to the last stretch of at least `patience` steps in which every step shows an alternative."""
+    shown = [[limits for limits in alternatives if all(limit.passed(row) for limit in limits)] for row in rows]
+    starts = [t for t in range(len(rows) - patience + 1) if all(shown[t : t + patience])]
+    if not starts:
+        return None
+    onset, end = starts[0], starts[-1] + patience - 1
+    passed = [limit for limits in shown[end] for limit in limits]
+    return Finding(kind, onset, end, evidence(rows, end, passed) + large_update(rows[:onset]))
+
+
+def evidence(rows: Sequence[Row], step: int, limits: Iterable[Limit]) -> tuple[Shown, ...]:
+    return tuple(Shown(limit, step, rows[step][limit.metric]) for limit in dict.fromkeys(limits))
+
+
+def large_update(rows: Sequence[Row]) -> tuple[Shown, ...]:
+    """The largest of these steps' updates, where it is larger than LARGE_UPDATE. No sign of collapse by itself."""
+    sizes = [(row["update_kl"], step) for step, row in enumerate(rows) if math.isfinite(row["update_kl"])]
+    if not sizes or max(sizes)[0] < LARGE_UPDATE:
+        return ()
+    return (Shown(Limit("update_kl", "above", LARGE_UPDATE), max(sizes)[1], max(sizes)[0]),)
+
+
+def once(rows: Sequence[Row]) -> Finding | None:
+    """Numbers that are not finite: one is enough."""
+    limits = (Limit("nonfinite", "above", 1.0), Limit("nonfinite_logprobs", "above", 1e-9))
+    for t, row in enumerate(rows):
+        if passed := [limit for limit in limits if limit.passed(row)]:
+            return Finding("numeric", t, t, evidence(rows, t, passed))
+    return None
+
+
+def misaligned(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
+    """Before the first update the loss scores other tokens than were sampled, beyond what the truncated sampler
+    explains: |sampled - scored| <= |sampled - full softmax| + |full softmax - scored|, and the last is 0 if aligned."""
+    if not rows:
+        return None
+    limit = Limit("logprob_gap", "above", thresholds.misaligned + rows[0]["truncation_gap"])
+    return Finding("misaligned", 0, 0, evidence(rows, 0, [limit])) if limit.passed(rows[0]) else None
+
+
+def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresholds) -> Finding | None:
+    """Before training and over all steps so far, all but a few prompts give each of their samples the same reward."""
+    before = spreads.get("zero_spread_share")
+    if len(rows) < thresholds.no_signal_steps or before is None:
+        return None
+    limit = Limit("zero_spread_share", "above", thresholds.no_signal, before)
+    mean = sum(row["zero_spread_share"] for row in rows) / len(rows)
+    # a policy that collapses at once has no signal either, but that is not how it began
+    without = min(mean, before.mean) >= thresholds.no_signal
+    return Finding("starved", 0, len(rows) - 1, (Shown(limit, len(rows) - 1, mean),)) if without else None

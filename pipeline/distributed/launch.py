@@ -1,0 +1,85 @@
+"""How many processes train: as many as a launcher started, `accelerate launch` or `torchrun`, or this one alone.
+
+accelerate may not be installed, and a launcher takes a second to import, so both are imported inside a function.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+from pipeline.distributed.runtime import LAUNCHER, is_launched, launcher_number
+from pipeline.runs.workspace import root
+from pipeline.distributed.dist_context import ALONE, Processes
+
+CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config --config_file FILE` writes
+
+
+def relaunch(module: str) -> None:
+    """Where the environment names a configuration of accelerate, this process becomes its launcher of `module`, and ends
+    as the first of the launched ones that failed, which has said why.
+
+    The environment and not params.yaml: where a run is computed is no part of what it is. A relative path counts from
+    the main workspace. Raises UserError where the file or accelerate is missing, or the file is not what accelerate
+    writes.
+    """
+    name = os.environ.get(CONFIG)
+    if not name or is_launched():
+        return
+    config = root() / Path(name).expanduser()
+    if not config.is_file():
+        raise UserError(f"{CONFIG}: no file {config}; `accelerate config --config_file {name}` writes one")
+    if find_spec("accelerate") is None:
+        raise UserError(f"{CONFIG} is set, and accelerate is not installed: `pip install accelerate`, or unset it")
+    # told to stop, torch's launcher waits 30 s before it kills; a step may take longer, and its end is waited for
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
+    del os.environ[CONFIG]  # of the launched ones, which would launch again where accelerate gives a single one no rank
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        load_config_from_file(str(config))
+    except Exception as error:  # whatever a file can be wrong about
+        raise UserError(f"{config}: not a configuration of accelerate: {error}") from error
+    sys.stdout.flush()
+    try:
+        launch_command(launch_command_parser().parse_args(["--config_file", str(config), "--quiet", "-m", module]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code >= 0 else 128 - code)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
+
+
+def join(device: torch.device, prompts: int) -> Processes:
+    """Connects with the other processes that the launcher started, to share the `prompts` of a step.
+
+    Raises UserError where there are fewer prompts than processes.
+    """
+    if not is_launched():
+        return ALONE
+    if prompts < (count := launcher_number("WORLD_SIZE")):
+        raise UserError(f"train.prompts_per_step = {prompts}: at least one for each of the {count} processes is needed")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # neither torchrun nor accelerate: variables may be left over
+        print(
+            f"process {os.environ['RANK']} of {count}: waiting for the others at {os.environ['MASTER_ADDR']}; where there "
+            f"are none, stop this and `unset {' '.join(LAUNCHER)}`",
+            file=sys.stderr,
+        )
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # set by `accelerate launch` where its configuration says distributed_type: FSDP
+    return Processes(dist.get_rank(), dist.get_world_size(), os.environ.get("ACCELERATE_USE_FSDP") == "true")
+
+
+def leave(processes: Processes) -> None:
+    """Waits for the others, so that none is ended while another writes, and lets go of them."""
+    if processes.count > 1:
+        processes.wait()
+        dist.destroy_process_group()

@@ -1,1 +1,0 @@
-"""Everything that touches files, clocks, devices or servers."""

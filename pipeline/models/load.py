@@ -1,0 +1,182 @@
+"""A causal LM and its tokenizer from a folder that `cache` or `train` wrote."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from pipeline.errors import UserError
+from pipeline.models.adapters import FOLDER_HAS, adapter_weights, add_lora, load_lora
+from pipeline.models.memory import round_frozen
+from pipeline.models.verification import Layout
+
+
+def load_policy(folder: Path, device: torch.device, at: torch.device | None = None) -> PreTrainedModel:
+    """The model in float32 and without dropout: Pythia's files are float16, too coarse for small updates. A folder with an
+    adapter gives the checkpoint that the adapter names, with it. at: where its weights are put, if not on the device that
+    computes.
+
+    On a CPU with attention written out, which is several times faster for short sequences in bfloat16 than the fused kernel.
+    """
+    logging.disable_progress_bar()
+    if (folder / FOLDER_HAS).exists():
+        named = _read_json(folder / FOLDER_HAS)["base_model_name_or_path"]
+        policy = load_policy(Path(named), device)
+        load_lora(policy, folder)
+        return policy
+    _must_exist(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+        attn_implementation="eager" if device.type == "cpu" else "sdpa",
+    )  # fmt: skip
+    # the last position of each prompt is a slice with gaps, and torch multiplies such without gradient by a copy of the
+    # head for each prompt
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    _return_logits_only(model)
+    return model.to(at or device).eval()  # type: ignore[arg-type]  # its `to` is wrapped without types
+
+
+def _return_logits_only(model: PreTrainedModel) -> None:
+    """Turns off what a configuration may change in the output: a router's loss, which needs a mask of another shape, inner
+    values, a tuple. How it was saved to be decoded has no say here either, and could be refused when it is saved again."""
+    for config in (model.config, model.config.get_text_config()):
+        for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
+        config.return_dict = True
+    model.generation_config = GenerationConfig()
+
+
+def init_policy(
+    folder: Path, device: torch.device, at: torch.device | None = None, *, lora_rank: int = 0, lora_alpha: float = 1,
+    generator: torch.Generator | None = None, bfloat16: bool = False,
+) -> PreTrainedModel:  # fmt: skip
+    """The policy before its first update: the checkpoint, with new adapters, drawn from `generator`, where those are what is
+    trained, and then its frozen weights rounded if it computes in bfloat16. Its weights are at `at`, to be computed on the
+    device."""
+    policy = load_policy(folder, device, at)
+    if lora_rank:
+        assert generator is not None
+        add_lora(policy, lora_rank, lora_alpha, generator)
+        if bfloat16:
+            round_frozen(policy)
+    return policy
+
+
+def check_saving(policy: PreTrainedModel, key: str) -> None:
+    """Raises UserError where what `save_pretrained` writes of a policy would not load again as what was trained. `key` names
+    the model in the message. Adapters are saved and loaded, and overwritten with numbers of which no two are equal."""
+    kind = policy.config.model_type
+    if not (saved := adapter_weights(policy)):
+        if type(policy.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"{key}: {kind} cannot be trained: transformers saves it as no causal LM that it loads again"
+            )
+        return
+    for number, parameter in enumerate(saved.values()):
+        parameter.data = (
+            torch.arange(parameter.numel(), device=policy.device).view_as(parameter) / parameter.numel() + number
+        )
+    with TemporaryDirectory() as folder:
+        policy.save_pretrained(folder)
+        try:
+            loaded = adapter_weights(load_policy(Path(folder), policy.device))
+        except UserError:  # the folder's name tells nothing
+            loaded = {}
+    if loaded.keys() != saved.keys() or not all(torch.equal(loaded[name], saved[name]) for name in saved):
+        raise UserError(
+            f"{key}: transformers does not load {kind}'s adapters as it saves them; train.lora_rank: 0 trains all weights"
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer that appends nothing to a text. Raises UserError where it has no end-of-sequence token: sampling could not
+    end."""
+    _must_exist(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
+    _append_nothing(tokenizer)
+    return tokenizer
+
+
+def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Takes out of a template what it puts behind a text, such as EOS: a prompt is to be continued. So the tokenizer that is
+    saved beside a policy feeds it what it was trained on. What other processors append, `encode_prompt` takes off."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {}
+    processor = state.get("post_processor") or {}
+    changed = False
+    for part in processor.get("processors", [processor]):
+        single = part.get("single", []) if part.get("type") == "TemplateProcessing" else []
+        while len(single) > 1 and "SpecialToken" in single[-1]:
+            single.pop()
+            changed = True
+    if backend is not None and changed:
+        backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
+
+
+def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a text by the files of a model: the tokenizer's EOS, which comes first and fills up behind an end,
+    and what config.json and generation_config.json name, as transformers' `generate` does.
+
+    From the files, since a configuration's defaults are those of another model's vocabulary. An adapter has those of the
+    checkpoint that it names.
+    """
+    ids = [int(tokenizer.eos_token_id)]
+    if (folder / FOLDER_HAS).exists():
+        folder = Path(_read_json(folder / FOLDER_HAS)["base_model_name_or_path"])
+    config = _read_json(folder / "config.json")
+    for named in (_read_json(folder / "generation_config.json"), config, config.get("text_config")):
+        value = named.get("eos_token_id") if isinstance(named, dict) else None
+        ids += [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
+    return tuple(dict.fromkeys(ids))
+
+
+def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that a model or its tokenizer gives a part of their own, padding among them. A sampled one is one like any."""
+    parts = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
+    config = _read_json(folder / "config.json")
+    tables = (config, config.get("text_config") or {})
+    named = [getattr(tokenizer, f"{part}_token_id", None) for part in parts]
+    named += [table.get(f"{part}_token_id") for part in parts for table in tables]
+    return {i for i in named if type(i) is int}
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def load_layout(file: Path, longest: int = 0) -> Layout:
+    """The layout that `cache` chose. Raises UserError where it did so for sequences shorter than the `longest`."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; `dvc repro cache` makes it")
+    chosen = _read_json(file)
+    if longest > chosen["longest"]:
+        raise UserError(
+            f"{file}: chosen for sequences of up to {chosen['longest']} tokens, these have up to {longest}; "
+            "`dvc repro cache` tries them"
+        )
+    return Layout(**chosen["layout"])
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is a model or an adapter."""
+    return any((folder / name).exists() for name in ("config.json", FOLDER_HAS))
+
+
+def _must_exist(folder: Path) -> None:
+    if not holds_model(folder):
+        raise UserError(f"{folder}: no model there; run `dvc repro` (or the stage that makes it) first")

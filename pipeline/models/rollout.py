@@ -1,0 +1,71 @@
+"""Between texts and rollouts: how long completions may be, and their texts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from pipeline.models.sampling import Rollout
+from pipeline.models.tokenization import shown
+
+
+def completion_limits(prompt_tokens: list[int], max_tokens: int, length_limit: str) -> Tensor:
+    """[B] tokens that a completion may have.
+
+    completion: max_tokens for each. total: max_tokens less the prompt's, as the notebook's `max_length`; at least one,
+    where `generate` would refuse.
+    """
+    if length_limit == "completion":
+        return torch.full((len(prompt_tokens),), max_tokens)
+    return torch.tensor([max(1, max_tokens - tokens) for tokens in prompt_tokens])
+
+
+def longest_sequence(prompt_tokens: list[int], max_tokens: int, length_limit: str) -> int:
+    """Tokens of the longest prompt and completion together; see `completion_limits`."""
+    return int((torch.tensor(prompt_tokens) + completion_limits(prompt_tokens, max_tokens, length_limit)).max())
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model takes; None where its configuration names no limit. A multi-modal model's is its text part's."""
+    for part in (config.get_text_config(), config):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+            if type(size := getattr(part, name, None)) is int and size > 0:
+                return size
+    return None
+
+
+def check_context(
+    room: int | None, prompts: list[str], prompt_tokens: list[int], limits: list[int], table: str
+) -> None:
+    """Raises UserError where a prompt and its completion need more positions than the model has (`room`), naming the first
+    such prompt and the key at fault. table: the key of the table that the prompts are of."""
+    for prompt, tokens, limit in zip(prompts, prompt_tokens, limits, strict=False):
+        if room is not None and tokens + limit > room:
+            needs = f"the prompt {shown(prompt)} has {tokens} tokens; with {limit} of a completion that is beyond the model's {room}"
+            shorter = f"a smaller {table}.max_characters leaves it out"
+            if tokens >= room:
+                raise UserError(f"{table}: {needs}; {shorter}")
+            raise UserError(f"train.max_tokens: {needs}; at most {room - tokens} would do, or {shorter}")
+
+
+def completion_texts(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, special_tokens: str, group: int
+) -> list[str]:
+    """Texts [N] as the reward reads them.
+
+    strip: without special tokens. keep: with them, and with the EOS that fills up to the group's longest completion,
+    which is what the notebook decodes.
+    """
+    lengths = rollout.lengths
+    if special_tokens == "keep":
+        lengths = lengths.view(-1, group).amax(1).repeat_interleave(group)
+    ids = [row[:length] for row, length in zip(rollout.completions.tolist(), lengths.tolist(), strict=True)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=special_tokens == "strip")
+
+
+def completion_tokens(rollout: Rollout, eos: Sequence[int]) -> list[list[int]]:
+    """Token lists [N] without the token that ends them, one of `eos`."""
+    rows = zip(rollout.completions.tolist(), rollout.lengths.tolist(), rollout.ended(eos).tolist(), strict=True)
+    return [row[: length - ended] for row, length, ended in rows]

@@ -1,0 +1,287 @@
+"""Sampling completions from a causal LM: one prefill per prompt, its cache shared by the samples of the group.
+
+B prompts, G samples a prompt, N = B * G, P prompt tokens (left-padded), T completion tokens, V vocabulary.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.models.logprobs import precise, slices
+
+SamplingLayout = Literal["left_padding", "equal_lengths", "no_cache"]
+CDF_BLOCK = 128  # vocabulary entries summed together before the first look-up; divides Pythia's 50,304
+SAMPLED_AT_ONCE = 512  # completions
+COMPACT_BELOW = 7 / 8  # of the rows are running: then the others leave the cache
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N completions, prompt-major: rows b * G ... b * G + G - 1 belong to prompt b."""
+
+    prompt_ids: Tensor  # [N, P] int64, left-padded
+    prompt_mask: Tensor  # [N, P] bool, True = a token of the prompt
+    completions: Tensor  # [N, T] int64, filled with EOS behind the end
+    lengths: Tensor  # [N] int64, tokens up to and including the first end-of-text token
+    sampler_logprobs: Tensor  # [N, T] nats under the distribution that was sampled
+    logprobs: Tensor  # [N, T] nats under softmax(logits / temperature), not truncated
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """[N, T] True = up to and including the first end. From lengths, never from ids: EOS is also the filler."""
+        return torch.arange(self.completions.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def take(self, rows: Tensor) -> "Rollout":
+        """The completions at these indices [n]."""
+        return Rollout(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+
+    def ended(self, eos: Sequence[int]) -> Tensor:
+        """[N] True = the completion ended by itself, with one of the end-of-text ids `eos`."""
+        last = self.completions.gather(1, self.lengths[:, None] - 1).squeeze(1)
+        return torch.isin(last, torch.tensor(eos, device=last.device))
+
+
+def pad_prompts(prompts: list[list[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists -> (ids [B, P], mask [B, P]), left-padded so that completions start in one column."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[filler] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Sets to -inf what top-k and then top-p (nucleus; Holtzman et al., arXiv 1904.09751) leave out. [N, V]."""
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the more likely tokens
+        out = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(out, -torch.inf)
+    return logits
+
+
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The token i of each row with F(i - 1) <= u < F(i), where F is the cumulative softmax; and log sum exp of the row.
+
+    Exact, with one uniform number a row; looks first for the block of CDF_BLOCK entries, then inside it, so that
+    nothing cumulative of the vocabulary's size is made. logits [N, V], uniforms [N] float64 in [0, 1) -> [N] int64, [N].
+    """
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
+    if excess := -weights.shape[-1] % CDF_BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, excess))
+    blocks = weights.unflatten(-1, (-1, CDF_BLOCK))
+    block_mass = blocks.sum(-1, dtype=torch.float64)  # [N, V / CDF_BLOCK]
+    mass = block_mass.sum(-1)
+    block, rest = _search(block_mass, uniforms * mass)
+    inside = blocks[torch.arange(len(block), device=block.device), block].double()  # [N, CDF_BLOCK]
+    token = (block * CDF_BLOCK + _search(inside, rest)[0]).clamp(max=logits.shape[-1] - 1)  # NaN: see _search
+    return token, mass.log().to(logits.dtype) + top.squeeze(-1)
+
+
+def _search(mass: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """First index whose cumulative mass exceeds `goal`, and what is left of `goal` before it. An entry without mass is
+    never chosen, also where rounding puts the goal at the very end."""
+    cumulative = mass.cumsum(-1)
+    goal = torch.minimum(goal, cumulative[:, -1] * (1 - 1e-15))
+    # the clamp is for NaN, which no comparison finds: its logprob, NaN too, then stops the run in an orderly way
+    index = torch.searchsorted(cumulative, goal[:, None], right=True).clamp(max=mass.shape[1] - 1)
+    # rounding can leave a hair less than nothing, and would then choose a first entry without mass
+    return index.squeeze(1), (goal - (cumulative - mass).gather(1, index).squeeze(1)).clamp(min=0)
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Any],  # a causal LM
+    prompt_ids: Tensor,  # [B, P] left-padded
+    prompt_mask: Tensor,  # [B, P] True = a token of the prompt
+    limits: Tensor,  # [B] tokens that a completion of each prompt may have, at least 1
+    uniforms: Tensor,  # [N, T] float64 in [0, 1): all the randomness there is
+    eos: Sequence[int],  # end-of-text ids; the first one fills up behind an end
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    layout: SamplingLayout = "left_padding",
+) -> Rollout:
+    """Samples G = N / B completions a prompt from softmax(logits / temperature), truncated by top-k and top-p.
+
+    Prompts of like length go together, SAMPLED_AT_ONCE completions at a time: a larger batch takes no more memory.
+
+    layout: left_padding puts prompts of any lengths together. equal_lengths feeds the model nothing but tokens, as in its
+    plain forward pass; slower, for models whose masks or positions do not follow left padding. no_cache does without the
+    model's cache as well, and computes the whole sequence for each token.
+    """
+    group = len(uniforms) // len(prompt_ids)
+    prompt_lengths = prompt_mask.sum(1)
+    complete: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _complete
+    if layout != "left_padding":
+        complete = partial(_complete_plainly, use_cache=layout == "equal_lengths")
+    parts, places = [], []
+    for chosen in _batches(limits.tolist(), prompt_lengths.tolist(), max(1, SAMPLED_AT_ONCE // group), layout):
+        prompts = torch.tensor(chosen, device=prompt_ids.device)
+        rows = (prompts[:, None] * group + torch.arange(group, device=prompts.device)).flatten()
+        width = int(prompt_lengths[prompts].max())
+        parts.append(
+            complete(
+                model,
+                prompt_ids[prompts, -width:],
+                prompt_mask[prompts, -width:],
+                limits[prompts].repeat_interleave(group),
+                uniforms[rows],
+                eos,
+                partial(draw, temperature, top_k, top_p),
+            )
+        )
+        places.append(rows)
+    longest = max(part[0].shape[1] for part in parts)
+    back = torch.cat(places).argsort()
+    completions, sampled, full = (
+        torch.cat([F.pad(part[k], (0, longest - part[k].shape[1]), value=filler) for part in parts])[back]
+        for k, filler in enumerate((eos[0], 0.0, 0.0))
+    )
+    return Rollout(
+        prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0), completions,
+        lengths=torch.cat([part[3] for part in parts])[back], sampler_logprobs=sampled, logprobs=full,
+    )  # fmt: skip
+
+
+def _batches(limits: list[int], lengths: list[int], at_once: int, layout: SamplingLayout) -> Iterator[list[int]]:
+    """Indices of the prompts that are sampled together, at most `at_once` of them."""
+    # a stable order, the same whatever the device
+    order = sorted(range(len(lengths)), key=list(zip(limits, lengths, strict=True)).__getitem__)
+    together: list[int] = []
+    for prompt in order:
+        fits = layout == "left_padding" or not together or lengths[prompt] == lengths[together[-1]]
+        if len(together) == at_once or not fits:
+            yield together
+            together = []
+        together.append(prompt)
+    yield together
+
+
+def draw(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+    """Tokens [n] by inverse CDF, their log-probabilities under what was sampled and under the full softmax. [n, V], [n].
+
+    A few rows at a time, which stay in the processor's cache.
+    """
+    parts = []
+    for rows in slices(logits):
+        part = precise(logits[rows])
+        part = part if temperature == 1 else part / temperature
+        kept = truncate(part, top_k, top_p)
+        token, log_sum = inverse_cdf(kept, uniforms[rows])
+        chosen = part.gather(1, token[:, None]).squeeze(1)
+        full = log_sum if kept is part else part.logsumexp(-1)
+        parts.append((token, chosen - log_sum, chosen - full))
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+def _complete(
+    model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
+    eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(completions, sampler_logprobs, logprobs [n, T], lengths [n]) of n = len(limits) completions, prompt-major."""
+    group = len(limits) // len(prompt_ids)
+    output = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask),
+        use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(group)
+    logits, mask = output.logits[:, -1].repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0)
+    position = mask.sum(1)
+    found = _Completions(limits, eos)
+    for t in range(found.width):
+        token, *logprobs = choose(logits, uniforms[found.present, t])
+        found.add(t, token, *logprobs)
+        left = int(found.running.sum())
+        if left == 0:
+            break
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        if left <= COMPACT_BELOW * len(found.running):  # what has ended stops costing
+            stay = found.running.nonzero().squeeze(1)
+            cache.batch_select_indices(stay)
+            found.keep(stay)
+            token, mask = token[stay], mask[stay]
+        output = model(
+            input_ids=token[:, None], attention_mask=mask.long(), position_ids=(position[found.present] + t)[:, None],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        logits = output.logits[:, -1]
+    return found.columns(t + 1)
+
+
+def _complete_plainly(
+    model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
+    eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]], use_cache: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `_complete`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches, or
+    all tokens each time.
+
+    So each sample has a prefill of its own, and completions that have ended go on to the last step, unread.
+    """
+    ids = prompt_ids.repeat_interleave(len(limits) // len(prompt_ids), 0)
+    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    found = _Completions(limits, eos)
+    cache: dict[str, Any] = {}
+    for t in range(found.width):
+        output = model(input_ids=ids, use_cache=use_cache, **cache, **last)
+        token, *logprobs = choose(output.logits[:, -1], uniforms[:, t])
+        found.add(t, token, *logprobs)
+        if not found.running.any():
+            break
+        if use_cache:
+            ids, cache = token[:, None], {"past_key_values": output.past_key_values}
+        else:
+            ids = torch.cat([ids, token[:, None]], 1)
+    return found.columns(t + 1)
+
+
+class _Completions:
+    """n completions as they grow, a token at a time."""
+
+    def __init__(self, limits: Tensor, eos: Sequence[int]) -> None:
+        self.limits, self.width = limits, int(limits.max())
+        self.eos = torch.tensor(eos, device=limits.device)
+        self.present = torch.arange(len(limits), device=limits.device)  # the completion of each row of the cache
+        self.running = torch.ones_like(self.present, dtype=torch.bool)  # rows that have not ended
+        self.tokens = torch.full((len(limits), self.width), eos[0], device=limits.device)
+        self.lengths = torch.zeros_like(limits)
+        self.logprobs: list[Tensor] = []  # of the sampler, of the full softmax; made when their precision is known
+
+    def add(self, t: int, token: Tensor, of_sampler: Tensor, of_softmax: Tensor) -> None:
+        """Notes token t of the rows that are running."""
+        if not self.logprobs:
+            self.logprobs = [of_softmax.new_zeros(self.tokens.shape) for _ in range(2)]
+        going = self.present[self.running]
+        for table, values in zip([self.tokens, *self.logprobs], [token, of_sampler, of_softmax], strict=True):
+            table[going, t] = values[self.running]
+        self.lengths[going] = t + 1
+        self.running = self.running & ~torch.isin(token, self.eos) & (t + 1 < self.limits[self.present])
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows of the cache are left."""
+        self.present, self.running = self.present[rows], self.running[rows]
+
+    def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens, sampled, full = (table[:, :count] for table in (self.tokens, *self.logprobs))
+        return tokens, sampled, full, self.lengths
+
+
+def takes(model: Callable[..., Any], argument: str) -> bool:
+    """Whether a model's forward pass has an argument of this name."""
+    return argument in inspect.signature(getattr(model, "forward", model)).parameters
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token in its own sequence, whatever the padding before it. [N, L] bool -> [N, L] int64."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

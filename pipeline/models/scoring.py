@@ -1,0 +1,156 @@
+"""Teacher-forced log-probabilities of completions.
+
+N completions, P prompt tokens (left-padded), T completion tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.models.packing import Rows, pack, pad_right
+from pipeline.models.sampling import Rollout, truncate
+from pipeline.models.logprobs import log_probabilities, precise
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities in nats under softmax(logits / temperature). Zero behind the tokens that were scored."""
+
+    logprobs: Tensor  # [N, T] of token t given what precedes it: log pi(y_t | x, y_<t)
+    scored: Tensor  # [N, T] for the loss: the same, or shifted (the notebook's), or of the truncated softmax
+    entropy: Tensor  # [N, T] of the full softmax at temperature 1
+
+
+def score(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,  # [N, P]
+    prompt_mask: Tensor,  # [N, P] True = a token of the prompt
+    completions: Tensor,  # [N, T]
+    temperature: float = 1.0,
+    alignment: Literal["correct", "shifted"] = "correct",
+    top_k: int = 0,
+    top_p: float = 1.0,
+    *,
+    lengths: Tensor | None = None,  # [N] tokens of each completion to score, its first ones; None = all T
+    entropy_gradient: bool = False,
+    packing: bool = True,
+) -> Scores:
+    """Scores completions. The gradient flows through both kinds of log-probabilities, through the entropy if asked.
+
+    alignment: shifted reads token t off the prediction made after it. top_k and top_p: what `scored` is truncated by,
+    0 and 1 being the full softmax; the sampled token always stays, since rounding may put it just outside.
+
+    Completions of one prompt that follow each other are computed with the prompt once, tokens behind `lengths` not at
+    all, and logits only where a token is predicted. packing: False computes each sequence in a row of its own, for models
+    whose attention does not go by the mask and the positions that it is given.
+    """
+    size = completions.shape
+    counts = [size[1]] * size[0] if lengths is None else lengths.tolist()
+    # the last token of a completion predicts what comes after it, which only the notebook's alignment asks for
+    fed = [max(count - (alignment == "correct"), 0) for count in counts]
+    prompts = [row[mask].tolist() for row, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
+    inputs = [row[:count] for row, count in zip(completions.tolist(), fed, strict=True)]
+    layout = (pack if packing else pad_right)(prompts, inputs, completions.device)
+    wanted = torch.arange(size[1], device=completions.device) < torch.tensor(counts, device=completions.device)[:, None]
+    rows, columns = wanted.nonzero(as_tuple=True)  # [K]
+    tokens = completions[rows, columns]
+    sources = layout.sources(rows, columns, "correct")  # [K]
+    shifted = layout.sources(rows, columns, "shifted") if alignment == "shifted" else None
+    positions, index = torch.cat([sources] if shifted is None else [sources, shifted]).unique(return_inverse=True)
+    logits = logits_at(model, layout, positions)
+
+    def table(values: Tensor) -> Tensor:
+        return torch.zeros(size, dtype=values.dtype, device=values.device).index_put((rows, columns), values)
+
+    count = len(tokens)
+    if shifted is None:
+        plain, entropy = log_probabilities(logits, index, tokens, temperature)
+        logprobs = scored = table(plain)
+        if top_k > 0 or top_p < 1:
+            scored = table(_truncated(logits, index, tokens, temperature, top_k, top_p))
+    else:
+        both, entropy = log_probabilities(logits, index, tokens.repeat(2), temperature)
+        logprobs, scored = table(both[:count]), table(both[count:])
+    entropy = table(entropy[index[:count]])
+    return Scores(logprobs, scored, entropy if entropy_gradient else entropy.detach())
+
+
+def logits_at(model: PreTrainedModel, rows: Rows, positions: Tensor) -> Tensor:
+    """Logits [M, V] at flat positions [M] of rows [R, L], and only there."""
+    given = {}
+    if rows.mask is not None:
+        given = {"attention_mask": _attention_mask(model, rows.mask), "position_ids": rows.positions}
+    with _head_sees(model, positions) as seen:
+        logits = model(input_ids=rows.ids, use_cache=False, **given).logits
+    return logits.squeeze(0) if seen else logits.flatten(0, 1)[positions]
+
+
+def _attention_mask(model: PreTrainedModel, mask: Tensor) -> Tensor:
+    """The mask as the model's attention takes it: the plain one adds it to the scores instead of choosing by it."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    autocast = torch.is_autocast_enabled(mask.device.type)
+    dtype = torch.get_autocast_dtype(mask.device.type) if autocast else model.dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@contextmanager
+def _head_sees(model: PreTrainedModel, positions: Tensor) -> Iterator[list[bool]]:
+    """Has the output embedding look at these flat positions [M] only: its input [R, L, H] becomes [1, M, H].
+
+    A hook, since `logits_to_keep` takes the same positions of every row; so that what a model does with its logits
+    (a cap, a scale) is still its own. The list is empty where the model does not call its output embedding as a module.
+    """
+    seen: list[bool] = []
+
+    def choose(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(True)
+        return (inputs[0].flatten(0, 1)[positions][None],)
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(choose) if head is not None else None
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@torch.no_grad()
+def score_whole(
+    model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
+) -> Scores:
+    """`score` of a rollout up to its completions' ends, a micro-batch at a time. No gradient."""
+    parts = []
+    for start in range(0, len(rollout.completions), micro_batch):
+        rows = slice(start, start + micro_batch)
+        part = score(
+            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature,
+            lengths=rollout.lengths[rows], packing=packing,
+        )  # fmt: skip
+        parts.append((part.logprobs, part.scored, part.entropy))
+    return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def score_rollout(
+    model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
+) -> Tensor:
+    """Log-probabilities [N, T] of a rollout under another model, such as the untouched checkpoint. No gradient."""
+    return score_whole(model, rollout, micro_batch, temperature, packing).logprobs
+
+
+def _truncated(
+    logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """[K] log-probabilities under what the sampler drew from: top-k and top-p of softmax(logits [M, V] / temperature),
+    each token itself kept."""
+    scaled = precise(logits)[positions] / temperature
+    kept = truncate(scaled, top_k, top_p)
+    chosen = scaled.gather(1, tokens[:, None])
+    kept = kept.scatter(1, tokens[:, None], chosen)
+    return chosen.squeeze(1) - kept.logsumexp(-1)

@@ -1,0 +1,319 @@
+"""Is a model sampled, scored and differentiated as it is by itself?
+
+The truth is the model's plain forward pass of one sequence in float32: tokens and nothing else, no padding, packing,
+cache or memory settings. No list of architectures decides what works, only this comparison.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.errors import UserError, cut, one_line
+from pipeline.models.memory import half_copy, recomputing, round_frozen
+from pipeline.models.sampling import Rollout, SamplingLayout, pad_prompts, sample, takes
+from pipeline.models.scoring import score
+
+PROBES, SAMPLES = 4, 2  # prompts, and completions of each
+SAMPLED = 64  # tokens of a completion that are sampled; a longer one begins as a part of the prompt
+NATS, RELATIVE = 3e-4, 3e-5  # a log-probability may be off by NATS and by this share of itself ...
+GRADIENT = 1e-3  # ... and a gradient by this share of its length (L2); rounding moves them by a hundredth of that
+# bfloat16 may be off by so much more, and by this factor times what the plain forward pass in bfloat16 is off
+HALF_NATS, HALF_GRADIENT, HALF_FACTOR = 0.05, 0.05, 4.0
+WINDOWS = ("sliding_window", "attention_window", "attention_chunk_size", "window_size", "local_attention")
+RECURRENT = ("mamba", "ssm_", "conv_kernel", "conv_L", "recurrent", "linear_attention", "rwkv", "xlstm")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences are laid out for a model; the slower way where the faster one is not what the model computes."""
+
+    sampling: SamplingLayout = "left_padding"  # see `sample`
+    packing: bool = True  # see `score`
+
+    def __str__(self) -> str:
+        sampled = {
+            "left_padding": "left-padded prompts",
+            "equal_lengths": "prompts of equal length at a time (slower)",
+            "no_cache": "without a cache (much slower)",
+        }[self.sampling]
+        return f"samples {sampled}, scores {'packed sequences' if self.packing else 'a sequence a row (slower)'}"
+
+
+def probe_prompts(prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """A few prompts for `choose_layout`, of lengths from the shortest to the longest, and how much to sample of each. Among
+    them is the one that makes the longest sequence.
+
+    The shortest is as it is; the others, where a completion is longer than what is sampled, are prolonged to where the last
+    part of it begins. All tokens are the prompts' own.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    chosen = [order[round(k * (len(order) - 1) / (PROBES - 1))] for k in range(PROBES)]
+    chosen = list(dict.fromkeys([*chosen, max(order, key=lambda i: len(prompts[i]) + limits[i])]))
+    tokens = cycle([token for i in order[-PROBES:] for token in prompts[i]])
+    made = []
+    for i in chosen:
+        rest = 0 if i == order[0] and len(chosen) > 1 else max(0, limits[i] - SAMPLED)
+        made.append(prompts[i] + list(islice(tokens, rest)))
+    return made, [min(limits[i], SAMPLED) for i in chosen]
+
+
+def choose_layout(
+    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, *, eos: Sequence[int] = (),
+    special: Collection[int] = (), bfloat16: bool = False, gradient_checkpointing: bool = False,
+) -> tuple[Layout, str]:  # fmt: skip
+    """The fastest layout in which sampled and scored log-probabilities, and the gradient of the scored ones with respect to
+    what is trained, are those of the model's plain forward pass; and that in one line, with the largest difference.
+
+    policy: in float32, as training starts with it, its adapters included; with `bfloat16` the layout is compared in that
+    too, and the policy is left rounded as training rounds it. prompts and limits: of `probe_prompts`. key: names the model
+    in messages. eos: ids that end a completion, so that none stands inside one. special: others that may mean something to a
+    model, such as its padding: a quarter of what is sampled.
+
+    Raises UserError where no layout agrees, naming the cause where it is known.
+    """
+    with _probable(policy, eos, sorted(set(special) - set(eos))):
+        return _choose_layout(policy, prompts, limits, key, bfloat16, gradient_checkpointing)
+
+
+def _choose_layout(
+    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, bfloat16: bool,
+    gradient_checkpointing: bool,
+) -> tuple[Layout, str]:  # fmt: skip
+    longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+
+    def refuse(what: str, failure: str) -> UserError:
+        return UserError(f"{key}: {policy.config.model_type} cannot be {what}: {failure}")
+
+    def words(error: Exception) -> str:
+        """With the cause, where it is the numbers that are wrong."""
+        return _failure(error) + (_because(policy, longest) if isinstance(error, DisagreementError) else "")
+
+    # Whatever a model makes torch or transformers raise: it is the model that cannot be used so.
+    try:
+        _check_plain(policy, max(prompts, key=len))
+    except Exception as error:
+        raise refuse("trained", words(error)) from error
+    failure = ""  # of the slowest way, tried last
+    for way in get_args(SamplingLayout):
+        try:
+            rollout = _sample(policy, prompts, limits, way)
+            truth = _plain(policy, rollout)
+            _compare(rollout.logprobs, truth.logprobs, rollout, "sampled")
+            break
+        except Exception as error:
+            failure = words(error)
+    else:
+        raise refuse("sampled", failure)
+    for packing in (True, False):
+        try:
+            scored = _scored(policy, rollout, packing, gradient_checkpointing)
+            gap = _compare(scored.logprobs, truth.logprobs, rollout, "scored")
+            _compare_gradients(scored.gradient, truth.gradient)
+            break
+        except Exception as error:
+            failure = words(error)
+    else:
+        raise refuse("scored", failure)
+    layout = Layout(way, packing)
+    if bfloat16:
+        try:
+            _check_bfloat16(policy, rollout, truth, layout, prompts, limits, gradient_checkpointing)
+        except Exception as error:
+            raise refuse("trained in bfloat16", f"{words(error)}; precision: float32 would do") from error
+    why = "" if layout == Layout() else _because(policy, longest)
+    return layout, f"{layout}{why}; log-probabilities within {gap:.0e} nats of the model's own forward pass"
+
+
+class DisagreementError(Exception):
+    """The model computes something else than its plain forward pass."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    logprobs: Tensor  # [N, T] zero behind the ends
+    gradient: list[Tensor]  # of `_weights`' sum of them, one for each trained parameter
+
+
+@contextmanager
+def _probable(policy: PreTrainedModel, never: Sequence[int], often: Sequence[int]) -> Iterator[None]:
+    """Inside, whichever way the policy is called, the tokens `never` have no probability, and the tokens `often` a quarter of
+    it, in equal parts."""
+
+    def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        logits = output.logits
+        # a file may name a token that the model has not
+        banned, raised = (torch.tensor([i for i in ids if 0 <= i < logits.shape[-1]], device=logits.device, dtype=torch.long)
+                          for ids in (never, often))  # fmt: skip
+        logits = logits.index_fill(-1, banned, -1e4)
+        if len(raised):
+            rest = logits.index_fill(-1, raised, -1e4).float().logsumexp(-1, keepdim=True)
+            share = (rest - math.log(3 * len(raised))).to(logits.dtype)
+            logits = logits.index_copy(-1, raised, share.expand(*logits.shape[:-1], len(raised)))
+        output.logits = logits
+        return output
+
+    handle = policy.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_plain(policy: PreTrainedModel, prompt: list[int]) -> None:
+    """Raises DisagreementError where the forward pass is no function of the tokens before a position."""
+    with torch.no_grad():
+        ids = torch.tensor([prompt * 2 if len(prompt) < 2 else prompt], device=policy.device)
+        logits, again, part = (policy(input_ids=x, use_cache=False).logits[0] for x in (ids, ids, ids[:, :-1]))
+    if not torch.isfinite(logits).all():
+        raise DisagreementError("its own forward pass gives numbers that are not finite")
+    if not torch.equal(logits, again):
+        raise DisagreementError("its own forward pass gives other numbers each time")
+    if not torch.allclose(logits[:-1], part, rtol=1e-2, atol=1e-2):
+        raise DisagreementError(
+            "its predictions depend on the tokens that follow, so it is no causal LM (is it `is_decoder`?)"
+        )
+
+
+def _sample(
+    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], way: SamplingLayout, half: bool = False
+) -> Rollout:
+    """SAMPLES completions of each prompt, none of which ends before its limit."""
+    # any numbers in [0, 1) will do: the multiples of the golden ratio lie evenly
+    numbers = torch.arange(SAMPLES * len(prompts) * max(limits), dtype=torch.float64) * 0.6180339887498949 % 1
+    uniforms = numbers.view(-1, max(limits))
+    ids, mask = pad_prompts(prompts, prompts[0][0], policy.device)
+    return sample(
+        half_copy(policy) if half else policy, ids, mask, torch.tensor(limits, device=policy.device),
+        uniforms.to(policy.device), (-1,), layout=way,  # no token is an end
+    )  # fmt: skip
+
+
+def _plain(policy: PreTrainedModel, rollout: Rollout) -> _Pass:
+    """Each sequence by itself."""
+    policy.zero_grad()
+    weights, logprobs = _weights(rollout), torch.zeros_like(rollout.logprobs)
+    for i, length in enumerate(rollout.lengths.tolist()):
+        prompt, completion = rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.completions[i, :length]
+        logits = policy(input_ids=torch.cat([prompt, completion])[None], use_cache=False).logits[0]
+        found = logits[len(prompt) - 1 : -1].float().log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
+        (found * weights[i, :length]).sum().backward()
+        logprobs[i, :length] = found.detach()
+    return _Pass(logprobs, _taken_gradient(policy))
+
+
+def _scored(policy: PreTrainedModel, rollout: Rollout, packing: bool, gradient_checkpointing: bool) -> _Pass:
+    """All sequences as training scores them."""
+    policy.zero_grad()
+    with recomputing(policy, gradient_checkpointing):
+        logprobs = score(
+            policy, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, lengths=rollout.lengths, packing=packing
+        ).logprobs  # fmt: skip
+        with torch.autocast(policy.device.type, enabled=False):
+            (logprobs * _weights(rollout)).sum().backward()
+    return _Pass(logprobs.detach(), _taken_gradient(policy))
+
+
+def _weights(rollout: Rollout) -> Tensor:
+    """[N, T] of every sign, so that no two tokens' gradients can stand for each other; zero behind the ends."""
+    drawn = torch.arange(rollout.completions.numel(), device=rollout.lengths.device).view_as(rollout.completions).cos()
+    return drawn * rollout.completion_mask
+
+
+def _taken_gradient(policy: PreTrainedModel) -> list[Tensor]:
+    gradient = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters() if p.requires_grad]
+    policy.zero_grad()
+    return gradient
+
+
+def _check_bfloat16(
+    policy: PreTrainedModel, rollout: Rollout, truth: _Pass, layout: Layout, prompts: list[list[int]], limits: list[int],
+    gradient_checkpointing: bool,
+) -> None:  # fmt: skip
+    """Raises DisagreementError where the layout in bfloat16 is farther from the plain pass in float32 than rounding explains: by
+    HALF_FACTOR times what the plain pass in bfloat16 is. Leaves the policy rounded."""
+    round_frozen(policy)
+    half = torch.autocast(policy.device.type, torch.bfloat16)
+    with half:
+        plain = _plain(policy, rollout)
+        scored = _scored(policy, rollout, layout.packing, gradient_checkpointing)
+    mask = rollout.completion_mask
+    nats = HALF_NATS + HALF_FACTOR * _mean_gap(plain.logprobs, truth.logprobs, mask)
+    _compare_means(scored.logprobs, truth.logprobs, mask, nats, "scored")
+    share = HALF_GRADIENT + HALF_FACTOR * _relative(plain.gradient, truth.gradient)
+    _compare_gradients(scored.gradient, truth.gradient, share)
+    # of the tokens that are sampled in bfloat16, which may be others
+    sampled = _sample(policy, prompts, limits, layout.sampling, half=True)
+    with half:
+        plain = _plain(policy, sampled)
+    _compare_means(sampled.logprobs, plain.logprobs, sampled.completion_mask, nats, "sampled")
+
+
+def _compare(found: Tensor, truth: Tensor, rollout: Rollout, what: str) -> float:
+    """The largest difference. Raises DisagreementError where one is beyond what is allowed."""
+    off = (found - truth)[rollout.completion_mask].abs()
+    allowed = NATS + RELATIVE * truth[rollout.completion_mask].abs()
+    if not (off <= allowed).all():  # NaN too
+        worst = int((off - allowed).nan_to_num(torch.inf).argmax())
+        raise DisagreementError(
+            f"log-probabilities {what} differ from its own forward pass by {off[worst]:.2g} nats (allowed: {allowed[worst]:.1g})"
+        )
+    return off.max().item()
+
+
+def _compare_means(found: Tensor, truth: Tensor, mask: Tensor, allowed: float, what: str) -> None:
+    """Raises DisagreementError where log-probabilities in bfloat16 are on average farther from the truth than allowed. On
+    average, since a token may go another way by rounding alone, as between experts."""
+    if not (off := _mean_gap(found, truth, mask)) <= allowed:
+        raise DisagreementError(
+            f"log-probabilities {what} in bfloat16 differ from its own forward pass by {off:.2g} nats a token (allowed: {allowed:.2g})"
+        )
+
+
+def _mean_gap(found: Tensor, truth: Tensor, mask: Tensor) -> float:
+    return (found - truth)[mask].abs().mean().item()
+
+
+def _compare_gradients(found: list[Tensor], truth: list[Tensor], share: float = GRADIENT) -> None:
+    if not (off := _relative(found, truth)) <= share:
+        raise DisagreementError(
+            f"the gradient differs from that of its own forward pass by {off:.1%} (allowed: {share:.1%})"
+        )
+
+
+def _relative(found: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest |found - truth| / (|truth| + |all of truth| / 100) of a parameter, L2."""
+    norms = torch.stack([torch.linalg.vector_norm(t) for t in truth])
+    off = torch.stack([torch.linalg.vector_norm(f - t) for f, t in zip(found, truth, strict=True)])
+    return (off / (norms + torch.linalg.vector_norm(norms) / 100)).max().item()
+
+
+def _because(policy: PreTrainedModel, longest: int) -> str:
+    """What is known of a model that may be the cause: ` (it keeps a recurrent state)`."""
+    config = policy.config.get_text_config()
+    settings = {**policy.config.to_dict(), **config.to_dict()}
+    kinds = [str(kind) for name in ("layer_types", "layers_block_type") for kind in settings.get(name) or ()]
+    causes = []
+    if any(sign in word for word in [*settings, *kinds, config.model_type] for sign in RECURRENT):
+        causes.append("it keeps a recurrent state")
+    if settings.get("alibi") or "'alibi': True" in str(settings.get("attn_config")):
+        causes.append("its attention goes by distance (ALiBi)")
+    elif not takes(policy, "position_ids"):
+        causes.append("it takes no position_ids")
+    windows = {name: settings.get(name) for name in WINDOWS}
+    causes += [f"{name} is {size}" for name, size in windows.items() if type(size) is int and 0 < size < longest]
+    return f" ({', '.join(causes)})" if causes else ""
+
+
+def _failure(error: Exception) -> str:
+    """An error in words. Raises it again where memory ran out, which says nothing of how a model computes."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        raise error
+    text = cut(one_line(str(error)), 200)
+    return text if isinstance(error, DisagreementError) else f"{type(error).__name__}: {text}"

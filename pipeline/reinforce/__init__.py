@@ -1,1 +1,0 @@
-"""The objective: baselines, KL estimators, the loss, the optimizer."""

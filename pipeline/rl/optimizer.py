@@ -1,0 +1,92 @@
+"""The optimizer of a recipe and its learning rate."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config.params import Recipe
+from pipeline.distributed.sharding import local
+from pipeline.distributed.dist_context import ALONE, Processes
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam (Kingma & Ba, arXiv 1412.6980) without weight decay, or plain SGD, of what is trained."""
+    parameters = [p for p in parameters if p.requires_grad]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=recipe.lr)
+    # fused: one pass over the weights, ten times faster on a CPU, and one code path whatever torch would choose by itself
+    return torch.optim.Adam(parameters, lr=recipe.lr, eps=recipe.adam_eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Rises linearly over `warmup_steps` to the recipe's rate; then stays, or decays so as to reach 0 after `steps`.
+
+    With p = (step - warmup_steps) / (steps - warmup_steps), from 0 to 1 after the warm-up:
+    linear lr (1 - p), cosine lr (1 + cos(pi p)) / 2. `step` counts from 0; the last is steps - 1, so still above 0.
+    """
+    done = max(0, step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe.lr_decay]
+    return recipe.lr * min(1.0, (step + 1) / (recipe.warmup_steps + 1)) * decay
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step of the optimizer did."""
+
+    grad_norm: float  # L2, before clipping
+    relative: float  # |change of the weights| / |weights|, L2 over all that are trained
+    withheld: bool  # since loss or gradient were not finite
+
+
+def update(
+    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float,
+    processes: Processes = ALONE,
+) -> Update:  # fmt: skip
+    """Clips the gradient to `max_grad_norm` (0 = off) and steps, but not with a non-finite loss or gradient. Lets go of the
+    gradient."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    norm = torch.nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
+    if processes.sharded:
+        norm = torch.tensor(processes.total(norm.double().item() ** 2, norm.device) ** 0.5, device=norm.device)
+    if not (math.isfinite(loss) and torch.isfinite(norm)):
+        optimizer.zero_grad()
+        return Update(norm.item(), 0.0, True)
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    squares: list[tuple[Tensor, Tensor]] = []
+    for p in _with_gradient_one_by_one(parameters):  # so that no more than one is held as it was before
+        before = local(p.detach()).clone()
+        size = _square(before)
+        optimizer.step()
+        squares.append((size, _square(before.sub_(local(p.detach())))))
+    whole, change = (processes.of_parts(_total(part), norm.device) for part in zip(*squares, strict=True))
+    return Update(norm.item(), (change / whole) ** 0.5, False)
+
+
+def _with_gradient_one_by_one(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
+    """Each in turn, the only one that has its gradient: an optimizer passes over the others. Afterwards none has."""
+    gradients = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    for i, p in enumerate(parameters):
+        p.grad, gradients[i] = gradients[i], None
+        yield p
+        p.grad = None
+
+
+def square_norm(tensors: Iterable[Tensor | None]) -> float:
+    """Squared L2 norm of all of them as one vector; rows in their own precision, their sum in float64."""
+    return _total([_square(x) for x in tensors if x is not None])
+
+
+def _square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).double().square().sum()
+
+
+def _total(squares: Sequence[Tensor]) -> float:
+    return torch.stack(list(squares)).sum().item() if squares else 0.0

@@ -1,0 +1,211 @@
+"""The gradient of one batch, accumulated over micro-batches."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.config.params import Recipe
+from pipeline.models.memory import recomputing
+from pipeline.models.sampling import Rollout
+from pipeline.models.scoring import Scores, score
+from pipeline.rl.importance import importance_weights
+from pipeline.rl.loss import KL_LOSSES, BatchSize, entropy_bonus, policy_loss, token_weights
+from pipeline.rl.optimizer import Update, square_norm, update
+from pipeline.distributed.dist_context import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from: all N completions, whichever process sampled them; or some of them, n."""
+
+    rollout: Rollout
+    advantages: Tensor  # [n]
+    counted: Tensor  # [n, T] True = in the loss
+    ref_logprobs: Tensor | None  # [n, T]; not needed without a KL term in the loss
+    size: BatchSize  # of all N
+    kl_coef: float = 0.0
+    old_logprobs: Tensor | None = None  # [n, T] `Gradient.scored` of the batch's first update; None = this is the first
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What the backward pass leaves besides the gradient itself."""
+
+    loss: float
+    logprobs: Tensor  # [n, T] of the policy, correctly aligned, full softmax
+    scored: Tensor  # [n, T] what the loss used: equal to logprobs unless the recipe shifts or truncates them
+    entropy: Tensor  # [n, T]
+    clip_share: float  # of the tokens in the loss, those whose importance ratio was clipped
+    snr: float  # see `signal_to_noise`; NaN where the micro-batches do not tell
+
+
+def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
+    """[N, T] True = the token is in the loss.
+
+    masked: up to and including the first EOS. counted: up to the longest completion of the prompt's group, the filling
+    EOS tokens of the shorter ones included, as in the notebook.
+    """
+    if padding == "masked":
+        return rollout.completion_mask
+    longest = rollout.lengths.view(-1, group).amax(1).repeat_interleave(group)
+    return torch.arange(rollout.completions.shape[1], device=longest.device) < longest[:, None]
+
+
+def accumulate_gradient(
+    policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1,
+    processes: Processes = ALONE, recompute: bool = False, packing: bool = True,
+) -> Gradient:  # fmt: skip
+    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad` (empty, for the ratio to be right).
+
+    Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
+    gradients of the processes, each of whole groups of the batch, add up to it. `group`: the samples of a prompt;
+    `recompute`: the layers' inner values in the backward pass; `packing`: see `score`.
+    """
+    rollout, total, clipped = batch.rollout, 0.0, 0
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    weights = token_weights(batch.counted, recipe.aggregation, batch.size)
+    lengths = torch.maximum(batch.counted.sum(1), rollout.lengths)
+    # the ratio needs the gradient of each micro-batch by itself, which takes time: only where it can tell something
+    apart = len(weights) > micro_batch and micro_batch % group == 0 and not processes.sharded
+    mine = processes.rows(len(weights), group)
+    separately: AbstractContextManager[list[Tensor | float]] = _gradients_apart(policy) if apart else nullcontext([])
+    device = weights.device
+    # one context for all micro-batches: it rounds the weights once and keeps them, if they stay where they are and
+    # there is room for them
+    keep = not (processes.sharded or recompute)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=keep)
+    starts = list(range(mine.start, mine.stop, micro_batch))
+    # a spread policy is put together by all processes at once: who has fewer micro-batches computes one in vain
+    idle = processes.largest(len(starts), device) - len(starts) if processes.sharded else 0
+    with separately as squares, half, recomputing(policy, recompute):
+        for start in starts + [mine.start] * idle:
+            rows = slice(start, min(start + micro_batch, mine.stop))
+            squares.append(0.0)
+            scores = score(
+                policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
+                recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
+                entropy_gradient=recipe.entropy_coef > 0, packing=packing,
+            )  # fmt: skip
+            with torch.autocast(device.type, enabled=False):
+                loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
+                (loss * 0 if len(parts) == len(starts) else loss).backward()
+            if len(parts) == len(starts):
+                continue
+            total += loss.item()
+            clipped += cut
+            parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
+    processes.add_gradients(policy.parameters())
+    snr = math.nan
+    if apart:
+        whole = square_norm(p.grad for p in policy.parameters())
+        squared = torch.tensor([float(square) for square in squares], dtype=torch.float64, device=device)
+        sizes = torch.tensor([len(part[0]) for part in parts], device=device)
+        snr = signal_to_noise(whole, processes.gather(squared).tolist(), processes.gather(sizes).tolist())
+    logprobs, scored, entropy = (processes.gather(torch.cat(tensors)) for tensors in zip(*parts, strict=True))
+    share = processes.total(clipped, device) / max(int(batch.counted.sum()), 1)
+    return Gradient(processes.total(total, device), logprobs, scored, entropy, share, snr)
+
+
+def loss_of_rows(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
+    """The rows' part of the batch's loss, and how many of their tokens are clipped.
+
+        - sum_it w_it f_it A_i log pi_it  +  kl_coef * KL term  -  entropy_coef * sum_it w_it H_it
+
+    w: `token_weights`; f: `importance_weights`, else 1. The KL term is per completion, whatever the aggregation.
+    """
+    factors, mask, clipped = weights[rows], batch.rollout.completion_mask[rows], 0
+    if recipe.importance != "none":
+        old = scores.scored.detach() if batch.old_logprobs is None else batch.old_logprobs[rows]
+        ratio, cut = importance_weights(
+            scores.scored, old, mask, batch.advantages[rows], recipe.importance, recipe.clip_range
+        )
+        # where: behind the ends a ratio may be infinite
+        factors = torch.where(factors > 0, factors * ratio.masked_fill(cut, 0.0), 0.0)
+        clipped = int((cut & batch.counted[rows]).sum())
+    loss = policy_loss(scores.scored, batch.advantages[rows], factors)
+    if recipe.kl in KL_LOSSES:
+        assert batch.ref_logprobs is not None
+        # of what acts: shifted scores are nobody's, and full ones not the truncated sampler's
+        acting = scores.scored if recipe.scoring == "sampler" else scores.logprobs
+        kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.size.samples)
+        loss = loss + batch.kl_coef * kl
+    if recipe.entropy_coef > 0:
+        loss = loss - recipe.entropy_coef * entropy_bonus(scores.entropy, weights[rows] * mask)
+    return loss, clipped
+
+
+@contextmanager
+def _gradients_apart(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
+    """Inside, the gradients of backward passes are summed as ever, and each one's squared L2 norm is added to the last
+    entry of the list. A parameter at a time, as soon as its gradient is there: the second copy is never whole."""
+    sums: dict[Tensor, Tensor] = {}
+    squares: list[Tensor | float] = []
+
+    def take(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        squares[-1] += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
+        sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
+        parameter.grad = None
+
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    handles = [p.register_post_accumulate_grad_hook(take) for p in parameters]
+    try:
+        yield squares
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, earlier in zip(parameters, before, strict=True):
+            added = sums.get(p)
+            p.grad = added if earlier is None else earlier if added is None else earlier.add_(added)
+
+
+def update_on(
+    batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
+    micro_batch: int, group: int, processes: Processes = ALONE, recompute: bool = False, packing: bool = True,
+) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
+    """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
+    gradients: list[Gradient] = []
+    updates: list[Update] = []
+    while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
+        optimizer.zero_grad()
+        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group, processes, recompute, packing))
+        updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss, processes))
+        batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
+    return gradients[0], {
+        "grad_norm": updates[0].grad_norm, "relative_update": updates[0].relative,
+        "clip_share": gradients[-1].clip_share, "nonfinite": float(updates[-1].withheld),
+    }  # fmt: skip
+
+
+def signal_to_noise(whole: float, parts: list[float], sizes: list[int]) -> float:
+    """Of the batch's gradient G = sum_m G_m over micro-batches m of whole prompts, with shares s_m of the batch.
+
+    The G_m are independent with means s_m g, where g is the expected gradient, so that the products of different ones
+    tell signal from noise (as McCandlish et al., arXiv 1812.06162, appendix A.1, do with two batch sizes):
+
+        |g|^2 = (|G|^2 - sum_m |G_m|^2) / (1 - sum_m s_m^2),    snr = |g|^2 / (|G|^2 - |g|^2)
+
+    Unbiased in numerator and denominator, noisy with few micro-batches, and below zero by chance. whole: |G|^2; parts:
+    |G_m|^2; sizes: samples in each. NaN for a single micro-batch, or without any gradient.
+    """
+    shares = [size / sum(sizes) for size in sizes]
+    rest = 1 - sum(share**2 for share in shares)
+    if len(parts) < 2:
+        return math.nan
+    signal = (whole - sum(parts)) / rest
+    return signal / (whole - signal) if whole != signal else math.nan
+
+
+def truncation(recipe: Recipe) -> tuple[int, float]:
+    """(top_k, top_p) of the distribution that the loss scores; (0, 1.0) is the full softmax."""
+    return (recipe.top_k, recipe.top_p) if recipe.scoring == "sampler" else (0, 1.0)

@@ -1,0 +1,120 @@
+"""Resume states: `.checkpoints/<train_key>/` of the main workspace, outside DVC's outputs, which DVC deletes."""
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
+from pipeline.file_io import atomic_path, write_text, writing
+
+DIGEST = 32  # bytes of a sha256, before the state
+KEPT = 2  # states kept: where the newest is damaged, the one before it serves
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Holds the folder's lock. Raises UserError where it cannot be written, or naming the process that holds it: what it
+    trains."""
+    owner = folder / "owner"
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text().strip() if owner.exists() else "unknown"
+        raise UserError(
+            f"another process is training {what} (process {who}); wait for it, or end it and repeat the command"
+        ) from None
+    try:
+        for left in folder.glob(".*.tmp"):  # by a process that was killed while it saved
+            left.unlink()
+        write_text(owner, f"{os.getpid()}\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
+    """Writes the state after `step` steps: its sha256, then torch's format. Of older ones the KEPT last stay, and the one
+    that `healthy` finds."""
+    with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
+        target.write(bytes(DIGEST))
+        hashing = Hashing(target)
+        torch.save(state, hashing)  # type: ignore[arg-type]  # it writes, and that is all torch asks of it
+        if hashing.failure:
+            raise hashing.failure
+        target.seek(0)
+        target.write(hashing.sha256.digest())
+    kept = {*_states(folder)[-KEPT:], healthy(folder, judged, every)}
+    for old in set(_states(folder)) - kept:
+        old.unlink()
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest whole state, on the CPU, or None. A damaged one is named in a warning and deleted: it would count among
+    the KEPT last, in the place of those that are saved from now on."""
+    states = _states(folder)
+    for path in reversed(states):
+        if (state := read(path)) is not None:
+            return state
+        before = "an earlier state" if path != states[0] else "the start, since no state is whole"
+        print(f"warning: {path} is damaged (its checksum differs); going back to {before}", file=sys.stderr)
+        path.unlink()
+    return None
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A state, on the CPU; None where its checksum differs."""
+    with path.open("rb") as source:
+        if source.read(DIGEST) != hashlib.file_digest(source, "sha256").digest():
+            return None
+        source.seek(DIGEST)
+        return torch.load(source, map_location="cpu", weights_only=True)
+
+
+class Hashing(io.RawIOBase):
+    """Writes to a file and digests what it writes, so that a state is never in memory a second time. After a failure it
+    writes nothing more and says so at the end: torch, which wants to complete its file, would hide the reason."""
+
+    def __init__(self, target: BinaryIO) -> None:
+        self._target, self.sha256 = target, hashlib.sha256()
+        self.failure: BaseException | None = None  # Ctrl-C too
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.failure is None:
+            self.sha256.update(data)
+            try:
+                self._target.write(data)
+            except BaseException as error:
+                self.failure = error
+        return memoryview(data).nbytes
+
+
+def healthy(folder: Path, before: int, every: int) -> Path | None:
+    """The newest state after fewer than `before` steps, of those that every run saves: one that a signal left must not
+    make a result differ."""
+    steps = {int(path.stem.partition("-")[2]): path for path in _states(folder)}
+    return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
+
+
+def forget(folder: Path) -> None:
+    """Deletes the states."""
+    for path in _states(folder):
+        path.unlink()
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob("state-*.pt"))

@@ -1,0 +1,88 @@
+"""Whether the files in reports/ are of one run. Stages run one by one, git and DVC put older files back, and `dvc commit` and
+`dvc exp save` record whatever lies there as up to date. So each stage says of which files its results are:
+
+train: summary.json has the digests of all that it wrote; diagnose: diagnosis.json has that of history.csv; evaluate:
+measured.json has those of the policy and of its own files; plot: report.html has one over what it shows.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.file_io import read_json, sha256
+from pipeline.runs.provenance import digest
+
+REPORTS = Path("reports")
+
+
+def again(stage: str) -> str:
+    """The advice for a file of a stage that is missing or broken."""
+    return f"run `dvc repro {stage}`, or `dvc repro -f -s {stage}` where that does nothing"
+
+
+def raise_if_mixed(*stages: str, reports: Path = REPORTS) -> None:
+    """Raises UserError naming the files of these stages (train, diagnose, evaluate, plot) that are of another run than
+    train/summary.json, and what makes them anew. Files that are missing or no JSON are the caller's to find first."""
+    summary = reports / "train/summary.json"
+    run = run_digests(summary)
+    wrong = {stage: found for stage in stages if (found := _strangers(stage, run, reports))}
+    if wrong:
+        files = ", ".join(str(file) for found in wrong.values() for file in found)
+        advice = f"`dvc repro -f -s {' '.join(wrong)} && dvc repro` makes them anew"
+        if "train" in wrong:  # which takes its time
+            advice = f"`dvc checkout` brings back those of dvc.lock; where that does not help, {advice}"
+        raise UserError(f"{files}: of another run than {summary}; {advice}")
+
+
+def run_digests(summary: Path) -> dict[str, str]:
+    """The digests in summary.json. Raises UserError where it has none."""
+    found = digests_in(read_json(summary))
+    if not found:
+        raise UserError(f"{summary}: has no digests; {again('train')}")
+    return found
+
+
+def digests_in(summary: Any) -> dict[str, str]:
+    """The same of a summary that was read; empty where an older version wrote it."""
+    try:
+        return dict(summary["digests"][0])
+    except (KeyError, IndexError, TypeError, ValueError):
+        return {}
+
+
+def measured_in(measured: Any) -> dict[str, Any]:
+    """The content of measured.json; empty where an older version or something else wrote it."""
+    keys = {"policy", "prompts", "params", "metrics.json", "completions.jsonl"}
+    found = measured[0] if isinstance(measured, list) and measured and isinstance(measured[0], dict) else {}
+    return found if keys <= found.keys() else {}
+
+
+def evaluates(measured: dict[str, Any], run: dict[str, str]) -> bool:
+    """Whether an evaluation is of the policy of a run."""
+    return bool(measured) and digest(measured["policy"]) == run.get("policy")
+
+
+def sources(reports: Path = REPORTS) -> str:
+    """Digest over what report.html shows. summary.json and measured.json stand for the files that they have digests of."""
+    names = ("prepare.json", "train/summary.json", "diagnosis.json", "evaluate/measured.json")
+    return digest([sha256(reports / name) for name in names])
+
+
+def _strangers(stage: str, run: dict[str, str], reports: Path) -> list[Path]:
+    if stage == "train":
+        files = [reports / "train" / name for name in ("calibration.csv", "history.csv", "samples.jsonl")]
+        files += [healthy] if (healthy := reports.parent / "data/healthy/healthy.json").is_file() else []
+        wrong = [file for file in files if sha256(file) != run.get(file.name)]
+        of_run = read_json(reports / "train/run.json")
+        return wrong + ([] if of_run.get("train_key") == run.get("train_key") else [reports / "train/run.json"])
+    if stage == "diagnose":
+        diagnosis = reports / "diagnosis.json"
+        return [] if read_json(diagnosis).get("history") == run.get("history.csv") else [diagnosis]
+    if stage == "evaluate":
+        measured = measured_in(read_json(reports / "evaluate/measured.json"))
+        names = ["metrics.json", "completions.jsonl"]
+        same = evaluates(measured, run)
+        return [reports / "evaluate" / name for name in names
+                if not same or sha256(reports / "evaluate" / name) != measured[name]]  # fmt: skip
+    page = reports / "report.html"
+    return [] if f'"{sources(reports)}"' in page.read_text(encoding="utf-8", errors="replace") else [page]

@@ -1,0 +1,29 @@
+"""Stage `check`: the whole of params.yaml is valid, and the custom rewards that it names are there. The other stages read
+only what they depend on, so that a key that none of them knows (`-S +rewrad=length`) would change nothing and go
+unnoticed."""
+
+from collections.abc import Iterable, Iterator
+
+from pipeline.errors import run_stage
+from pipeline.config.params import SELECTORS, CustomReward, Reward, SumReward, load
+from pipeline.rewards.custom import check_custom
+
+
+def main() -> None:
+    params = load()
+    for reward in custom_rewards(params.rewards.values()):
+        check_custom(reward.function, reward.params)
+    print(", ".join(f"{name} {getattr(params, name)}" for name in SELECTORS), f"seed {params.seed}", sep=", ")
+
+
+def custom_rewards(rewards: Iterable[Reward]) -> Iterator[CustomReward]:
+    """Those among them, terms of sums included."""
+    for reward in rewards:
+        if isinstance(reward, SumReward):
+            yield from custom_rewards(term.reward for term in reward.terms)
+        elif isinstance(reward, CustomReward):
+            yield reward
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,113 @@
+"""Stage `diagnose`: whether, how and from when on the run collapsed, and what to try (reports/diagnosis.json)."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pipeline.diagnosis.calibration import untouched
+from pipeline.diagnosis.cures import Cure, cure, treated
+from pipeline.diagnosis.text import repeated_ngrams
+from pipeline.diagnosis.verdict import TITLES, Finding, Shown, findings
+from pipeline.diagnosis.explanations import headline, summary
+from pipeline.errors import UserError, run_stage
+from pipeline.file_io import finite_or_none, read_csv, read_json, read_jsonl, sha256, write_json
+from pipeline.runs.consistency import again, raise_if_mixed
+from pipeline.config.params import SELECTORS, Params, load
+
+REPORTS, TARGET = Path("reports/train"), Path("reports/diagnosis.json")
+HEALTHY = Path("data/healthy/healthy.json")
+SHOWN = 3  # completions a finding
+
+
+def main() -> None:
+    """Raises UserError where a file of the stage `train` is missing, is not what it writes, or is of another run."""
+    params = load()
+    files = [REPORTS / "history.csv", REPORTS / "calibration.csv", REPORTS / "samples.jsonl", HEALTHY]
+    files += [REPORTS / "summary.json", REPORTS / "run.json"]
+    readers = [read_csv, read_csv, read_jsonl, read_json, read_json, read_json]
+    contents: list[Any] = []
+    for file, read in zip(files, readers, strict=True):
+        try:
+            contents.append(read(file))
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; {again('train')}") from None
+        except ValueError as error:
+            raise UserError(f"{file}: not what the stage writes: {error}; {again('train')}") from None
+    rows, calibration, samples, healthy, *_ = contents
+    raise_if_mixed("train")
+    diagnosis = diagnose(params, rows, calibration, samples)
+    diagnosis |= {"healthy_step": healthy["step"], "history": sha256(REPORTS / "history.csv")}
+    write_json(TARGET, diagnosis)
+    print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
+    if diagnosis["cure"]:
+        print(f"to try: {diagnosis['cure']['command']}")
+
+
+def diagnose(
+    params: Params, rows: list[dict[str, float]], calibration: list[dict[str, float]], samples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of diagnosis.json but for the healthy policy's step and the digest of the history that it is of."""
+    spreads = untouched(calibration, params.train.prompts_per_step)
+    found = findings(rows, spreads, params.train.steps)
+    summaries = [summary(finding, rows, spreads) for finding in found]
+    cures = {finding.kind: cure(finding, params, spreads) for finding in found}
+    changes: dict[str, Any] = {}
+    for finding in treated(found):
+        changes |= {key: value for key, value in cures[finding.kind].changes.items() if key not in changes}
+    return {
+        "verdict": found[0].kind if found else "healthy",
+        "onset": found[0].onset if found else None,
+        "headline": headline(found, summaries, len(rows)),
+        "steps": len(rows),
+        "findings": [
+            report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
+        ],
+        "cure": {"changes": changes, "command": command(params, changes)} if changes else None,
+    }
+
+
+def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One finding, with its evidence."""
+    return {
+        "kind": finding.kind, "title": TITLES[finding.kind], "onset": finding.onset, "summary": text,
+        "evidence": [evidence(shown) for shown in finding.evidence],
+        "completions": examples(finding, samples),
+        "changes": remedy.changes, "reason": remedy.reason, "source": remedy.source,
+    }  # fmt: skip
+
+
+def evidence(shown: Shown) -> dict[str, Any]:
+    limit, spread = shown.limit, shown.limit.untouched
+    return {
+        "metric": limit.metric, "step": shown.step, "value": finite_or_none(shown.value),
+        "untouched": finite_or_none(spread.mean) if spread else None,
+        "spread": finite_or_none(spread.std) if spread else None,
+        "threshold": finite_or_none(limit.threshold), "side": limit.side,
+    }  # fmt: skip
+
+
+def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Completions of the step that shows the finding, the clearest first; a misaligned loss does not show in texts."""
+    if finding.kind == "misaligned":
+        return []
+    of_step = [sample for sample in samples if sample["step"] == finding.shown_at]
+    if finding.passes("empty_share"):
+        of_step.sort(key=lambda sample: len(sample["tokens"]))
+    elif finding.passes("repeated_3grams"):
+        of_step.sort(key=lambda sample: _or_zero(repeated_ngrams([sample["tokens"]], 3)), reverse=True)
+    return [{key: sample[key] for key in ("step", "prompt", "completion", "reward")} for sample in of_step[:SHOWN]]
+
+
+def command(params: Params, changes: dict[str, Any]) -> str:
+    """What runs the experiment: the selectors as they are and the changes."""
+    chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")} | changes
+    return " ".join(["dvc exp run", *(f"-S {shlex.quote(f'{key}={value}')}" for key, value in chosen.items())])
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,173 @@
+"""Stage `evaluate`: the trained policy against the untouched checkpoint, on held-out prompts and the same random numbers.
+
+Every reward of params.yaml is measured, not only the trained one.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.diagnosis.bootstrap import interval
+from pipeline.diagnosis.text import text_statistics
+from pipeline.errors import UserError, run_stage
+from pipeline.file_io import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
+from pipeline.distributed.runtime import generator, set_up, uniforms
+from pipeline.config.params import Params, load
+from pipeline.models.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
+from pipeline.models.rollout import completion_limits, completion_texts, completion_tokens, longest_sequence
+from pipeline.models.sampling import Rollout, pad_prompts, sample
+from pipeline.models.scoring import score_rollout
+from pipeline.models.tokenization import encode_prompt
+from pipeline.models.verification import Layout
+from pipeline.rewards.build import build_reward
+
+PROMPTS, CHECKPOINT, POLICY = Path("data/prompts/heldout.jsonl"), Path("data/checkpoint"), Path("data/policy")
+REPORTS = Path("reports/evaluate")
+PROMPT_BATCH = 32  # prompts sampled at once
+NAMES = ("checkpoint", "policy")
+
+
+def main() -> None:
+    params = load()
+    prompts = [row["prompt"] for row in read_jsonl(PROMPTS)] if PROMPTS.exists() else []
+    if not prompts:
+        raise UserError(f"{PROMPTS} holds no prompts; run `dvc repro`, which makes it")
+    if params.evaluate.prompts:
+        prompts = prompts[: params.evaluate.prompts]
+    device = set_up(params.train.device, params.train.threads)
+    metrics, rows = evaluate(params, prompts, device)
+    if depends_on(load()) != depends_on(params):  # DVC would record what is there now
+        raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
+    write_jsonl(REPORTS / "completions.jsonl", rows)
+    write_json(REPORTS / "metrics.json", metrics)
+    write_json(REPORTS / "measured.json", [measured(params)])  # a list: `dvc metrics show` leaves it out
+    trained = metrics[params.reward]
+    low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
+    sure = "one prompt, no interval" if low is None else f"95% interval {low:+.4f} to {high:+.4f}"
+    print(f"held-out {params.reward}: {mean:+.4f} ({sure}) over the untouched checkpoint")
+
+
+def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """metrics.json and the rows of completions.jsonl."""
+    group = params.evaluate.samples_per_prompt
+    rewards = {
+        name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
+    }
+    tokenizer = load_tokenizer(POLICY)
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected("recipe").length_limit)
+    layout = load_layout(CHECKPOINT / "layout.json", longest)
+    eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
+    # one model at a time: two may be more than the device held in training
+    rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout)}
+    if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
+        print(
+            "warning: the policy's log-probabilities are not finite; what it says here is not its own", file=sys.stderr
+        )
+    reference = load_policy(CHECKPOINT / "policy", device)
+    rollouts["checkpoint"] = sample_all(params, ids, reference, eos, layout)
+    texts: dict[str, list[str]] = {}
+    metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
+    for name in NAMES:
+        texts[name], metrics["text"][name], metrics["ref_logprob_per_token"][name] = measure(
+            params, rollouts[name], reference, tokenizer, eos, layout.packing
+        )
+    repeated = [prompt for prompt in prompts for _ in range(group)]
+    scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
+    for name, reward in rewards.items():
+        both = torch.tensor([reward(repeated, texts[which]) for which in NAMES], dtype=torch.float64)
+        scores[name] = both.view(2, len(prompts), group)
+        metrics[name] = compare(scores[name], params)
+    rows = [
+        {
+            "prompt": prompt, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
+            "rewards": {key: both[:, b, g].tolist() for key, both in scores.items()},
+        }
+        for b, prompt in enumerate(prompts) for g in range(group)
+    ]  # fmt: skip
+    return metrics, rows
+
+
+def depends_on(params: Params) -> tuple[Any, ...]:
+    """The parameters that dvc.yaml names for this stage."""
+    return (
+        params.evaluate,
+        params.selected("recipe"),
+        params.recipe,
+        params.reward,
+        params.rewards,
+        params.seed,
+        params.train,
+    )
+
+
+def measured(params: Params) -> dict[str, Any]:
+    """Which policy, how, and what came of it: numbers of other prompts or another number of samples are not those of the same
+    quantity, and those of another policy are not this one's."""
+    files = {name: sha256(REPORTS / name) for name in ("completions.jsonl", "metrics.json")}
+    policy = folder_digests(POLICY)
+    return {"policy": policy, "prompts": sha256(PROMPTS), "params": params.evaluate.model_dump(), **files}
+
+
+def sample_all(
+    params: Params, prompts: list[list[int]], policy: PreTrainedModel, eos: tuple[int, ...], layout: Layout
+) -> list[Rollout]:
+    """What a policy samples for the prompts, given as tokens, PROMPT_BATCH of them at a time."""
+    recipe, group, size = params.selected("recipe"), params.evaluate.samples_per_prompt, params.train.max_tokens
+    device, rollouts = policy.device, []
+    for start in range(0, len(prompts), PROMPT_BATCH):
+        ids = prompts[start : start + PROMPT_BATCH]
+        # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
+        noise = torch.cat([uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
+        limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
+        rollouts.append(sample(
+            policy, *pad_prompts(ids, eos[0], device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
+            recipe.top_p, layout.sampling,
+        ))  # fmt: skip
+    return rollouts
+
+
+def measure(
+    params: Params, rollouts: list[Rollout], reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    eos: tuple[int, ...], packing: bool,
+) -> tuple[list[str], dict[str, float | None], float]:  # fmt: skip
+    """Texts [B * G] as the reward reads them, their statistics, and their log-likelihood a token under the untouched
+    checkpoint."""
+    recipe, group = params.selected("recipe"), params.evaluate.samples_per_prompt
+    texts: list[str] = []
+    plain: list[str] = []  # without special tokens
+    tokens: list[list[int]] = []
+    nats, counted, ended = 0.0, 0, 0
+    for rollout in rollouts:
+        texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group)
+        plain += completion_texts(rollout, tokenizer, "strip", group)
+        tokens += completion_tokens(rollout, eos)
+        ref_logprobs = score_rollout(reference, rollout, params.train.micro_batch, recipe.temperature, packing)
+        nats += ref_logprobs[rollout.completion_mask].double().sum().item()
+        counted += int(rollout.lengths.sum())
+        ended += int(rollout.ended(eos).sum())
+    statistics: dict[str, float] = text_statistics(plain, tokens, group)
+    statistics |= {"completion_tokens": counted / len(texts), "ended_share": ended / len(texts)}
+    return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
+
+
+def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
+    """Means with 95% intervals of both policies and of the paired difference; prompts are the unit that is resampled;
+    of one prompt there is no interval.
+
+    rewards [2, B, G]: checkpoint, policy. win_rate: share of pairs in which the policy's reward is higher, ties half.
+    """
+    checkpoint, policy = rewards.mean(2)  # [B]
+    wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()
+    pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
+    drawn = generator(params.seed, 0, "bootstrap")
+    indices = torch.randint(len(checkpoint), (params.evaluate.bootstrap, len(checkpoint)), generator=drawn)
+    return {name: interval(values, indices) for name, values in pairs.items()} | {"win_rate": wins.mean().item()}
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,45 @@
+"""Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/report.html), from files alone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import run_stage
+from pipeline.file_io import atomic_folder, write_text
+from pipeline.report import figures, heldout, page, style
+from pipeline.report.inputs import Inputs, load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORTS = Path("reports")
+
+
+def draw(data: Inputs) -> "dict[str, Figure]":
+    """Every figure by the name of its file, in the order of the page."""
+    history, run, held_out = data.history, data.run, data.rewards[data.trained]
+    drawn = {
+        "overview": figures.overview(history, held_out, run),
+        "reward": figures.reward(history, held_out, run),
+        "variance": figures.variance(history, run),
+        "collapse": figures.collapse(history, run),
+        "evaluate": heldout.evaluate(data.rewards, data.trained, run),
+    }
+    for figure in drawn.values():
+        style.mark_onsets(figure, [finding["onset"] for finding in data.diagnosis["findings"]])
+    return drawn
+
+
+def main() -> None:
+    """Everything is rendered before anything is written. Raises UserError for missing or broken inputs."""
+    data = load(REPORTS)
+    pictures = {name: style.png(figure) for name, figure in draw(data).items()}
+    report = page.render(data, pictures)
+    with atomic_folder(REPORTS / "figures") as folder:
+        for name, content in pictures.items():
+            (folder / f"{name}.png").write_bytes(content)
+    write_text(REPORTS / "report.html", report)
+    print(f"{len(pictures)} figures in {REPORTS / 'figures'}, page {REPORTS / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,426 @@
+"""MLflow as a view of the files: one run per train_key, whoever writes to it, and no point of it twice.
+
+mlflow takes seconds to import, so it is imported inside functions. `live` is for training and never raises; the other
+functions raise what mlflow raises, and `pipeline.stages.track` turns that into one line.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import queue
+import re
+import socket
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from pipeline.errors import UserError, cut, one_line
+from pipeline.runs import workspace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+Scalar = str | int | float | bool
+
+# One request holds at most 1000 metrics or 100 params, and a megabyte: a param of 1000 characters is safe even escaped.
+METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_CHARACTERS = 1000, 100, 1000
+BACK_OFF_SECONDS = 30.0  # after a failure, blocks wait this long for the next try
+CLOSE_SECONDS = 15.0  # what a dead server may cost at the end of training
+PENDING_POINTS = 100_000  # kept for a server that comes back; `track` completes what was dropped
+ADVICE = {
+    "is not a database": "move the file away and it is made anew",
+    "malformed": "move the file away and it is made anew",
+    "is locked": "another process holds it: wait for it, or end it",
+    "database schema": "`mlflow db upgrade {store}` helps an older store; move one of a newer MLflow away",
+    "Can't locate revision": "a newer MLflow made it: move the file away and it is made anew",
+}  # by what sqlite, mlflow and alembic say; {store}: its address
+PROXY_STATUS = ("407", "502", "503", "504")  # of HTTP: what proxies and gateways answer for a server
+BETWEEN = "a proxy or gateway between here and the server answers so: see HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    key: str
+    step: int
+    value: float
+    timestamp_ms: int
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, else mlflow.db in the main workspace. A relative SQLite path is taken from there too: in
+    the folder of a --temp experiment it would be lost.
+    """
+    uri, path = os.environ.get("MLFLOW_TRACKING_URI") or "", sqlite_file()
+    if path is None:
+        return uri
+    options = uri.partition("?")[2]
+    return _sqlite_uri(path) + (f"?{options}" if options else "")
+
+
+def sqlite_file() -> Path | None:
+    """The store's file, where it is a SQLite one: without what the URI escapes, and without its options."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return workspace.root() / "mlflow.db"
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        return None
+    if url.database in (None, "", ":memory:") or "uri" in url.query:
+        return None
+    return workspace.root() / str(url.database)
+
+
+def _sqlite_uri(path: Path) -> str:
+    if not re.search("[%?]", str(path)):
+        return f"sqlite:///{path}"
+    from sqlalchemy.engine import URL
+
+    # mlflow makes the folder of the path as it stands in the URI, escaped, unless the URI names a driver
+    return URL.create("sqlite+pysqlite", database=str(path)).render_as_string()
+
+
+def check_store() -> None:
+    """Raises UserError where MLFLOW_TRACKING_URI is of SQLite and names no file that lasts, or options that are none, and
+    where a variable of MLflow's has a value that it cannot read."""
+    from mlflow import environment_variables
+    from sqlalchemy.engine import make_url
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or ""
+    if uri.startswith("sqlite"):
+        if sqlite_file() is None:
+            raise UserError(
+                f"MLFLOW_TRACKING_URI = {without_password(uri)}: should name a file: sqlite:///mlflow.db in the project, "
+                "sqlite:////absolute/path/mlflow.db elsewhere"
+            )
+        try:
+            make_url(uri).get_dialect()().create_connect_args(make_url(uri))
+        except ValueError as error:
+            raise UserError(f"MLFLOW_TRACKING_URI = {without_password(uri)}: {error}") from None
+    for name in sorted(os.environ):
+        if name.startswith("MLFLOW_") and (variable := getattr(environment_variables, name, None)):
+            try:
+                variable.get()
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
+
+def in_project() -> None:
+    """Raises UserError where the store is the project's own, and this is not its folder: there would be none, or a new
+    one."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        workspace.check()
+
+
+def experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "reinforce"
+
+
+def defaults(timeout: int, retries: int) -> None:
+    """Sets mlflow's environment: no telemetry, and how long a request may take (seconds), where the user has not said so;
+    and, whatever the user has said, what would lose a failure or split our record (docs/ENVIRONMENT.md)."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+    }.items():
+        os.environ.setdefault(name, value)
+    os.environ |= {"MLFLOW_ENABLE_ASYNC_LOGGING": "false", "MLFLOW_TRUNCATE_LONG_VALUES": "true"}
+    for name in ("MLFLOW_LOGGING_LEVEL", "MLFLOW_CONFIGURE_LOGGING"):  # a value that is none ends `import mlflow`
+        os.environ.pop(name, None)
+    host = urlsplit(os.environ.get("MLFLOW_TRACKING_URI") or "").hostname
+    if host in ("localhost", "127.0.0.1", "::1"):  # no proxy leads to this machine
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
+
+
+def open_store() -> "tuple[MlflowClient, str]":
+    """A client and the id of our experiment; store and experiment are made where they are missing."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their notes on every new table and every retry
+    uri, name = store_uri(), experiment_name()
+    artifacts = None if uri.startswith("http") else (workspace.root() / "mlartifacts").as_uri()
+    check_store()
+    with lock("mlflow"):
+        if path := sqlite_file():
+            _prepare_database(path)
+        elif re.match("postgresql|mysql|mssql", uri):
+            _check_server(uri)
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                # The kind opens MLflow's pages for training, with charts, instead of those for traces and prompts.
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                return client, client.create_experiment(name, artifact_location=artifacts, tags=tags)
+            except MlflowException:  # made by somebody else since we looked, where the store is not ours to lock
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow experiment {name!r} in {without_password(uri)} is deleted; restore it with `mlflow experiments restore "
+            f"-x {experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME"
+        )
+    return client, experiment.experiment_id
+
+
+def find_run(client: "MlflowClient", experiment: str, train_key: str) -> "Run | None":
+    """The run of a train_key, the oldest one with metrics if a user has copied it. Others without a metric are deleted:
+    a server whose answer was lost or late has been asked twice to make the run, and has done so twice.
+    """
+    runs = client.search_runs([experiment], f"tags.train_key = '{train_key}'", order_by=["attributes.start_time ASC"])
+    found = next((run for run in runs if run.data.metrics), runs[0] if runs else None)
+    for run in runs:
+        if run is not found and not run.data.metrics:
+            client.delete_run(run.info.run_id)
+    return found
+
+
+def create_run(
+    client: "MlflowClient", experiment: str, train_key: str, params: dict[str, Scalar], start_ms: int
+) -> "Run":
+    return client.create_run(
+        experiment, start_time=start_ms, run_name=run_name(params, train_key), tags={"train_key": train_key}
+    )
+
+
+def run_name(params: dict[str, Scalar], train_key: str) -> str:
+    """What a person tells runs apart by: embedding-stable-pocket-s0- and the DVC experiment's name, else the key."""
+    names = [str(params[key]) for key in ("reward", "recipe", "model") if key in params]
+    return "-".join([*names, f"s{params.get('seed', '')}", os.environ.get("DVC_EXP_NAME") or train_key[:8]])
+
+
+def log_params(client: "MlflowClient", run: "Run", params: dict[str, Scalar]) -> None:
+    """Logs the params that the run lacks; MLflow has no way to change one."""
+    from mlflow.entities import Param
+
+    missing = [Param(key, text) for key, text in param_texts(params).items() if key not in run.data.params]
+    for start in range(0, len(missing), PARAMS_PER_BATCH):
+        client.log_batch(run.info.run_id, params=missing[start : start + PARAMS_PER_BATCH])
+
+
+def param_texts(params: dict[str, Scalar]) -> dict[str, str]:
+    """Params as MLflow shows them, for people: what tells configurations apart is the tag `config`. What is cut ends in its
+    digest, so that it still looks different."""
+    return {
+        _cut(re.sub(r"[^\w\-. :]", "_", key), 250): _cut(
+            value if isinstance(value, str) else json.dumps(value), PARAM_CHARACTERS
+        )
+        for key, value in params.items()
+    }
+
+
+def _cut(text: str, size: int) -> str:
+    mark = f"... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text if len(text) <= size else text[: size - len(mark)] + mark
+
+
+def log_points(client: "MlflowClient", run_id: str, points: list[Point]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points]
+    for start in range(0, len(metrics), METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+
+def logged_points(client: "MlflowClient", run: "Run") -> list[Point]:
+    return [
+        Point(metric.key, metric.step, metric.value, metric.timestamp)
+        for key in run.data.metrics
+        for metric in client.get_metric_history(run.info.run_id, key)
+    ]
+
+
+@contextlib.contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Holds `.locks/<name>.lock` of the main workspace. Raises TimeoutError after a minute."""
+    folder = workspace.root() / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock", timeout=60):
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """The store, what an error says of its cause, without passwords and what differs from one try to the next, and advice."""
+    text = str(error).strip() or type(error).__name__
+    text = re.split(r"\n\[(?:SQL|parameters): |\n\(Background on", text)[0]  # what SQLAlchemy adds
+    status = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
+    if page := re.search(r"Response body: '\s*<", text):
+        title = re.search(r"(?is)<title[^>]*>(.*?)</title>", text)
+        text = text[: page.start()] + "A web page was the answer" + (f": {title[1]}" if title else "")
+    elif status and status[2]:
+        text = f"{status[2]} was the answer again and again"
+    elif "Max retries exceeded" in text:
+        text = "no answer: " + re.split(r"Caused by |\] ", text)[-1]
+    signs = ADVICE | ({status[0]: BETWEEN} if status and (status[1] or status[2]) in PROXY_STATUS else {})
+    advice = next((f"; {advice}" for sign, advice in signs.items() if sign in str(error)), "")
+    advice = advice.replace("{store}", without_password(store_uri()))
+    return cut(without_password(one_line(f"{store_uri()}: " + re.sub(r" at 0x[0-9a-f]+", "", text))), 500) + advice
+
+
+def without_password(text: str) -> str:
+    """An address, or a text with addresses, without what stands before their last @, and without what their options keep
+    secret. SQLAlchemy takes any sign in a password."""
+    text = re.sub(r"(?<!/)//(?!/)\S*@", "//", text)  # three slashes: a file of SQLite's
+    return re.sub(r"(?i)((?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1…", text)
+
+
+def live(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "Live":
+    """Logs a training run to MLflow while it trains: in a thread, so that no server can hold training up."""
+    defaults(timeout=5, retries=1)
+    return Live(train_key, params, tags)
+
+
+class Nowhere:
+    """The tracker of a process that leaves tracking to another one."""
+
+    def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+class Live:
+    """A run in progress. No method raises; the first failure of each cause is one line on stderr.
+
+    Points that the run has already (a resumed or repeated training) are left out, so that none is there twice, and so
+    are values that are not finite: in MLflow's charts an undefined value is a gap.
+    """
+
+    def __init__(self, train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> None:
+        self._train_key, self._params, self._tags = train_key, params, tags
+        self._points: list[Point] = []
+        self._warned: set[str] = set()
+        self._inbox: queue.SimpleQueue[tuple[list[Point], str | None]] = queue.SimpleQueue()
+        self._inbox.put(([], None))  # shows the run before its first block
+        self._started_ms = time.time_ns() // 1_000_000
+        self._client: MlflowClient | None = None  # these three once the store has answered
+        self._run: Run
+        self._known: set[tuple[str, int]]
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None:
+        """Buffers the metrics of a step, named as MLflow shows them (train/loss). The timestamp is the caller's."""
+        self._points += [
+            Point(key, step, float(value), timestamp_ms) for key, value in metrics.items() if math.isfinite(value)
+        ]
+
+    def flush(self) -> None:
+        """Hands the buffered points over and returns at once."""
+        if self._thread.is_alive():
+            self._inbox.put((self._points, None))
+        self._points = []
+
+    def close(self, status: str) -> None:
+        """Sends the rest and ends the run as FINISHED, KILLED or FAILED; waits at most CLOSE_SECONDS."""
+        self._inbox.put((self._points, status))
+        self._points = []
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._warn("no answer within the time allowed")
+
+    def _work(self) -> None:
+        pending: list[Point] = []
+        retry_at, status = 0.0, None
+        while status is None:
+            points, status = self._inbox.get()
+            pending = (pending + points)[-PENDING_POINTS:]
+            if status is None and time.monotonic() < retry_at:
+                continue
+            try:
+                self._send(pending, status)
+                pending = []
+            except ImportError as error:
+                self._warn("mlflow is not installed" if error.name == "mlflow" else reason(error))
+                return
+            except Exception as error:  # whatever it is: training goes on
+                self._warn(reason(error))
+                retry_at = time.monotonic() + BACK_OFF_SECONDS
+
+    def _send(self, points: list[Point], status: str | None) -> None:
+        if self._client is None:
+            self._attach()
+        assert self._client is not None
+        fresh = [point for point in points if (point.key, point.step) not in self._known]
+        log_points(self._client, self._run.info.run_id, fresh)
+        self._known.update((point.key, point.step) for point in fresh)
+        if status and self._run.info.status != "FINISHED":  # a repeated training finds its run complete
+            self._client.set_terminated(self._run.info.run_id, status)
+
+    def _attach(self) -> None:
+        """Finds the run of this train_key or makes it, and says in its tags which process is at work."""
+        client, experiment = open_store()
+        with lock(f"run-{self._train_key[:16]}"):
+            run = find_run(client, experiment, self._train_key)
+            run = run or create_run(client, experiment, self._train_key, self._params, self._started_ms)
+        if run.info.status != "FINISHED":
+            client.update_run(run.info.run_id, status="RUNNING")
+            for key, value in {**self._tags, "host": socket.gethostname(), "pid": str(os.getpid())}.items():
+                client.set_tag(run.info.run_id, key, value)
+        log_params(client, run, self._params)
+        self._known = {(point.key, point.step) for point in logged_points(client, run)}
+        self._run, self._client = run, client
+
+    def _warn(self, cause: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            print(f"warning: MLflow: {cause}; training goes on, `track` completes the record", file=sys.stderr)
+
+
+def _prepare_database(path: Path) -> None:
+    """Makes a SQLite store where there is none; whole or absent, since mlflow cannot open one that lacks migrations."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if path.exists() and path.stat().st_size:  # an empty one is what a killed sqlite leaves
+        return _check_database(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # as mlflow does
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)
+    _check_database(unfinished)
+    store = SqlAlchemyStore(_sqlite_uri(unfinished), (workspace.root() / "mlartifacts").as_uri())
+    store.engine.dispose()
+    unfinished.replace(path)
+
+
+def _check_server(uri: str) -> None:
+    """Raises SQLAlchemyError at once for a database server that is not there: mlflow would try for a hundred seconds."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+def _check_database(path: Path) -> None:
+    """Raises OSError at once for what mlflow would try again for a hundred seconds."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=20)) as database:
+            database.execute("PRAGMA schema_version")
+    except sqlite3.DatabaseError as error:
+        raise OSError(str(error)) from None
