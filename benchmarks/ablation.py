@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 from ruamel.yaml import YAML
 
-from pipeline.runs.provenance import digest
 from pipeline.config.params import SELECTORS
+from pipeline.runs.provenance import digest
 
 RUNS = Path("docs/collapse.csv")
 WINDOW = 3  # the end of a run: its last steps

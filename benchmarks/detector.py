@@ -116,21 +116,21 @@ def params_of(changes: dict[str, Any], seed: int) -> Any:
 
 def run(plan: Plan, seed: int) -> None:
     """Trains, evaluating before the first update and after each; writes one JSON file."""
+    from pipeline.distributed.runtime import configure_torch
     from pipeline.rl.calibrate import calibrate
-    from pipeline.rl.context import set_stage
-    from pipeline.runs.history import Progress
-    from pipeline.distributed.runtime import set_up
+    from pipeline.rl.context import build_context
     from pipeline.rl.optimizer import make_optimizer
+    from pipeline.runs.history import TrainState
     from pipeline.stages.train import train_step
 
     file = RUNS / f"{plan.name.replace(' ', '_').replace(',', '')}-{seed}.json"
     if file.exists():
         return
     params = params_of(plan.changes, seed)
-    device = set_up("cpu", params.train.threads)
-    setting, policy = set_stage(params, device)
+    device = configure_torch("cpu", params.train.threads)
+    setting, policy = build_context(params, device)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
-    progress = Progress(calibration=calibrate(setting))
+    progress = TrainState(calibration=calibrate(setting))
     held_out = [evaluate(setting, policy)]
     while progress.step < STEPS and not progress.stopped:
         train_step(progress, setting, policy, optimizer)
@@ -147,11 +147,11 @@ def run(plan: Plan, seed: int) -> None:
 def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     """Held-out prompts with the same random numbers at every step: rewards [P][S] and statistics of the texts."""
     from pipeline.diagnosis.text import text_statistics
-    from pipeline.rl.batch import half_precision, reward_batch, sample_batch
-    from pipeline.file_io import read_jsonl
     from pipeline.distributed.runtime import uniforms
+    from pipeline.file_io import read_jsonl
     from pipeline.models.rollout import completion_texts, completion_tokens
-    from pipeline.models.scoring import score_rollout, score_whole
+    from pipeline.models.scoring import score_microbatched, score_rollout
+    from pipeline.rl.batch import half_precision, reward_batch, sample_batch
 
     params, recipe = setting.params, setting.params.selected("recipe")
     prompts = [row["prompt"] for row in read_jsonl(Path("data/prompts/heldout.jsonl"))][:HELD_OUT]
@@ -163,7 +163,9 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
             reference = score_rollout(
                 checkpoint, rollout, params.train.micro_batch, recipe.temperature, setting.layout.packing
             )
-        scores = score_whole(policy, rollout, params.train.micro_batch, recipe.temperature, setting.layout.packing)
+        scores = score_microbatched(
+            policy, rollout, params.train.micro_batch, recipe.temperature, setting.layout.packing
+        )
     mask, entropy = rollout.completion_mask, scores.entropy
     texts, tokens = (
         completion_texts(rollout, setting.tokenizer, "strip", SAMPLES),

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from benchmarks.detector import STEPS
 from benchmarks.labels import labels
-from pipeline.diagnosis.calibration import untouched
+from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import CAUSES, ORDER, THRESHOLDS, Thresholds, findings
 
 CSV = Path("docs/detector.csv")
@@ -30,7 +30,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def diagnosed(content: dict[str, Any], thresholds: Thresholds = THRESHOLDS) -> dict[str, int]:
     """Kinds that the verdict finds, with their onsets, the first one first."""
-    spreads = untouched(content["calibration"], content["prompts"])
+    spreads = null_statistics(content["calibration"], content["prompts"])
     return {finding.kind: finding.onset for finding in findings(content["rows"], spreads, STEPS, thresholds)}
 
 

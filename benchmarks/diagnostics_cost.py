@@ -16,22 +16,22 @@ from unittest import mock
 import torch
 
 from benchmarks.detector import params_of
-from pipeline.stages import train
+from pipeline.distributed.runtime import configure_torch
 from pipeline.rl.calibrate import calibrate
-from pipeline.rl.context import set_stage
-from pipeline.runs.history import Progress
-from pipeline.distributed.runtime import set_up
+from pipeline.rl.context import build_context
 from pipeline.rl.optimizer import make_optimizer
+from pipeline.runs.history import TrainState
+from pipeline.stages import train
 
 SIZES = {"train.prompts_per_step": 128, "train.samples_per_prompt": 8, "train.steps": 50, "train.threads": 2}
 
 
 def main(steps: int) -> None:
     params = params_of({"recipe": "notebook"} | SIZES, seed=0)
-    device = set_up("auto", params.train.threads)
-    setting, policy = set_stage(params, device)
+    device = configure_torch("auto", params.train.threads)
+    setting, policy = build_context(params, device)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
-    run, real = Progress(), train.update_on
+    run, real = TrainState(), train.update_policy
 
     def without_ratio(*arguments: Any) -> Any:
         *others, micro_batch, group = arguments[:7]

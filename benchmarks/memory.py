@@ -19,7 +19,7 @@ import torch
 from benchmarks import material
 from benchmarks.real_steps import measure
 from pipeline.models.adapters import add_lora
-from pipeline.models.memory import round_frozen
+from pipeline.models.memory import cast_frozen_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/scale.json"
@@ -109,7 +109,7 @@ def saved(shape: str, lora: bool) -> float:
     policy.set_attn_implementation("eager")  # as on a CPU
     if lora:
         add_lora(policy, RANK, 16, torch.Generator())
-        round_frozen(policy)
+        cast_frozen_bf16(policy)
     storages: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 

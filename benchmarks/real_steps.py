@@ -66,30 +66,30 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
 def two_steps() -> dict[str, Any]:
     """As `train` does them; the peak of this process's memory in the steps, over what it held before the models; and the
     time of the second step."""
-    from pipeline.stages import train
-    from pipeline.rl.context import set_stage
-    from pipeline.distributed import launch
-    from pipeline.runs.history import Progress
-    from pipeline.distributed.runtime import set_up
     from pipeline.config.params import load
+    from pipeline.distributed import launch
+    from pipeline.distributed.runtime import configure_torch
+    from pipeline.rl.context import build_context
     from pipeline.rl.optimizer import make_optimizer
+    from pipeline.runs.history import TrainState
+    from pipeline.stages import train
 
     params = load()
-    device = set_up(params.train.device, params.train.threads)
-    processes = launch.join(device, params.train.prompts_per_step)
+    device = configure_torch(params.train.device, params.train.threads)
+    processes = launch.init_process_group(device, params.train.prompts_per_step)
     forget_peak(device)
     before = peak(device)
-    setting, policy = set_stage(params, device, processes)
-    let_go_of_files([setting.acting] + ([] if setting.params.train.lora_rank else [untouched(setting)]))
+    setting, policy = build_context(params, device, processes)
+    let_go_of_files([setting.rollout_model] + ([] if setting.params.train.lora_rank else [untouched(setting)]))
     forget_peak(device)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
-    run = Progress()
+    run = TrainState()
     train.train_step(run, setting, policy, optimizer)
     start = time.perf_counter()
     train.train_step(run, setting, policy, optimizer)
     seconds = time.perf_counter() - start
     steps = peak(device) - before
-    launch.leave(processes)
+    launch.destroy_process_group(processes)
     precision = params.selected("recipe").precision
     return {
         "device": device.type,

@@ -23,11 +23,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import material
-from pipeline.rl.context import Setting
-from pipeline.runs.history import Progress
-from pipeline.distributed.runtime import set_up
 from pipeline.config.params import PARAMS_FILE, load, validate
+from pipeline.distributed.runtime import configure_torch
 from pipeline.models.verification import Layout
+from pipeline.rl.context import TrainContext
+from pipeline.runs.history import TrainState
 
 SAMPLES, TOKENS, THREADS = 8, 20, 2
 WARM_UP = 8  # prompts
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--count-flops", action="store_true", help="one step more, under torch's counter")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    device = set_up(options.device, THREADS)
+    device = configure_torch(options.device, THREADS)
     if options.arm == "matmul":
         print(json.dumps(matmul_rate(getattr(torch, options.precision), device)))
         return
@@ -147,10 +147,10 @@ def trl(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """`train_step` as the stage `train` calls it, with every metric of history.csv, without tracking."""
-    from pipeline.stages import train
-    from pipeline.rl.optimizer import make_optimizer
     from pipeline.rewards.embedding import embedding_reward
     from pipeline.rewards.surface import length_reward
+    from pipeline.rl.optimizer import make_optimizer
+    from pipeline.stages import train
 
     params = our_params(options, options.prompts)
     tokenizer, prompts = _texts()
@@ -159,10 +159,10 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if options.reward == "embedding":
         measure = embedding_reward(TARGET, options.encoder, device, getattr(torch, options.encoder_precision))
     eos = (tokenizer.eos_token_id,)
-    setting = Setting(
+    setting = TrainContext(
         params, prompts, tokenizer, policy, partial(nullcontext, reference), measure, device, eos, Layout()
     )
-    run, optimizer = Progress(), make_optimizer(policy.parameters(), params.selected("recipe"))
+    run, optimizer = TrainState(), make_optimizer(policy.parameters(), params.selected("recipe"))
     warm = dataclasses.replace(setting, params=our_params(options, min(options.prompts, WARM_UP)))
     train.train_step(run, warm, policy, optimizer)
     seconds = [timed(lambda: train.train_step(run, setting, policy, optimizer), device) for _ in range(options.steps)]
@@ -182,13 +182,13 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def saved_and_loaded(shape: str, precision: str, device: torch.device) -> tuple[Any, Any]:
     """Policy and reference as the stage loads them."""
     from pipeline.models.load import load_policy
-    from pipeline.models.memory import round_frozen
+    from pipeline.models.memory import cast_frozen_bf16
 
     with tempfile.TemporaryDirectory() as folder:
         material.policy(shape).save_pretrained(folder)
         policy, reference = load_policy(Path(folder), device), load_policy(Path(folder), device).requires_grad_(False)
         if precision == "bfloat16":
-            round_frozen(reference)
+            cast_frozen_bf16(reference)
         return policy, reference
 
 

@@ -24,7 +24,7 @@ REFUSED = {
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
+def translate_write_errors(target: Path) -> Iterator[None]:
     """Raises UserError naming `target` where the block cannot write it: a full disk and the like."""
     try:
         yield
@@ -44,7 +44,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that becomes `target` when the block ends without an exception. For one writer at
     a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError: `writing`."""
     temporary = _beside(target, "tmp")
-    with writing(target):
+    with translate_write_errors(target):
         make_folder(target.parent)
         try:
             yield temporary
@@ -61,7 +61,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that replaces `target` when the block ends without an exception. For one writer
     at a time, as `atomic_path`. Raises UserError: `writing`."""
     temporary, before = _beside(target, "tmp"), _beside(target, "old.tmp")
-    with writing(target):
+    with translate_write_errors(target):
         for left in (temporary, before):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         make_folder(temporary)
@@ -91,7 +91,7 @@ def make_readable(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def let_read(folder: Path) -> None:
+def make_all_readable(folder: Path) -> None:
     """Adds leave to read what is below `folder`, where it is this user's: DVC commits an output that is a single file anew,
     with the umask of who runs it."""
     for path in folder.rglob("*"):

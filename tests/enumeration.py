@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.rl.advantages import BASELINES, advantages, with_kl_penalty
-from pipeline.rl.loss import BatchSize, policy_loss, token_weights
+from pipeline.rl.loss import LossNormalizers, policy_loss, token_weights
 from tests.models import all_completions, mask_of, tabular_rows
 
 VOCABULARY = 3
@@ -75,8 +75,8 @@ def world(limit: int = 2, prompts: int = 1) -> World:
     return World(limit, prompts)
 
 
-def size_of(mask: Tensor, longest: int = 0) -> BatchSize:
-    return BatchSize(len(mask), int(mask.sum()), longest or mask.shape[1])
+def size_of(mask: Tensor, longest: int = 0) -> LossNormalizers:
+    return LossNormalizers(len(mask), int(mask.sum()), longest or mask.shape[1])
 
 
 def reinforce(

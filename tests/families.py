@@ -26,9 +26,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from pipeline.stages import cache
-from pipeline.errors import UserError
 from pipeline import file_io
+from pipeline.errors import UserError
+from pipeline.stages import cache
 from tests import repositories
 
 TABLE, MARK = (

@@ -261,7 +261,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "diagnosis/calibration.py": ("verdict", [
         ("math.sqrt(1 + 1 / self.batches)", "math.sqrt(1 / self.batches)"),
-        ("student_quantile(1 - tail, self.freedom)", "student_quantile(1 - 100 * tail, self.freedom)"),
+        ("student_quantile(1 - tail, self.dof)", "student_quantile(1 - 100 * tail, self.dof)"),
         ("value >= self.threshold if", "value <= self.threshold if"),
         ("/ (len(values) - 1)", "/ (len(values) + 9)"),
         ("math.sqrt(variance), len(values) - 1", "math.sqrt(variance), len(values) + 9"),

@@ -13,9 +13,9 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
-from pipeline.stages import cache
-from pipeline.errors import UserError
 from pipeline.data import model_files
+from pipeline.errors import UserError
+from pipeline.stages import cache
 from tests import repositories
 from tests.conftest import PYTHIA, ROOT, Project
 from tests.hub import Hub

@@ -21,15 +21,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.commands import compare
-from pipeline.errors import UserError
-from pipeline.tracking import mlflow_store
-from pipeline.tracking import summaries
-from pipeline.runs.provenance import params_digests
-from pipeline.tracking.summaries import Training
 from pipeline.config.params import SELECTORS, validate
-from pipeline.report import comparison, style
-from pipeline.report import comparison_figure
-from pipeline.report.comparison import configurations, differing, natural, said, verdicts
+from pipeline.errors import UserError
+from pipeline.report import comparison, comparison_figure, style
+from pipeline.report.comparison import configurations, differing, format_mean_std, natural, verdicts
+from pipeline.runs.provenance import params_digests
+from pipeline.tracking import mlflow_store, summaries
+from pipeline.tracking.summaries import RunSummary
 from tests.conftest import ROOT, Project
 from tests.seal import sha256
 
@@ -48,7 +46,7 @@ def history(seed: int = 0, steps: int = STEPS, shift: float = 0.0) -> pd.DataFra
     })  # fmt: skip
 
 
-def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Training:
+def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> RunSummary:
     """A training; `params` are changes of PARAMS, None takes one out."""
     table = history(seed) if table is None else table
     params = PARAMS | {"seed": str(seed)} | changes.pop("params", {})
@@ -57,7 +55,7 @@ def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Tr
         return {step: float(value) for step, value in enumerate(table[column]) if math.isfinite(value)}
 
     params = {key: value for key, value in params.items() if value is not None}
-    default = Training(
+    default = RunSummary(
         name=f"s{seed}", params=params, config=json.dumps(sorted(set(params.items()) - {("seed", str(seed))})), code="c", data="d",
         made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, kinds=(), onset=None,
         measured="m",
@@ -201,7 +199,7 @@ def test_verdicts_are_counted_in_the_words_of_the_report() -> None:
      (0.00123, 0.0004, "0.0012 ± 0.0004"), (12345.6, 12.3, "12346 ± 12"), (None, None, "")],
 )  # fmt: skip
 def test_numbers_as_text(mean: float | None, std: float | None, text: str) -> None:
-    assert said(comparison.Spread(mean, std, 2)) == text
+    assert format_mean_std(comparison.Spread(mean, std, 2)) == text
 
 
 def test_the_markdown_is_a_table_whatever_the_parameters_say() -> None:
@@ -286,7 +284,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").touch()  # the project's root
 
-    def run(found: list[Training], *arguments: str) -> str:
+    def run(found: list[RunSummary], *arguments: str) -> str:
         monkeypatch.setattr(compare, "from_mlflow", lambda: found)
         monkeypatch.setattr(sys, "argv", ["compare", *arguments])
         compare.main()
@@ -647,7 +645,7 @@ def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) 
     few = next(each for each in summaries.from_dvc(every_commit=False) if each.name == "few")
     assert few.measured != plain.measured
 
-    def of_mlflow(custom: str, prompts: str = "p") -> Training:
+    def of_mlflow(custom: str, prompts: str = "p") -> RunSummary:
         inputs = [SimpleNamespace(dataset=SimpleNamespace(digest=prompts))]
         run: Any = SimpleNamespace(
             info=SimpleNamespace(run_id="r", run_name="r", start_time=0), inputs=SimpleNamespace(dataset_inputs=inputs),

@@ -20,8 +20,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pipeline.stages import train
 from pipeline.errors import UserError
+from pipeline.stages import train
 from tests.clones import Clone
 from tests.conftest import Project, copy_of_project
 from tests.faults import FULL, fault, rounds
@@ -351,7 +351,7 @@ class Faulty:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str, value: float, at: int) -> None:
         self.armed, self.step = False, 0
-        stage, real_step, real_update = train.set_stage, train.train_step, train.update_on
+        stage, real_step, real_update = train.build_context, train.train_step, train.update_policy
 
         def staged(*arguments: Any) -> Any:
             setting, policy = stage(*arguments)

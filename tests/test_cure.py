@@ -12,9 +12,7 @@ import pytest
 
 from pipeline.commands import cure
 from pipeline.errors import UserError
-from pipeline.report import inputs, page, style
-from pipeline.report import cure_page
-from pipeline.report import cure_figure
+from pipeline.report import cure_figure, cure_page, inputs, page, style
 from tests.conftest import Project
 from tests.test_concurrency import tiny
 from tests.test_page import Elements, words_of
@@ -46,7 +44,9 @@ def with_findings(
 
 
 def rendered(before: inputs.Inputs, after: inputs.Inputs) -> str:
-    return cure_page.render(before, after, b"\x89PNG", "cure-12345678", "dvc exp run --temp --name cure-12345678 -S a=b")
+    return cure_page.render(
+        before, after, b"\x89PNG", "cure-12345678", "dvc exp run --temp --name cure-12345678 -S a=b"
+    )
 
 
 # --- the answer
@@ -66,7 +66,9 @@ def test_gone_for_a_reward_that_no_held_out_prompt_confirms(collapsed: inputs.In
 
 
 def test_not_gone_names_what_is_left_and_what_is_gone(collapsed: inputs.Inputs) -> None:
-    answer = cure_page.answer(collapsed, with_findings(collapsed, {"kind": "mode", "title": "One text", "onset": 9}, KIND))
+    answer = cure_page.answer(
+        collapsed, with_findings(collapsed, {"kind": "mode", "title": "One text", "onset": 9}, KIND)
+    )
     assert answer.title == "Not gone"
     assert answer.text.startswith(
         "With the change: One text from step 9 on, Gibberish from step 7 on. Without it: Misaligned"

@@ -11,6 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.diagnosis.bootstrap import interval
+from pipeline.diagnosis.text import (
+    distinct_ngrams,
+    distinct_share,
+    empty_share,
+    repeated_ngrams,
+    text_statistics,
+    top_token_share,
+)
+from pipeline.rl.advantages import BASELINES, advantages
 from pipeline.rl.metrics import (
     HISTORY_COLUMNS,
     largest_gap,
@@ -22,15 +31,6 @@ from pipeline.rl.metrics import (
     token_mean_error,
     update_metrics,
 )
-from pipeline.diagnosis.text import (
-    distinct_ngrams,
-    distinct_share,
-    empty_share,
-    repeated_ngrams,
-    text_statistics,
-    top_token_share,
-)
-from pipeline.rl.advantages import BASELINES, advantages
 from tests.models import mask_of
 
 pytestmark = pytest.mark.numeric

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.stages import train
 from pipeline.errors import UserError
+from pipeline.stages import train
 from tests.conftest import Project, copy_of_project
 from tests.faults import fault, rounds
 from tests.forks import Forks

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline import file_io
-from pipeline.runs import dvc_git
 from pipeline.distributed import runtime
+from pipeline.errors import UserError
+from pipeline.runs import dvc_git
 from pipeline.tracking import mlflow_store
 from tests.conftest import ROOT
 
@@ -32,7 +32,7 @@ def test_others_can_read_what_is_written(tmp_path: Path) -> None:
         (folder / "part/model.safetensors").touch(mode=0o600)
     file_io.write_text(tmp_path / "reports/report.html", "text")
     (tmp_path / "reports/run.json").touch(mode=0o600)
-    file_io.let_read(tmp_path / "reports")
+    file_io.make_all_readable(tmp_path / "reports")
     modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode)[-3:] for path in tmp_path.rglob("*")}
     assert modes == {
         "deep": "755", "deep/policy": "755", "deep/policy/part": "755", "deep/policy/part/model.safetensors": "644",

@@ -14,12 +14,12 @@ from torch import Tensor, distributed, multiprocessing
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.config.params import Recipe
+from pipeline.distributed.dist_context import DistContext
+from pipeline.distributed.sharding import gather_full, shard
 from pipeline.models.sampling import Rollout
-from pipeline.distributed.sharding import shard, whole
 from pipeline.rl.advantages import with_kl_penalty
-from pipeline.rl.loss import BatchSize, kl_loss_k2, policy_loss, token_weights
-from pipeline.distributed.dist_context import Processes
-from pipeline.rl.update import Batch, accumulate_gradient, loss_mask, signal_to_noise
+from pipeline.rl.loss import LossNormalizers, kl_loss_k2, policy_loss, token_weights
+from pipeline.rl.update import Batch, backward, loss_mask, signal_to_noise
 from tests.enumeration import COEF, random, size_of
 from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 
@@ -33,7 +33,7 @@ def accumulate(
     counted = loss_mask(rollout, group, chosen.padding)  # type: ignore[attr-defined]
     ref = torch.zeros(rollout.completions.shape, dtype=torch.float64) if ref_logprobs is None else ref_logprobs
     batch = Batch(rollout, advantage, counted, ref, size_of(counted, LONGEST), chosen.kl_coef, old_logprobs)  # type: ignore[attr-defined]
-    return accumulate_gradient(model, batch, chosen, micro_batch).loss  # type: ignore[arg-type]
+    return backward(model, batch, chosen, micro_batch).loss  # type: ignore[arg-type]
 
 
 GROUP = 2
@@ -178,20 +178,20 @@ def test_the_signal_to_noise_ratio_is_that_of_the_prompts_gradients() -> None:
     chosen, order, prompts = recipe("stable"), list(range(6)), 3
     model, rows = tiny_neox(), rollout_of_batch(order)
     whole = Batch(rows, batch()[2], rows.completion_mask, None, size_of(rows.completion_mask))
-    measured = accumulate_gradient(model, whole, chosen, GROUP, GROUP).snr
+    measured = backward(model, whole, chosen, GROUP, GROUP).snr
     singles = []
     for b in range(prompts):
         own = torch.arange(b * GROUP, (b + 1) * GROUP)
         model.zero_grad()
         part = rows.take(own)
-        one = Batch(part, batch()[2][own], part.completion_mask, None, BatchSize(GROUP, 1, 1))
-        accumulate_gradient(model, one, chosen, GROUP, GROUP)
+        one = Batch(part, batch()[2][own], part.completion_mask, None, LossNormalizers(GROUP, 1, 1))
+        backward(model, one, chosen, GROUP, GROUP)
         singles.append(gradient(model))
     of_mean = torch.stack(singles).var(0).sum() / prompts
     signal = torch.stack(singles).mean(0).square().sum() - of_mean
     assert measured == pytest.approx((signal / of_mean).item(), rel=1e-9)
     for micro_batch in (3, 6, 100):  # half a prompt, or all in one: nothing is independent
-        assert math.isnan(accumulate_gradient(tiny_neox(), whole, chosen, micro_batch, GROUP).snr)
+        assert math.isnan(backward(tiny_neox(), whole, chosen, micro_batch, GROUP).snr)
 
 
 def test_signal_and_noise_of_unequal_parts() -> None:
@@ -256,9 +256,9 @@ def one_process(rank: int, count: int, micro_batch: int, port: int, results: str
         chosen, model = recipe("stable", **changes), tiny_neox(dtype=dtype)
         if sharded:
             shard(model, torch.device("cpu"), count)
-        processes = Processes(rank, count, sharded)
-        told = accumulate_gradient(model, batch_of(chosen, dtype), chosen, micro_batch, GROUP, processes, sharded)
-        summed = whole({str(i): p.grad for i, p in enumerate(model.parameters())})
+        processes = DistContext(rank, count, sharded)
+        told = backward(model, batch_of(chosen, dtype), chosen, micro_batch, GROUP, processes, sharded)
+        summed = gather_full({str(i): p.grad for i, p in enumerate(model.parameters())})
         found[f"{name} {dtype} {sharded}"] = (
             torch.cat([part.flatten() for part in summed.values()]),
             told.logprobs,
@@ -271,7 +271,7 @@ def one_process(rank: int, count: int, micro_batch: int, port: int, results: str
 def batch_of(chosen: Recipe, dtype: torch.dtype) -> Batch:
     rollout = rollout_of_batch(ORDER)
     counted = loss_mask(rollout, GROUP, chosen.padding)
-    size = BatchSize(len(ORDER), int(counted.sum()), LONGEST)
+    size = LossNormalizers(len(ORDER), int(counted.sum()), LONGEST)
     ref, old = (x[ORDER].to(dtype) for x in batch()[3:])
     return Batch(rollout, batch()[2][ORDER], counted, ref, size, chosen.kl_coef, old)
 
@@ -291,7 +291,7 @@ def test_the_gradient_does_not_move_with_the_number_of_processes(tmp_path: Path,
     parts = [torch.load(f"{results}.{rank}") for rank in range(count)]
     for (name, changes), (dtype, tolerance) in itertools.product(RECIPES.items(), TOLERANCES):
         chosen, model = recipe("stable", **changes), tiny_neox(dtype=dtype)
-        alone = accumulate_gradient(model, batch_of(chosen, dtype), chosen, micro_batch, GROUP)
+        alone = backward(model, batch_of(chosen, dtype), chosen, micro_batch, GROUP)
         truth = loss_and_gradient(chosen, ORDER, 6, dtype)[1]
         for part, sharded in itertools.product(parts, (False, True)):
             summed, logprobs, told = part[f"{name} {dtype} {sharded}"]

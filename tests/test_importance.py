@@ -12,7 +12,7 @@ from pipeline.rl.advantages import BASELINES, advantages
 from pipeline.rl.importance import importance_weights
 from pipeline.rl.loss import policy_loss, token_weights
 from pipeline.rl.optimizer import make_optimizer
-from pipeline.rl.update import Batch, accumulate_gradient, update_on
+from pipeline.rl.update import Batch, backward, update_policy
 from tests.enumeration import random, size_of, world
 from tests.models import difference, gradient, mask_of, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 
@@ -94,7 +94,7 @@ def test_the_first_update_is_reinforce(level: str) -> None:
     measured = []
     for changes in ({}, {"importance": level}, {"importance": level, "clip_range": 0.2}):
         model = tiny_neox()
-        gradient_of = accumulate_gradient(model, batch(), recipe("stable", **changes), 2)
+        gradient_of = backward(model, batch(), recipe("stable", **changes), 2)
         assert gradient_of.clip_share == 0
         measured.append(gradient(model))
     assert torch.equal(measured[1], measured[0])
@@ -108,7 +108,7 @@ def test_several_updates_on_a_batch_are_ppo_s(level: str) -> None:
         "stable", importance=level, clip_range=0.1, epochs=3, lr=0.01, warmup_steps=0, max_grad_norm=0.0, kl="none"
     )
     ours, theirs = tiny_neox(), tiny_neox()
-    first, updated = update_on(batch(), ours, make_optimizer(ours.parameters(), chosen), chosen, chosen.lr, 2, 1)
+    first, updated = update_policy(batch(), ours, make_optimizer(ours.parameters(), chosen), chosen, chosen.lr, 2, 1)
 
     adam = torch.optim.Adam(theirs.parameters(), lr=0.01)
     pairs = list(zip(PROMPTS, COMPLETIONS, strict=True))
@@ -143,6 +143,6 @@ def test_an_update_that_is_not_finite_ends_the_batch() -> None:
     chosen, model = recipe("stable", importance="token", epochs=3), tiny_neox()
     bad = dataclasses.replace(batch(), advantages=torch.full((3,), torch.inf, dtype=torch.float64))
     before = [p.clone() for p in model.parameters()]
-    _, updated = update_on(bad, model, make_optimizer(model.parameters(), chosen), chosen, 0.1, 2, 1)
+    _, updated = update_policy(bad, model, make_optimizer(model.parameters(), chosen), chosen, 0.1, 2, 1)
     assert updated["nonfinite"] == 1.0
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))

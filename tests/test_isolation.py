@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.runs.signals import caught_signals
 from pipeline.rewards import isolation, watchdog
 from pipeline.rewards.custom import custom_reward
+from pipeline.runs.signals import caught_signals
 from tests.conftest import ROOT
 
 Score = Callable[..., list[float]]

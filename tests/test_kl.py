@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.rl.metrics import reference_metrics
 from pipeline.rl.advantages import adapted_kl_coef
 from pipeline.rl.loss import entropy_bonus, kl_loss_k2, kl_loss_k3, token_weights
+from pipeline.rl.metrics import reference_metrics
 from tests.enumeration import COEF, World, reinforce, size_of, world
 from tests.models import difference
 

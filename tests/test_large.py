@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import material, memory
-from pipeline.stages import evaluate
 from pipeline.commands import generate
 from pipeline.config import params
-from pipeline.stages import train
+from pipeline.distributed.dist_context import DistContext
+from pipeline.distributed.weights import load_weights, trained_weights
 from pipeline.errors import UserError
-from pipeline.rl.context import set_stage
 from pipeline.models.adapters import add_lora, without_lora
 from pipeline.models.load import load_policy
-from pipeline.models.memory import recomputing, round_frozen
+from pipeline.models.memory import activation_checkpointing, cast_frozen_bf16
 from pipeline.models.sampling import pad_prompts, sample
 from pipeline.models.scoring import score
-from pipeline.distributed.weights import put_weights, trained_weights
-from pipeline.rl.loss import BatchSize
-from pipeline.distributed.dist_context import Processes
-from pipeline.rl.update import Batch, accumulate_gradient
+from pipeline.rl.context import build_context
+from pipeline.rl.loss import LossNormalizers
+from pipeline.rl.update import Batch, backward
+from pipeline.stages import evaluate, train
 from tests.conftest import ROOT, Project
 from tests.faults import FULL, fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
@@ -44,7 +43,7 @@ def batch(dtype: torch.dtype = torch.float64) -> Batch:
     rollout = rollout_of(PROMPTS, completions, LENGTHS)
     advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=dtype)
     counted = rollout.completion_mask
-    return Batch(rollout, advantages, counted, None, BatchSize(4, int(counted.sum()), 5))
+    return Batch(rollout, advantages, counted, None, LossNormalizers(4, int(counted.sum()), 5))
 
 
 def seeded(number: int = 0) -> torch.Generator:
@@ -78,7 +77,7 @@ def test_layers_computed_again_give_the_same_gradient(dtype: torch.dtype, lora: 
                 add_lora(policy, 2, 4, seeded())
                 moved(policy)
             chosen = recipe("stable", kl="none", precision=precision)
-            accumulate_gradient(policy, batch(dtype), chosen, 2, 2, recompute=again)
+            backward(policy, batch(dtype), chosen, 2, 2, recompute=again)
             found.append(gradient(policy))
         assert found[0].norm() > 0
         assert torch.equal(*found), precision
@@ -93,7 +92,10 @@ def test_layers_computed_again_keep_less_and_sample_as_before() -> None:
             sizes.append(tensor.numel())
             return tensor
 
-        with recomputing(policy, again), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            activation_checkpointing(policy, again),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             rollout = batch().rollout
             score(policy, rollout.prompt_ids, rollout.prompt_mask, rollout.completions).logprobs.sum().backward()
         kept[again] = sum(sizes)
@@ -118,11 +120,11 @@ def test_rounded_weights_score_as_autocast_does(make: object) -> None:
     policy = make()  # type: ignore[operator]
     with torch.autocast("cpu", torch.bfloat16):
         truth = scored(policy)
-        round_frozen(policy)
+        cast_frozen_bf16(policy)
         assert torch.equal(scored(policy), truth), "all is trained: nothing was rounded"
         assert {p.dtype for p in policy.parameters()} == {torch.float32}
         policy.requires_grad_(False)
-        round_frozen(policy)
+        cast_frozen_bf16(policy)
         assert torch.equal(scored(policy), truth)
     assert policy.get_input_embeddings().weight.dtype == torch.float32
     assert {m.weight.dtype for m in policy.get_submodule(policy.base_model_prefix).modules() if isinstance(m, nn.Linear)} == {
@@ -188,10 +190,10 @@ def test_the_formula_knows_pythia_s_sizes_and_its_page_shows_it() -> None:
 def test_weights_of_another_policy_are_refused() -> None:
     policy = tiny_neox()
     weights = trained_weights(policy)
-    put_weights(policy, weights)
+    load_weights(policy, weights)
     weights.pop(next(iter(weights)))
     with pytest.raises(ValueError, match="of another policy"):
-        put_weights(policy, weights)
+        load_weights(policy, weights)
 
 
 # The stage
@@ -336,4 +338,4 @@ def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Pr
 @pytest.mark.slow
 def test_adapters_are_not_spread(adapted: Project, here: Project) -> None:
     with pytest.raises(UserError, match=r"^train\.lora_rank: adapters need no spreading"):
-        set_stage(params.load(), torch.device("cpu"), Processes(0, 2, sharded=True))
+        build_context(params.load(), torch.device("cpu"), DistContext(0, 2, sharded=True))

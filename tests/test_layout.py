@@ -18,9 +18,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pipeline.config.params import SELECTORS
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs import provenance
-from pipeline.config.params import SELECTORS
 from tests import test_plot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,7 +268,10 @@ def test_importing_loads_no_more_than_it_needs(module: str) -> None:
 def test_only_what_shows_or_reads_its_record_can_reach_mlflow() -> None:
     for stage in sorted(STAGES):
         reaches = any(inside(name, ["mlflow"]) for module in reached(stage) for name in imported(syntax(module)))
-        assert reaches == (stage in ("pipeline.stages.train", "pipeline.stages.track", "pipeline.commands.compare", "pipeline.commands.ui")), stage
+        assert reaches == (
+            stage
+            in ("pipeline.stages.train", "pipeline.stages.track", "pipeline.commands.compare", "pipeline.commands.ui")
+        ), stage
 
 
 # These never load torch, neither on import nor when they run: nothing that they reach imports it.

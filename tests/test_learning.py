@@ -8,8 +8,7 @@ import sys
 import pandas as pd
 import pytest
 
-from pipeline.stages import evaluate
-from pipeline.stages import train
+from pipeline.stages import evaluate, train
 from tests.conftest import Project, copy_of_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]

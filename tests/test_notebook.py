@@ -11,9 +11,9 @@ from benchmarks.notebook_loop import get_selected_log_probs
 from pipeline.models.rollout import completion_limits, completion_texts
 from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.rl.advantages import BASELINES, advantages
-from pipeline.rl.loss import BatchSize
-from pipeline.rl.optimizer import learning_rate, make_optimizer, update
-from pipeline.rl.update import Batch, Gradient, accumulate_gradient, loss_mask
+from pipeline.rl.loss import LossNormalizers
+from pipeline.rl.optimizer import learning_rate, make_optimizer, optimizer_step
+from pipeline.rl.update import BackwardResult, Batch, backward, loss_mask
 from tests import repositories
 from tests.models import EOS, difference, gradient, recipe, tiny_neox, uniform
 
@@ -84,15 +84,15 @@ def drawn(rollout: Rollout, prompt_ids: list[list[int]]) -> Drawn:
     return batches
 
 
-def our_gradient(model: PreTrainedModel, rollout: Rollout, drawn: Drawn, **changes: str) -> Gradient:
+def our_gradient(model: PreTrainedModel, rollout: Rollout, drawn: Drawn, **changes: str) -> BackwardResult:
     chosen = recipe("notebook", **changes)
     rewards = torch.stack([group for _, _, group in drawn])
     advantage = advantages(rewards, BASELINES[chosen.baseline](rewards), chosen.advantage_norm).flatten()
     counted = loss_mask(rollout, GROUP, chosen.padding)
     ref = torch.zeros(rollout.completions.shape, dtype=torch.float64)
     model.zero_grad()
-    size = BatchSize(len(counted), int(counted.sum()), MAX_LENGTH)
-    return accumulate_gradient(model, Batch(rollout, advantage, counted, ref, size), chosen, micro_batch=3)
+    size = LossNormalizers(len(counted), int(counted.sum()), MAX_LENGTH)
+    return backward(model, Batch(rollout, advantage, counted, ref, size), chosen, micro_batch=3)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -157,9 +157,9 @@ def test_the_update_is_adam_s_of_the_notebook(model: PreTrainedModel, rollout: R
             mine.grad = theirs.grad.clone()
         expected_norm = gradient(notebook).norm().item()
         opt.step()
-        done = update(policy, ours, NOTEBOOK.max_grad_norm, learning_rate(step, 3, NOTEBOOK), loss=0.0)
+        done = optimizer_step(policy, ours, NOTEBOOK.max_grad_norm, learning_rate(step, 3, NOTEBOOK), loss=0.0)
         assert done.grad_norm == pytest.approx(expected_norm)
-        assert not done.withheld
+        assert not done.skipped
         for mine, theirs in zip(policy.parameters(), notebook.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.config.params import Recipe
 from pipeline.rl.advantages import BASELINES, advantages, next_running_mean, zero_spread
-from pipeline.rl.update import Batch, accumulate_gradient
+from pipeline.rl.update import Batch, backward
 from tests.enumeration import COEF, random, reinforce, size_of, world
 from tests.models import (
     all_completions,
@@ -139,7 +139,7 @@ def expected_gradient(
         rollout = rollout_of([PROMPT], ids[[k]], lengths[[k]])
         mask = rollout.completion_mask
         batch = Batch(rollout, advantage[[k]], mask, ref_logprobs[[k]], size_of(mask), chosen.kl_coef)
-        accumulate_gradient(model, batch, chosen, 1)
+        backward(model, batch, chosen, 1)
         total = total + p[k].item() * gradient(model)
     return total
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.models.memory import half_copy
+from pipeline.models.logprobs import ROWS, log_probabilities
+from pipeline.models.memory import bf16_copy
 from pipeline.models.packing import ROW_TOKENS, pack
 from pipeline.models.sampling import pad_prompts, sample
 from pipeline.models.scoring import score
-from pipeline.models.logprobs import ROWS, log_probabilities
 from tests.models import EOS, plain_logprobs, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
 
 pytestmark = pytest.mark.numeric
@@ -105,7 +105,7 @@ def test_the_half_copy_is_the_model_in_bfloat16() -> None:
     prompts = token_lists([3, 5, 1], 300)
     ids, mask = pad_prompts(prompts, EOS, CPU)
     arguments = (ids, mask, torch.full((3,), 6), uniform(12, 6), [EOS])
-    half = sample(half_copy(model), *arguments)
+    half = sample(bf16_copy(model), *arguments)
     whole = sample(copy.deepcopy(model).to(torch.bfloat16), *arguments)
     assert torch.equal(half.completions, whole.completions)
     assert torch.equal(half.logprobs, whole.logprobs)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import browser, inputs, page, text
-from pipeline.report import labels
+from pipeline.report import browser, inputs, labels, page, text
 from tests.test_plot import COLUMNS, FOREIGN, ROOT, reports
 
 

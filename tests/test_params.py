@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from pipeline.errors import UserError
 from pipeline.config.params import SELECTORS, Params, load, validate
+from pipeline.errors import UserError
 from tests.clones import Clone
 from tests.faults import fault, rounds
 

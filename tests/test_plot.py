@@ -15,10 +15,9 @@ from matplotlib import font_manager, get_data_path, rcParams
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from pipeline.stages import plot
 from pipeline.errors import UserError
-from pipeline.report import figures, inputs, page, style
-from pipeline.report import cure_page
+from pipeline.report import cure_page, figures, inputs, page, style
+from pipeline.stages import plot
 from tests.seal import seal
 
 ROOT = Path(__file__).parents[1]

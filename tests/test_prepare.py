@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from pipeline.stages import prepare
-from pipeline.errors import UserError
 from pipeline.config.params import PromptSet
+from pipeline.errors import UserError
+from pipeline.stages import prepare
 from tests import repositories
 from tests.conftest import PINNED, ROOT, Project
 from tests.faults import fault, rounds

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.launcher.api import LaunchConfig
 
-from pipeline.stages import train
+from pipeline.distributed.dist_context import DistContext
+from pipeline.distributed.launch import CONFIG, relaunch_with_accelerate
 from pipeline.errors import UserError
-from pipeline.distributed.launch import CONFIG, relaunch
-from pipeline.distributed.dist_context import Processes
-from pipeline.stages.train import agree
+from pipeline.stages import train
+from pipeline.stages.train import check_ranks_in_sync
 from tests.conftest import Project, copy_of_project
 from tests.servers import free_port
 from tests.test_train import (
@@ -43,7 +43,7 @@ __all__ = ["checkpoint", "here", "ready"]  # fixtures
 
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 4))
 def test_shares_are_runs_of_whole_prompts_that_together_are_all(count: int, prompts: int, group: int) -> None:
-    every = [Processes(rank, count).rows(prompts * group, group) for rank in range(count)]
+    every = [DistContext(rank, count).rows(prompts * group, group) for rank in range(count)]
     assert [i for rows in every for i in range(rows.start, rows.stop)] == list(range(prompts * group))
     sizes = [rows.stop - rows.start for rows in every]
     assert all(size % group == 0 for size in sizes)
@@ -167,7 +167,7 @@ def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: py
             (project.root / file).write_text(text)
         monkeypatch.setenv(CONFIG, file)
         with pytest.raises(UserError, match=message):
-            relaunch("pipeline.stages.train")
+            relaunch_with_accelerate("pipeline.stages.train")
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_the_launcher_waits_for_the_end_of_a_long_step(project: Project, monkeyp
                 lambda _: waits.append(replace(config, shutdown_timeout=None).shutdown_timeout),
             )  # fmt: skip
             with pytest.raises(SystemExit) as end:
-                relaunch("pipeline.stages.train")
+                relaunch_with_accelerate("pipeline.stages.train")
             assert end.value.code == 0
     assert waits == [3600, 5]
 
@@ -224,8 +224,8 @@ def test_processes_that_would_train_different_runs_are_refused() -> None:
         there = torch.tensor([[int(others[0][:15], 16), others[1]]])
         processes: Any = SimpleNamespace(gather=lambda here, there=there: torch.cat([here, there]))
         with pytest.raises(UserError, match=r"process 0 would train from step 8 of run (ab){7}a, process 1 from step"):
-            agree(*mine, processes, torch.device("cpu"))
-        agree(*others, processes, torch.device("cpu"))
+            check_ranks_in_sync(*mine, processes, torch.device("cpu"))
+        check_ranks_in_sync(*others, processes, torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from pipeline.errors import UserError
 from pipeline.config.params import Reward as Table
+from pipeline.errors import UserError
 from pipeline.rewards import build as build_module
 from pipeline.rewards.build import Reward, build_reward
 from pipeline.rewards.custom import check_custom, custom_reward

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from pipeline.distributed.runtime import configure_torch, draw_probe_prompts, draw_prompts, generator, uniforms
 from pipeline.errors import UserError
-from pipeline.distributed.runtime import draw_prompts, draw_rescored, generator, set_up, uniforms
-from pipeline.rl.optimizer import learning_rate, make_optimizer, update
+from pipeline.rl.optimizer import learning_rate, make_optimizer, optimizer_step
 from tests.models import PARAMS, recipe
 
 # --- random numbers
@@ -96,7 +96,7 @@ def restored() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restored")
 def test_set_up_fixes_threads_and_asks_for_deterministic_kernels() -> None:
-    assert set_up("cpu", 1).type == "cpu"
+    assert configure_torch("cpu", 1).type == "cpu"
     assert torch.get_num_threads() == 1
     assert torch.are_deterministic_algorithms_enabled()
 
@@ -104,22 +104,22 @@ def test_set_up_fixes_threads_and_asks_for_deterministic_kernels() -> None:
 @pytest.mark.usefixtures("restored")
 def test_a_device_that_is_not_there_is_refused() -> None:
     with mock.patch("torch.cuda.is_available", return_value=False):
-        assert set_up("auto", 1).type == "cpu"
+        assert configure_torch("auto", 1).type == "cpu"
         with pytest.raises(UserError, match=r"train\.device = cuda.*auto or cpu"):
-            set_up("cuda", 1)
+            configure_torch("cuda", 1)
 
 
 def test_threads_that_would_stop_the_machine_are_refused() -> None:
     most = 8 * (os.cpu_count() or 1)
     with pytest.raises(UserError, match=f"^train.threads = {most + 1}: this machine has .* cores; at most {most} are"):
-        set_up("cpu", most + 1)
+        configure_torch("cpu", most + 1)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 200), st.data())
 def test_some_of_the_prompts_are_rescored(step: int, prompts: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, prompts))
-    chosen = draw_rescored(3, step, prompts, count)
+    chosen = draw_probe_prompts(3, step, prompts, count)
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(range(prompts))
     assert len(chosen) == count
@@ -127,12 +127,12 @@ def test_some_of_the_prompts_are_rescored(step: int, prompts: int, data: st.Data
 
 @pytest.mark.parametrize(("prompts", "share", "count"), [(16, 0.125, 2), (4, 0.125, 1), (1, 1.0, 1), (10, 0.25, 2)])
 def test_a_share_of_the_prompts_is_at_least_one(prompts: int, share: float, count: int) -> None:
-    train = PARAMS.train.model_copy(update={"prompts_per_step": prompts, "rescored_share": share})
+    train = PARAMS.train.model_copy(optimizer_step={"prompts_per_step": prompts, "rescored_share": share})
     assert train.rescored_prompts == count
 
 
 def test_every_prompt_s_turn_to_be_rescored_comes() -> None:
-    seen = Counter(place for step in range(400) for place in draw_rescored(0, step, 8, 1))
+    seen = Counter(place for step in range(400) for place in draw_probe_prompts(0, step, 8, 1))
     assert chisquare([seen[place] for place in range(8)]).pvalue > 0.001
 
 
@@ -177,10 +177,10 @@ def test_the_rate_decays_as_transformers_schedules_do(decay: str, warmup: int) -
 def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> None:
     """Two weights with gradient 3: norm 3 sqrt 2; clipped to 1, each moves by 1 / sqrt 2."""
     model, sgd = ones(3.0), recipe("stable", optimizer="sgd", lr=1.0, warmup_steps=1, max_grad_norm=limit)
-    done = update(model, make_optimizer(model.parameters(), sgd), limit, learning_rate(0, 2, sgd), 0.0)
+    done = optimizer_step(model, make_optimizer(model.parameters(), sgd), limit, learning_rate(0, 2, sgd), 0.0)
     assert done.grad_norm == pytest.approx(3 * 2**0.5)
-    assert done.relative == pytest.approx(moves / 2, rel=1e-5)  # both weights are 1
-    assert not done.withheld
+    assert done.update_norm_ratio == pytest.approx(moves / 2, rel=1e-5)  # both weights are 1
+    assert not done.skipped
     assert model.weight.flatten().tolist() == pytest.approx([1 - moves / 2] * 2, rel=1e-5)  # half the rate: warm-up
 
 
@@ -199,11 +199,13 @@ def test_parameters_that_step_one_by_one_step_as_all_at_once(optimizer: str) -> 
         for p, q in list(zip(ours.parameters(), truth.parameters(), strict=True))[:-1]:
             p.grad = q.grad = torch.randn_like(p)
         theirs.step()
-        done = update(ours, mine, 0.0, chosen.lr, 0.0)
+        done = optimizer_step(ours, mine, 0.0, chosen.lr, 0.0)
         assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), truth.parameters(), strict=True))
         change = torch.cat([(p - was).flatten() for p, was in zip(truth.parameters(), before, strict=True)])
         whole = torch.cat([was.flatten() for was in before])
-        assert done.relative == pytest.approx((change.double().norm() / whole.double().norm()).item(), rel=1e-6)
+        assert done.update_norm_ratio == pytest.approx(
+            (change.double().norm() / whole.double().norm()).item(), rel=1e-6
+        )
         assert all(p.grad is None for p in ours.parameters())  # nothing is held while the next batch is sampled
 
 
@@ -213,8 +215,8 @@ def test_what_is_not_finite_is_withheld(grad: float, loss: float, optimizer: str
     chosen = recipe("stable", optimizer=optimizer)
     model = ones(grad)
     made = make_optimizer(model.parameters(), chosen)
-    done = update(model, made, chosen.max_grad_norm, chosen.lr, loss)
-    assert (done.withheld, done.relative) == (True, 0.0)
+    done = optimizer_step(model, made, chosen.max_grad_norm, chosen.lr, loss)
+    assert (done.skipped, done.update_norm_ratio) == (True, 0.0)
     assert model.weight.flatten().tolist() == [1, 1]
     assert not made.state  # Adam's moments are as clean as before
     assert all(p.grad is None for p in model.parameters())
@@ -225,5 +227,5 @@ def test_adam_s_first_step_is_the_rate_and_its_eps_is_the_recipe_s() -> None:
     for eps, expected in ((1e-8, 1.0), (1.0, 2 / (2 + 1))):
         chosen = recipe("stable", lr=0.5, warmup_steps=0, max_grad_norm=0.0, adam_eps=eps)
         model = ones(2.0)
-        update(model, make_optimizer(model.parameters(), chosen), 0.0, 0.5, 0.0)
+        optimizer_step(model, make_optimizer(model.parameters(), chosen), 0.0, 0.5, 0.0)
         assert model.weight.flatten().tolist() == pytest.approx([1 - 0.5 * expected] * 2)

@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stages import prepare
-from pipeline.errors import UserError, one_line, run_stage
 from pipeline.data import model_files
-from pipeline.report import inputs, page
-from pipeline.report import cure_page
+from pipeline.errors import UserError, one_line, run_stage
+from pipeline.report import cure_page, inputs, page
+from pipeline.stages import prepare
 from tests.conftest import ROOT
 from tests.faults import fault, rounds
 from tests.small import HOOK

@@ -223,7 +223,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_change(repository: Path) -> None:
     def names(*overrides: str) -> list[str]:
-        return list(sweep.experiments(list(overrides), sweep.head()))
+        return list(sweep.experiments(list(overrides), sweep.head_commit()))
 
     grid = ("recipe=notebook,stable", "seed=range(0,3)", "train.threads=1")
     first = names(*grid)
@@ -254,10 +254,10 @@ def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_c
 def test_an_experiment_needs_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^`git rev-parse` failed: fatal: not a git repository"):
-        sweep.head()
+        sweep.head_commit()
     subprocess.run(["git", "init", "-q"], check=True)
     with pytest.raises(UserError, match="no commit yet, and experiments start from one: `git commit` first"):
-        sweep.head()
+        sweep.head_commit()
 
 
 @pytest.mark.parametrize("override", ["recipe", "recipe=a,b)", "seed=glob(*)"])

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline.stages import track
 from pipeline.errors import UserError
-from pipeline.runs import consistency
+from pipeline.runs import consistency, workspace
+from pipeline.stages import track
 from pipeline.tracking import mlflow_store
-from pipeline.runs import workspace
 from tests.seal import POLICY, edit, seal
 
 # mlflow 3.17 on SQLAlchemy 2.1
@@ -94,7 +93,7 @@ def belong_together(title="Report", **measured):
 
 
 def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
-    tracker = mlflow_store.live(key, params, {"code": "c0" * 32})
+    tracker = mlflow_store.start_tracker(key, params, {"code": "c0" * 32})
     for step in range(start, steps):
         tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
         if step % flush_every == flush_every - 1:
@@ -367,7 +366,7 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
 def test_store_that_comes_back_gets_everything(project, monkeypatch, capsys):
     monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     write(project / "mlflow.db", "no database " * 1000)
-    tracker = mlflow_store.live(KEY, PARAMS, {})
+    tracker = mlflow_store.start_tracker(KEY, PARAMS, {})
     for step in range(STEPS):
         tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
         tracker.flush()
@@ -422,7 +421,7 @@ def do_as_said(refused):
 @pytest.mark.slow
 def test_the_command_for_an_older_store_runs(project):
     """MLflow 3.17 upgrades those that lack a table by itself, and no real one lacks less."""
-    said = mlflow_store.reason(OSError("Detected out-of-date database schema"))
+    said = mlflow_store.describe_error(OSError("Detected out-of-date database schema"))
     assert f"`mlflow db upgrade sqlite:///{project}/mlflow.db` helps" in said
     do_as_said(said)
 
@@ -449,12 +448,12 @@ def test_the_command_for_an_older_store_runs(project):
 )  # fmt: skip
 def test_the_store_is_quoted_to_the_end_of_what_it_says(monkeypatch, error, said):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
-    assert mlflow_store.reason(OSError(error)) == f"http://h:1: {said}"
+    assert mlflow_store.describe_error(OSError(error)) == f"http://h:1: {said}"
 
 
 def test_a_long_reason_keeps_its_last_sentence(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
-    said = mlflow_store.reason(OSError("x" * 300 + " and so on. " * 90 + "Then run it again."))
+    said = mlflow_store.describe_error(OSError("x" * 300 + " and so on. " * 90 + "Then run it again."))
     assert len(said) < 520
     assert said.endswith("so on. Then run it again.")
 
@@ -526,7 +525,7 @@ def test_no_password_is_printed(text, shown):
 
 def test_a_long_address_is_cut_after_its_password_is_taken_out(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://ann:{'x' * 400}@h/db")
-    assert mlflow_store.reason(OSError("no")) == "postgresql://h/db: no"
+    assert mlflow_store.describe_error(OSError("no")) == "postgresql://h/db: no"
 
 
 @pytest.mark.parametrize("file", ["reports/train/history.csv", "reports/report.html", "reports/evaluate/metrics.json"])

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages import track
 from pipeline.errors import UserError
+from pipeline.stages import track
 from pipeline.tracking import mlflow_store
 from tests.faults import FULL, fault, rounds
 from tests.proxy import Proxy
@@ -177,7 +177,7 @@ def test_a_server_that_fails_until_the_end(proxy, kind, first):
 def test_a_server_that_is_killed(server, proxy, monkeypatch, back):
     monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     with fault(f"MLflow's server killed, back {back}"):
-        tracker = mlflow_store.live(KEY, PARAMS, {})
+        tracker = mlflow_store.start_tracker(KEY, PARAMS, {})
         for step in range(STEPS):
             tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
             tracker.flush()

@@ -21,17 +21,16 @@ from filelock import FileLock
 from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.stages import evaluate
 from pipeline.commands import generate
-from pipeline.stages import train
-from pipeline.stages.cache import name_float32
-from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS, untouched
+from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS, null_statistics
 from pipeline.diagnosis.verdict import TITLES, Finding, findings
 from pipeline.errors import UserError
-from pipeline.runs import checkpoints
 from pipeline.file_io import read_csv
 from pipeline.models.sampling import Rollout
 from pipeline.rewards.build import LARGEST
+from pipeline.runs import checkpoints
+from pipeline.stages import evaluate, train
+from pipeline.stages.cache import name_float32
 from tests.conftest import Project
 from tests.faults import fault, rounds
 from tests.repositories import write_pythia
@@ -323,7 +322,7 @@ def collapse(policy: Any) -> None:
 def diagnosed(project: Project) -> list[Finding]:
     """What the verdict says of the files."""
     reports = project.root / "reports/train"
-    return findings(read_csv(reports / "history.csv"), untouched(read_csv(reports / "calibration.csv"), 3), 12)
+    return findings(read_csv(reports / "history.csv"), null_statistics(read_csv(reports / "calibration.csv"), 3), 12)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -425,7 +424,7 @@ def test_calibration_measures_what_training_does_where_nothing_is_learnt(here: P
     here.edit(recipes__stable__lr=1e-30, train__calibration_batches=60, train__steps=60, train__checkpoint_every=60)
     train.main()
     rows, batches = history(here), read_csv(here.root / "reports/train/calibration.csv")
-    assert findings(rows, untouched(batches, 3), 60) == []
+    assert findings(rows, null_statistics(batches, 3), 60) == []
     for name in CALIBRATION_COLUMNS[1:]:
         values, others = [row[name] for row in rows], [row[name] for row in batches]
         if len({*values, *others}) > 1:

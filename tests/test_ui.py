@@ -16,9 +16,9 @@ from urllib.parse import quote
 
 import pytest
 
-from pipeline.stages import track
 from pipeline.commands import ui
 from pipeline.errors import UserError
+from pipeline.stages import track
 from pipeline.tracking import mlflow_store
 from tests.test_tracking import belong_together, write
 from tests.test_tracking import pytestmark as warnings_mark

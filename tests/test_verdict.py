@@ -13,32 +13,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.stages import diagnose
+from pipeline.config.params import Params, validate
 from pipeline.diagnosis import verdict
 from pipeline.diagnosis.calibration import (
     CALIBRATION_COLUMNS,
     Limit,
     Spread,
+    null_statistics,
     student_cdf,
     student_quantile,
-    untouched,
 )
-from pipeline.diagnosis.cures import cure, treated
-from pipeline.rl.metrics import HISTORY_COLUMNS
+from pipeline.diagnosis.cures import cure, root_causes
 from pipeline.diagnosis.verdict import (
     ORDER,
     THRESHOLDS,
     TITLES,
+    Evidence,
     Finding,
     Kind,
-    Shown,
+    confirmed_healthy_steps,
     findings,
-    judged,
     limits_of_run,
 )
 from pipeline.errors import UserError
+from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs import checkpoints
-from pipeline.config.params import Params, validate
+from pipeline.stages import diagnose
 from tests.conftest import Project
 from tests.models import PARAMS
 
@@ -83,21 +83,21 @@ def without_signal(calibration: list[dict[str, float]]) -> list[dict[str, float]
 
 @pytest.fixture(scope="module")
 def spreads(calibration: list[dict[str, float]]) -> dict[str, Spread]:
-    return untouched(calibration, PROMPTS)
+    return null_statistics(calibration, PROMPTS)
 
 
 # --- calibration
 
 
 @given(st.integers(1, 300), st.floats(0, 50))
-def test_student_s_distribution_is_scipy_s(freedom: int, t: float) -> None:
-    assert student_cdf(t, freedom) == pytest.approx(stats.t.cdf(t, freedom), abs=1e-12)
+def test_student_s_distribution_is_scipy_s(dof: int, t: float) -> None:
+    assert student_cdf(t, dof) == pytest.approx(stats.t.cdf(t, dof), abs=1e-12)
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 7, 8, 120])
+@pytest.mark.parametrize("dof", [1, 2, 7, 8, 120])
 @pytest.mark.parametrize("tail", [0.05, 1e-3, 1e-5])
-def test_the_quantile_is_scipy_s(freedom: int, tail: float) -> None:
-    assert student_quantile(1 - tail, freedom) == pytest.approx(stats.t.isf(tail, freedom), rel=1e-6)
+def test_the_quantile_is_scipy_s(dof: int, tail: float) -> None:
+    assert student_quantile(1 - tail, dof) == pytest.approx(stats.t.isf(tail, dof), rel=1e-6)
 
 
 def test_a_further_batch_stays_within_the_margin_as_often_as_it_says() -> None:
@@ -105,21 +105,21 @@ def test_a_further_batch_stays_within_the_margin_as_often_as_it_says() -> None:
     for _ in range(trials):
         values = [draw.gauss(3, 2) for _ in range(6)]
         rows = [dict.fromkeys(CALIBRATION_COLUMNS, math.nan) | {"entropy": value} for value in values]
-        spread = untouched(rows, PROMPTS)["entropy"]
+        spread = null_statistics(rows, PROMPTS)["entropy"]
         outside += draw.gauss(3, 2) > spread.mean + spread.margin(tail)
     assert stats.binomtest(outside, trials, tail).pvalue > 1e-3
 
 
 def test_the_reward_s_spread_comes_from_the_prompts(calibration: list[dict[str, float]]) -> None:
-    spread = untouched(calibration, PROMPTS)["reward_mean"]
+    spread = null_statistics(calibration, PROMPTS)["reward_mean"]
     assert spread.std == pytest.approx(REST["reward_se"])
-    assert spread.freedom == len(calibration) * (PROMPTS - 1)
+    assert spread.dof == len(calibration) * (PROMPTS - 1)
     assert spread.mean == pytest.approx(sum(row["reward_mean"] for row in calibration) / len(calibration))
 
 
 def test_undefined_metrics_have_no_spread() -> None:
     rows = [dict.fromkeys(CALIBRATION_COLUMNS, math.nan) for _ in range(8)]
-    assert untouched(rows, 1) == {}
+    assert null_statistics(rows, 1) == {}
     assert findings(history(), {}, STEPS) == []
 
 
@@ -132,7 +132,7 @@ def test_false_alarms_are_as_rare_as_promised(monkeypatch: pytest.MonkeyPatch) -
     )
     draw, runs, alarms = random.Random(3), 1000, 0
     for _ in range(runs):
-        spreads = untouched([batch(draw) for _ in range(8)], PROMPTS)
+        spreads = null_statistics([batch(draw) for _ in range(8)], PROMPTS)
         alarms += bool(findings([batch(draw) for _ in range(STEPS)], spreads, STEPS, only_chance))
     assert stats.binomtest(alarms, runs, 0.2, alternative="greater").pvalue > 1e-3
     assert alarms > 0.1 * runs
@@ -141,7 +141,7 @@ def test_false_alarms_are_as_rare_as_promised(monkeypatch: pytest.MonkeyPatch) -
 def test_rewards_too_large_to_square_are_no_error() -> None:
     draw = random.Random(0)
     rows = [batch(draw) | {"reward_mean": draw.gauss(0, 1e200), "reward_se": 1e200} for _ in range(8)]
-    assert untouched(rows, PROMPTS)["reward_mean"].std == math.inf
+    assert null_statistics(rows, PROMPTS)["reward_mean"].std == math.inf
     content = diagnose.diagnose(PARAMS, history(nonfinite=since(0, 1.0)), rows, [])
     assert content["verdict"] == "numeric"
     json.dumps(content, allow_nan=False)
@@ -170,7 +170,7 @@ def test_a_run_without_learning_is_healthy(spreads: dict[str, Spread]) -> None:
 
 @pytest.mark.parametrize("kind", ORDER)
 def test_each_kind_is_seen_at_its_onset(kind: Kind, calibration: list[dict[str, float]]) -> None:
-    spreads = untouched(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
+    spreads = null_statistics(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
     found = findings(history(**COLLAPSES[kind]), spreads, STEPS)
     assert (found[0].kind, found[0].onset) == (kind, ONSETS[kind])
     assert {finding.kind for finding in found} == {kind} | ({"repetition"} if kind == "hacking" else set())
@@ -180,7 +180,7 @@ def test_each_kind_is_seen_at_its_onset(kind: Kind, calibration: list[dict[str, 
 def test_the_evidence_is_passed_at_the_step_shown_and_not_before_the_onset(
     kind: Kind, calibration: list[dict[str, float]]
 ) -> None:
-    spreads = untouched(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
+    spreads = null_statistics(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
     rows = history(**COLLAPSES[kind])
     finding = findings(rows, spreads, STEPS)[0]
     limits = [shown.limit for shown in finding.evidence]
@@ -197,7 +197,7 @@ def test_what_is_kept_on_the_way_is_the_state_before_the_collapse(data: st.DataO
     """Whatever a run shows on its way, and wherever a signal had it save: at its end the newest state of the grid from
     before the onset is there, as if all had been kept. Rewards without a spread are no collapse as long as that may end."""
     draw = random.Random(2)
-    spreads = untouched(without_signal([batch(draw) for _ in range(8)]), PROMPTS)
+    spreads = null_statistics(without_signal([batch(draw) for _ in range(8)]), PROMPTS)
     empty = data.draw(st.lists(st.sampled_from([0.03, 0.8]), min_size=STEPS, max_size=STEPS))
     first = data.draw(st.integers(0, STEPS))
     rows = history(empty_share=empty, zero_spread_share=[1.0 if step < first else 0.0 for step in range(STEPS)])
@@ -205,10 +205,12 @@ def test_what_is_kept_on_the_way_is_the_state_before_the_collapse(data: st.DataO
     with tempfile.TemporaryDirectory() as folder:
         for done in range(1, STEPS + 1):
             if done % every == 0 or done == STEPS or done in signals:
-                checkpoints.save(Path(folder), done, {}, judged(findings(rows[:done], spreads, STEPS), done), every)
+                checkpoints.save(
+                    Path(folder), done, {}, confirmed_healthy_steps(findings(rows[:done], spreads, STEPS), done), every
+                )
         found = findings(rows, spreads, STEPS)
         onset = found[0].onset if found else STEPS
-        kept = checkpoints.healthy(Path(folder), onset, every)
+        kept = checkpoints.last_before(Path(folder), onset, every)
     truth = max((done for done in range(every, onset, every)), default=None)
     assert (kept and int(kept.stem.partition("-")[2])) == truth
 
@@ -263,7 +265,7 @@ def test_a_gap_that_appears_later_is_not_called_misaligned(spreads: dict[str, Sp
 
 
 def test_signal_that_comes_later_is_not_starved(calibration: list[dict[str, float]]) -> None:
-    spreads = untouched(without_signal(calibration), PROMPTS)
+    spreads = null_statistics(without_signal(calibration), PROMPTS)
     rows = history(zero_spread_share=since(0, 1.0, 10))
     assert findings(rows[: THRESHOLDS.no_signal_steps - 1], spreads, STEPS) == []
     assert findings(rows[: THRESHOLDS.no_signal_steps], spreads, STEPS)[0].kind == "starved"
@@ -278,7 +280,7 @@ def test_a_policy_that_collapses_at_once_was_not_starved(spreads: dict[str, Spre
 def test_rewards_without_any_spread_neither_rise_nor_fall() -> None:
     draw = random.Random(0)
     same = {"reward_mean": 0.0, "reward_se": 0.0, "reward_std_within": 0.0, "zero_spread_share": 1.0}
-    spreads = untouched([batch(draw) | same for _ in range(8)], PROMPTS)
+    spreads = null_statistics([batch(draw) | same for _ in range(8)], PROMPTS)
     rows = [batch(draw) | same for _ in range(STEPS)]
     assert [f.kind for f in findings(rows, spreads, STEPS)] == ["starved"]
 
@@ -287,7 +289,7 @@ def test_a_loud_untouched_policy_moves_the_limits() -> None:
     """Where batches differ that much without learning, more is asked for; of a share at most THRESHOLDS.certain."""
     draw = random.Random(0)
     rows = [batch(draw) | {"empty_share": draw.choice([0.0, 0.4]), "ref_logprob": draw.gauss(-3, 1)} for _ in range(8)]
-    limits = limits_of_run(untouched(rows, PROMPTS), STEPS, THRESHOLDS)
+    limits = limits_of_run(null_statistics(rows, PROMPTS), STEPS, THRESHOLDS)
     assert limits["empty"].threshold == THRESHOLDS.certain
     assert limits["unlikely"].threshold < -3 - 2 * THRESHOLDS.unlikely
 
@@ -300,13 +302,13 @@ def test_findings_come_by_onset_and_causes_first(spreads: dict[str, Spread]) -> 
     rows = history(logprob_gap=since(0, 9.0), empty_share=since(6, 0.9), reward_mean=since(9, -8.0))
     found = findings(rows, spreads, STEPS)
     assert [(f.kind, f.onset) for f in found] == [("misaligned", 0), ("empty", 6), ("step-size", 9)]
-    assert [f.kind for f in treated(found)] == ["misaligned", "empty"]
+    assert [f.kind for f in root_causes(found)] == ["misaligned", "empty"]
 
 
 def test_causes_are_treated_first(spreads: dict[str, Spread]) -> None:
     found = findings(history(empty_share=since(2, 0.9), nonfinite=since(7, 1.0)), spreads, STEPS)
     assert [f.kind for f in found] == ["empty", "numeric"]
-    assert [f.kind for f in treated(found)] == ["numeric", "empty"]
+    assert [f.kind for f in root_causes(found)] == ["numeric", "empty"]
 
 
 def test_an_empty_history_is_healthy(spreads: dict[str, Spread]) -> None:
@@ -325,7 +327,7 @@ def changed(**selectors: Any) -> Params:
 
 
 def found(kind: Kind, onset: int = 3, metric: str = "reward_mean") -> Finding:
-    return Finding(kind, onset, onset, (Shown(Limit(metric, "above", 0.0), onset, 1.0),))
+    return Finding(kind, onset, onset, (Evidence(Limit(metric, "above", 0.0), onset, 1.0),))
 
 
 @pytest.mark.parametrize("kind", ORDER)

@@ -35,8 +35,7 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
-from pipeline.models import packing
-from pipeline.models import verification
+from pipeline.models import packing, verification
 from pipeline.models.adapters import add_lora
 from pipeline.models.load import check_saving, init_policy, load_policy, special_ids
 from pipeline.models.sampling import pad_prompts, sample
@@ -190,7 +189,7 @@ def test_the_precision_and_the_adapters_of_the_run_are_compared_too(
         add_lora(policy, 2, 4.0, torch.Generator().manual_seed(0))
     assert choose(policy, bfloat16=True) == PACKED
     assert any(p.dtype == torch.bfloat16 for p in policy.parameters()) == adapters
-    policy, half_copy = model("long_window"), verification.half_copy
+    policy, half_copy = model("long_window"), verification.bf16_copy
 
     def doubled(policy: PreTrainedModel) -> Callable[..., Any]:
         def call(**inputs: Any) -> Any:

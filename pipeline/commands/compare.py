@@ -9,12 +9,11 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from pipeline.errors import UserError, did_you_mean, run_stage
-from pipeline.tracking import mlflow_store
-from pipeline.runs import workspace
 from pipeline.file_io import atomic_path, write_text
-from pipeline.tracking.summaries import Training, from_dvc, from_mlflow, readable
-from pipeline.report import comparison, style
-from pipeline.report import comparison_figure
+from pipeline.report import comparison, comparison_figure, style
+from pipeline.runs import workspace
+from pipeline.tracking import mlflow_store
+from pipeline.tracking.summaries import RunSummary, from_dvc, from_mlflow, readable
 
 NONE_YET = "queue some, as `dvc exp run --queue -S recipe=notebook,stable -S 'seed=range(0,3)'`, and `dvc queue start`"
 
@@ -23,7 +22,7 @@ def main() -> None:
     """Raises UserError where there is nothing to compare, or where an option names what is not there."""
     options = arguments()
     if options.source == "dvc":
-        workspace.check()
+        workspace.require_project_root()
     else:
         mlflow_store.in_project()
     with readable():
@@ -48,12 +47,16 @@ def main() -> None:
     for caveat in comparison.caveats(found):
         print(f"note: {caveat}\n")
     if len(comparison_figure.look_of(found)) > comparison_figure.LOOKS:
-        print(f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n")
+        print(
+            f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n"
+        )
     print(f"table and curves: {options.out}/table.md, table.csv, comparison_figure.csv, comparison_figure.png")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.commands.compare", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.commands.compare", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("experiments", nargs="*", help="names of experiments; without, all of the record")
     parser.add_argument("--from", dest="source", choices=["mlflow", "dvc"], default="mlflow",
                         help="record to read: MLflow's finished runs, or DVC's experiments of this commit")  # fmt: skip
@@ -65,7 +68,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read(options: argparse.Namespace) -> list[Training]:
+def read(options: argparse.Namespace) -> list[RunSummary]:
     """Every training of the record. Raises UserError where there is none."""
     if options.source == "mlflow":
         if found := from_mlflow():
@@ -78,7 +81,7 @@ def read(options: argparse.Namespace) -> list[Training]:
     raise UserError(f"this commit and its experiments hold no training: {NONE_YET}; or look at --all-commits")
 
 
-def choose(found: Sequence[Training], names: Sequence[str], where: Sequence[str]) -> list[Training]:
+def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[str]) -> list[RunSummary]:
     """Those of these names, or all, that fit every `key=value,value`. Raises UserError naming what is not there."""
     for name in names:
         if name not in {training.name for training in found}:
@@ -112,7 +115,7 @@ def same(value: str | None, wanted: str) -> bool:
         return False
 
 
-def check_metric(metric: str, trainings: Sequence[Training]) -> None:
+def check_metric(metric: str, trainings: Sequence[RunSummary]) -> None:
     known = set().union(*(training.columns for training in trainings))
     if metric not in known:
         raise UserError(f"--metric {metric!r}: history.csv has no such column{nearest(metric, known)}")

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import write_text
-from pipeline.runs.dvc_git import check_folder, dvc, environment, git
-from pipeline.runs.provenance import digest
-from pipeline.report import style
-from pipeline.report import cure_page
-from pipeline.report import cure_figure
+from pipeline.report import cure_figure, cure_page, style
 from pipeline.report.inputs import Inputs, load
 from pipeline.report.page import setting
+from pipeline.runs.dvc_git import check_folder, dvc, environment, git
+from pipeline.runs.provenance import digest
 
 REPORTS = Path("reports")
 PAGE = REPORTS / "cure.html"

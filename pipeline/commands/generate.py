@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError, run_stage
-from pipeline.runs import workspace
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
 from pipeline.models.tokenization import encode_prompt
+from pipeline.runs import workspace
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
 
@@ -43,7 +43,7 @@ def main() -> None:
     for prompt in arguments.prompts:
         if not prompt or any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that were no UTF-8
             raise UserError(f"the prompt {prompt[:40]!r} should be text in UTF-8, and not empty")
-    workspace.check()
+    workspace.require_project_root()
     present = {name: folder for name, folder in FOLDERS.items() if holds_model(folder)}
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")

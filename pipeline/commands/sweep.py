@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import UserError, run_stage
-from pipeline.runs import workspace
-from pipeline.file_io import sha256
-from pipeline.runs.dvc_git import check_folder, dvc, environment, git, head
-from pipeline.runs.provenance import digest
 from pipeline.config.params import PARAMS_FILE, load
+from pipeline.errors import UserError, run_stage
+from pipeline.file_io import sha256
+from pipeline.runs import workspace
+from pipeline.runs.dvc_git import check_folder, dvc, environment, git, head_commit
+from pipeline.runs.provenance import digest
 
 POLL_SECONDS = 5.0  # between two looks at what is finished
 QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
@@ -34,9 +34,9 @@ WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 def main() -> None:
     """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue stands still."""
     options = arguments()
-    workspace.check()
+    workspace.require_project_root()
     check_folder()
-    commit = head()  # DVC keeps experiments by it; a commit meanwhile changes nothing
+    commit = head_commit()  # DVC keeps experiments by it; a commit meanwhile changes nothing
     wanted = experiments(options.overrides, commit)
     check(wanted.values())
     print(f"{len(wanted)} experiments, {len(finished(wanted, commit))} of them finished", flush=True)
@@ -54,7 +54,9 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.commands.sweep", description=(__doc__ or "").partition(":")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.commands.sweep", description=(__doc__ or "").partition(":")[2]
+    )
     parser.add_argument("-S", dest="overrides", action="append", required=True, metavar="KEY=VALUES",
                         help="as of `dvc exp run`; several values, a,b or range(0,3), are swept")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="experiments at a time")

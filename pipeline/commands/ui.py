@@ -8,8 +8,8 @@ import sqlite3
 import sys
 
 from pipeline.errors import UserError, run_stage
-from pipeline.tracking import mlflow_store
 from pipeline.runs import workspace
+from pipeline.tracking import mlflow_store
 from pipeline.tracking.summaries import readable
 
 HOST, PORT = "127.0.0.1", 5000

@@ -134,8 +134,8 @@ class Recipe(Table):
     """The algorithm: every choice that an ablation may want to change alone."""
 
     alignment: Literal["correct", "shifted"]
-    scoring: Literal["full", "sampler"]
-    draw: Literal["shuffled", "replacement"]
+    loss_distribution: Literal["full", "sampler"]
+    prompt_sampling: Literal["shuffled", "replacement"]
     length_limit: Literal["completion", "total"]
     padding: Literal["masked", "counted"]
     special_tokens: Literal["strip", "keep"]
@@ -163,8 +163,10 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def consistent(self) -> "Recipe":
-        if self.alignment == "shifted" and self.scoring == "sampler":
-            raise ValueError("scoring: sampler needs alignment: correct; the sampler never drew the shifted tokens")
+        if self.alignment == "shifted" and self.loss_distribution == "sampler":
+            raise ValueError(
+                "loss_distribution: sampler needs alignment: correct; the sampler never drew the shifted tokens"
+            )
         if self.importance == "none" and (self.epochs > 1 or self.clip_range > 0):
             key, value = ("epochs", self.epochs) if self.epochs > 1 else ("clip_range", self.clip_range)
             raise ValueError(f"{key} = {value} needs importance: token or sequence, the ratio that it weighs or clips")
@@ -180,7 +182,7 @@ class Train(Table):
     max_tokens: int = Field(ge=1, le=100_000, description="tokens")
     micro_batch: Count
     checkpoint_every: Count
-    rescored_share: float = Field(gt=0, le=1, description="of a step's prompts")
+    kl_probe_fraction: float = Field(gt=0, le=1, description="of a step's prompts")
     calibration_batches: int = Field(ge=6, le=10_000, description="batches; fewer tell too little of chance")
     threads: int = Field(ge=1, le=4096, description="CPU threads")
     device: Literal["auto", "cpu", "cuda"]
@@ -200,8 +202,8 @@ class Train(Table):
         return self
 
     @property
-    def rescored_prompts(self) -> int:
-        return max(1, round(self.rescored_share * self.prompts_per_step))
+    def kl_probe_prompts(self) -> int:
+        return max(1, round(self.kl_probe_fraction * self.prompts_per_step))
 
 
 class Evaluate(Table):

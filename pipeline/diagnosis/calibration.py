@@ -21,15 +21,15 @@ class Spread:
 
     mean: float
     std: float  # of one batch
-    freedom: int  # degrees of freedom behind std
+    dof: int  # degrees of dof behind std
     batches: int
 
     def margin(self, tail: float) -> float:
         """How far a further batch strays from the mean, one-sided, with probability `tail`, where batches are normal:
 
-        t_{freedom, 1 - tail} std sqrt(1 + 1 / batches)   (prediction interval; Hahn & Meeker 1991)
+        t_{dof, 1 - tail} std sqrt(1 + 1 / batches)   (prediction interval; Hahn & Meeker 1991)
         """
-        return student_quantile(1 - tail, self.freedom) * self.std * math.sqrt(1 + 1 / self.batches)
+        return student_quantile(1 - tail, self.dof) * self.std * math.sqrt(1 + 1 / self.batches)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Limit:
         return value >= self.threshold if self.side == "above" else value <= self.threshold  # False for NaN
 
 
-def untouched(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
+def null_statistics(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
     """The spread of each metric over the calibration's batches of B = `prompts` prompts; undefined metrics are left out.
 
     The reward's comes from the prompts inside the batches (`reward_se`), which are many more than the batches.
@@ -68,25 +68,25 @@ def untouched(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
     return spreads
 
 
-def student_quantile(probability: float, freedom: int) -> float:
+def student_quantile(probability: float, dof: int) -> float:
     """The quantile of Student's t above its median, by bisection of `student_cdf`."""
     low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < probability:
+    while student_cdf(high, dof) < probability:
         low, high = high, 2 * high
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
+        low, high = (middle, high) if student_cdf(middle, dof) < probability else (low, middle)
     return high
 
 
-def student_cdf(t: float, freedom: int) -> float:
+def student_cdf(t: float, dof: int) -> float:
     """P(T <= t) for t >= 0, as a finite sum (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
-    theta = math.atan2(t, math.sqrt(freedom))
-    cosine, start = math.cos(theta), 1 + freedom % 2
-    term = total = cosine if freedom % 2 else 1.0
-    for k in range(start, freedom - 2, 2):
+    theta = math.atan2(t, math.sqrt(dof))
+    cosine, start = math.cos(theta), 1 + dof % 2
+    term = total = cosine if dof % 2 else 1.0
+    for k in range(start, dof - 2, 2):
         term *= k / (k + 1) * cosine**2
         total += term
-    if freedom % 2 == 0:
+    if dof % 2 == 0:
         return 0.5 + 0.5 * math.sin(theta) * total
-    return 0.5 + (theta + (math.sin(theta) * total if freedom > 1 else 0.0)) / math.pi
+    return 0.5 + (theta + (math.sin(theta) * total if dof > 1 else 0.0)) / math.pi

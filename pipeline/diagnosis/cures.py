@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.params import Params, Recipe
 from pipeline.diagnosis.calibration import Spread
 from pipeline.diagnosis.verdict import CAUSES, Finding
-from pipeline.config.params import Params, Recipe
 
 Changes = dict[str, Any]  # keys of params.yaml, or of a recipe in it
 
@@ -52,21 +52,21 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
             reason = "updates that change the policy too much at once take it where its own samples no longer tell the way back"
             source = "docs/COLLAPSE.md; Schulman et al. 2015 (arXiv 1502.05477)"
         case "empty" | "hacking" if finding.passes("empty_share") and recipe.special_tokens == "keep":
-            changes = {"special_tokens": "strip"} | leash(recipe, spreads, slower)
+            changes = {"special_tokens": "strip"} | add_kl_and_slow_down(recipe, spreads, slower)
             reason = "the reward reads end-of-text tokens as text and pays for silence; without them, a KL term and smaller steps keep the policy from narrowing to one text"
             source = "docs/COLLAPSE.md"
         case "gibberish" if recipe.baseline == "none":
-            changes = {"baseline": "rloo"} | leash(recipe, spreads, slower)
+            changes = {"baseline": "rloo"} | add_kl_and_slow_down(recipe, spreads, slower)
             reason = "without a baseline rewards of one sign push all probabilities one way; a KL term and smaller steps hold what the mended gradient could still break"
             source = "docs/COLLAPSE.md; Ahmadian et al. 2024 (arXiv 2402.14740)"
         case _:
-            changes = leash(recipe, spreads, slower)
+            changes = add_kl_and_slow_down(recipe, spreads, slower)
             reason = "a KL term makes leaving the checkpoint's language cost reward; smaller steps leave it time to act"
             source = "docs/COLLAPSE.md; Ziegler et al. 2019 (arXiv 1909.08593)"
     return Cure({f"{where}.{key}": value for key, value in changes.items()}, reason, source)
 
 
-def leash(recipe: Recipe, spreads: dict[str, Spread], slower: Changes) -> Changes:
+def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Changes) -> Changes:
     """Smaller steps and a KL term in the units of the reward; where the recipe has one that did not hold, three times
     as much of it."""
     if recipe.kl_target > 0:
@@ -93,7 +93,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.0e}")
 
 
-def treated(found: Sequence[Finding]) -> list[Finding]:
+def root_causes(found: Sequence[Finding]) -> list[Finding]:
     """The findings to act on, the causes first, then what came first; later ones follow from it."""
     causes = [finding for finding in found if finding.kind in CAUSES]
     others = [finding for finding in found if finding.kind not in CAUSES]

@@ -47,7 +47,7 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 
 
-class Shown(NamedTuple):
+class Evidence(NamedTuple):
     """A limit that is passed, the step and the value that pass it."""
 
     limit: Limit
@@ -62,7 +62,9 @@ class Finding:
     kind: Kind
     onset: int  # first step
     shown_at: int  # the step of the evidence: the last one that shows it
-    evidence: tuple[Shown, ...]  # the limits that are passed there, and an update before the onset that was too large
+    evidence: tuple[
+        Evidence, ...
+    ]  # the limits that are passed there, and an update before the onset that was too large
 
     def passes(self, metric: str) -> bool:
         return any(shown.limit.metric == metric for shown in self.evidence)
@@ -78,13 +80,16 @@ def findings(
     chance that a run which does not learn passes one at all below FALSE_ALARMS, all its steps and metrics together
     (Bonferroni); shares count from `certain` on whatever chance allows.
     """
-    found = [once(rows), misaligned(rows, thresholds), starved(rows, spreads, thresholds)]
+    found = [detect_nonfinite(rows), misaligned(rows, thresholds), zero_reward_variance(rows, spreads, thresholds)]
     limits = limits_of_run(spreads, steps, thresholds)
-    found += [lasting(kind, rows, alternatives, thresholds.patience) for kind, alternatives in signs(limits).items()]
+    found += [
+        detect_sustained(kind, rows, alternatives, thresholds.patience)
+        for kind, alternatives in detection_rules(limits).items()
+    ]
     return sorted(filter(None, found), key=lambda finding: (finding.onset, ORDER.index(finding.kind)))
 
 
-def judged(found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS) -> int:
+def confirmed_healthy_steps(found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS) -> int:
     """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `starved` is no
     judgement yet: rewards may still begin to differ, and then it is gone."""
     onsets = [finding.onset for finding in found if finding.kind != "starved"]
@@ -128,7 +133,7 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
     }
 
 
-def signs(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ...]]]:
+def detection_rules(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ...]]]:
     """By kind, the sets of limits each of which shows it when all of the set are passed at once."""
     empty, full = limits["empty"], not_passed(limits["empty"])
     broken = (empty, limits["repetition"], limits["unlikely"])
@@ -147,7 +152,9 @@ def not_passed(limit: Limit) -> Limit:
     return Limit(limit.metric, "below" if limit.side == "above" else "above", limit.threshold, limit.untouched)
 
 
-def lasting(kind: Kind, rows: Sequence[Row], alternatives: list[tuple[Limit, ...]], patience: int) -> Finding | None:
+def detect_sustained(
+    kind: Kind, rows: Sequence[Row], alternatives: list[tuple[Limit, ...]], patience: int
+) -> Finding | None:
     """From the first to the last stretch of at least `patience` steps in which every step shows an alternative."""
     shown = [[limits for limits in alternatives if all(limit.passed(row) for limit in limits)] for row in rows]
     starts = [t for t in range(len(rows) - patience + 1) if all(shown[t : t + patience])]
@@ -158,19 +165,19 @@ def lasting(kind: Kind, rows: Sequence[Row], alternatives: list[tuple[Limit, ...
     return Finding(kind, onset, end, evidence(rows, end, passed) + large_update(rows[:onset]))
 
 
-def evidence(rows: Sequence[Row], step: int, limits: Iterable[Limit]) -> tuple[Shown, ...]:
-    return tuple(Shown(limit, step, rows[step][limit.metric]) for limit in dict.fromkeys(limits))
+def evidence(rows: Sequence[Row], step: int, limits: Iterable[Limit]) -> tuple[Evidence, ...]:
+    return tuple(Evidence(limit, step, rows[step][limit.metric]) for limit in dict.fromkeys(limits))
 
 
-def large_update(rows: Sequence[Row]) -> tuple[Shown, ...]:
+def large_update(rows: Sequence[Row]) -> tuple[Evidence, ...]:
     """The largest of these steps' updates, where it is larger than LARGE_UPDATE. No sign of collapse by itself."""
     sizes = [(row["update_kl"], step) for step, row in enumerate(rows) if math.isfinite(row["update_kl"])]
     if not sizes or max(sizes)[0] < LARGE_UPDATE:
         return ()
-    return (Shown(Limit("update_kl", "above", LARGE_UPDATE), max(sizes)[1], max(sizes)[0]),)
+    return (Evidence(Limit("update_kl", "above", LARGE_UPDATE), max(sizes)[1], max(sizes)[0]),)
 
 
-def once(rows: Sequence[Row]) -> Finding | None:
+def detect_nonfinite(rows: Sequence[Row]) -> Finding | None:
     """Numbers that are not finite: one is enough."""
     limits = (Limit("nonfinite", "above", 1.0), Limit("nonfinite_logprobs", "above", 1e-9))
     for t, row in enumerate(rows):
@@ -188,7 +195,7 @@ def misaligned(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
     return Finding("misaligned", 0, 0, evidence(rows, 0, [limit])) if limit.passed(rows[0]) else None
 
 
-def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresholds) -> Finding | None:
+def zero_reward_variance(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresholds) -> Finding | None:
     """Before training and over all steps so far, all but a few prompts give each of their samples the same reward."""
     before = spreads.get("zero_spread_share")
     if len(rows) < thresholds.no_signal_steps or before is None:
@@ -197,4 +204,4 @@ def starved(rows: Sequence[Row], spreads: dict[str, Spread], thresholds: Thresho
     mean = sum(row["zero_spread_share"] for row in rows) / len(rows)
     # a policy that collapses at once has no signal either, but that is not how it began
     without = min(mean, before.mean) >= thresholds.no_signal
-    return Finding("starved", 0, len(rows) - 1, (Shown(limit, len(rows) - 1, mean),)) if without else None
+    return Finding("starved", 0, len(rows) - 1, (Evidence(limit, len(rows) - 1, mean),)) if without else None

@@ -13,32 +13,32 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistContext:
     """This process among `count`. Alone, nothing is sent, and torch.distributed is not needed."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     sharded: bool = False  # the policy is spread over them, not held by each
 
     @property
-    def writes(self) -> bool:
+    def is_main_process(self) -> bool:
         """One of them writes files and talks to the tracker."""
         return self.rank == 0
 
     @property
-    def record(self) -> int | str:
+    def description(self) -> int | str:
         """How a run was computed, for its record."""
-        return f"{self.count} sharded" if self.sharded else self.count
+        return f"{self.world_size} sharded" if self.sharded else self.world_size
 
-    def part(self, items: int) -> slice:
+    def shard_slice(self, items: int) -> slice:
         """This process's share of `items`, a run of them; shares differ by one at most."""
-        share, more = divmod(items, self.count)
+        share, more = divmod(items, self.world_size)
         start = self.rank * share + min(self.rank, more)
         return slice(start, start + share + (self.rank < more))
 
-    def rows(self, rows: int, group: int) -> slice:
+    def group_slice(self, rows: int, group: int) -> slice:
         """This process's share of [rows] completions, whole groups of one prompt."""
-        prompts = self.part(rows // group)
+        prompts = self.shard_slice(rows // group)
         return slice(prompts.start * group, prompts.stop * group)
 
     def gather(self, part: Tensor, filler: float = 0) -> Tensor:
@@ -46,7 +46,7 @@ class Processes:
 
         Parts may differ in rows, and in what else they measure, which is filled up to the largest.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return part
         shapes = self._all(torch.tensor(part.shape, device=part.device))
         room = torch.stack(shapes).amax(0).tolist()
@@ -56,33 +56,33 @@ class Processes:
 
     def _all(self, same: Tensor) -> list[Tensor]:
         """Tensors of one shape, of all processes."""
-        received = [torch.empty_like(same) for _ in range(self.count)]
+        received = [torch.empty_like(same) for _ in range(self.world_size)]
         dist.all_gather(received, same)
         return received
 
-    def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sums each parameter's gradient over the processes, in place. Of a spread policy it is summed already."""
-        for parameter in parameters if self.count > 1 and not self.sharded else ():
+        for parameter in parameters if self.world_size > 1 and not self.sharded else ():
             if parameter.requires_grad:
                 if parameter.grad is None:  # a share without tokens in the loss
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all have come here."""
-        if self.count > 1:
+        if self.world_size > 1:
             dist.barrier()
 
-    def largest(self, value: int, device: torch.device) -> int:
+    def all_reduce_max(self, value: int, device: torch.device) -> int:
         return int(self.gather(torch.tensor([value], device=device)).max())
 
-    def of_parts(self, value: float, device: torch.device) -> float:
+    def reduce_if_sharded(self, value: float, device: torch.device) -> float:
         """A sum over all weights from one over this process's part of them."""
-        return self.total(value, device) if self.sharded else value
+        return self.all_reduce_sum(value, device) if self.sharded else value
 
-    def total(self, value: float, device: torch.device) -> float:
+    def all_reduce_sum(self, value: float, device: torch.device) -> float:
         """The sum of a number over the processes."""
         return self.gather(torch.tensor([value], dtype=torch.float64, device=device)).sum().item()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = DistContext()

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UserError
+from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.distributed.runtime import LAUNCHER, is_launched, launcher_number
+from pipeline.errors import UserError
 from pipeline.runs.workspace import root
-from pipeline.distributed.dist_context import ALONE, Processes
 
 CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config --config_file FILE` writes
 
 
-def relaunch(module: str) -> None:
+def relaunch_with_accelerate(module: str) -> None:
     """Where the environment names a configuration of accelerate, this process becomes its launcher of `module`, and ends
     as the first of the launched ones that failed, which has said why.
 
@@ -58,13 +58,13 @@ def relaunch(module: str) -> None:
     sys.exit(0)
 
 
-def join(device: torch.device, prompts: int) -> Processes:
+def init_process_group(device: torch.device, prompts: int) -> DistContext:
     """Connects with the other processes that the launcher started, to share the `prompts` of a step.
 
     Raises UserError where there are fewer prompts than processes.
     """
     if not is_launched():
-        return ALONE
+        return SINGLE_PROCESS
     if prompts < (count := launcher_number("WORLD_SIZE")):
         raise UserError(f"train.prompts_per_step = {prompts}: at least one for each of the {count} processes is needed")
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # neither torchrun nor accelerate: variables may be left over
@@ -75,11 +75,11 @@ def join(device: torch.device, prompts: int) -> Processes:
         )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # set by `accelerate launch` where its configuration says distributed_type: FSDP
-    return Processes(dist.get_rank(), dist.get_world_size(), os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    return DistContext(dist.get_rank(), dist.get_world_size(), os.environ.get("ACCELERATE_USE_FSDP") == "true")
 
 
-def leave(processes: Processes) -> None:
+def destroy_process_group(processes: DistContext) -> None:
     """Waits for the others, so that none is ended while another writes, and lets go of them."""
-    if processes.count > 1:
-        processes.wait()
+    if processes.world_size > 1:
+        processes.barrier()
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each lau
 THREADS_PER_CORE = 8  # more would only wait for each other, and all else with them
 
 
-def set_up(device: str, threads: int) -> torch.device:
+def configure_torch(device: str, threads: int) -> torch.device:
     """Chooses the device, fixes the number of threads and asks torch for deterministic kernels.
 
     Raises UserError where a CUDA device is asked for and none is there, or so many threads that the machine stands still.
@@ -78,7 +78,7 @@ def uniforms(seed: int, step: int, purpose: str, samples: int, tokens: int) -> T
     return torch.rand(samples, tokens, generator=generator(seed, step, purpose), dtype=torch.float64)
 
 
-def draw_rescored(seed: int, step: int, prompts: int, count: int) -> list[int]:
+def draw_probe_prompts(seed: int, step: int, prompts: int, count: int) -> list[int]:
     """The prompts of a step, by their place in it, whose completions are scored again: `count` of them, in order."""
     return sorted(torch.randperm(prompts, generator=generator(seed, step, "rescored"))[:count].tolist())
 

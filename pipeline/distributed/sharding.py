@@ -26,25 +26,25 @@ def shard(policy: PreTrainedModel, device: torch.device, processes: int) -> None
             module.set_force_sum_reduction_for_comms(True)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part, sharing its memory; of what is not spread, all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tree: Any, here: bool = True) -> Any:
+def gather_full(tree: Any, here: bool = True) -> Any:
     """A tree of dicts and lists whose spread tensors are put together, on the CPU. Every process has to ask for it; one
     that has no use for them, not `here`, gets them empty: whole, they may be more than the machine holds several times."""
     if isinstance(tree, dict):
-        return {key: whole(value, here) for key, value in tree.items()}
+        return {key: gather_full(value, here) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [whole(value, here) for value in tree]
+        return [gather_full(value, here) for value in tree]
     if not isinstance(tree, DTensor):
         return tree
     together = tree.full_tensor()
     return together.cpu() if here else together.new_empty(0)
 
 
-def spread_like(parameter: Tensor, value: Tensor) -> Tensor:
+def distribute_like(parameter: Tensor, value: Tensor) -> Tensor:
     """A whole tensor, spread as the parameter is; nothing is sent."""
     if not isinstance(parameter, DTensor):
         return value
@@ -53,7 +53,7 @@ def spread_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put_together(policy: PreTrainedModel, plain: PreTrainedModel) -> None:
+def copy_full_weights(policy: PreTrainedModel, plain: PreTrainedModel) -> None:
     """The spread policy's weights into a plain model of the same shape, rounded to what that one holds."""
     for parameter, target in zip(policy.parameters(), plain.parameters(), strict=True):
         target.copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)

@@ -6,36 +6,36 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.distributed.sharding import spread_like, whole
+from pipeline.distributed.sharding import distribute_like, gather_full
 
 
 def trained_weights(policy: PreTrainedModel, here: bool = True) -> dict[str, Tensor]:
     """By name, whole: all parameters, or of a policy with adapters those. Of a spread policy every process has to ask, and
     gets them only `here`."""
-    return {name: whole(p.detach(), here) for name, p in policy.named_parameters() if p.requires_grad}
+    return {name: gather_full(p.detach(), here) for name, p in policy.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def put_weights(policy: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def load_weights(policy: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """The inverse of `trained_weights`. Raises ValueError where they are of another policy."""
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if trained.keys() != weights.keys():
         raise ValueError(f"weights of another policy: {sorted(trained.keys() ^ weights.keys())[:3]} differ")
     for name, parameter in trained.items():
-        parameter.copy_(spread_like(parameter, weights[name]))
+        parameter.copy_(distribute_like(parameter, weights[name]))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, here: bool = True) -> dict[str, Any]:
     """Its `state_dict` with whole tensors; see `trained_weights`."""
-    return whole(optimizer.state_dict(), here)
+    return gather_full(optimizer.state_dict(), here)
 
 
-def put_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of `optimizer_state`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread = {
         i: {
-            key: spread_like(parameters[i], value) if value.shape == parameters[i].shape else value
+            key: distribute_like(parameters[i], value) if value.shape == parameters[i].shape else value
             for key, value in entry.items()
         }
         for i, entry in state["state"].items()

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from pipeline.errors import UserError
 from pipeline.models.adapters import FOLDER_HAS, adapter_weights, add_lora, load_lora
-from pipeline.models.memory import round_frozen
+from pipeline.models.memory import cast_frozen_bf16
 from pipeline.models.verification import Layout
 
 
@@ -71,7 +71,7 @@ def init_policy(
         assert generator is not None
         add_lora(policy, lora_rank, lora_alpha, generator)
         if bfloat16:
-            round_frozen(policy)
+            cast_frozen_bf16(policy)
     return policy
 
 

@@ -13,13 +13,13 @@ from torch.autograd.function import once_differentiable
 ROWS, ROWS_OF_A_GPU = 16, 1024  # 16 x 50,304 float32 are 3 MB; a GPU has no use for slices beyond saving memory
 
 
-def slices(logits: Tensor) -> list[slice]:
+def row_slices(logits: Tensor) -> list[slice]:
     """Of the rows of logits [M, V], as many at a time as the device works on at its best."""
     step = ROWS if logits.device.type == "cpu" else ROWS_OF_A_GPU
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
-def precise(logits: Tensor) -> Tensor:
+def upcast(logits: Tensor) -> Tensor:
     """float32 for what a model gives in half precision; float64 stays."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -43,14 +43,14 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, ...]:
         normaliser, entropy, plain = [], [], []
-        for rows in slices(logits):
-            part = precise(logits[rows])
+        for rows in row_slices(logits):
+            part = upcast(logits[rows])
             log_sum, mean = _log_sum(part)
             plain.append(log_sum)
             entropy.append(log_sum - mean)
             normaliser.append(log_sum if temperature == 1 else _log_sum(part / temperature)[0])
         scaled, entropies = torch.cat(normaliser), torch.cat(entropy)
-        chosen = precise(logits[positions, tokens]) / temperature
+        chosen = upcast(logits[positions, tokens]) / temperature
         ctx.save_for_backward(logits, positions, tokens, scaled, torch.cat(plain), entropies)
         ctx.temperature = temperature
         return chosen - scaled[positions], entropies
@@ -61,8 +61,8 @@ class _LogProbabilities(torch.autograd.Function):
         logits, positions, tokens, scaled, plain, entropies = ctx.saved_tensors
         at_position = torch.zeros_like(scaled).index_add(0, positions, grad_logprobs)  # [M]
         with_entropy = bool(grad_entropy.any())
-        for rows in slices(logits):
-            part = precise(logits[rows])
+        for rows in row_slices(logits):
+            part = upcast(logits[rows])
             warm = part if ctx.temperature == 1 else part / ctx.temperature
             pulls = (warm - scaled[rows, None]).exp_()
             pulls *= -at_position[rows, None] / ctx.temperature

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def half_copy(model: PreTrainedModel) -> Callable[..., Any]:
+def bf16_copy(model: PreTrainedModel) -> Callable[..., Any]:
     """The model with its weights rounded to bfloat16, to be called like it; for sampling, where autocast would round
     all of them again at every token. What is bfloat16 already is not copied."""
     weights = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
@@ -23,7 +23,7 @@ def half_copy(model: PreTrainedModel) -> Callable[..., Any]:
     return forward
 
 
-def round_frozen(model: PreTrainedModel) -> None:
+def cast_frozen_bf16(model: PreTrainedModel) -> None:
     """Rounds the linear layers that are not trained to bfloat16, in place. Autocast would round them at every use, to the
     same numbers. The embedding stays, and a head that shares its weights."""
     embedding = model.get_input_embeddings().weight
@@ -33,7 +33,7 @@ def round_frozen(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel, layers: bool) -> Iterator[None]:
+def activation_checkpointing(model: PreTrainedModel, layers: bool) -> Iterator[None]:
     """Inside, if asked, each layer keeps its input only, and the backward pass computes the rest of it again (gradient
     checkpointing; Chen et al., arXiv 1604.06174). Only inside: a layer in this mode takes no cache to sample with.
 

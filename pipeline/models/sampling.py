@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.logprobs import precise, slices
+from pipeline.models.logprobs import row_slices, upcast
 
 SamplingLayout = Literal["left_padding", "equal_lengths", "no_cache"]
 CDF_BLOCK = 128  # vocabulary entries summed together before the first look-up; divides Pythia's 50,304
@@ -122,9 +122,9 @@ def sample(
     """
     group = len(uniforms) // len(prompt_ids)
     prompt_lengths = prompt_mask.sum(1)
-    complete: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _complete
+    complete: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _generate
     if layout != "left_padding":
-        complete = partial(_complete_plainly, use_cache=layout == "equal_lengths")
+        complete = partial(_generate_each_row, use_cache=layout == "equal_lengths")
     parts, places = [], []
     for chosen in _batches(limits.tolist(), prompt_lengths.tolist(), max(1, SAMPLED_AT_ONCE // group), layout):
         prompts = torch.tensor(chosen, device=prompt_ids.device)
@@ -138,7 +138,7 @@ def sample(
                 limits[prompts].repeat_interleave(group),
                 uniforms[rows],
                 eos,
-                partial(draw, temperature, top_k, top_p),
+                partial(sample_tokens, temperature, top_k, top_p),
             )
         )
         places.append(rows)
@@ -168,14 +168,14 @@ def _batches(limits: list[int], lengths: list[int], at_once: int, layout: Sampli
     yield together
 
 
-def draw(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+def sample_tokens(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
     """Tokens [n] by inverse CDF, their log-probabilities under what was sampled and under the full softmax. [n, V], [n].
 
     A few rows at a time, which stay in the processor's cache.
     """
     parts = []
-    for rows in slices(logits):
-        part = precise(logits[rows])
+    for rows in row_slices(logits):
+        part = upcast(logits[rows])
         part = part if temperature == 1 else part / temperature
         kept = truncate(part, top_k, top_p)
         token, log_sum = inverse_cdf(kept, uniforms[rows])
@@ -185,7 +185,7 @@ def draw(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms:
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
-def _complete(
+def _generate(
     model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
     eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -220,7 +220,7 @@ def _complete(
     return found.columns(t + 1)
 
 
-def _complete_plainly(
+def _generate_each_row(
     model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
     eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]], use_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip

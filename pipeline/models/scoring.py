@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.models.logprobs import log_probabilities, upcast
 from pipeline.models.packing import Rows, pack, pad_right
 from pipeline.models.sampling import Rollout, truncate
-from pipeline.models.logprobs import log_probabilities, precise
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def logits_at(model: PreTrainedModel, rows: Rows, positions: Tensor) -> Tensor:
     given = {}
     if rows.mask is not None:
         given = {"attention_mask": _attention_mask(model, rows.mask), "position_ids": rows.positions}
-    with _head_sees(model, positions) as seen:
+    with _select_head_positions(model, positions) as seen:
         logits = model(input_ids=rows.ids, use_cache=False, **given).logits
     return logits.squeeze(0) if seen else logits.flatten(0, 1)[positions]
 
@@ -100,7 +100,7 @@ def _attention_mask(model: PreTrainedModel, mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _head_sees(model: PreTrainedModel, positions: Tensor) -> Iterator[list[bool]]:
+def _select_head_positions(model: PreTrainedModel, positions: Tensor) -> Iterator[list[bool]]:
     """Has the output embedding look at these flat positions [M] only: its input [R, L, H] becomes [1, M, H].
 
     A hook, since `logits_to_keep` takes the same positions of every row; so that what a model does with its logits
@@ -122,7 +122,7 @@ def _head_sees(model: PreTrainedModel, positions: Tensor) -> Iterator[list[bool]
 
 
 @torch.no_grad()
-def score_whole(
+def score_microbatched(
     model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
 ) -> Scores:
     """`score` of a rollout up to its completions' ends, a micro-batch at a time. No gradient."""
@@ -141,7 +141,7 @@ def score_rollout(
     model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
 ) -> Tensor:
     """Log-probabilities [N, T] of a rollout under another model, such as the untouched checkpoint. No gradient."""
-    return score_whole(model, rollout, micro_batch, temperature, packing).logprobs
+    return score_microbatched(model, rollout, micro_batch, temperature, packing).logprobs
 
 
 def _truncated(
@@ -149,7 +149,7 @@ def _truncated(
 ) -> Tensor:
     """[K] log-probabilities under what the sampler drew from: top-k and top-p of softmax(logits [M, V] / temperature),
     each token itself kept."""
-    scaled = precise(logits)[positions] / temperature
+    scaled = upcast(logits)[positions] / temperature
     kept = truncate(scaled, top_k, top_p)
     chosen = scaled.gather(1, tokens[:, None])
     kept = kept.scatter(1, tokens[:, None], chosen)

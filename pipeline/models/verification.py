@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError, cut, one_line
-from pipeline.models.memory import half_copy, recomputing, round_frozen
+from pipeline.models.memory import activation_checkpointing, bf16_copy, cast_frozen_bf16
 from pipeline.models.sampling import Rollout, SamplingLayout, pad_prompts, sample, takes
 from pipeline.models.scoring import score
 
@@ -190,7 +190,7 @@ def _sample(
     uniforms = numbers.view(-1, max(limits))
     ids, mask = pad_prompts(prompts, prompts[0][0], policy.device)
     return sample(
-        half_copy(policy) if half else policy, ids, mask, torch.tensor(limits, device=policy.device),
+        bf16_copy(policy) if half else policy, ids, mask, torch.tensor(limits, device=policy.device),
         uniforms.to(policy.device), (-1,), layout=way,  # no token is an end
     )  # fmt: skip
 
@@ -211,7 +211,7 @@ def _plain(policy: PreTrainedModel, rollout: Rollout) -> _Pass:
 def _scored(policy: PreTrainedModel, rollout: Rollout, packing: bool, gradient_checkpointing: bool) -> _Pass:
     """All sequences as training scores them."""
     policy.zero_grad()
-    with recomputing(policy, gradient_checkpointing):
+    with activation_checkpointing(policy, gradient_checkpointing):
         logprobs = score(
             policy, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, lengths=rollout.lengths, packing=packing
         ).logprobs  # fmt: skip
@@ -238,7 +238,7 @@ def _check_bfloat16(
 ) -> None:  # fmt: skip
     """Raises DisagreementError where the layout in bfloat16 is farther from the plain pass in float32 than rounding explains: by
     HALF_FACTOR times what the plain pass in bfloat16 is. Leaves the policy rounded."""
-    round_frozen(policy)
+    cast_frozen_bf16(policy)
     half = torch.autocast(policy.device.type, torch.bfloat16)
     with half:
         plain = _plain(policy, rollout)

@@ -7,9 +7,9 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.report.inputs import Inputs
+from pipeline.report.labels import measured
 from pipeline.report.style import signed
 from pipeline.report.text import parts
-from pipeline.report.labels import measured
 
 NUMBERS = ("reward_mean", "entropy", "ref_logprob", "distinct_completions", "empty_share", "repeated_3grams")
 DIGITS = 3  # of a logprob; more would be most of the page

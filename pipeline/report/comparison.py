@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from pipeline.config.params import SELECTORS
 from pipeline.diagnosis.verdict import TITLES
 from pipeline.errors import one_line
-from pipeline.tracking.summaries import Training
-from pipeline.config.params import SELECTORS
+from pipeline.tracking.summaries import RunSummary
 
 LAST_STEPS = 5  # as in summary.json
 ABSENT = "–"  # a parameter that a configuration does not have
@@ -34,7 +34,7 @@ class Configuration(NamedTuple):
 
     shown: dict[str, str]  # the parameters that differ between the configurations
     params: dict[str, str]
-    trainings: list[Training]  # one a seed, by seed
+    trainings: list[RunSummary]  # one a seed, by seed
 
     @property
     def reward(self) -> str:
@@ -53,24 +53,24 @@ class Spread(NamedTuple):
     seeds: int
 
 
-def configurations(trainings: Iterable[Training]) -> tuple[list[Configuration], int]:
+def configurations(trainings: Iterable[RunSummary]) -> tuple[list[Configuration], int]:
     """The configurations in the order of their values, and how many trainings are left out.
 
     Of one configuration only what the newest code and data made counts, and of each seed the newest training: MLflow
     keeps every run that there ever was. Of the gains only those count that were measured alike.
     """
-    groups: dict[str, list[Training]] = {}
+    groups: dict[str, list[RunSummary]] = {}
     total = 0
     for training in sorted(trainings, key=lambda training: training.made, reverse=True):
         total += 1
         groups.setdefault(training.config, []).append(training)
     kept = []
     for group in groups.values():
-        of_seed: dict[str, Training] = {}
+        of_seed: dict[str, RunSummary] = {}
         for training in group:
             if (training.code, training.data) == (group[0].code, group[0].data):
                 of_seed.setdefault(training.params["seed"], training)
-        kept.append(measured_alike([of_seed[seed] for seed in sorted(of_seed, key=natural)]))
+        kept.append(same_evaluation([of_seed[seed] for seed in sorted(of_seed, key=natural)]))
     params = [{key: value for key, value in group[0].params.items() if key != "seed"} for group in groups.values()]
     shown = cells(params, list(groups))
     found = [Configuration(*each) for each in zip(shown, params, kept, strict=True)]
@@ -94,7 +94,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= CELL else f"{text[: CELL // 2 - 2]} … {text[-(CELL // 2 - 1) :]}"
 
 
-def measured_alike(group: list[Training]) -> list[Training]:
+def same_evaluation(group: list[RunSummary]) -> list[RunSummary]:
     """Without the gains on other held-out prompts, or measured otherwise, than most; of as many, than the first seed's: not
     by time, which is when it was trained in MLflow's record and when it was evaluated in DVC's."""
     ways = Counter(training.measured for training in group if training.gain is not None)
@@ -120,7 +120,9 @@ def caveats(found: Sequence[Configuration]) -> list[str]:
     return texts
 
 
-def changed(trainings: Sequence[Training], selectors: Sequence[str], what: Callable[[Training], str | None]) -> bool:
+def changed(
+    trainings: Sequence[RunSummary], selectors: Sequence[str], what: Callable[[RunSummary], str | None]
+) -> bool:
     """Whether it differs between trainings that select the same."""
     seen: dict[tuple[tuple[str, str], ...], set[str | None]] = {}
     for training in trainings:
@@ -160,7 +162,7 @@ def spread(values: Iterable[float | None]) -> Spread:
     return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def at_the_end(training: Training, column: str) -> float | None:
+def final_value(training: RunSummary, column: str) -> float | None:
     """Mean over the last LAST_STEPS steps of a training, None where the column is undefined in all of them."""
     steps = range(length(training) - LAST_STEPS, length(training))
     curve = training.curve(column)
@@ -168,7 +170,7 @@ def at_the_end(training: Training, column: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def length(training: Training) -> int:
+def length(training: RunSummary) -> int:
     """Steps done. The learning rate of a step is always defined."""
     return max([step for column in ("lr", "reward_mean") for step in training.curve(column)], default=-1) + 1
 
@@ -178,7 +180,7 @@ def number(configuration: Configuration, title: str) -> Spread:
     column = NUMBERS[title]
     if column is None:
         return spread(training.gain for training in configuration.trainings)
-    found = spread(at_the_end(training, column) for training in configuration.trainings)
+    found = spread(final_value(training, column) for training in configuration.trainings)
     if "%" in title and found.mean is not None:
         return Spread(100 * found.mean, None if found.std is None else 100 * found.std, found.seeds)
     return found
@@ -186,7 +188,7 @@ def number(configuration: Configuration, title: str) -> Spread:
 
 def verdicts(configuration: Configuration) -> str:
     """How many seeds ended how: `3 healthy, 2 misaligned objective from step 0 (then 2 empty completions)`."""
-    groups: dict[str | None, list[Training]] = {}
+    groups: dict[str | None, list[RunSummary]] = {}
     for training in configuration.trainings:
         kinds = training.kinds
         groups.setdefault(None if kinds is None else kinds[0] if kinds else "healthy", []).append(training)
@@ -209,7 +211,7 @@ def title(kind: str) -> str:
     return names.get(kind, kind).lower()
 
 
-def said(value: Spread, sign: str = "") -> str:
+def format_mean_std(value: Spread, sign: str = "") -> str:
     """−5.53 ± 0.09: three digits of the larger one, two below 1."""
     if value.mean is None:
         return ""
@@ -232,7 +234,8 @@ def markdown(found: Sequence[Configuration]) -> str:
     for each in found:
         numbers = [number(each, name) for name in NUMBERS]
         cells = [
-            said(value, "+" if "gain" in name else "") + (f" (n={value.seeds})" if partial(value, each) else "")
+            format_mean_std(value, "+" if "gain" in name else "")
+            + (f" (n={value.seeds})" if partial(value, each) else "")
             for name, value in zip(NUMBERS, numbers, strict=True)
         ]
         seeds = str(len(each.trainings)) if len(each.trainings) > 1 else "n=1"

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from pipeline.report.comparison import Configuration, band, verdicts
 from pipeline.report.figures import UNITS
+from pipeline.report.labels import MEANING, SHARES
 from pipeline.report.style import (
     BLUE,
     GREEN,
@@ -20,13 +21,12 @@ from pipeline.report.style import (
     RED,
     canvas,
     figure_function,
-    key,
+    inline_legend,
     line,
     share_axis,
     steps_axis,
     value_axis,
 )  # fmt: skip
-from pipeline.report.labels import MEANING, SHARES
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, INK, "#56B4E9")  # the last one is of Okabe & Ito's palette too
 LOOKS = 2 * len(COLOURS)  # each solid and dashed
@@ -106,7 +106,7 @@ def _panel(
             shade.set_alpha(0.13)  # many bands on top of each other
     params = panel[0].params
     if of_reward:
-        key(axes, [(f"reward: {shortened(params['reward'])}", INK)])
+        inline_legend(axes, [(f"reward: {shortened(params['reward'])}", INK)])
     if column in SHARES:
         share_axis(axes, "share")
     else:

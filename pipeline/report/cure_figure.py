@@ -17,7 +17,7 @@ from pipeline.report.style import (
     canvas,
     figure_function,
     footer,
-    key,
+    inline_legend,
     line,
     share_axis,
     start_line,
@@ -51,7 +51,7 @@ def overlay(collapsed: Inputs, after: Inputs) -> Figure:
             for onset in {finding["onset"]: None for finding in run.diagnosis["findings"]}:
                 panel.axvline(onset, color=colour, linewidth=1.1, alpha=0.75, zorder=1.5)
             values.append(y)
-        key(panel, [(name, INK)])
+        inline_legend(panel, [(name, INK)])
         if unit == "share":
             share_axis(panel, unit)
         else:

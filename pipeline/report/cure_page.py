@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from pipeline.report.browser import NUMBERS, key_numbers
 from pipeline.report.inputs import Inputs
+from pipeline.report.labels import MEANING
 from pipeline.report.page import (
     OPEN_EXAMPLES,
     command_of,
@@ -18,7 +19,6 @@ from pipeline.report.page import (
     text_rows,
     treated,
 )
-from pipeline.report.labels import MEANING
 
 CAPTION = (
     "Each panel shows one column of history.csv for both runs: without the change dashed in red, with it in blue. "

@@ -21,7 +21,7 @@ from pipeline.report.style import (
     canvas,
     figure_function,
     footer,
-    key,
+    inline_legend,
     line,
     power_of_ten,
     share_axis,
@@ -135,11 +135,11 @@ def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     )
     line(top, steps, within**2, BLUE)
     line(top, steps, between**2, GREEN, dashes=True)
-    key(top, [("within prompts (mean over prompts)", BLUE), ("between prompts (of their means)", GREEN)])
+    inline_legend(top, [("within prompts (mean over prompts)", BLUE), ("between prompts (of their means)", GREEN)])
     _from_zero(top)
     value_axis(top, "reward variance, (reward units)²", within**2, between**2)
     line(bottom, steps, starved, RED)
-    key(bottom, [("prompts whose samples all have the same reward", RED)])
+    inline_legend(bottom, [("prompts whose samples all have the same reward", RED)])
     share_axis(bottom, "share of prompts")
     for panel in (top, bottom):
         steps_axis(panel, steps, label=panel is bottom)
@@ -172,7 +172,7 @@ def _panel(axes: Axes, history: pd.DataFrame, label: str, series: Series, zero: 
     for place, (y, (_, _, colour)) in enumerate(zip(values, series, strict=True)):
         line(axes, steps, y, colour, dashes=place > 0)
         start_line(axes, steps, y, colour)
-    key(axes, [(name, colour) for _, name, colour in series])
+    inline_legend(axes, [(name, colour) for _, name, colour in series])
     if label == "share":
         share_axis(axes, label)
         return
@@ -194,7 +194,7 @@ def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
     largest = float(np.nanmax(gap)) if np.isfinite(gap).any() else 1.0
     axes.set_ylim(GAP_FLOOR / 3, max(30.0, 3 * largest))
     axes.set_ylabel("nats, log scale")
-    key(axes, [("max |sampled − scored| logprob", RED)])
+    inline_legend(axes, [("max |sampled − scored| logprob", RED)])
 
 
 @figure_function

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.file_io import read_json, read_jsonl
-from pipeline.runs.consistency import again, raise_if_mixed, sources
 from pipeline.report.schema import Comparison, Completion, Diagnosis, Sample, Sides, Train
+from pipeline.runs.consistency import how_to_remake, raise_if_mixed, sources
 
 COLUMNS = (  # of history.csv, as far as the figures use them
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "zero_spread_share", "baseline",
@@ -44,7 +44,7 @@ def load(reports: Path) -> Inputs:
     run = _checked(reports / "train/run.json", Train, "train")
     for name in ("model", "reward", "recipe", "seed"):
         if name not in run["params"]:
-            raise UserError(f"{reports}/train/run.json: params has no {name}; {again('train')}")
+            raise UserError(f"{reports}/train/run.json: params has no {name}; {how_to_remake('train')}")
     metrics_file = reports / "evaluate/metrics.json"
     metrics = _checked(metrics_file, dict[str, Any], "evaluate")
     rewards = {name: value for name, value in metrics.items() if name not in NOT_REWARDS}
@@ -53,7 +53,7 @@ def load(reports: Path) -> Inputs:
         _check(metrics_file, metrics.get(name), Sides, "evaluate", name)
     trained = str(run["params"]["reward"])
     if trained not in rewards:
-        raise UserError(f"{metrics_file}: has no reward {trained!r}, which run.json names; {again('evaluate')}")
+        raise UserError(f"{metrics_file}: has no reward {trained!r}, which run.json names; {how_to_remake('evaluate')}")
     _checked(reports / "train/summary.json", dict[str, Any], "train")
     _checked(reports / "evaluate/measured.json", list[dict[str, Any]], "evaluate")
     found = Inputs(
@@ -77,14 +77,14 @@ def _history(path: Path) -> pd.DataFrame:
     try:
         history = pd.read_csv(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {again('train')}") from None
+        raise UserError(f"{path}: no such file; {how_to_remake('train')}") from None
     except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path}: not a CSV table: {error}; {again('train')}") from None
+        raise UserError(f"{path}: not a CSV table: {error}; {how_to_remake('train')}") from None
     missing = [name for name in COLUMNS if name not in history]
     if missing:
-        raise UserError(f"{path}: has no column {missing[0]}; {again('train')}")
+        raise UserError(f"{path}: has no column {missing[0]}; {how_to_remake('train')}")
     if history.empty:
-        raise UserError(f"{path}: has no rows; {again('train')}")
+        raise UserError(f"{path}: has no rows; {how_to_remake('train')}")
     for name in COLUMNS:
         numbers = pd.to_numeric(history[name], errors="coerce")
         wrong = history[name][numbers.isna() & history[name].notna()]
@@ -92,7 +92,7 @@ def _history(path: Path) -> pd.DataFrame:
             raise UserError(f"{path} row {wrong.index[0] + 1}: {name} = {wrong.iloc[0]!r} is not a number")
         history[name] = numbers
     if history["step"].isna().any() or not history["step"].is_monotonic_increasing:
-        raise UserError(f"{path}: steps must be numbers that increase; {again('train')}")
+        raise UserError(f"{path}: steps must be numbers that increase; {how_to_remake('train')}")
     return history
 
 
@@ -101,7 +101,7 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if len({len(row[name]) for name in ("tokens", "pieces", "token_logprobs")}) > 1:
             raise UserError(
-                f"{path} row {number}: tokens, pieces and token_logprobs differ in length; {again('train')}"
+                f"{path} row {number}: tokens, pieces and token_logprobs differ in length; {how_to_remake('train')}"
             )
     return rows
 
@@ -111,9 +111,9 @@ def _checked(path: Path, shape: Any, stage: str) -> Any:
     try:
         value = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {again(stage)}") from None
+        raise UserError(f"{path}: no such file; {how_to_remake(stage)}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}; {again(stage)}") from None
+        raise UserError(f"{path}: not valid JSON: {error}; {how_to_remake(stage)}") from None
     _check(path, value, shape, stage)
     return value
 
@@ -124,4 +124,4 @@ def _check(path: Path, value: Any, shape: Any, stage: str, *inside: str) -> None
     except ValidationError as failure:
         first = failure.errors()[0]
         where = ".".join(map(str, (*inside, *first["loc"]))) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg'].lower()}; {again(stage)}") from None
+        raise UserError(f"{path}: {where}: {first['msg'].lower()}; {how_to_remake(stage)}") from None

@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from pipeline.report.browser import NUMBERS, browser_data, key_numbers, script_json
 from pipeline.report.inputs import Inputs
+from pipeline.report.labels import MEANING, measured, percent
 from pipeline.report.style import signed
 from pipeline.report.text import visible
-from pipeline.report.labels import MEANING, measured, percent
 
 EXAMPLES, OPEN_EXAMPLES = 12, 4  # held-out prompts shown, and how many of them at once
 SAMPLES = 4  # completions shown of a training step

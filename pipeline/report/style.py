@@ -108,7 +108,7 @@ def line(
     return drawn
 
 
-def key(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
+def inline_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
     """A panel's title that is also its legend: the name of each line in its colour, behind a piece of the line."""
     dashes = ["━ ", "╍ "] if len(entries) > 1 else [""]
     parts: list[Artist] = [

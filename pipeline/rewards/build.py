@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import UserError
 from pipeline.config.params import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
+from pipeline.errors import UserError
 from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward

@@ -43,7 +43,7 @@ def running_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     return leave_one_out(rewards.view(1, -1)).view_as(rewards)
 
 
-def greedy_reward(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
+def greedy_baseline(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     """b = `outside` [B], the reward of the prompt's greedy completion: unbiased (ReMax; Li et al., arXiv 2310.10505)."""
     if outside is None:
         raise ValueError("the greedy baseline needs the rewards of the greedy completions")
@@ -67,7 +67,7 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
     "group": group_mean,
     "rloo": leave_one_out,
     "running": running_mean,
-    "greedy": greedy_reward,
+    "greedy": greedy_baseline,
 }
 
 

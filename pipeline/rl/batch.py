@@ -6,83 +6,85 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.diagnosis.text import text_statistics
-from pipeline.rl.context import Setting
-from pipeline.file_io import finite_or_none
 from pipeline.config.params import Recipe
-from pipeline.models.memory import half_copy
+from pipeline.diagnosis.text import text_statistics
+from pipeline.file_io import finite_or_none
+from pipeline.models.memory import bf16_copy
 from pipeline.models.rollout import completion_limits, completion_texts, completion_tokens
 from pipeline.models.sampling import Rollout, pad_prompts, sample
-from pipeline.models.scoring import Scores, score_whole
+from pipeline.models.scoring import Scores, score_microbatched
 from pipeline.models.tokenization import encode_prompt
+from pipeline.rl.context import TrainContext
 
 PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
 
 
 def sample_batch(
-    prompts: list[str], setting: Setting, policy: PreTrainedModel, noise: Tensor, top_k: int, top_p: float
+    prompts: list[str], context: TrainContext, policy: PreTrainedModel, uniforms: Tensor, top_k: int, top_p: float
 ) -> Rollout:
-    """Completions of B prompts, as many of each as `noise` [N, T] has rows for it; each process samples its share."""
-    params, device = setting.params, setting.device
-    recipe, group = params.selected("recipe"), len(noise) // len(prompts)
-    ids = [encode_prompt(setting.tokenizer, prompt) for prompt in prompts]
-    prompt_ids, prompt_mask = pad_prompts(ids, setting.eos[0], device)
+    """Completions of B prompts, as many of each as `uniforms` [N, T] has rows for it; each process samples its share."""
+    params, device = context.params, context.device
+    recipe, group = params.selected("recipe"), len(uniforms) // len(prompts)
+    ids = [encode_prompt(context.tokenizer, prompt) for prompt in prompts]
+    prompt_ids, prompt_mask = pad_prompts(ids, context.eos[0], device)
     limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
-    mine, rows = setting.processes.part(len(prompts)), setting.processes.rows(len(noise), group)
+    mine, rows = context.processes.shard_slice(len(prompts)), context.processes.group_slice(len(uniforms), group)
     rollout = sample(
-        half_copy(policy) if recipe.precision == "bfloat16" else policy,
+        bf16_copy(policy) if recipe.precision == "bfloat16" else policy,
         prompt_ids[mine],
         prompt_mask[mine],
         limits[mine].to(device),
-        noise[rows].to(device),
-        setting.eos,
+        uniforms[rows].to(device),
+        context.eos,
         recipe.temperature,
         top_k,
         top_p,
-        setting.layout.sampling,
+        context.layout.sampling,
     )
-    gather = setting.processes.gather
+    gather = context.processes.gather
     return Rollout(
         prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0),
-        gather(rollout.completions, setting.eos[0]), gather(rollout.lengths), gather(rollout.sampler_logprobs),
+        gather(rollout.completions, context.eos[0]), gather(rollout.lengths), gather(rollout.sampler_logprobs),
         gather(rollout.logprobs),
     )  # fmt: skip
 
 
-def reward_batch(prompts: list[str], rollout: Rollout, setting: Setting) -> tuple[list[str], Tensor]:
+def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) -> tuple[list[str], Tensor]:
     """Texts [N] as the recipe shows them to the reward, and their rewards [B, G] in float64, for B prompts.
 
     Each process asks the reward about the completions of its own prompts.
     """
-    recipe, group = setting.params.selected("recipe"), len(rollout.lengths) // len(prompts)
-    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group)
+    recipe, group = context.params.selected("recipe"), len(rollout.lengths) // len(prompts)
+    completions = completion_texts(rollout, context.tokenizer, recipe.special_tokens, group)
     repeated = [prompt for prompt in prompts for _ in range(group)]
-    rows = setting.processes.rows(len(completions), group)
+    rows = context.processes.group_slice(len(completions), group)
     rewards = torch.tensor(
-        setting.reward(repeated[rows], completions[rows]), dtype=torch.float64, device=setting.device
+        context.reward(repeated[rows], completions[rows]), dtype=torch.float64, device=context.device
     )
-    return completions, setting.processes.gather(rewards).view(-1, group)
+    return completions, context.processes.gather(rewards).view(-1, group)
 
 
-def score_batch(model: PreTrainedModel, rollout: Rollout, setting: Setting) -> Scores:
+def score_batch(model: PreTrainedModel, rollout: Rollout, context: TrainContext) -> Scores:
     """What a model says of completions, each process of its share; in the recipe's precision, without gradient."""
-    recipe = setting.params.selected("recipe")
-    rows = torch.arange(len(rollout.lengths), device=setting.device)[setting.processes.part(len(rollout.lengths))]
-    nothing = torch.zeros(0, rollout.completions.shape[1], device=setting.device)
+    recipe = context.params.selected("recipe")
+    rows = torch.arange(len(rollout.lengths), device=context.device)[
+        context.processes.shard_slice(len(rollout.lengths))
+    ]
+    nothing = torch.zeros(0, rollout.completions.shape[1], device=context.device)
     scores = Scores(nothing, nothing, nothing)
     if len(rows):  # there may be more processes than rows
-        with half_precision(recipe, setting.device):
-            scores = score_whole(
-                model, rollout.take(rows), setting.params.train.micro_batch, recipe.temperature, setting.layout.packing
+        with half_precision(recipe, context.device):
+            scores = score_microbatched(
+                model, rollout.take(rows), context.params.train.micro_batch, recipe.temperature, context.layout.packing
             )
-    gather = setting.processes.gather
+    gather = context.processes.gather
     return Scores(gather(scores.logprobs), gather(scores.scored), gather(scores.entropy))
 
 
-def rollout_metrics(rollout: Rollout, setting: Setting) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, context: TrainContext) -> dict[str, float]:
     """Statistics of the completions as texts and tokens."""
-    group, eos = setting.params.train.samples_per_prompt, setting.eos
-    plain = completion_texts(rollout, setting.tokenizer, "strip", group)
+    group, eos = context.params.train.samples_per_prompt, context.eos
+    plain = completion_texts(rollout, context.tokenizer, "strip", group)
     return {
         **text_statistics(plain, completion_tokens(rollout, eos), group),
         "completion_tokens": rollout.lengths.double().mean().item(),
@@ -95,12 +97,12 @@ def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
-def sample_rows(
+def sample_records(
     step: int, prompts: list[str], completions: list[str], rewards: Tensor, advantage: Tensor, rollout: Rollout,
-    logprobs: Tensor, setting: Setting,
+    logprobs: Tensor, context: TrainContext,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The first completions of the first prompts [B], as rows of samples.jsonl."""
-    group, ended, rows = rewards.shape[1], rollout.ended(setting.eos), []
+    group, ended, rows = rewards.shape[1], rollout.ended(context.eos), []
     for b in range(min(PROMPTS_KEPT, len(prompts))):
         for g in range(min(SAMPLES_KEPT, group)):
             i = b * group + g
@@ -108,7 +110,7 @@ def sample_rows(
             rows.append({
                 "step": step, "prompt": prompts[b], "completion": completions[i], "reward": rewards[b, g].item(),
                 "advantage": finite_or_none(advantage[b, g].item()), "tokens": tokens,
-                "pieces": [setting.tokenizer.decode([token]) for token in tokens],
+                "pieces": [context.tokenizer.decode([token]) for token in tokens],
                 "token_logprobs": [finite_or_none(x) for x in logprobs[i, : len(tokens)].tolist()],
                 "ended": bool(ended[i]),
             })  # fmt: skip

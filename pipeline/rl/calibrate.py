@@ -3,38 +3,38 @@
 import torch
 
 from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS
-from pipeline.rl.metrics import policy_metrics, reward_metrics
-from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, score_batch
-from pipeline.rl.context import Setting
 from pipeline.distributed.runtime import draw_prompts, uniforms
+from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, score_batch
+from pipeline.rl.context import TrainContext
+from pipeline.rl.metrics import policy_metrics, reward_metrics
 
 
-def calibrate(setting: Setting) -> list[dict[str, float]]:
+def calibrate(context: TrainContext) -> list[dict[str, float]]:
     """Rows of calibration.csv: batches like those of training, of prompts that come after its own in the draw."""
-    params = setting.params
-    return [calibration_batch(batch, setting) for batch in range(params.train.calibration_batches)]
+    params = context.params
+    return [calibration_row(batch, context) for batch in range(params.train.calibration_batches)]
 
 
-def calibration_batch(batch: int, setting: Setting) -> dict[str, float]:
-    params, recipe = setting.params, setting.params.selected("recipe")
+def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
+    params, recipe = context.params, context.params.selected("recipe")
     sizes = params.train
     drawn = draw_prompts(
-        params.seed, sizes.steps + batch, sizes.prompts_per_step, len(setting.prompts), recipe.draw
+        params.seed, sizes.steps + batch, sizes.prompts_per_step, len(context.prompts), recipe.prompt_sampling
     )  # fmt: skip
-    prompts = [setting.prompts[i] for i in drawn]
+    prompts = [context.prompts[i] for i in drawn]
     noise = uniforms(params.seed, batch, "calibration", len(prompts) * sizes.samples_per_prompt, sizes.max_tokens)
-    with setting.reference() as reference:
-        rollout = sample_batch(prompts, setting, reference, noise, recipe.top_k, recipe.top_p)
-        scores = score_batch(reference, rollout, setting)
-    _, rewards = reward_batch(prompts, rollout, setting)
+    with context.reference() as reference:
+        rollout = sample_batch(prompts, context, reference, noise, recipe.top_k, recipe.top_p)
+        scores = score_batch(reference, rollout, context)
+    _, rewards = reward_batch(prompts, rollout, context)
     nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt
     mask = rollout.completion_mask
     # the checkpoint scores as many completions as in a step of training: fewer stray farther
-    scored = len(mask) if recipe.kl != "none" else sizes.rescored_prompts * sizes.samples_per_prompt
+    scored = len(mask) if recipe.kl != "none" else sizes.kl_probe_prompts * sizes.samples_per_prompt
     measured = {
         **reward_metrics(rewards, nothing, nothing),
         **policy_metrics(scores.logprobs, scores.entropy, mask),
-        **rollout_metrics(rollout, setting),
+        **rollout_metrics(rollout, context),
         "batch": batch, "ref_logprob": scores.logprobs[:scored][mask[:scored]].mean().item(),
     }  # fmt: skip
     return {column: measured[column] for column in CALIBRATION_COLUMNS}

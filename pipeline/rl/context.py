@@ -10,70 +10,72 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config.params import Params
+from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
+from pipeline.distributed.runtime import generator
+from pipeline.distributed.sharding import copy_full_weights, shard
+from pipeline.distributed.weights import load_weights, trained_weights
 from pipeline.errors import UserError
 from pipeline.file_io import read_jsonl
-from pipeline.distributed.runtime import generator
-from pipeline.config.params import Params
 from pipeline.models.adapters import without_lora
 from pipeline.models.load import end_of_text_ids, init_policy, load_layout, load_policy, load_tokenizer
-from pipeline.models.memory import round_frozen
+from pipeline.models.memory import cast_frozen_bf16
 from pipeline.models.rollout import longest_sequence
-from pipeline.distributed.sharding import put_together, shard
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
-from pipeline.distributed.weights import put_weights, trained_weights
-from pipeline.distributed.dist_context import ALONE, Processes
 from pipeline.rewards.build import Reward, build_reward
 
 PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainContext:
     """What stays the same through a run."""
 
     params: Params
     prompts: list[str]
     tokenizer: PreTrainedTokenizerBase
-    acting: PreTrainedModel  # samples and scores for the policy: itself, or a copy of one that is spread over processes
-    # `with setting.reference() as model`: the untouched checkpoint, a model of its own or the policy without its adapters
+    rollout_model: (
+        PreTrainedModel  # samples and scores for the policy: itself, or a copy of one that is spread over processes
+    )
+    # `with context.reference() as model`: the untouched checkpoint, a model of its own or the policy without its adapters
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     reward: Reward
     device: torch.device
     eos: tuple[int, ...]  # every id that ends a completion; the first one fills up behind an end
     layout: Layout
-    processes: Processes = ALONE
+    processes: DistContext = SINGLE_PROCESS
 
 
-def set_stage(
-    params: Params, device: torch.device, processes: Processes = ALONE
-) -> tuple[Setting, PreTrainedModel]:  # fmt: skip
+def build_context(
+    params: Params, device: torch.device, processes: DistContext = SINGLE_PROCESS
+) -> tuple[TrainContext, PreTrainedModel]:  # fmt: skip
     """What `prepare` and `cache` left, and the policy to train. Raises UserError where `cache` did not try the policy with
     sequences as long as this run's."""
     # a policy that is spread may be too large for one device: from the CPU its parts are sent where they belong
-    policy = acting = first_policy(params, device, torch.device("cpu") if processes.sharded else device)
+    policy = rollout_model = initial_policy(params, device, torch.device("cpu") if processes.sharded else device)
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     if not params.train.lora_rank:
-        reference = partial(as_it_is, untrained(params, device))
+        reference = partial(unchanged, load_reference(params, device))
     elif processes.sharded:
         raise UserError("train.lora_rank: adapters need no spreading; choose another distributed_type than FSDP, or 0")
     else:
         reference = partial(without_lora, policy)
     if processes.sharded:
-        acting = untrained(params, device)
-        shard(policy, device, processes.count)
+        rollout_model = load_reference(params, device)
+        shard(policy, device, processes.world_size)
     tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(PROMPTS)]
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected("recipe").length_limit)
-    setting = Setting(
-        params, prompts, tokenizer, acting, reference,
+    context = TrainContext(
+        params, prompts, tokenizer, rollout_model, reference,
         build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
         end_of_text_ids(CHECKPOINT / "policy", tokenizer), load_layout(CHECKPOINT / "layout.json", longest), processes,
     )  # fmt: skip
-    return setting, policy
+    return context, policy
 
 
-def first_policy(params: Params, device: torch.device, at: torch.device) -> PreTrainedModel:
+def initial_policy(params: Params, device: torch.device, at: torch.device) -> PreTrainedModel:
     """The policy before its first update, with this run's adapters."""
     return init_policy(
         CHECKPOINT / "policy", device, at, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
@@ -81,30 +83,30 @@ def first_policy(params: Params, device: torch.device, at: torch.device) -> PreT
     )  # fmt: skip
 
 
-def untrained(params: Params, device: torch.device) -> PreTrainedModel:
+def load_reference(params: Params, device: torch.device) -> PreTrainedModel:
     """The checkpoint, as a model that takes no gradient."""
     model = load_policy(CHECKPOINT / "policy", device).requires_grad_(False)
     if params.selected("recipe").precision == "bfloat16":
-        round_frozen(model)
+        cast_frozen_bf16(model)
     return model
 
 
-def as_it_is(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+def unchanged(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     return nullcontext(model)
 
 
-def catch_up(setting: Setting, policy: PreTrainedModel) -> None:
+def sync_rollout_model(context: TrainContext, policy: PreTrainedModel) -> None:
     """Has the model that acts for the policy hold its present weights."""
-    if setting.acting is not policy:
-        put_together(policy, setting.acting)
+    if context.rollout_model is not policy:
+        copy_full_weights(policy, context.rollout_model)
 
 
-def in_one_piece(policy: PreTrainedModel, processes: Processes) -> PreTrainedModel:
+def gather_full_policy(policy: PreTrainedModel, processes: DistContext) -> PreTrainedModel:
     """The policy to be saved. Of a spread one every process has to ask; the one that writes gets it, on the CPU."""
     if not processes.sharded:
         return policy
-    weights = trained_weights(policy, processes.writes)
-    if processes.writes:
+    weights = trained_weights(policy, processes.is_main_process)
+    if processes.is_main_process:
         policy = load_policy(CHECKPOINT / "policy", torch.device("cpu"))
-        put_weights(policy, weights)
+        load_weights(policy, weights)
     return policy

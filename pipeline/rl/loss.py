@@ -14,15 +14,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class BatchSize:
+class LossNormalizers:
     """Of the whole batch of an optimizer step, over all micro-batches and processes."""
 
     samples: int  # N
     tokens: int  # sum_i length_i, tokens in the loss
-    longest: int  # tokens that a completion may have: train.max_tokens
+    max_completion_tokens: int  # tokens that a completion may have: train.max_tokens
 
 
-def token_weights(mask: Tensor, aggregation: str, batch: BatchSize) -> Tensor:
+def token_weights(mask: Tensor, aggregation: str, batch: LossNormalizers) -> Tensor:
     """How much each token's log-probability counts, [n, T] for any n rows of the batch.
 
     sequence_sum     1 / N                      the policy gradient
@@ -38,7 +38,7 @@ def token_weights(mask: Tensor, aggregation: str, batch: BatchSize) -> Tensor:
     if aggregation == "sequence_mean":
         return ones / ones.sum(1, keepdim=True).clamp(min=1) / batch.samples
     if aggregation == "constant_length":
-        return ones / (batch.samples * batch.longest)
+        return ones / (batch.samples * batch.max_completion_tokens)
     return ones / max(batch.tokens, 1)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.params import Recipe
-from pipeline.distributed.sharding import local
-from pipeline.distributed.dist_context import ALONE, Processes
+from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
+from pipeline.distributed.sharding import local_tensor
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -37,20 +37,20 @@ class Update:
     """What one step of the optimizer did."""
 
     grad_norm: float  # L2, before clipping
-    relative: float  # |change of the weights| / |weights|, L2 over all that are trained
-    withheld: bool  # since loss or gradient were not finite
+    update_norm_ratio: float  # |change of the weights| / |weights|, L2 over all that are trained
+    skipped: bool  # since loss or gradient were not finite
 
 
-def update(
+def optimizer_step(
     policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float,
-    processes: Processes = ALONE,
+    processes: DistContext = SINGLE_PROCESS,
 ) -> Update:  # fmt: skip
     """Clips the gradient to `max_grad_norm` (0 = off) and steps, but not with a non-finite loss or gradient. Lets go of the
     gradient."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    norm = torch.nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None])
     if processes.sharded:
-        norm = torch.tensor(processes.total(norm.double().item() ** 2, norm.device) ** 0.5, device=norm.device)
+        norm = torch.tensor(processes.all_reduce_sum(norm.double().item() ** 2, norm.device) ** 0.5, device=norm.device)
     if not (math.isfinite(loss) and torch.isfinite(norm)):
         optimizer.zero_grad()
         return Update(norm.item(), 0.0, True)
@@ -60,11 +60,11 @@ def update(
         group["lr"] = lr
     squares: list[tuple[Tensor, Tensor]] = []
     for p in _with_gradient_one_by_one(parameters):  # so that no more than one is held as it was before
-        before = local(p.detach()).clone()
+        before = local_tensor(p.detach()).clone()
         size = _square(before)
         optimizer.step()
-        squares.append((size, _square(before.sub_(local(p.detach())))))
-    whole, change = (processes.of_parts(_total(part), norm.device) for part in zip(*squares, strict=True))
+        squares.append((size, _square(before.sub_(local_tensor(p.detach())))))
+    whole, change = (processes.reduce_if_sharded(_total(part), norm.device) for part in zip(*squares, strict=True))
     return Update(norm.item(), (change / whole) ** 0.5, False)
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config.params import Recipe
-from pipeline.models.memory import recomputing
+from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
+from pipeline.models.memory import activation_checkpointing
 from pipeline.models.sampling import Rollout
 from pipeline.models.scoring import Scores, score
 from pipeline.rl.importance import importance_weights
-from pipeline.rl.loss import KL_LOSSES, BatchSize, entropy_bonus, policy_loss, token_weights
-from pipeline.rl.optimizer import Update, square_norm, update
-from pipeline.distributed.dist_context import ALONE, Processes
+from pipeline.rl.loss import KL_LOSSES, LossNormalizers, entropy_bonus, policy_loss, token_weights
+from pipeline.rl.optimizer import Update, optimizer_step, square_norm
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,20 @@ class Batch:
 
     rollout: Rollout
     advantages: Tensor  # [n]
-    counted: Tensor  # [n, T] True = in the loss
+    loss_mask: Tensor  # [n, T] True = in the loss
     ref_logprobs: Tensor | None  # [n, T]; not needed without a KL term in the loss
-    size: BatchSize  # of all N
+    normalizers: LossNormalizers  # of all N
     kl_coef: float = 0.0
     old_logprobs: Tensor | None = None  # [n, T] `Gradient.scored` of the batch's first update; None = this is the first
 
 
 @dataclass(frozen=True)
-class Gradient:
+class BackwardResult:
     """What the backward pass leaves besides the gradient itself."""
 
     loss: float
     logprobs: Tensor  # [n, T] of the policy, correctly aligned, full softmax
-    scored: Tensor  # [n, T] what the loss used: equal to logprobs unless the recipe shifts or truncates them
+    loss_logprobs: Tensor  # [n, T] what the loss used: equal to logprobs unless the recipe shifts or truncates them
     entropy: Tensor  # [n, T]
     clip_share: float  # of the tokens in the loss, those whose importance ratio was clipped
     snr: float  # see `signal_to_noise`; NaN where the micro-batches do not tell
@@ -57,33 +57,35 @@ def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
     return torch.arange(rollout.completions.shape[1], device=longest.device) < longest[:, None]
 
 
-def accumulate_gradient(
+def backward(
     policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1,
-    processes: Processes = ALONE, recompute: bool = False, packing: bool = True,
-) -> Gradient:  # fmt: skip
+    processes: DistContext = SINGLE_PROCESS, gradient_checkpointing: bool = False, packing: bool = True,
+) -> BackwardResult:  # fmt: skip
     """Adds the gradient of the recipe's loss on this batch to the policy's `.grad` (empty, for the ratio to be right).
 
     Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
     gradients of the processes, each of whole groups of the batch, add up to it. `group`: the samples of a prompt;
-    `recompute`: the layers' inner values in the backward pass; `packing`: see `score`.
+    `gradient_checkpointing`: the layers' inner values in the backward pass; `packing`: see `score`.
     """
     rollout, total, clipped = batch.rollout, 0.0, 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    weights = token_weights(batch.counted, recipe.aggregation, batch.size)
-    lengths = torch.maximum(batch.counted.sum(1), rollout.lengths)
+    weights = token_weights(batch.loss_mask, recipe.aggregation, batch.normalizers)
+    lengths = torch.maximum(batch.loss_mask.sum(1), rollout.lengths)
     # the ratio needs the gradient of each micro-batch by itself, which takes time: only where it can tell something
     apart = len(weights) > micro_batch and micro_batch % group == 0 and not processes.sharded
-    mine = processes.rows(len(weights), group)
-    separately: AbstractContextManager[list[Tensor | float]] = _gradients_apart(policy) if apart else nullcontext([])
+    mine = processes.group_slice(len(weights), group)
+    separately: AbstractContextManager[list[Tensor | float]] = (
+        _record_microbatch_norms(policy) if apart else nullcontext([])
+    )
     device = weights.device
     # one context for all micro-batches: it rounds the weights once and keeps them, if they stay where they are and
     # there is room for them
-    keep = not (processes.sharded or recompute)
+    keep = not (processes.sharded or gradient_checkpointing)
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=keep)
     starts = list(range(mine.start, mine.stop, micro_batch))
     # a spread policy is put together by all processes at once: who has fewer micro-batches computes one in vain
-    idle = processes.largest(len(starts), device) - len(starts) if processes.sharded else 0
-    with separately as squares, half, recomputing(policy, recompute):
+    idle = processes.all_reduce_max(len(starts), device) - len(starts) if processes.sharded else 0
+    with separately as squares, half, activation_checkpointing(policy, gradient_checkpointing):
         for start in starts + [mine.start] * idle:
             rows = slice(start, min(start + micro_batch, mine.stop))
             squares.append(0.0)
@@ -93,14 +95,14 @@ def accumulate_gradient(
                 entropy_gradient=recipe.entropy_coef > 0, packing=packing,
             )  # fmt: skip
             with torch.autocast(device.type, enabled=False):
-                loss, cut = loss_of_rows(scores, batch, rows, weights, recipe)
+                loss, cut = microbatch_loss(scores, batch, rows, weights, recipe)
                 (loss * 0 if len(parts) == len(starts) else loss).backward()
             if len(parts) == len(starts):
                 continue
             total += loss.item()
             clipped += cut
             parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
-    processes.add_gradients(policy.parameters())
+    processes.all_reduce_gradients(policy.parameters())
     snr = math.nan
     if apart:
         whole = square_norm(p.grad for p in policy.parameters())
@@ -108,11 +110,11 @@ def accumulate_gradient(
         sizes = torch.tensor([len(part[0]) for part in parts], device=device)
         snr = signal_to_noise(whole, processes.gather(squared).tolist(), processes.gather(sizes).tolist())
     logprobs, scored, entropy = (processes.gather(torch.cat(tensors)) for tensors in zip(*parts, strict=True))
-    share = processes.total(clipped, device) / max(int(batch.counted.sum()), 1)
-    return Gradient(processes.total(total, device), logprobs, scored, entropy, share, snr)
+    share = processes.all_reduce_sum(clipped, device) / max(int(batch.loss_mask.sum()), 1)
+    return BackwardResult(processes.all_reduce_sum(total, device), logprobs, scored, entropy, share, snr)
 
 
-def loss_of_rows(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
+def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
     """The rows' part of the batch's loss, and how many of their tokens are clipped.
 
         - sum_it w_it f_it A_i log pi_it  +  kl_coef * KL term  -  entropy_coef * sum_it w_it H_it
@@ -127,13 +129,13 @@ def loss_of_rows(scores: Scores, batch: Batch, rows: slice, weights: Tensor, rec
         )
         # where: behind the ends a ratio may be infinite
         factors = torch.where(factors > 0, factors * ratio.masked_fill(cut, 0.0), 0.0)
-        clipped = int((cut & batch.counted[rows]).sum())
+        clipped = int((cut & batch.loss_mask[rows]).sum())
     loss = policy_loss(scores.scored, batch.advantages[rows], factors)
     if recipe.kl in KL_LOSSES:
         assert batch.ref_logprobs is not None
         # of what acts: shifted scores are nobody's, and full ones not the truncated sampler's
-        acting = scores.scored if recipe.scoring == "sampler" else scores.logprobs
-        kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.size.samples)
+        acting = scores.scored if recipe.loss_distribution == "sampler" else scores.logprobs
+        kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.normalizers.samples)
         loss = loss + batch.kl_coef * kl
     if recipe.entropy_coef > 0:
         loss = loss - recipe.entropy_coef * entropy_bonus(scores.entropy, weights[rows] * mask)
@@ -141,7 +143,7 @@ def loss_of_rows(scores: Scores, batch: Batch, rows: slice, weights: Tensor, rec
 
 
 @contextmanager
-def _gradients_apart(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
+def _record_microbatch_norms(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
     """Inside, the gradients of backward passes are summed as ever, and each one's squared L2 norm is added to the last
     entry of the list. A parameter at a time, as soon as its gradient is there: the second copy is never whole."""
     sums: dict[Tensor, Tensor] = {}
@@ -169,21 +171,23 @@ def _gradients_apart(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
             p.grad = added if earlier is None else earlier if added is None else earlier.add_(added)
 
 
-def update_on(
+def update_policy(
     batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
-    micro_batch: int, group: int, processes: Processes = ALONE, recompute: bool = False, packing: bool = True,
-) -> tuple[Gradient, dict[str, float]]:  # fmt: skip
+    micro_batch: int, group: int, processes: DistContext = SINGLE_PROCESS, gradient_checkpointing: bool = False, packing: bool = True,
+) -> tuple[BackwardResult, dict[str, float]]:  # fmt: skip
     """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
-    gradients: list[Gradient] = []
+    gradients: list[BackwardResult] = []
     updates: list[Update] = []
-    while len(updates) < recipe.epochs and not (updates and updates[-1].withheld):
+    while len(updates) < recipe.epochs and not (updates and updates[-1].skipped):
         optimizer.zero_grad()
-        gradients.append(accumulate_gradient(policy, batch, recipe, micro_batch, group, processes, recompute, packing))
-        updates.append(update(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss, processes))
-        batch = dataclasses.replace(batch, old_logprobs=gradients[0].scored)
+        gradients.append(
+            backward(policy, batch, recipe, micro_batch, group, processes, gradient_checkpointing, packing)
+        )
+        updates.append(optimizer_step(policy, optimizer, recipe.max_grad_norm, lr, gradients[-1].loss, processes))
+        batch = dataclasses.replace(batch, old_logprobs=gradients[0].loss_logprobs)
     return gradients[0], {
-        "grad_norm": updates[0].grad_norm, "relative_update": updates[0].relative,
-        "clip_share": gradients[-1].clip_share, "nonfinite": float(updates[-1].withheld),
+        "grad_norm": updates[0].grad_norm, "relative_update": updates[0].update_norm_ratio,
+        "clip_share": gradients[-1].clip_share, "nonfinite": float(updates[-1].skipped),
     }  # fmt: skip
 
 
@@ -208,4 +212,4 @@ def signal_to_noise(whole: float, parts: list[float], sizes: list[int]) -> float
 
 def truncation(recipe: Recipe) -> tuple[int, float]:
     """(top_k, top_p) of the distribution that the loss scores; (0, 1.0) is the full softmax."""
-    return (recipe.top_k, recipe.top_p) if recipe.scoring == "sampler" else (0, 1.0)
+    return (recipe.top_k, recipe.top_p) if recipe.loss_distribution == "sampler" else (0, 1.0)

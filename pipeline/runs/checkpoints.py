@@ -13,20 +13,20 @@ import torch
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
-from pipeline.file_io import atomic_path, write_text, writing
+from pipeline.file_io import atomic_path, translate_write_errors, write_text
 
 DIGEST = 32  # bytes of a sha256, before the state
-KEPT = 2  # states kept: where the newest is damaged, the one before it serves
+KEEP_LAST = 2  # states kept: where the newest is damaged, the one before it serves
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
     """Holds the folder's lock. Raises UserError where it cannot be written, or naming the process that holds it: what it
     trains."""
     owner = folder / "owner"
     lock = FileLock(folder.with_suffix(".lock"))
     try:
-        with writing(folder):
+        with translate_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
     except Timeout:
@@ -55,7 +55,7 @@ def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int
             raise hashing.failure
         target.seek(0)
         target.write(hashing.sha256.digest())
-    kept = {*_states(folder)[-KEPT:], healthy(folder, judged, every)}
+    kept = {*_states(folder)[-KEEP_LAST:], last_before(folder, judged, every)}
     for old in set(_states(folder)) - kept:
         old.unlink()
 
@@ -103,14 +103,14 @@ class Hashing(io.RawIOBase):
         return memoryview(data).nbytes
 
 
-def healthy(folder: Path, before: int, every: int) -> Path | None:
+def last_before(folder: Path, before: int, every: int) -> Path | None:
     """The newest state after fewer than `before` steps, of those that every run saves: one that a signal left must not
     make a result differ."""
     steps = {int(path.stem.partition("-")[2]): path for path in _states(folder)}
     return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 
 
-def forget(folder: Path) -> None:
+def delete_checkpoints(folder: Path) -> None:
     """Deletes the states."""
     for path in _states(folder):
         path.unlink()

@@ -15,7 +15,7 @@ from pipeline.runs.provenance import digest
 REPORTS = Path("reports")
 
 
-def again(stage: str) -> str:
+def how_to_remake(stage: str) -> str:
     """The advice for a file of a stage that is missing or broken."""
     return f"run `dvc repro {stage}`, or `dvc repro -f -s {stage}` where that does nothing"
 
@@ -25,7 +25,7 @@ def raise_if_mixed(*stages: str, reports: Path = REPORTS) -> None:
     train/summary.json, and what makes them anew. Files that are missing or no JSON are the caller's to find first."""
     summary = reports / "train/summary.json"
     run = run_digests(summary)
-    wrong = {stage: found for stage in stages if (found := _strangers(stage, run, reports))}
+    wrong = {stage: found for stage in stages if (found := _mismatches(stage, run, reports))}
     if wrong:
         files = ", ".join(str(file) for found in wrong.values() for file in found)
         advice = f"`dvc repro -f -s {' '.join(wrong)} && dvc repro` makes them anew"
@@ -38,7 +38,7 @@ def run_digests(summary: Path) -> dict[str, str]:
     """The digests in summary.json. Raises UserError where it has none."""
     found = digests_in(read_json(summary))
     if not found:
-        raise UserError(f"{summary}: has no digests; {again('train')}")
+        raise UserError(f"{summary}: has no digests; {how_to_remake('train')}")
     return found
 
 
@@ -68,7 +68,7 @@ def sources(reports: Path = REPORTS) -> str:
     return digest([sha256(reports / name) for name in names])
 
 
-def _strangers(stage: str, run: dict[str, str], reports: Path) -> list[Path]:
+def _mismatches(stage: str, run: dict[str, str], reports: Path) -> list[Path]:
     if stage == "train":
         files = [reports / "train" / name for name in ("calibration.csv", "history.csv", "samples.jsonl")]
         files += [healthy] if (healthy := reports.parent / "data/healthy/healthy.json").is_file() else []

@@ -74,7 +74,7 @@ def _run_git(*arguments: str, given: str = "") -> subprocess.CompletedProcess[by
         raise UserError(f"git cannot be run: {error.strerror}") from None
 
 
-def head() -> str:
+def head_commit() -> str:
     """The commit that experiments start from. Raises UserError where there is none."""
     done = _run_git("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     if done.returncode == 1 and not done.stderr.strip():  # of all failures, git is quiet about this one

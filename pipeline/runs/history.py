@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.errors import one_line
-from pipeline.file_io import finite_or_none, writing
+from pipeline.file_io import finite_or_none, translate_write_errors
+from pipeline.rl.metrics import HISTORY_COLUMNS
 
 SUMMARY_STEPS = 5  # steps behind each mean of summary.json
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainState:
     """A run so far: all that a resumed one needs besides weights and optimizer."""
 
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # history.csv
@@ -70,13 +70,13 @@ def history_file(path: Path, rows: list[dict[str, float]]) -> Iterator[Callable[
     After an exception it is removed: what stays is whole. (The rows are in the resume state too.) Raises UserError:
     `artifacts.writing`.
     """
-    with writing(path):
+    with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w", encoding="utf-8", newline="\n")
     writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
 
     def append(row: dict[str, float]) -> None:
-        with writing(path):
+        with translate_write_errors(path):
             writer.writerow({column: repr(row[column]) for column in HISTORY_COLUMNS})
             file.flush()
 
@@ -85,7 +85,7 @@ def history_file(path: Path, rows: list[dict[str, float]]) -> Iterator[Callable[
         for row in rows:
             append(row)
         yield append
-        with writing(path):
+        with translate_write_errors(path):
             file.close()
     except BaseException:
         path.unlink(missing_ok=True)

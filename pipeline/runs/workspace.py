@@ -18,7 +18,7 @@ def root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
-def check() -> None:
+def require_project_root() -> None:
     """Raises UserError where the current directory is not the project's."""
     if not (root() / "params.yaml").is_file():
         raise UserError("params.yaml: no such file; run from the project's root")

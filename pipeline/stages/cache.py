@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import params as parameters
+from pipeline.config.params import Encoder, Model, Params
+from pipeline.data.hub import drop_damaged, from_hub
+from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import (
     atomic_folder,
@@ -28,9 +31,6 @@ from pipeline.file_io import (
     why_unwatched,
     write_json,
 )
-from pipeline.data.hub import drop_damaged, from_hub
-from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
-from pipeline.config.params import Encoder, Model, Params
 
 CHECKPOINT, PROMPTS = Path("data/checkpoint"), Path("data/prompts")
 WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC hashes for this stage
@@ -77,7 +77,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     line. Raises UserError where prompts, lengths and policy do not go together, or the policy cannot be trained."""
     import torch
 
-    from pipeline.distributed.runtime import generator, set_up
+    from pipeline.distributed.runtime import configure_torch, generator
     from pipeline.models.load import check_saving, end_of_text_ids, init_policy, load_tokenizer, special_ids
     from pipeline.models.verification import Layout, choose_layout, probe_prompts
 
@@ -93,7 +93,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
         check_saving(policy, key)
         return found
 
-    device = set_up(params.train.device, params.train.threads)
+    device = configure_torch(params.train.device, params.train.threads)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)

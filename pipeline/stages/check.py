@@ -4,8 +4,8 @@ unnoticed."""
 
 from collections.abc import Iterable, Iterator
 
-from pipeline.errors import run_stage
 from pipeline.config.params import SELECTORS, CustomReward, Reward, SumReward, load
+from pipeline.errors import run_stage
 from pipeline.rewards.custom import check_custom
 
 

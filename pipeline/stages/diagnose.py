@@ -5,15 +5,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pipeline.diagnosis.calibration import untouched
-from pipeline.diagnosis.cures import Cure, cure, treated
-from pipeline.diagnosis.text import repeated_ngrams
-from pipeline.diagnosis.verdict import TITLES, Finding, Shown, findings
+from pipeline.config.params import SELECTORS, Params, load
+from pipeline.diagnosis.calibration import null_statistics
+from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import headline, summary
+from pipeline.diagnosis.text import repeated_ngrams
+from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import finite_or_none, read_csv, read_json, read_jsonl, sha256, write_json
-from pipeline.runs.consistency import again, raise_if_mixed
-from pipeline.config.params import SELECTORS, Params, load
+from pipeline.runs.consistency import how_to_remake, raise_if_mixed
 
 REPORTS, TARGET = Path("reports/train"), Path("reports/diagnosis.json")
 HEALTHY = Path("data/healthy/healthy.json")
@@ -31,9 +31,9 @@ def main() -> None:
         try:
             contents.append(read(file))
         except FileNotFoundError:
-            raise UserError(f"{file}: no such file; {again('train')}") from None
+            raise UserError(f"{file}: no such file; {how_to_remake('train')}") from None
         except ValueError as error:
-            raise UserError(f"{file}: not what the stage writes: {error}; {again('train')}") from None
+            raise UserError(f"{file}: not what the stage writes: {error}; {how_to_remake('train')}") from None
     rows, calibration, samples, healthy, *_ = contents
     raise_if_mixed("train")
     diagnosis = diagnose(params, rows, calibration, samples)
@@ -48,12 +48,12 @@ def diagnose(
     params: Params, rows: list[dict[str, float]], calibration: list[dict[str, float]], samples: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of diagnosis.json but for the healthy policy's step and the digest of the history that it is of."""
-    spreads = untouched(calibration, params.train.prompts_per_step)
+    spreads = null_statistics(calibration, params.train.prompts_per_step)
     found = findings(rows, spreads, params.train.steps)
     summaries = [summary(finding, rows, spreads) for finding in found]
     cures = {finding.kind: cure(finding, params, spreads) for finding in found}
     changes: dict[str, Any] = {}
-    for finding in treated(found):
+    for finding in root_causes(found):
         changes |= {key: value for key, value in cures[finding.kind].changes.items() if key not in changes}
     return {
         "verdict": found[0].kind if found else "healthy",
@@ -77,7 +77,7 @@ def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, An
     }  # fmt: skip
 
 
-def evidence(shown: Shown) -> dict[str, Any]:
+def evidence(shown: Evidence) -> dict[str, Any]:
     limit, spread = shown.limit, shown.limit.untouched
     return {
         "metric": limit.metric, "step": shown.step, "value": finite_or_none(shown.value),

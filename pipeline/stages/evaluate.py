@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config.params import Params, load
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.text import text_statistics
+from pipeline.distributed.runtime import configure_torch, generator, uniforms
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
-from pipeline.distributed.runtime import generator, set_up, uniforms
-from pipeline.config.params import Params, load
 from pipeline.models.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
 from pipeline.models.rollout import completion_limits, completion_texts, completion_tokens, longest_sequence
 from pipeline.models.sampling import Rollout, pad_prompts, sample
@@ -38,13 +38,13 @@ def main() -> None:
         raise UserError(f"{PROMPTS} holds no prompts; run `dvc repro`, which makes it")
     if params.evaluate.prompts:
         prompts = prompts[: params.evaluate.prompts]
-    device = set_up(params.train.device, params.train.threads)
+    device = configure_torch(params.train.device, params.train.threads)
     metrics, rows = evaluate(params, prompts, device)
     if depends_on(load()) != depends_on(params):  # DVC would record what is there now
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(REPORTS / "completions.jsonl", rows)
     write_json(REPORTS / "metrics.json", metrics)
-    write_json(REPORTS / "measured.json", [measured(params)])  # a list: `dvc metrics show` leaves it out
+    write_json(REPORTS / "measured.json", [evaluation_identity(params)])  # a list: `dvc metrics show` leaves it out
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
     sure = "one prompt, no interval" if low is None else f"95% interval {low:+.4f} to {high:+.4f}"
@@ -105,7 +105,7 @@ def depends_on(params: Params) -> tuple[Any, ...]:
     )
 
 
-def measured(params: Params) -> dict[str, Any]:
+def evaluation_identity(params: Params) -> dict[str, Any]:
     """Which policy, how, and what came of it: numbers of other prompts or another number of samples are not those of the same
     quantity, and those of another policy are not this one's."""
     files = {name: sha256(REPORTS / name) for name in ("completions.jsonl", "metrics.json")}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import params as parameters
+from pipeline.config.params import PromptSet
+from pipeline.data.hub import DamagedError, drop_damaged, from_hub
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_path, why_unwatched, write_json, write_jsonl
-from pipeline.data.hub import DamagedError, drop_damaged, from_hub
-from pipeline.config.params import PromptSet
 
 TRAIN = Path("data/prompts/train.jsonl")
 HELDOUT = Path("data/prompts/heldout.jsonl")

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import UserError, run_stage
 from pipeline import file_io
-from pipeline.runs import provenance
-from pipeline.tracking import mlflow_store
-from pipeline.runs import workspace
+from pipeline.errors import UserError, run_stage
+from pipeline.runs import provenance, workspace
 from pipeline.runs.dvc_git import git
-from pipeline.tracking.record import EVALUATION, HISTORY, REPORTS, RUN, Record, read_record
+from pipeline.tracking import mlflow_store
 from pipeline.tracking.mlflow_store import Point
+from pipeline.tracking.record import EVALUATION, HISTORY, REPORTS, RUN, Record, read_record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +47,9 @@ def main() -> None:
         if "DVC_STAGE" not in os.environ:
             end_dead_runs(client, experiment)
     except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
-        raise UserError(f"MLflow store {mlflow_store.reason(error)}; then run `python -m pipeline.stages.track`") from None
+        raise UserError(
+            f"MLflow store {mlflow_store.describe_error(error)}; then run `python -m pipeline.stages.track`"
+        ) from None
     names = sorted(
         (Path(folder) / file.name).as_posix() for folder, files in record.artifacts.items() for file in files
     )
@@ -61,7 +62,7 @@ def main() -> None:
             "artifacts": names,
         },
     )
-    file_io.let_read(REPORTS)
+    file_io.make_all_readable(REPORTS)
     drop_resume_state(record.train_key)
 
 

@@ -17,31 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.diagnosis.calibration import untouched
-from pipeline.rl.metrics import (
-    HISTORY_COLUMNS,
-    largest_gap,
-    nonfinite_share,
-    policy_metrics,
-    reference_metrics,
-    reward_metrics,
-    update_metrics,
-)
-from pipeline.diagnosis.verdict import TITLES, findings, judged
-from pipeline.errors import UserError, run_stage
-from pipeline.rl.batch import (
-    reward_batch,
-    rollout_metrics,
-    sample_batch,
-    sample_rows,
-    score_batch,
-)
-from pipeline.rl.calibrate import calibrate
-from pipeline.rl.context import CHECKPOINT, PROMPTS, Setting, catch_up, first_policy, in_one_piece, set_stage
-from pipeline.runs import checkpoints
+from pipeline.config.params import SELECTORS, Params, load
+from pipeline.diagnosis.calibration import null_statistics
+from pipeline.diagnosis.verdict import TITLES, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
-from pipeline.runs import provenance
-from pipeline.tracking import mlflow_store
+from pipeline.distributed.dist_context import DistContext
+from pipeline.distributed.runtime import configure_torch, draw_probe_prompts, draw_prompts, uniforms
+from pipeline.distributed.weights import load_optimizer_state, load_weights, optimizer_state, trained_weights
+from pipeline.errors import UserError, run_stage
 from pipeline.file_io import (
     atomic_folder,
     folder_digests,
@@ -51,14 +34,7 @@ from pipeline.file_io import (
     write_json,
     write_jsonl,
 )
-from pipeline.runs.history import Progress, history_file
-from pipeline.distributed.runtime import draw_prompts, draw_rescored, set_up, uniforms
-from pipeline.runs.signals import caught_signals
-from pipeline.runs.stopwatch import Stopwatch, timing_row
-from pipeline.runs.workspace import is_committed, root
-from pipeline.config.params import SELECTORS, Params, load
 from pipeline.models.load import load_layout
-from pipeline.distributed.weights import optimizer_state, put_optimizer_state, put_weights, trained_weights
 from pipeline.rl.advantages import (
     BASELINES,
     adapted_kl_coef,
@@ -66,10 +42,41 @@ from pipeline.rl.advantages import (
     next_running_mean,
     with_kl_penalty,
 )
-from pipeline.rl.loss import BatchSize
+from pipeline.rl.batch import (
+    reward_batch,
+    rollout_metrics,
+    sample_batch,
+    sample_records,
+    score_batch,
+)
+from pipeline.rl.calibrate import calibrate
+from pipeline.rl.context import (
+    CHECKPOINT,
+    PROMPTS,
+    TrainContext,
+    build_context,
+    gather_full_policy,
+    initial_policy,
+    sync_rollout_model,
+)
+from pipeline.rl.loss import LossNormalizers
+from pipeline.rl.metrics import (
+    HISTORY_COLUMNS,
+    largest_gap,
+    nonfinite_share,
+    policy_metrics,
+    reference_metrics,
+    reward_metrics,
+    update_metrics,
+)
 from pipeline.rl.optimizer import learning_rate, make_optimizer
-from pipeline.distributed.dist_context import Processes
-from pipeline.rl.update import Batch, loss_mask, update_on
+from pipeline.rl.update import Batch, loss_mask, update_policy
+from pipeline.runs import checkpoints, provenance
+from pipeline.runs.history import TrainState, history_file
+from pipeline.runs.signals import caught_signals
+from pipeline.runs.stopwatch import Stopwatch, timing_row
+from pipeline.runs.workspace import is_committed, root
+from pipeline.tracking import mlflow_store
 
 POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
 IN_FOLDER = Path(".locks/train")
@@ -78,35 +85,35 @@ UNDO = "undo that and repeat the command, which only writes the result; or, for 
 
 def main() -> None:
     params = load()
-    launch.relaunch("pipeline.stages.train")
+    launch.relaunch_with_accelerate("pipeline.stages.train")
     if not PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
-    device = set_up(params.train.device, params.train.threads)
+    device = configure_torch(params.train.device, params.train.threads)
     identity = run_identity(params, device)
     folder = root() / ".checkpoints" / identity["train_key"]
-    processes = launch.join(device, params.train.prompts_per_step)
+    processes = launch.init_process_group(device, params.train.prompts_per_step)
     with ExitStack() as locks:
-        if processes.writes:
-            locks.enter_context(checkpoints.exclusive(folder, "this very run"))
+        if processes.is_main_process:
+            locks.enter_context(checkpoints.exclusive_lock(folder, "this very run"))
             # a trainer that outlived its dvc must not write its outputs between those of other parameters
-            locks.enter_context(checkpoints.exclusive(IN_FOLDER, "in this folder"))
-            forget_what_is_committed(folder, identity, params)
-        processes.wait()
+            locks.enter_context(checkpoints.exclusive_lock(IN_FOLDER, "in this folder"))
+            discard_committed_state(folder, identity, params)
+        processes.barrier()
         train(params, identity, folder, device, processes)
-    launch.leave(processes)
+    launch.destroy_process_group(processes)
 
 
-def forget_what_is_committed(folder: Path, identity: dict[str, Any], params: Params) -> None:
+def discard_committed_state(folder: Path, identity: dict[str, Any], params: Params) -> None:
     """Where DVC has the very result of the finished states, it wants it made anew: `dvc repro -f`."""
     state = checkpoints.load(folder)
     if state is None:
         return
-    run = Progress(**state["run"])
-    if finished(run, params) and is_committed(to_json(recorded(identity, run))):
-        checkpoints.forget(folder)
+    run = TrainState(**state["run"])
+    if is_finished(run, params) and is_committed(to_json(run_record(identity, run))):
+        checkpoints.delete_checkpoints(folder)
 
 
-def recorded(identity: dict[str, Any], run: Progress) -> dict[str, Any]:
+def run_record(identity: dict[str, Any], run: TrainState) -> dict[str, Any]:
     """run.json: what the result depends on, and how many processes made it, on which its last digits depend."""
     return {**identity, "processes": run.processes}
 
@@ -137,7 +144,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     return {"train_key": provenance.digest([parts, tables]), **parts}
 
 
-def still(identity: dict[str, Any], device: torch.device) -> None:
+def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> None:
     """Raises UserError where what the run depends on was changed while it trained: DVC would record, once the stage has
     ended, that its result is of what is there now."""
     try:
@@ -153,28 +160,28 @@ def still(identity: dict[str, Any], device: torch.device) -> None:
 
 
 def train(
-    params: Params, identity: dict[str, Any], folder: Path, device: torch.device, processes: Processes
+    params: Params, identity: dict[str, Any], folder: Path, device: torch.device, processes: DistContext
 ) -> None:  # fmt: skip
     """The loop. Writes the stage's outputs when it ends; saves a resume state every `checkpoint_every` steps."""
-    setting, policy = set_stage(params, device, processes)
+    context, policy = build_context(params, device, processes)
     optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
     run = resume(folder, policy, optimizer)
-    agree(identity["train_key"], run.step, processes, device)
-    catch_up(setting, policy)
-    run.calibration = run.calibration or calibrate(setting)
-    if run.processes[-1:] != [processes.record] and not finished(run, params):
-        run.processes.append(processes.record)
-    tracker: mlflow_store.Live | mlflow_store.Nowhere = mlflow_store.Nowhere()
-    if processes.writes:
-        tracker = mlflow_store.live(
+    check_ranks_in_sync(identity["train_key"], run.step, processes, device)
+    sync_rollout_model(context, policy)
+    run.calibration = run.calibration or calibrate(context)
+    if run.processes[-1:] != [processes.description] and not is_finished(run, params):
+        run.processes.append(processes.description)
+    tracker: mlflow_store.AsyncTracker | mlflow_store.NullTracker = mlflow_store.NullTracker()
+    if processes.is_main_process:
+        tracker = mlflow_store.start_tracker(
             identity["train_key"], identity["params"], {name: identity[name] for name in provenance.DIGESTS}
         )
     try:
-        loop(run, setting, policy, optimizer, tracker, folder)
-        still(identity, device)
-        saved = in_one_piece(policy, processes)
-        if processes.writes:
-            write_outputs(run, identity, setting, saved, folder)
+        loop(run, context, policy, optimizer, tracker, folder)
+        raise_if_inputs_changed(identity, device)
+        saved = gather_full_policy(policy, processes)
+        if processes.is_main_process:
+            write_outputs(run, identity, context, saved, folder)
     except BaseException as error:
         tracker.close("KILLED" if isinstance(error, SystemExit) else "FAILED")
         raise
@@ -182,23 +189,23 @@ def train(
 
 
 def loop(
-    run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer,
-    tracker: mlflow_store.Live | mlflow_store.Nowhere, folder: Path,
+    run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer,
+    tracker: mlflow_store.AsyncTracker | mlflow_store.NullTracker, folder: Path,
 ) -> None:  # fmt: skip
     """Steps until the last one, a non-finite number, a collapse where that is to end the run, or a signal, which ends
     the process after the step in progress. Of several processes one writes."""
-    steps, every, processes = setting.params.train.steps, setting.params.train.checkpoint_every, setting.processes
+    steps, every, processes = context.params.train.steps, context.params.train.checkpoint_every, context.processes
     for step in range(run.step):  # of the run that this one resumes; what the tracker has, it leaves out
         tracker.log(step, run.points(step), int(run.timings[step]["timestamp_ms"]))
-    spreads = untouched(run.calibration, setting.params.train.prompts_per_step)
+    spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
     announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
-    bar = tqdm(total=steps, initial=run.step, disable=None if processes.writes else True, unit="step")
-    history = history_file(REPORTS / "history.csv", run.rows) if processes.writes else nullcontext()
+    bar = tqdm(total=steps, initial=run.step, disable=None if processes.is_main_process else True, unit="step")
+    history = history_file(REPORTS / "history.csv", run.rows) if processes.is_main_process else nullcontext()
     with bar, caught_signals() as signals, history as record:
-        while not finished(run, setting.params):
-            train_step(run, setting, policy, optimizer)
+        while not is_finished(run, context.params):
+            train_step(run, context, policy, optimizer)
             found = findings(run.rows, spreads, steps)
-            run.stopped = run.stopped or bool(found and setting.params.train.on_collapse == "stop")
+            run.stopped = run.stopped or bool(found and context.params.train.on_collapse == "stop")
             if record is not None:
                 record(run.rows[-1])
                 tqdm.write(run.progress_line())
@@ -208,63 +215,71 @@ def loop(
                     announced.add(finding.kind)
             tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
             bar.update()
-            signal = processes.largest(signals[0] if signals else 0, setting.device)
+            signal = processes.all_reduce_max(signals[0] if signals else 0, context.device)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
-                keep(folder, run, policy, optimizer, processes, judged=judged(found, run.step), every=every)
+                save_checkpoint(
+                    folder,
+                    run,
+                    policy,
+                    optimizer,
+                    processes,
+                    judged=confirmed_healthy_steps(found, run.step),
+                    every=every,
+                )
                 tracker.flush()
             if signal and run.step < steps:
-                if processes.writes:
+                if processes.is_main_process:
                     print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
-                processes.wait()  # a launcher ends the others as soon as one has gone
+                processes.barrier()  # a launcher ends the others as soon as one has gone
                 sys.exit(128 + signal)
 
 
-def finished(run: Progress, params: Params) -> bool:
+def is_finished(run: TrainState, params: Params) -> bool:
     return run.step >= params.train.steps or run.stopped
 
 
 def train_step(
-    run: Progress, setting: Setting, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+    run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:  # fmt: skip
     """One step of REINFORCE on B prompts with G samples each; appends its row, samples and timings to `run`."""
-    params, step, watch = setting.params, run.step, Stopwatch()
+    params, step, watch = context.params, run.step, Stopwatch()
     recipe, group, micro_batch = params.selected("recipe"), params.train.samples_per_prompt, params.train.micro_batch
-    drawn = draw_prompts(params.seed, step, params.train.prompts_per_step, len(setting.prompts), recipe.draw)
+    drawn = draw_prompts(params.seed, step, params.train.prompts_per_step, len(context.prompts), recipe.prompt_sampling)
     noise = uniforms(params.seed, step, "sample", len(drawn) * group, params.train.max_tokens)
-    prompts = [setting.prompts[i] for i in drawn]
-    rollout = sample_batch(prompts, setting, setting.acting, noise, recipe.top_k, recipe.top_p)
+    prompts = [context.prompts[i] for i in drawn]
+    rollout = sample_batch(prompts, context, context.rollout_model, noise, recipe.top_k, recipe.top_p)
     watch.lap("sample")
 
-    completions, rewards = reward_batch(prompts, rollout, setting)
+    completions, rewards = reward_batch(prompts, rollout, context)
     watch.lap("reward")
 
-    mask, rescored = rollout.completion_mask, rescored_rows(params, step, setting.device)
+    mask, rescored = rollout.completion_mask, probe_rows(params, step, context.device)
     # the KL term needs all completions; without one, a share of the prompts tells how far the policy has gone
-    measured_rows = rescored if recipe.kl == "none" else torch.arange(len(mask), device=setting.device)
-    with setting.reference() as reference:
-        ref_logprobs = score_batch(reference, rollout.take(measured_rows), setting).logprobs
+    measured_rows = rescored if recipe.kl == "none" else torch.arange(len(mask), device=context.device)
+    with context.reference() as reference:
+        ref_logprobs = score_batch(reference, rollout.take(measured_rows), context).logprobs
     penalised, kl_coef = rewards, recipe.kl_coef if run.kl_coef is None else run.kl_coef
-    acting = rollout.sampler_logprobs if recipe.scoring == "sampler" else rollout.logprobs
+    acting = rollout.sampler_logprobs if recipe.loss_distribution == "sampler" else rollout.logprobs
     if recipe.kl == "reward_k1":
         penalised = with_kl_penalty(rewards, acting, ref_logprobs, mask, kl_coef)
-    baseline = BASELINES[recipe.baseline](penalised, outside_baseline(run, setting, prompts, kl_coef))
+    baseline = BASELINES[recipe.baseline](penalised, baseline_inputs(run, context, prompts, kl_coef))
     advantage = advantages(penalised, baseline, recipe.advantage_norm)
     watch.lap("reference")
 
     counted = loss_mask(rollout, group, recipe.padding)
-    size = BatchSize(len(counted), int(counted.sum()), params.train.max_tokens)
+    size = LossNormalizers(len(counted), int(counted.sum()), params.train.max_tokens)
     batch = Batch(
         rollout, advantage.flatten(), counted, None if recipe.kl == "none" else ref_logprobs, size, kl_coef
     )  # fmt: skip
     lr = learning_rate(step, params.train.steps, recipe)
-    gradient, updated = update_on(
-        batch, policy, optimizer, recipe, lr, micro_batch, group, setting.processes, params.train.gradient_checkpointing,
-        setting.layout.packing,
+    gradient, updated = update_policy(
+        batch, policy, optimizer, recipe, lr, micro_batch, group, context.processes, params.train.gradient_checkpointing,
+        context.layout.packing,
     )  # fmt: skip
-    catch_up(setting, policy)
+    sync_rollout_model(context, policy)
     watch.lap("update")
 
-    after = score_batch(setting.acting, rollout.take(rescored), setting).logprobs
+    after = score_batch(context.rollout_model, rollout.take(rescored), context).logprobs
     watch.lap("rescore")
 
     measured = {
@@ -272,14 +287,14 @@ def train_step(
         **policy_metrics(gradient.logprobs, gradient.entropy, mask),
         **reference_metrics(gradient.logprobs[measured_rows], ref_logprobs, mask[measured_rows], group),
         **update_metrics(gradient.logprobs[rescored], after, mask[rescored], group),
-        **rollout_metrics(rollout, setting),
+        **rollout_metrics(rollout, context),
         "nonfinite_logprobs": nonfinite_share(gradient.logprobs[mask], after[mask[rescored]]),
         **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
-        "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.scored, mask),
+        "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.loss_logprobs, mask),
         "truncation_gap": largest_gap(rollout.sampler_logprobs, rollout.logprobs, mask),
     }  # fmt: skip
     run.rows.append({column: measured[column] for column in HISTORY_COLUMNS})
-    run.samples += sample_rows(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, setting)
+    run.samples += sample_records(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, context)
     run.stopped = bool(updated["nonfinite"]) and params.train.on_nonfinite == "stop"
     if recipe.baseline == "running":
         run.running_mean = next_running_mean(run.running_mean, penalised, recipe.baseline_decay)
@@ -287,45 +302,45 @@ def train_step(
         kl = torch.where(mask, acting - ref_logprobs, 0.0).sum(1).mean().item()
         run.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target)
     watch.lap("diagnostics")
-    run.timings.append(timing_row(watch.seconds, rewards.numel(), setting.device))
+    run.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
 
 
-def outside_baseline(run: Progress, setting: Setting, prompts: list[str], kl_coef: float) -> Tensor | None:
+def baseline_inputs(run: TrainState, context: TrainContext, prompts: list[str], kl_coef: float) -> Tensor | None:
     """What the recipe's baseline needs to know beyond the batch's own rewards; prompts [B]."""
-    recipe = setting.params.selected("recipe")
+    recipe = context.params.selected("recipe")
     if recipe.baseline == "running" and run.running_mean is not None:
-        return torch.tensor(run.running_mean, dtype=torch.float64, device=setting.device)
+        return torch.tensor(run.running_mean, dtype=torch.float64, device=context.device)
     if recipe.baseline != "greedy":
         return None
-    noise = torch.zeros(len(prompts), setting.params.train.max_tokens, dtype=torch.float64)
-    rollout = sample_batch(prompts, setting, setting.acting, noise, top_k=1, top_p=1.0)
-    rewards = reward_batch(prompts, rollout, setting)[1]  # [B, 1]
+    noise = torch.zeros(len(prompts), context.params.train.max_tokens, dtype=torch.float64)
+    rollout = sample_batch(prompts, context, context.rollout_model, noise, top_k=1, top_p=1.0)
+    rewards = reward_batch(prompts, rollout, context)[1]  # [B, 1]
     if recipe.kl == "reward_k1":  # what the samples are judged by; the penalty would else stay in every advantage
-        with setting.reference() as reference:
-            ref_logprobs = score_batch(reference, rollout, setting).logprobs
+        with context.reference() as reference:
+            ref_logprobs = score_batch(reference, rollout, context).logprobs
         mask = rollout.completion_mask
         rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, kl_coef)
     return rewards.squeeze(1)
 
 
-def rescored_rows(params: Params, step: int, device: torch.device) -> Tensor:
+def probe_rows(params: Params, step: int, device: torch.device) -> Tensor:
     """Indices of the completions that are scored again: all of each of the chosen prompts."""
     sizes = params.train
-    chosen = draw_rescored(params.seed, step, sizes.prompts_per_step, sizes.rescored_prompts)
+    chosen = draw_probe_prompts(params.seed, step, sizes.prompts_per_step, sizes.kl_probe_prompts)
     group = sizes.samples_per_prompt
     return torch.tensor([row for b in chosen for row in range(b * group, (b + 1) * group)], device=device)
 
 
-def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Progress:
+def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainState:
     state = checkpoints.load(folder)
     if state is None:
-        return Progress()
-    put_weights(policy, state["policy"])
-    put_optimizer_state(optimizer, state["optimizer"])
-    return Progress(**state["run"])
+        return TrainState()
+    load_weights(policy, state["policy"])
+    load_optimizer_state(optimizer, state["optimizer"])
+    return TrainState(**state["run"])
 
 
-def agree(train_key: str, step: int, processes: Processes, device: torch.device) -> None:
+def check_ranks_in_sync(train_key: str, step: int, processes: DistContext, device: torch.device) -> None:
     """Raises UserError where the processes are not at the same step of the same run, as without a common folder."""
     mine = torch.tensor([[int(train_key[:15], 16), step]], device=device)
     first, *others = processes.gather(mine).tolist()
@@ -337,13 +352,13 @@ def agree(train_key: str, step: int, processes: Processes, device: torch.device)
             )
 
 
-def keep(
-    folder: Path, run: Progress, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: Processes,
+def save_checkpoint(
+    folder: Path, run: TrainState, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: DistContext,
     judged: int, every: int,
 ) -> None:  # fmt: skip
     """Saves the resume state, and the timings beside it for `track`; one process of several does. The policies after fewer
     than `judged` updates are known to be healthy: the last of them is kept too."""
-    here = processes.writes
+    here = processes.is_main_process
     weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
     if not here:
         return
@@ -351,32 +366,32 @@ def keep(
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
 
-def load_healthy(policy: PreTrainedModel, setting: Setting, folder: Path, onset: int) -> int:
+def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, folder: Path, onset: int) -> int:
     """Puts the last policy before the onset in the place of the present one; gives its step. Raises UserError where its
     state is damaged, after which the same command trains anew."""
-    path = checkpoints.healthy(folder, onset, setting.params.train.checkpoint_every)
+    path = checkpoints.last_before(folder, onset, context.params.train.checkpoint_every)
     if path is None:
-        put_weights(policy, trained_weights(first_policy(setting.params, setting.device, policy.device)))
+        load_weights(policy, trained_weights(initial_policy(context.params, context.device, policy.device)))
         return 0
     if (state := checkpoints.read(path)) is None:
-        checkpoints.forget(folder)
+        checkpoints.delete_checkpoints(folder)
         raise UserError(f"{path} is damaged, the policy before the collapse; the same command trains anew, from zero")
-    put_weights(policy, state["policy"])
+    load_weights(policy, state["policy"])
     return len(state["run"]["rows"])
 
 
 def write_outputs(
-    run: Progress, identity: dict[str, Any], setting: Setting, policy: PreTrainedModel, folder: Path
+    run: TrainState, identity: dict[str, Any], context: TrainContext, policy: PreTrainedModel, folder: Path
 ) -> None:  # fmt: skip
     """data/policy is the last policy, its numbers finite; data/healthy the last one before a collapse, at the steps that
     were saved, and only a note where there was none."""
-    sizes, tokenizer = setting.params.train, setting.tokenizer
-    found = findings(run.rows, untouched(run.calibration, sizes.prompts_per_step), sizes.steps)
+    sizes, tokenizer = context.params.train, context.tokenizer
+    found = findings(run.rows, null_statistics(run.calibration, sizes.prompts_per_step), sizes.steps)
     with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside:
         save_policy(policy, tokenizer, target)
         step = run.step
         if found:
-            step = load_healthy(policy, setting, folder, found[0].onset)
+            step = restore_before_collapse(policy, context, folder, found[0].onset)
             save_policy(policy, tokenizer, beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
     # once more: git may have put an older one in the place of the growing one
@@ -384,7 +399,7 @@ def write_outputs(
     write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
     write_json(REPORTS / "summary.json", run.summary() | {"digests": [output_digests(identity)]})
-    write_json(REPORTS / "run.json", recorded(identity, run))
+    write_json(REPORTS / "run.json", run_record(identity, run))
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

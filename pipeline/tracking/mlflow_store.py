@@ -126,7 +126,7 @@ def in_project() -> None:
     """Raises UserError where the store is the project's own, and this is not its folder: there would be none, or a new
     one."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        workspace.check()
+        workspace.require_project_root()
 
 
 def experiment_name() -> str:
@@ -262,7 +262,7 @@ def lock(name: str) -> Iterator[None]:
         yield
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The store, what an error says of its cause, without passwords and what differs from one try to the next, and advice."""
     text = str(error).strip() or type(error).__name__
     text = re.split(r"\n\[(?:SQL|parameters): |\n\(Background on", text)[0]  # what SQLAlchemy adds
@@ -287,13 +287,13 @@ def without_password(text: str) -> str:
     return re.sub(r"(?i)((?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1…", text)
 
 
-def live(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "Live":
+def start_tracker(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "AsyncTracker":
     """Logs a training run to MLflow while it trains: in a thread, so that no server can hold training up."""
     defaults(timeout=5, retries=1)
-    return Live(train_key, params, tags)
+    return AsyncTracker(train_key, params, tags)
 
 
-class Nowhere:
+class NullTracker:
     """The tracker of a process that leaves tracking to another one."""
 
     def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None: ...
@@ -303,7 +303,7 @@ class Nowhere:
     def close(self, status: str) -> None: ...
 
 
-class Live:
+class AsyncTracker:
     """A run in progress. No method raises; the first failure of each cause is one line on stderr.
 
     Points that the run has already (a resumed or repeated training) are left out, so that none is there twice, and so
@@ -355,10 +355,10 @@ class Live:
                 self._send(pending, status)
                 pending = []
             except ImportError as error:
-                self._warn("mlflow is not installed" if error.name == "mlflow" else reason(error))
+                self._warn("mlflow is not installed" if error.name == "mlflow" else describe_error(error))
                 return
             except Exception as error:  # whatever it is: training goes on
-                self._warn(reason(error))
+                self._warn(describe_error(error))
                 retry_at = time.monotonic() + BACK_OFF_SECONDS
 
     def _send(self, points: list[Point], status: str | None) -> None:

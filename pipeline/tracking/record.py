@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UserError
 from pipeline import file_io
-from pipeline.runs import consistency
-from pipeline.runs import provenance
-from pipeline.runs import workspace
+from pipeline.errors import UserError
+from pipeline.runs import consistency, provenance, workspace
 from pipeline.tracking.mlflow_store import Point, Scalar
 
 REPORTS = Path("reports")
@@ -53,7 +51,7 @@ def read_record() -> Record:
     key, params = str(run.get("train_key")), run.get("params")
     if not re.fullmatch("[0-9a-f]{64}", key) or not isinstance(params, dict):
         raise UserError(
-            f"{RUN}: should hold train_key, 64 hexadecimal digits, and params; {consistency.again('train')}"
+            f"{RUN}: should hold train_key, 64 hexadecimal digits, and params; {consistency.how_to_remake('train')}"
         )
     timings_file = workspace.root() / ".checkpoints" / key / "timings.csv"
     timings = _timings(timings_file)
@@ -62,17 +60,17 @@ def read_record() -> Record:
     history, diagnosis = _rows(HISTORY), _json(DIAGNOSIS)
     if (steps := summary.get("steps")) != len(history):
         raise UserError(
-            f"{HISTORY}: {len(history)} rows, and {SUMMARY} says {steps} steps; {consistency.again('train')}"
+            f"{HISTORY}: {len(history)} rows, and {SUMMARY} says {steps} steps; {consistency.how_to_remake('train')}"
         )
     if missing := {"verdict", "onset", "findings", "cure", "history"} - diagnosis.keys():
-        raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; {consistency.again('diagnose')}")
+        raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; {consistency.how_to_remake('diagnose')}")
     measured = consistency.measured_in(_read(MEASURED))
     if not measured:
-        raise UserError(f"{MEASURED}: does not say what was evaluated; {consistency.again('evaluate')}")
+        raise UserError(f"{MEASURED}: does not say what was evaluated; {consistency.how_to_remake('evaluate')}")
     consistency.raise_if_mixed("train", "diagnose", "evaluate", "plot")
     page = REPORT.read_text(encoding="utf-8", errors="replace")
     if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
-        raise UserError(f"{wrong[0]}: is not the figure in {REPORT}; {consistency.again('plot')}")
+        raise UserError(f"{wrong[0]}: is not the figure in {REPORT}; {consistency.how_to_remake('plot')}")
     return Record(
         train_key=key,
         run=run,
@@ -107,7 +105,7 @@ def _again(file: Path) -> str:
     if REPORTS not in file.parents:
         return ""
     stage = {PREPARE: "prepare", DIAGNOSIS: "diagnose", REPORT: "plot"}.get(file, file.parent.name)
-    return f"; {consistency.again(stage)}"
+    return f"; {consistency.how_to_remake(stage)}"
 
 
 def _rows(file: Path) -> dict[int, dict[str, float]]:

@@ -21,12 +21,12 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.errors import UserError
-from pipeline.tracking import mlflow_store
-from pipeline.runs.dvc_git import git, git_bytes, head
-from pipeline.runs.consistency import digests_in, evaluates, measured_in
-from pipeline.runs.provenance import digest, flatten, params_digests
 from pipeline.config.params import SELECTORS, Params
+from pipeline.errors import UserError
+from pipeline.runs.consistency import digests_in, evaluates, measured_in
+from pipeline.runs.dvc_git import git, git_bytes, head_commit
+from pipeline.runs.provenance import digest, flatten, params_digests
+from pipeline.tracking import mlflow_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,7 +42,7 @@ EXPERIMENT = re.compile(r"(\w+) (\d+) refs/exps/([0-9a-f]{2}/[0-9a-f]{38})/(.+)"
 Curve = dict[int, float]  # value by step; undefined ones are left out
 
 
-class Training(NamedTuple):
+class RunSummary(NamedTuple):
     """What is known of one training."""
 
     name: str
@@ -62,7 +62,7 @@ class Training(NamedTuple):
 # --- MLflow's record
 
 
-def from_mlflow() -> list[Training]:
+def from_mlflow() -> list[RunSummary]:
     """Every finished run of the store. Raises UserError where there is no store, and within `readable` where it fails."""
     path = mlflow_store.sqlite_file()
     if path and not path.is_file():
@@ -79,7 +79,7 @@ def from_mlflow() -> list[Training]:
     )
 
 
-def _of_run(client: "MlflowClient", run: "Run") -> Training:
+def _of_run(client: "MlflowClient", run: "Run") -> RunSummary:
     params, tags, metrics = dict(run.data.params), run.data.tags, run.data.metrics
     params.pop("processes", None)  # how it was launched: another number is the same experiment
     inputs: list[str | None] = [tags.get("prompts"), tags.get("checkpoint")]
@@ -92,7 +92,7 @@ def _of_run(client: "MlflowClient", run: "Run") -> Training:
         return {point.step: point.value for point in points if math.isfinite(point.value)}
 
     kinds = tags.get("collapse_kinds")
-    return Training(
+    return RunSummary(
         name=tags.get("dvc_exp_name") or run.info.run_name,
         params=params,
         config=tags.get("config", ""),
@@ -108,16 +108,16 @@ def _of_run(client: "MlflowClient", run: "Run") -> Training:
     )
 
 
-def _with_config(found: list[Training]) -> list[Training]:
+def _with_config(found: list[RunSummary]) -> list[RunSummary]:
     """Gives runs from before `config` was a tag the one of a run that has it and the same params, else a digest of their
     own params. Params that MLflow may have cut tell nothing apart: such a run is alone."""
 
-    def shown(training: Training) -> dict[str, str]:
+    def shown(training: RunSummary) -> dict[str, str]:
         return {key: value for key, value in training.params.items() if key != "seed"}
 
     known = {digest(shown(training)): training.config for training in found if training.config}
 
-    def config(training: Training) -> str:
+    def config(training: RunSummary) -> str:
         cut = any(len(value) >= mlflow_store.PARAM_CHARACTERS for value in training.params.values())
         of_params = digest([training.name, training.params, training.made] if cut else shown(training))
         return training.config or known.get(of_params, of_params)
@@ -144,20 +144,20 @@ def readable(instead: str = ", or `--from dvc`") -> Iterator[None]:
             "sqlalchemy",
             "alembic",
         ):
-            raise UserError(f"MLflow store {mlflow_store.reason(error)}{instead}") from None
+            raise UserError(f"MLflow store {mlflow_store.describe_error(error)}{instead}") from None
         raise
 
 
 # --- DVC's record
 
 
-def from_dvc(every_commit: bool) -> list[Training]:
+def from_dvc(every_commit: bool) -> list[RunSummary]:
     """HEAD itself and its experiments, or those of every commit, as git holds them: nothing else is needed to read them.
 
     Raises UserError outside a git repository, and where git refuses.
     """
     try:
-        commit = head()
+        commit = head_commit()
         time = git("rev-list", "--max-count=1", "--timestamp", commit).split()[0]
         listing = git("for-each-ref", "--format=%(objectname) %(committerdate:unix) %(refname)", "refs/exps")
     except UserError as error:
@@ -169,7 +169,7 @@ def from_dvc(every_commit: bool) -> list[Training]:
     return [training for training in found if training]
 
 
-def _of_commit(name: str, revision: str, made: float) -> Training | None:
+def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
     """The training whose results a commit holds; None for a commit without one, or of another age of the project."""
     files = _show(revision, LOCK, HISTORY, SUMMARY, DIAGNOSIS, EVALUATION, MEASURED)
     try:
@@ -205,7 +205,7 @@ def _of_commit(name: str, revision: str, made: float) -> Training | None:
     names = {name: chosen[name] for name in SELECTORS}
     evaluation, diagnosis = _evaluation(files, stages, recorded, run), _diagnosis(files, stages, recorded, run)
     rows = list(csv.DictReader(io.StringIO(history)))
-    return Training(
+    return RunSummary(
         name=name,
         params=mlflow_store.param_texts(chosen | flatten(tables)),
         config=run.get("config") or digest([names, tables]),
