@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from ruamel.yaml import YAML
 
-from pipeline.config.params import SELECTORS
+from pipeline.config.schema import SELECTORS
 from pipeline.runs.provenance import digest
 
 RUNS = Path("docs/collapse.csv")

@@ -100,7 +100,8 @@ def params_of(changes: dict[str, Any], seed: int) -> Any:
     """params.yaml with changes; a key without a dot that is no selector is the recipe's."""
     from ruamel.yaml import YAML
 
-    from pipeline.config.params import PARAMS_FILE, SELECTORS, validate
+    from pipeline.config.load import PARAMS_FILE, validate_params
+    from pipeline.config.schema import SELECTORS
 
     tree = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
     tree["seed"] = seed
@@ -111,16 +112,16 @@ def params_of(changes: dict[str, Any], seed: int) -> Any:
         for part in tables:
             table = table[part]
         table[name] = value
-    return validate(tree)
+    return validate_params(tree)
 
 
 def run(plan: Plan, seed: int) -> None:
     """Trains, evaluating before the first update and after each; writes one JSON file."""
-    from pipeline.distributed.runtime import configure_torch
+    from pipeline.distributed.device import configure_torch
     from pipeline.rl.calibrate import calibrate
     from pipeline.rl.context import build_context
     from pipeline.rl.optimizer import make_optimizer
-    from pipeline.runs.history import TrainState
+    from pipeline.rl.state import TrainState
     from pipeline.stages.train import train_step
 
     file = RUNS / f"{plan.name.replace(' ', '_').replace(',', '')}-{seed}.json"
@@ -129,14 +130,14 @@ def run(plan: Plan, seed: int) -> None:
     params = params_of(plan.changes, seed)
     device = configure_torch("cpu", params.train.threads)
     setting, policy = build_context(params, device)
-    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
+    optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
     progress = TrainState(calibration=calibrate(setting))
     held_out = [evaluate(setting, policy)]
     while progress.step < STEPS and not progress.stopped:
         train_step(progress, setting, policy, optimizer)
         held_out.append(evaluate(setting, policy))
     content = {"plan": plan.name, "seed": seed, "rows": progress.rows, "calibration": progress.calibration,
-               "held_out": held_out, "stopped": progress.stopped, "alignment": params.selected("recipe").alignment,
+               "held_out": held_out, "stopped": progress.stopped, "alignment": params.selected_recipe.alignment,
                "prompts": params.train.prompts_per_step}  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".tmp").write_text(json.dumps(content))
@@ -147,15 +148,15 @@ def run(plan: Plan, seed: int) -> None:
 def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     """Held-out prompts with the same random numbers at every step: rewards [P][S] and statistics of the texts."""
     from pipeline.diagnosis.text import text_statistics
-    from pipeline.distributed.runtime import uniforms
     from pipeline.file_io import read_jsonl
     from pipeline.models.rollout import completion_texts, completion_tokens
     from pipeline.models.scoring import score_microbatched, score_rollout
     from pipeline.rl.batch import half_precision, reward_batch, sample_batch
+    from pipeline.rl.seeding import draw_uniforms
 
-    params, recipe = setting.params, setting.params.selected("recipe")
+    params, recipe = setting.params, setting.params.selected_recipe
     prompts = [row["prompt"] for row in read_jsonl(Path("data/prompts/heldout.jsonl"))][:HELD_OUT]
-    noise = uniforms(params.seed, 0, "detector", len(prompts) * SAMPLES, params.train.max_tokens)
+    noise = draw_uniforms(params.seed, 0, "detector", len(prompts) * SAMPLES, params.train.max_tokens)
     rollout = sample_batch(prompts, setting, policy, noise, recipe.top_k, recipe.top_p)
     _, rewards = reward_batch(prompts, rollout, setting)
     with half_precision(recipe, setting.device):

@@ -16,11 +16,11 @@ from unittest import mock
 import torch
 
 from benchmarks.detector import params_of
-from pipeline.distributed.runtime import configure_torch
+from pipeline.distributed.device import configure_torch
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import build_context
 from pipeline.rl.optimizer import make_optimizer
-from pipeline.runs.history import TrainState
+from pipeline.rl.state import TrainState
 from pipeline.stages import train
 
 SIZES = {"train.prompts_per_step": 128, "train.samples_per_prompt": 8, "train.steps": 50, "train.threads": 2}
@@ -30,7 +30,7 @@ def main(steps: int) -> None:
     params = params_of({"recipe": "notebook"} | SIZES, seed=0)
     device = configure_torch("auto", params.train.threads)
     setting, policy = build_context(params, device)
-    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
+    optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
     run, real = TrainState(), train.update_policy
 
     def without_ratio(*arguments: Any) -> Any:

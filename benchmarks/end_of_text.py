@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.params import load
+from pipeline.config.load import load_params
 from pipeline.rewards.build import build_reward
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 19)
@@ -15,7 +15,7 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 19)
 
 def main() -> None:
     reward = build_reward(
-        "embedding", load().rewards["embedding"], Path("data/checkpoint/encoder"), torch.device("cpu")
+        "embedding", load_params().rewards["embedding"], Path("data/checkpoint/encoder"), torch.device("cpu")
     )
     texts = ["", *("<|endoftext|>" * count for count in COUNTS)]
     print("| tokens of end-of-text, decoded | reward |\n|---|---|")

@@ -66,15 +66,15 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
 def two_steps() -> dict[str, Any]:
     """As `train` does them; the peak of this process's memory in the steps, over what it held before the models; and the
     time of the second step."""
-    from pipeline.config.params import load
+    from pipeline.config.load import load_params
     from pipeline.distributed import launch
-    from pipeline.distributed.runtime import configure_torch
+    from pipeline.distributed.device import configure_torch
     from pipeline.rl.context import build_context
     from pipeline.rl.optimizer import make_optimizer
-    from pipeline.runs.history import TrainState
+    from pipeline.rl.state import TrainState
     from pipeline.stages import train
 
-    params = load()
+    params = load_params()
     device = configure_torch(params.train.device, params.train.threads)
     processes = launch.init_process_group(device, params.train.prompts_per_step)
     forget_peak(device)
@@ -82,7 +82,7 @@ def two_steps() -> dict[str, Any]:
     setting, policy = build_context(params, device, processes)
     let_go_of_files([setting.rollout_model] + ([] if setting.params.train.lora_rank else [untouched(setting)]))
     forget_peak(device)
-    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
+    optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
     run = TrainState()
     train.train_step(run, setting, policy, optimizer)
     start = time.perf_counter()
@@ -90,7 +90,7 @@ def two_steps() -> dict[str, Any]:
     seconds = time.perf_counter() - start
     steps = peak(device) - before
     launch.destroy_process_group(processes)
-    precision = params.selected("recipe").precision
+    precision = params.selected_recipe.precision
     return {
         "device": device.type,
         "precision": precision,

@@ -23,11 +23,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import material
-from pipeline.config.params import PARAMS_FILE, load, validate
-from pipeline.distributed.runtime import configure_torch
+from pipeline.config.load import PARAMS_FILE, load_params, validate_params
+from pipeline.distributed.device import configure_torch
 from pipeline.models.verification import Layout
 from pipeline.rl.context import TrainContext
-from pipeline.runs.history import TrainState
+from pipeline.rl.state import TrainState
 
 SAMPLES, TOKENS, THREADS = 8, 20, 2
 WARM_UP = 8  # prompts
@@ -162,7 +162,7 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     setting = TrainContext(
         params, prompts, tokenizer, policy, partial(nullcontext, reference), measure, device, eos, Layout()
     )
-    run, optimizer = TrainState(), make_optimizer(policy.parameters(), params.selected("recipe"))
+    run, optimizer = TrainState(), make_optimizer(policy.parameters(), params.selected_recipe)
     warm = dataclasses.replace(setting, params=our_params(options, min(options.prompts, WARM_UP)))
     train.train_step(run, warm, policy, optimizer)
     seconds = [timed(lambda: train.train_step(run, setting, policy, optimizer), device) for _ in range(options.steps)]
@@ -197,13 +197,13 @@ def our_params(options: argparse.Namespace, prompts: int) -> Any:
     from ruamel.yaml import YAML
 
     tree = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
-    micro_batch = options.micro_batch or load().train.micro_batch
+    micro_batch = options.micro_batch or load_params().train.micro_batch
     tree["train"] |= {
         "steps": 1000, "prompts_per_step": prompts, "samples_per_prompt": options.samples, "max_tokens": TOKENS,
         "micro_batch": micro_batch, "threads": THREADS,
     }  # fmt: skip
     tree["recipes"]["stable"] |= {"kl": options.kl, "length_limit": "total", "precision": options.precision}
-    return validate(tree)
+    return validate_params(tree)
 
 
 def _texts() -> tuple[Any, list[str]]:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from pipeline.config.params import Recipe, load
+from pipeline.config.load import load_params
+from pipeline.config.schema import Recipe
 from pipeline.models.sampling import Rollout
 
 EOS = 0
-PARAMS = load(Path(__file__).resolve().parents[1] / "params.yaml")
+PARAMS = load_params(Path(__file__).resolve().parents[1] / "params.yaml")
 
 
 def recipe(name: str, **changes: object) -> Recipe:

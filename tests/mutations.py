@@ -302,12 +302,14 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("finding.onset == others[0].onset", "True"),
         ("{\"alignment\": \"correct\"}", "{\"alignment\": \"shifted\"}"),
     ]),
-    "distributed/runtime.py": ("runtime", [
+    "rl/seeding.py": ("runtime", [
         ('f"{seed}/{step}/{purpose}"', 'f"{seed}/{purpose}"'),
         ('f"{seed}/{step}/{purpose}"', 'f"{seed}{step}{purpose}"'),
         ('generator(seed, epoch, "prompts")', 'generator(seed, step, "prompts")'),
         ("range(step * count, (step + 1) * count)", "range(count)"),
         ("if not chosen or place == 0:", "if not chosen:"),
+    ]),
+    "distributed/device.py": ("runtime", [
         ("use_deterministic_algorithms(True,", "use_deterministic_algorithms(False,"),
     ]),
     "rewards/surface.py": ("rewards", [

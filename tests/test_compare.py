@@ -21,7 +21,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.commands import compare
-from pipeline.config.params import SELECTORS, validate
+from pipeline.config.load import validate_params
+from pipeline.config.schema import SELECTORS
 from pipeline.errors import UserError
 from pipeline.report import comparison, comparison_figure, style
 from pipeline.report.comparison import configurations, differing, format_mean_std, natural, verdicts
@@ -216,7 +217,7 @@ def test_a_number_that_some_seeds_lack_says_of_how_many_it_is() -> None:
 
 
 def test_the_end_is_that_of_the_summary() -> None:
-    from pipeline.runs.history import SUMMARY_STEPS
+    from pipeline.rl.state import SUMMARY_STEPS
 
     assert comparison.LAST_STEPS == SUMMARY_STEPS
 
@@ -489,7 +490,7 @@ class Commits:
 
     def digests(self, tree: dict[str, Any], rows: str, policy: str, made: dict[str, str]) -> dict[str, str]:
         """As train.py writes them, from params.yaml."""
-        params = validate(tree)
+        params = validate_params(tree)
         chosen = {name: tree[name] for name in (*SELECTORS, "seed")}
         tables = {name: params.selected(name) for name in SELECTORS} | {"train": params.train}
         own = {name: made.get(path, "first") for name, path in (("code", "pipeline/stages/train.py"), ("custom", "custom"),

@@ -82,8 +82,8 @@ def test_every_plan_has_valid_parameters(plan: Any) -> None:
     params = params_of(plan.changes, 7)
     assert params.seed == 7
     for key, value in plan.changes.items():
-        if "." not in key and hasattr(params.selected("recipe"), key):
-            assert getattr(params.selected("recipe"), key) == value
+        if "." not in key and hasattr(params.selected_recipe, key):
+            assert getattr(params.selected_recipe, key) == value
 
 
 def test_the_interval_is_clopper_and_pearson_s() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import file_io
-from pipeline.distributed import runtime
+from pipeline.distributed import device
 from pipeline.errors import UserError
 from pipeline.runs import dvc_git
 from pipeline.tracking import mlflow_store
@@ -79,18 +79,18 @@ def test_mlflow_writes_at_once_whatever_the_user_has_set(monkeypatch: pytest.Mon
 
 
 def test_what_another_launcher_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*runtime.LAUNCHER, "LOCAL_RANK"):
+    for name in (*device.LAUNCHER, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert not runtime.is_launched()
+    assert not device.is_launched()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not runtime.is_launched()
+    assert not device.is_launched()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"WORLD_SIZE = 2, and MASTER_ADDR, MASTER_PORT is not set.*`unset RANK"):
-        runtime.is_launched()
+        device.is_launched()
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match=r"WORLD_SIZE = 'two': should be a whole number"):
-        runtime.is_launched()
+        device.is_launched()
 
 
 @pytest.mark.parametrize(

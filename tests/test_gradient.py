@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.config.params import Recipe
+from pipeline.config.schema import Recipe
 from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.sharding import gather_full, shard
 from pipeline.models.sampling import Rollout
 from pipeline.rl.advantages import with_kl_penalty
 from pipeline.rl.loss import LossNormalizers, kl_loss_k2, policy_loss, token_weights
-from pipeline.rl.update import Batch, backward, loss_mask, signal_to_noise
+from pipeline.rl.update import Batch, backward, make_loss_mask, signal_to_noise
 from tests.enumeration import COEF, random, size_of
 from tests.models import difference, gradient, plain_logits, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 
@@ -30,7 +30,7 @@ def accumulate(
     model: torch.nn.Module, rollout: Rollout, advantage: Tensor, chosen: object, micro_batch: int, group: int = 1,
     ref_logprobs: Tensor | None = None, old_logprobs: Tensor | None = None,
 ) -> float:  # fmt: skip
-    counted = loss_mask(rollout, group, chosen.padding)  # type: ignore[attr-defined]
+    counted = make_loss_mask(rollout, group, chosen.padding)  # type: ignore[attr-defined]
     ref = torch.zeros(rollout.completions.shape, dtype=torch.float64) if ref_logprobs is None else ref_logprobs
     batch = Batch(rollout, advantage, counted, ref, size_of(counted, LONGEST), chosen.kl_coef, old_logprobs)  # type: ignore[attr-defined]
     return backward(model, batch, chosen, micro_batch).loss  # type: ignore[arg-type]
@@ -270,7 +270,7 @@ def one_process(rank: int, count: int, micro_batch: int, port: int, results: str
 
 def batch_of(chosen: Recipe, dtype: torch.dtype) -> Batch:
     rollout = rollout_of_batch(ORDER)
-    counted = loss_mask(rollout, GROUP, chosen.padding)
+    counted = make_loss_mask(rollout, GROUP, chosen.padding)
     size = LossNormalizers(len(ORDER), int(counted.sum()), LONGEST)
     ref, old = (x[ORDER].to(dtype) for x in batch()[3:])
     return Batch(rollout, batch()[2][ORDER], counted, ref, size, chosen.kl_coef, old)
@@ -333,6 +333,6 @@ def test_masks_of_the_loss() -> None:
     """Counted padding reaches to the end of the prompt's own group, no further."""
     rollout = rollout_of_batch(list(range(6)))
     lengths = rollout.lengths.tolist()
-    assert loss_mask(rollout, GROUP, "masked").sum(1).tolist() == lengths
-    assert loss_mask(rollout, GROUP, "counted").sum(1).tolist() == [4, 4, 6, 6, 3, 3]
-    assert (loss_mask(rollout, GROUP, "counted").int().diff(dim=1) <= 0).all()  # no holes
+    assert make_loss_mask(rollout, GROUP, "masked").sum(1).tolist() == lengths
+    assert make_loss_mask(rollout, GROUP, "counted").sum(1).tolist() == [4, 4, 6, 6, 3, 3]
+    assert (make_loss_mask(rollout, GROUP, "counted").int().diff(dim=1) <= 0).all()  # no holes

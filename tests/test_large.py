@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from benchmarks import material, memory
 from pipeline.commands import generate
-from pipeline.config import params
+from pipeline.config.load import load_params
 from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.weights import load_weights, trained_weights
 from pipeline.errors import UserError
@@ -338,4 +338,4 @@ def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Pr
 @pytest.mark.slow
 def test_adapters_are_not_spread(adapted: Project, here: Project) -> None:
     with pytest.raises(UserError, match=r"^train\.lora_rank: adapters need no spreading"):
-        build_context(params.load(), torch.device("cpu"), DistContext(0, 2, sharded=True))
+        build_context(load_params(), torch.device("cpu"), DistContext(0, 2, sharded=True))

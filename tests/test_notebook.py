@@ -13,7 +13,7 @@ from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.rl.advantages import BASELINES, advantages
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.optimizer import learning_rate, make_optimizer, optimizer_step
-from pipeline.rl.update import BackwardResult, Batch, backward, loss_mask
+from pipeline.rl.update import BackwardResult, Batch, backward, make_loss_mask
 from tests import repositories
 from tests.models import EOS, difference, gradient, recipe, tiny_neox, uniform
 
@@ -88,7 +88,7 @@ def our_gradient(model: PreTrainedModel, rollout: Rollout, drawn: Drawn, **chang
     chosen = recipe("notebook", **changes)
     rewards = torch.stack([group for _, _, group in drawn])
     advantage = advantages(rewards, BASELINES[chosen.baseline](rewards), chosen.advantage_norm).flatten()
-    counted = loss_mask(rollout, GROUP, chosen.padding)
+    counted = make_loss_mask(rollout, GROUP, chosen.padding)
     ref = torch.zeros(rollout.completions.shape, dtype=torch.float64)
     model.zero_grad()
     size = LossNormalizers(len(counted), int(counted.sum()), MAX_LENGTH)

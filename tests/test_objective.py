@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.config.params import Recipe
+from pipeline.config.schema import Recipe
 from pipeline.rl.advantages import BASELINES, advantages, next_running_mean, zero_spread
 from pipeline.rl.update import Batch, backward
 from tests.enumeration import COEF, random, reinforce, size_of, world

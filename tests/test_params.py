@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from pipeline.config.params import SELECTORS, Params, load, validate
+from pipeline.config.load import load_params, validate_params
+from pipeline.config.schema import SELECTORS, Params
 from pipeline.errors import UserError
 from tests.clones import Clone
 from tests.faults import fault, rounds
@@ -55,16 +56,16 @@ def check_line(line: str) -> str:
 def refusal(path: Path) -> str:
     """The one line with which a file is refused, without the file's name at its start."""
     with pytest.raises(UserError) as caught:
-        load(path)
+        load_params(path)
     line = check_line(str(caught.value))
     assert line.startswith(str(path)), line
     return line.removeprefix(str(path)).removeprefix(":").strip()
 
 
 def test_the_shipped_file_loads_as_written() -> None:
-    params = load(SHIPPED)
-    assert params.selected("recipe").lr == TREE["recipes"]["stable"]["lr"]
-    assert params.selected("model").source == TREE["models"]["pocket"]["source"]
+    params = load_params(SHIPPED)
+    assert params.selected_recipe.lr == TREE["recipes"]["stable"]["lr"]
+    assert params.selected_model.source == TREE["models"]["pocket"]["source"]
     assert list(params.rewards["words"].model_dump()["words"]) == TREE["rewards"]["words"]["words"]
     assert {name: list(getattr(params, table)) for name, table in SELECTORS.items()} == {
         name: list(TREE[table]) for name, table in SELECTORS.items()
@@ -76,14 +77,14 @@ def test_the_shipped_file_loads_as_written() -> None:
     ("selector", "name"), [(selector, name) for selector, table in SELECTORS.items() for name in TREE[table]]
 )
 def test_every_table_that_ships_can_be_selected(selector: str, name: str) -> None:
-    params = validate({**TREE, selector: name})
+    params = validate_params({**TREE, selector: name})
     assert params.selected(selector) is getattr(params, SELECTORS[selector])[name]
 
 
 def test_frozen() -> None:
-    params = load(SHIPPED)
+    params = load_params(SHIPPED)
     for table, key in (
-        (params, "seed"), (params.train, "steps"), (params.selected("recipe"), "lr"), (params.rewards["length"], "target"),
+        (params, "seed"), (params.train, "steps"), (params.selected_recipe, "lr"), (params.rewards["length"], "target"),
         (params.rewards["short_greeting"].terms[0], "weight"),  # type: ignore[union-attr]
     ):  # fmt: skip
         with pytest.raises(ValidationError, match="frozen"):
@@ -93,9 +94,9 @@ def test_frozen() -> None:
 def test_the_default_path_is_that_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^params.yaml: no such file; run from the project's root$"):
-        load()
+        load_params()
     write(tmp_path, TEXT)
-    assert load() == load(SHIPPED)
+    assert load_params() == load_params(SHIPPED)
 
 
 # What DVC's -S leaves in the file, and what a user writes by hand.
@@ -104,7 +105,7 @@ NUMBERS = {"3e-05": 3e-05, "3e-5": 3e-05, "1E-4": 1e-4, "0.00003": 3e-05, "1": 1
 
 @pytest.mark.parametrize(("written", "value"), NUMBERS.items())
 def test_numbers_are_numbers(tmp_path: Path, written: str, value: float) -> None:
-    params = load(write(tmp_path, edited("    lr: 0.0003\n", f"    lr: {written}\n")))
+    params = load_params(write(tmp_path, edited("    lr: 0.0003\n", f"    lr: {written}\n")))
     assert params.recipes["notebook"].lr == value
 
 
@@ -115,9 +116,9 @@ def test_a_file_that_dvc_has_rewritten_still_loads(tmp_path: Path) -> None:
     with modify_yaml(str(path)) as tree:
         tree["recipes"]["stable"]["lr"] = 3e-5
         tree["reward"] = "length"
-    params = load(path)
+    params = load_params(path)
     assert (params.recipes["stable"].lr, params.reward) == (3e-5, "length")
-    assert params.rewards == load(SHIPPED).rewards
+    assert params.rewards == load_params(SHIPPED).rewards
 
 
 # Issue by issue: an edit of the file, and what the line must name (the key, the value, what would be right).
@@ -259,7 +260,7 @@ def test_aliases_that_stand_for_endless_values_are_refused(tmp_path: Path, case:
 
 def test_anchors_that_end_are_allowed(tmp_path: Path) -> None:
     merged = TEXT + "  third:\n    <<: *stable\n    lr: 0.001\n"
-    params = load(write(tmp_path, merged.replace("  stable:\n", "  stable: &stable\n")))
+    params = load_params(write(tmp_path, merged.replace("  stable:\n", "  stable: &stable\n")))
     assert params.recipes["third"] == params.recipes["stable"].model_copy(update={"lr": 0.001})
 
 
@@ -269,7 +270,7 @@ def test_a_path_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
-    assert load(write(tmp_path, b"\xef\xbb\xbf" + TEXT.encode())) == load(SHIPPED)
+    assert load_params(write(tmp_path, b"\xef\xbb\xbf" + TEXT.encode())) == load_params(SHIPPED)
 
 
 def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -312,7 +313,7 @@ def test_no_mutation_raises_anything_else(data: st.DataObject) -> None:
             continue  # an earlier mutation has removed this place
     with fault("params.yaml changed at random"):
         try:
-            assert isinstance(validate(tree), Params)
+            assert isinstance(validate_params(tree), Params)
         except UserError as error:
             check_line(str(error))
 
@@ -327,7 +328,7 @@ def test_no_bytes_raise_anything_else(
     path = write(tmp_path_factory.mktemp("params"), content[:at] + noise + content[at + cut :])
     with fault("damaged bytes in params.yaml"):
         try:
-            assert isinstance(load(path), Params)
+            assert isinstance(load_params(path), Params)
         except UserError as error:
             check_line(str(error))
 
@@ -386,7 +387,7 @@ def test_every_misspelt_key_is_named(path: tuple[Any, ...]) -> None:
         selector = next(name for name, table_name in SELECTORS.items() if table_name == path[0])
         tree[selector] = key
     with pytest.raises(UserError) as caught:
-        validate(tree)
+        validate_params(tree)
     line = check_line(str(caught.value))
     if free:
         assert f"{selector}: there is no {key!r} in {path[0]}; did you mean {misspelt!r}?" in line

@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipeline.distributed.runtime import uniforms
 from pipeline.models.load import load_policy, load_tokenizer
 from pipeline.models.rollout import completion_limits, completion_texts
 from pipeline.models.sampling import pad_prompts, sample
+from pipeline.rl.seeding import draw_uniforms
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.numeric
@@ -52,7 +52,7 @@ def test_untouched_completions_are_seldom_empty_and_long_enough() -> None:
     rollout = sample(
         load_policy(POCKET / "checkpoint", torch.device("cpu")), *pad_prompts(ids, eos, torch.device("cpu")),
         completion_limits([len(p) for p in ids], limit, "completion"),
-        uniforms(0, 0, "test", len(ids) * group, limit), [eos],
+        draw_uniforms(0, 0, "test", len(ids) * group, limit), [eos],
     )  # fmt: skip
     texts = completion_texts(rollout, tokenizer, "strip", group)
     assert sum(not text.strip() for text in texts) <= 0.1 * len(texts)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from pipeline.config.params import PromptSet
+from pipeline.config.schema import PromptSet
 from pipeline.errors import UserError
 from pipeline.stages import prepare
 from tests import repositories

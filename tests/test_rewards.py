@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from pipeline.config.params import Reward as Table
+from pipeline.config.schema import Reward as Table
 from pipeline.errors import UserError
 from pipeline.rewards import build as build_module
 from pipeline.rewards.build import Reward, build_reward

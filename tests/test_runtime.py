@@ -13,24 +13,25 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from pipeline.distributed.runtime import configure_torch, draw_probe_prompts, draw_prompts, generator, uniforms
+from pipeline.distributed.device import configure_torch
 from pipeline.errors import UserError
 from pipeline.rl.optimizer import learning_rate, make_optimizer, optimizer_step
+from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms, generator
 from tests.models import PARAMS, recipe
 
 # --- random numbers
 
 
 def test_no_draw_depends_on_another() -> None:
-    first = uniforms(3, 5, "sample", 4, 6)
+    first = draw_uniforms(3, 5, "sample", 4, 6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
         torch.rand(7)
-        uniforms(3, 4, "sample", 100, 100)
+        draw_uniforms(3, 4, "sample", 100, 100)
         draw_prompts(3, 5, 8, 50, "replacement")
         draw_prompts(3, 5, 8, 50, "shuffled")
         state = torch.get_rng_state()
-        again = uniforms(3, 5, "sample", 4, 6)
+        again = draw_uniforms(3, 5, "sample", 4, 6)
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert first.dtype == torch.float64
@@ -44,7 +45,7 @@ def test_seed_step_and_purpose_each_matter() -> None:
 
 
 def test_the_largest_seed_is_taken() -> None:
-    assert uniforms(2**63 - 1, 10**6, "sample", 1, 1).shape == (1, 1)
+    assert draw_uniforms(2**63 - 1, 10**6, "sample", 1, 1).shape == (1, 1)
 
 
 # --- prompts

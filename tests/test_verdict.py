@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.config.params import Params, validate
+from pipeline.config.load import validate_params
+from pipeline.config.schema import Params
 from pipeline.diagnosis import verdict
 from pipeline.diagnosis.calibration import (
     CALIBRATION_COLUMNS,
@@ -323,7 +324,7 @@ def changed(**selectors: Any) -> Params:
     recipe = selectors.pop("recipe", "notebook")
     tree["recipe"] = recipe
     tree["recipes"][recipe] |= selectors
-    return validate(tree)
+    return validate_params(tree)
 
 
 def found(kind: Kind, onset: int = 3, metric: str = "reward_mean") -> Finding:
@@ -350,7 +351,7 @@ def test_each_cure_changes_something_and_gives_valid_parameters(
             table = table[part]
         assert table[name] != value
         table[name] = value
-    assert validate(tree) != params
+    assert validate_params(tree) != params
 
 
 def test_the_cure_of_the_notebook_is_what_the_ablation_found(spreads: dict[str, Spread]) -> None:

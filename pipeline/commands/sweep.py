@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.config.params import PARAMS_FILE, load
+from pipeline.config.load import PARAMS_FILE, load_params
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import sha256
 from pipeline.runs import workspace
@@ -105,7 +105,7 @@ def check(combinations: Iterable[list[str]]) -> None:
             try:
                 shutil.copyfile(PARAMS_FILE, copy)
                 apply_overrides(copy, values)
-                load(copy)
+                load_params(copy)
             except UserError as error:
                 raise UserError(f"-S {' -S '.join(values)}: {str(error).replace(str(copy), copy.name)}") from None
             except DvcException as error:

@@ -1,1 +1,1 @@
-"""Prompts and models from where they are: a hub, a package, a folder."""
+"""Prompts, models and encoders from where they are: the hub, a package, a folder. What is done with them belongs elsewhere."""

@@ -1,1 +1,1 @@
-"""Whether, when and why a run collapsed: pure functions of its history."""
+"""Whether, when and why a run collapsed, and what to try: pure functions of its history. No files, no figures."""

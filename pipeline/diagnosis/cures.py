@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.params import Params, Recipe
+from pipeline.config.schema import Params, Recipe
 from pipeline.diagnosis.calibration import Spread
 from pipeline.diagnosis.verdict import CAUSES, Finding
 
@@ -22,7 +22,7 @@ class Cure:
 
 def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
     """The change to try against one finding; without changes where the recipe has no key that would help."""
-    recipe: Recipe = params.selected("recipe")
+    recipe: Recipe = params.selected_recipe
     train, where = params.train, f"recipes.{params.recipe}"
     slower = smaller_steps(recipe, train.steps)
     match finding.kind:

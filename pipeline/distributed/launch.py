@@ -11,26 +11,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed.device import LAUNCHER, is_launched, launcher_number
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
-from pipeline.distributed.runtime import LAUNCHER, is_launched, launcher_number
 from pipeline.errors import UserError
-from pipeline.runs.workspace import root
 
 CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config --config_file FILE` writes
 
 
-def relaunch_with_accelerate(module: str) -> None:
+def relaunch_with_accelerate(module: str, base: Path) -> None:
     """Where the environment names a configuration of accelerate, this process becomes its launcher of `module`, and ends
     as the first of the launched ones that failed, which has said why.
 
     The environment and not params.yaml: where a run is computed is no part of what it is. A relative path counts from
-    the main workspace. Raises UserError where the file or accelerate is missing, or the file is not what accelerate
+    `base`. Raises UserError where the file or accelerate is missing, or the file is not what accelerate
     writes.
     """
     name = os.environ.get(CONFIG)
     if not name or is_launched():
         return
-    config = root() / Path(name).expanduser()
+    config = base / Path(name).expanduser()
     if not config.is_file():
         raise UserError(f"{CONFIG}: no file {config}; `accelerate config --config_file {name}` writes one")
     if find_spec("accelerate") is None:

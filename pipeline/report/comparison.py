@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from pipeline.config.params import SELECTORS
+from pipeline.config.schema import SELECTORS
 from pipeline.diagnosis.verdict import TITLES
 from pipeline.errors import one_line
 from pipeline.tracking.summaries import RunSummary

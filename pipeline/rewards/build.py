@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.params import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
+from pipeline.config.schema import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
 from pipeline.errors import UserError
 from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.params import Recipe
+from pipeline.config.schema import Recipe
 from pipeline.diagnosis.text import text_statistics
 from pipeline.file_io import finite_or_none
 from pipeline.models.memory import bf16_copy
@@ -24,7 +24,7 @@ def sample_batch(
 ) -> Rollout:
     """Completions of B prompts, as many of each as `uniforms` [N, T] has rows for it; each process samples its share."""
     params, device = context.params, context.device
-    recipe, group = params.selected("recipe"), len(uniforms) // len(prompts)
+    recipe, group = params.selected_recipe, len(uniforms) // len(prompts)
     ids = [encode_prompt(context.tokenizer, prompt) for prompt in prompts]
     prompt_ids, prompt_mask = pad_prompts(ids, context.eos[0], device)
     limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
@@ -54,7 +54,7 @@ def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) ->
 
     Each process asks the reward about the completions of its own prompts.
     """
-    recipe, group = context.params.selected("recipe"), len(rollout.lengths) // len(prompts)
+    recipe, group = context.params.selected_recipe, len(rollout.lengths) // len(prompts)
     completions = completion_texts(rollout, context.tokenizer, recipe.special_tokens, group)
     repeated = [prompt for prompt in prompts for _ in range(group)]
     rows = context.processes.group_slice(len(completions), group)
@@ -66,7 +66,7 @@ def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) ->
 
 def score_batch(model: PreTrainedModel, rollout: Rollout, context: TrainContext) -> Scores:
     """What a model says of completions, each process of its share; in the recipe's precision, without gradient."""
-    recipe = context.params.selected("recipe")
+    recipe = context.params.selected_recipe
     rows = torch.arange(len(rollout.lengths), device=context.device)[
         context.processes.shard_slice(len(rollout.lengths))
     ]

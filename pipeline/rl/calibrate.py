@@ -3,10 +3,10 @@
 import torch
 
 from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS
-from pipeline.distributed.runtime import draw_prompts, uniforms
 from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, score_batch
 from pipeline.rl.context import TrainContext
 from pipeline.rl.metrics import policy_metrics, reward_metrics
+from pipeline.rl.seeding import draw_prompts, draw_uniforms
 
 
 def calibrate(context: TrainContext) -> list[dict[str, float]]:
@@ -16,13 +16,13 @@ def calibrate(context: TrainContext) -> list[dict[str, float]]:
 
 
 def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
-    params, recipe = context.params, context.params.selected("recipe")
+    params, recipe = context.params, context.params.selected_recipe
     sizes = params.train
     drawn = draw_prompts(
         params.seed, sizes.steps + batch, sizes.prompts_per_step, len(context.prompts), recipe.prompt_sampling
     )  # fmt: skip
     prompts = [context.prompts[i] for i in drawn]
-    noise = uniforms(params.seed, batch, "calibration", len(prompts) * sizes.samples_per_prompt, sizes.max_tokens)
+    noise = draw_uniforms(params.seed, batch, "calibration", len(prompts) * sizes.samples_per_prompt, sizes.max_tokens)
     with context.reference() as reference:
         rollout = sample_batch(prompts, context, reference, noise, recipe.top_k, recipe.top_p)
         scores = score_batch(reference, rollout, context)

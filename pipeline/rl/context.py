@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.params import Params
+from pipeline.config.schema import Params
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
-from pipeline.distributed.runtime import generator
 from pipeline.distributed.sharding import copy_full_weights, shard
 from pipeline.distributed.weights import load_weights, trained_weights
 from pipeline.errors import UserError
@@ -24,6 +23,7 @@ from pipeline.models.rollout import longest_sequence
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.rewards.build import Reward, build_reward
+from pipeline.rl.seeding import generator
 
 PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
 
@@ -66,10 +66,10 @@ def build_context(
         shard(policy, device, processes.world_size)
     tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(PROMPTS)]
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
-    longest = longest_sequence(lengths, params.train.max_tokens, params.selected("recipe").length_limit)
+    longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
     context = TrainContext(
         params, prompts, tokenizer, rollout_model, reference,
-        build_reward(params.reward, params.selected("reward"), CHECKPOINT / "encoder", device), device,
+        build_reward(params.reward, params.selected_reward, CHECKPOINT / "encoder", device), device,
         end_of_text_ids(CHECKPOINT / "policy", tokenizer), load_layout(CHECKPOINT / "layout.json", longest), processes,
     )  # fmt: skip
     return context, policy
@@ -79,14 +79,14 @@ def initial_policy(params: Params, device: torch.device, at: torch.device) -> Pr
     """The policy before its first update, with this run's adapters."""
     return init_policy(
         CHECKPOINT / "policy", device, at, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
-        generator=generator(params.seed, 0, "adapters"), bfloat16=params.selected("recipe").precision == "bfloat16",
+        generator=generator(params.seed, 0, "adapters"), bfloat16=params.selected_recipe.precision == "bfloat16",
     )  # fmt: skip
 
 
 def load_reference(params: Params, device: torch.device) -> PreTrainedModel:
     """The checkpoint, as a model that takes no gradient."""
     model = load_policy(CHECKPOINT / "policy", device).requires_grad_(False)
-    if params.selected("recipe").precision == "bfloat16":
+    if params.selected_recipe.precision == "bfloat16":
         cast_frozen_bf16(model)
     return model
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.params import Recipe
+from pipeline.config.schema import Recipe
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.distributed.sharding import local_tensor
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.params import Recipe
+from pipeline.config.schema import Recipe
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.models.memory import activation_checkpointing
 from pipeline.models.sampling import Rollout
@@ -45,7 +45,7 @@ class BackwardResult:
     snr: float  # see `signal_to_noise`; NaN where the micro-batches do not tell
 
 
-def loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
+def make_loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
     """[N, T] True = the token is in the loss.
 
     masked: up to and including the first EOS. counted: up to the longest completion of the prompt's group, the filling

@@ -1,1 +1,3 @@
-"""What a run leaves on disk: resume states, its history, what it is made of, whether files belong together."""
+"""A run's files: resume states, its history, what it is made of, whether files are of one run. What they look like on a page
+belongs to `report`, in MLflow to `tracking`.
+"""

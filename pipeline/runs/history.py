@@ -1,65 +1,12 @@
-"""The record of a training run as it grows: rows, samples, timings, and the files they become."""
+"""history.csv, written step by step."""
 
 import contextlib
 import csv
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from pipeline.errors import one_line
-from pipeline.file_io import finite_or_none, translate_write_errors
+from pipeline.file_io import translate_write_errors
 from pipeline.rl.metrics import HISTORY_COLUMNS
-
-SUMMARY_STEPS = 5  # steps behind each mean of summary.json
-
-
-@dataclasses.dataclass
-class TrainState:
-    """A run so far: all that a resumed one needs besides weights and optimizer."""
-
-    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # history.csv
-    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples.jsonl
-    timings: list[dict[str, float]] = dataclasses.field(default_factory=list)  # never in a hashed file
-    calibration: list[dict[str, float]] = dataclasses.field(default_factory=list)  # calibration.csv
-    stopped: bool = False  # before its last step, at a non-finite number or a collapse
-    running_mean: float | None = None  # of the rewards of the steps so far: `baseline: running`
-    processes: list[int | str] = dataclasses.field(
-        default_factory=list
-    )  # how many computed it: once more after each change
-    kl_coef: float | None = None  # where it adapts to a target; None = still the recipe's
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return len(self.rows)
-
-    def points(self, step: int) -> dict[str, float]:
-        """What the tracker gets of a step, by MLflow's metric names."""
-        timing = self.timings[step]
-        return {
-            **{f"train/{column}": self.rows[step][column] for column in HISTORY_COLUMNS[1:]},
-            **{f"time/{column}": value for column, value in timing.items() if column != "timestamp_ms"},
-        }
-
-    def progress_line(self) -> str:
-        """The notebook's line for the last step."""
-        row = self.rows[-1]
-        example = next(sample for sample in self.samples if sample["step"] == row["step"])
-        return (
-            f"Step: {row['step']} Baseline: {row['baseline']:.4f} Reward: {row['reward_mean']:.4f} "
-            f"Reward variance: {row['reward_std_within'] ** 2:.4f} "
-            f"Example: {one_line(example['completion'])}"
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """summary.json: the metrics' means over the first and the last SUMMARY_STEPS steps."""
-        ends = {"first": self.rows[:SUMMARY_STEPS], "last": self.rows[-SUMMARY_STEPS:]}
-        means = {
-            end: {c: finite_or_none(sum(row[c] for row in rows) / len(rows)) for c in HISTORY_COLUMNS[1:]}
-            for end, rows in ends.items()
-        }
-        return {"steps": self.step, "stopped": self.stopped, **means}
 
 
 @contextlib.contextmanager

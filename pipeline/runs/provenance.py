@@ -19,9 +19,24 @@ DIGESTS = (
 LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers")
 
 
+# What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes, clocks.
+UNRELATED = (
+    "pipeline.config.load",
+    "pipeline.config.messages",
+    "pipeline.distributed.launch",
+    "pipeline.errors",
+    "pipeline.timing",
+    "pipeline.runs.provenance",
+    "pipeline.runs.signals",
+    "pipeline.runs.workspace",
+    "pipeline.timing",
+)
+
+
 @functools.cache
-def local_modules(module: str) -> tuple[str, ...]:
-    """Every module of this package that `module` imports, at any depth and place, itself included. Sorted.
+def local_modules(module: str, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Every module of this package that `module` imports, at any depth and place, itself included. Sorted. Left out are
+    modules and packages named in `without`, and what only they import.
 
     Read from the syntax tree, nothing is executed.
     """
@@ -29,7 +44,7 @@ def local_modules(module: str) -> tuple[str, ...]:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in found or not _source(name):
+        if name in found or not _source(name) or any(f"{name}.".startswith(f"{other}.") for other in without):
             continue
         found.add(name)
         if "." in name:
@@ -60,8 +75,9 @@ def module_file(module: str) -> str:
 
 
 def code_digest(module: str) -> str:
-    """sha256 over the sources of `local_modules(module)`."""
-    return digest({name: _source(name).read_text(encoding="utf-8") for name in local_modules(module)})  # type: ignore[union-attr]
+    """sha256 over the sources of the modules that `module` imports and that its numbers depend on."""
+    names = local_modules(module, (*UNRELATED, "pipeline.tracking"))
+    return digest({name: _source(name).read_text(encoding="utf-8") for name in names})  # type: ignore[union-attr]
 
 
 def library_versions(*more: str) -> dict[str, str]:

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import params as parameters
-from pipeline.config.params import Encoder, Model, Params
+from pipeline.config.load import load_params
+from pipeline.config.schema import Encoder, Model, Params
 from pipeline.data.hub import drop_damaged, from_hub
 from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.errors import UserError, run_stage
@@ -37,11 +37,11 @@ WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC has
 
 
 def main() -> None:
-    params = parameters.load()
+    params = load_params()
     policy_key, encoder_key = f"models.{params.model}", f"encoders.{params.encoder}"
     # Both are found before either is copied: a wrong key costs no time.
-    policy, policy_origin = find(policy_key, params.selected("model"), "model: pocket")
-    encoder, encoder_origin = find(encoder_key, params.selected("encoder"), "encoder: minilm")
+    policy, policy_origin = find(policy_key, params.selected_model, "model: pocket")
+    encoder, encoder_origin = find(encoder_key, params.selected_encoder, "encoder: minilm")
 
     with atomic_folder(CHECKPOINT) as folder:
         store(policy, folder / "policy", policy_key)
@@ -77,9 +77,10 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     line. Raises UserError where prompts, lengths and policy do not go together, or the policy cannot be trained."""
     import torch
 
-    from pipeline.distributed.runtime import configure_torch, generator
+    from pipeline.distributed.device import configure_torch
     from pipeline.models.load import check_saving, end_of_text_ids, init_policy, load_tokenizer, special_ids
     from pipeline.models.verification import Layout, choose_layout, probe_prompts
+    from pipeline.rl.seeding import generator
 
     def compare(device: torch.device) -> tuple[Layout, str]:
         policy = init_policy(
@@ -98,7 +99,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     eos = end_of_text_ids(folder / "policy", tokenizer)
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     probes, sampled = probe_prompts(tokens, limits)
-    bfloat16 = params.selected("recipe").precision == "bfloat16"
+    bfloat16 = params.selected_recipe.precision == "bfloat16"
     try:
         layout, how = compare(device)
     except torch.OutOfMemoryError:  # a policy that is sharded over several devices is compared in one piece
@@ -130,7 +131,7 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         except UserError as error:
             raise UserError(f"{table}, {PROMPTS / file}: {error}; take it out of its source") from None
         lengths = list(map(len, ids))
-        allowed = completion_limits(lengths, params.train.max_tokens, params.selected("recipe").length_limit).tolist()
+        allowed = completion_limits(lengths, params.train.max_tokens, params.selected_recipe.length_limit).tolist()
         check_context(room, prompts[: used or None], lengths, allowed, table)
         # of held-out prompts that are not used some may not fit
         fits = [i for i, length in enumerate(lengths) if room is None or length + allowed[i] <= room]

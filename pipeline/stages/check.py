@@ -4,13 +4,14 @@ unnoticed."""
 
 from collections.abc import Iterable, Iterator
 
-from pipeline.config.params import SELECTORS, CustomReward, Reward, SumReward, load
+from pipeline.config.load import load_params
+from pipeline.config.schema import SELECTORS, CustomReward, Reward, SumReward
 from pipeline.errors import run_stage
 from pipeline.rewards.custom import check_custom
 
 
 def main() -> None:
-    params = load()
+    params = load_params()
     for reward in custom_rewards(params.rewards.values()):
         check_custom(reward.function, reward.params)
     print(", ".join(f"{name} {getattr(params, name)}" for name in SELECTORS), f"seed {params.seed}", sep=", ")

@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.params import SELECTORS, Params, load
+from pipeline.config.load import load_params
+from pipeline.config.schema import SELECTORS, Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import headline, summary
@@ -22,7 +23,7 @@ SHOWN = 3  # completions a finding
 
 def main() -> None:
     """Raises UserError where a file of the stage `train` is missing, is not what it writes, or is of another run."""
-    params = load()
+    params = load_params()
     files = [REPORTS / "history.csv", REPORTS / "calibration.csv", REPORTS / "samples.jsonl", HEALTHY]
     files += [REPORTS / "summary.json", REPORTS / "run.json"]
     readers = [read_csv, read_csv, read_jsonl, read_json, read_json, read_json]

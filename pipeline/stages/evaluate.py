@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.params import Params, load
+from pipeline.config.load import load_params
+from pipeline.config.schema import Params
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.text import text_statistics
-from pipeline.distributed.runtime import configure_torch, generator, uniforms
+from pipeline.distributed.device import configure_torch
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.models.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
@@ -24,6 +25,7 @@ from pipeline.models.scoring import score_rollout
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.rewards.build import build_reward
+from pipeline.rl.seeding import draw_uniforms, generator
 
 PROMPTS, CHECKPOINT, POLICY = Path("data/prompts/heldout.jsonl"), Path("data/checkpoint"), Path("data/policy")
 REPORTS = Path("reports/evaluate")
@@ -32,7 +34,7 @@ NAMES = ("checkpoint", "policy")
 
 
 def main() -> None:
-    params = load()
+    params = load_params()
     prompts = [row["prompt"] for row in read_jsonl(PROMPTS)] if PROMPTS.exists() else []
     if not prompts:
         raise UserError(f"{PROMPTS} holds no prompts; run `dvc repro`, which makes it")
@@ -40,7 +42,7 @@ def main() -> None:
         prompts = prompts[: params.evaluate.prompts]
     device = configure_torch(params.train.device, params.train.threads)
     metrics, rows = evaluate(params, prompts, device)
-    if depends_on(load()) != depends_on(params):  # DVC would record what is there now
+    if depends_on(load_params()) != depends_on(params):  # DVC would record what is there now
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(REPORTS / "completions.jsonl", rows)
     write_json(REPORTS / "metrics.json", metrics)
@@ -59,7 +61,7 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     }
     tokenizer = load_tokenizer(POLICY)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected("recipe").length_limit)
+    longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected_recipe.length_limit)
     layout = load_layout(CHECKPOINT / "layout.json", longest)
     eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
     # one model at a time: two may be more than the device held in training
@@ -96,7 +98,7 @@ def depends_on(params: Params) -> tuple[Any, ...]:
     """The parameters that dvc.yaml names for this stage."""
     return (
         params.evaluate,
-        params.selected("recipe"),
+        params.selected_recipe,
         params.recipe,
         params.reward,
         params.rewards,
@@ -117,12 +119,12 @@ def sample_all(
     params: Params, prompts: list[list[int]], policy: PreTrainedModel, eos: tuple[int, ...], layout: Layout
 ) -> list[Rollout]:
     """What a policy samples for the prompts, given as tokens, PROMPT_BATCH of them at a time."""
-    recipe, group, size = params.selected("recipe"), params.evaluate.samples_per_prompt, params.train.max_tokens
+    recipe, group, size = params.selected_recipe, params.evaluate.samples_per_prompt, params.train.max_tokens
     device, rollouts = policy.device, []
     for start in range(0, len(prompts), PROMPT_BATCH):
         ids = prompts[start : start + PROMPT_BATCH]
         # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
-        noise = torch.cat([uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
+        noise = torch.cat([draw_uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
         rollouts.append(sample(
             policy, *pad_prompts(ids, eos[0], device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
@@ -137,7 +139,7 @@ def measure(
 ) -> tuple[list[str], dict[str, float | None], float]:  # fmt: skip
     """Texts [B * G] as the reward reads them, their statistics, and their log-likelihood a token under the untouched
     checkpoint."""
-    recipe, group = params.selected("recipe"), params.evaluate.samples_per_prompt
+    recipe, group = params.selected_recipe, params.evaluate.samples_per_prompt
     texts: list[str] = []
     plain: list[str] = []  # without special tokens
     tokens: list[list[int]] = []

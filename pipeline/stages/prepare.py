@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import params as parameters
-from pipeline.config.params import PromptSet
+from pipeline.config.load import load_params
+from pipeline.config.schema import PromptSet
 from pipeline.data.hub import DamagedError, drop_damaged, from_hub
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_path, why_unwatched, write_json, write_jsonl
@@ -31,8 +31,8 @@ Located = tuple[str, Row]  # where a row is ("train.jsonl line 3"), and the row
 
 
 def main() -> None:
-    params = parameters.load()
-    key, rules = f"prompt_sets.{params.prompts}", params.selected("prompts")
+    params = load_params()
+    key, rules = f"prompt_sets.{params.prompts}", params.selected_prompt_set
     read_split = hub_splits(key, rules) if rules.repo else local_splits(key, rules)
 
     where, rows = read_split("train")

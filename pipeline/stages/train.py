@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.params import SELECTORS, Params, load
+from pipeline.config.load import load_params
+from pipeline.config.schema import SELECTORS, Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import TITLES, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
+from pipeline.distributed.device import configure_torch
 from pipeline.distributed.dist_context import DistContext
-from pipeline.distributed.runtime import configure_torch, draw_probe_prompts, draw_prompts, uniforms
 from pipeline.distributed.weights import load_optimizer_state, load_weights, optimizer_state, trained_weights
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import (
@@ -35,20 +35,6 @@ from pipeline.file_io import (
     write_jsonl,
 )
 from pipeline.models.load import load_layout
-from pipeline.rl.advantages import (
-    BASELINES,
-    adapted_kl_coef,
-    advantages,
-    next_running_mean,
-    with_kl_penalty,
-)
-from pipeline.rl.batch import (
-    reward_batch,
-    rollout_metrics,
-    sample_batch,
-    sample_records,
-    score_batch,
-)
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import (
     CHECKPOINT,
@@ -59,22 +45,12 @@ from pipeline.rl.context import (
     initial_policy,
     sync_rollout_model,
 )
-from pipeline.rl.loss import LossNormalizers
-from pipeline.rl.metrics import (
-    HISTORY_COLUMNS,
-    largest_gap,
-    nonfinite_share,
-    policy_metrics,
-    reference_metrics,
-    reward_metrics,
-    update_metrics,
-)
-from pipeline.rl.optimizer import learning_rate, make_optimizer
-from pipeline.rl.update import Batch, loss_mask, update_policy
+from pipeline.rl.optimizer import make_optimizer
+from pipeline.rl.state import TrainState
+from pipeline.rl.train_step import train_step
 from pipeline.runs import checkpoints, provenance
-from pipeline.runs.history import TrainState, history_file
+from pipeline.runs.history import history_file
 from pipeline.runs.signals import caught_signals
-from pipeline.runs.stopwatch import Stopwatch, timing_row
 from pipeline.runs.workspace import is_committed, root
 from pipeline.tracking import mlflow_store
 
@@ -84,8 +60,8 @@ UNDO = "undo that and repeat the command, which only writes the result; or, for 
 
 
 def main() -> None:
-    params = load()
-    launch.relaunch_with_accelerate("pipeline.stages.train")
+    params = load_params()
+    launch.relaunch_with_accelerate("pipeline.stages.train", root())
     if not PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
     device = configure_torch(params.train.device, params.train.threads)
@@ -148,7 +124,7 @@ def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> N
     """Raises UserError where what the run depends on was changed while it trained: DVC would record, once the stage has
     ended, that its result is of what is there now."""
     try:
-        now = run_identity(load(), device)
+        now = run_identity(load_params(), device)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} was removed while this run trained; {UNDO}") from None
     names = {
@@ -164,7 +140,7 @@ def train(
 ) -> None:  # fmt: skip
     """The loop. Writes the stage's outputs when it ends; saves a resume state every `checkpoint_every` steps."""
     context, policy = build_context(params, device, processes)
-    optimizer = make_optimizer(policy.parameters(), params.selected("recipe"))
+    optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
     run = resume(folder, policy, optimizer)
     check_ranks_in_sync(identity["train_key"], run.step, processes, device)
     sync_rollout_model(context, policy)
@@ -236,99 +212,6 @@ def loop(
 
 def is_finished(run: TrainState, params: Params) -> bool:
     return run.step >= params.train.steps or run.stopped
-
-
-def train_step(
-    run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> None:  # fmt: skip
-    """One step of REINFORCE on B prompts with G samples each; appends its row, samples and timings to `run`."""
-    params, step, watch = context.params, run.step, Stopwatch()
-    recipe, group, micro_batch = params.selected("recipe"), params.train.samples_per_prompt, params.train.micro_batch
-    drawn = draw_prompts(params.seed, step, params.train.prompts_per_step, len(context.prompts), recipe.prompt_sampling)
-    noise = uniforms(params.seed, step, "sample", len(drawn) * group, params.train.max_tokens)
-    prompts = [context.prompts[i] for i in drawn]
-    rollout = sample_batch(prompts, context, context.rollout_model, noise, recipe.top_k, recipe.top_p)
-    watch.lap("sample")
-
-    completions, rewards = reward_batch(prompts, rollout, context)
-    watch.lap("reward")
-
-    mask, rescored = rollout.completion_mask, probe_rows(params, step, context.device)
-    # the KL term needs all completions; without one, a share of the prompts tells how far the policy has gone
-    measured_rows = rescored if recipe.kl == "none" else torch.arange(len(mask), device=context.device)
-    with context.reference() as reference:
-        ref_logprobs = score_batch(reference, rollout.take(measured_rows), context).logprobs
-    penalised, kl_coef = rewards, recipe.kl_coef if run.kl_coef is None else run.kl_coef
-    acting = rollout.sampler_logprobs if recipe.loss_distribution == "sampler" else rollout.logprobs
-    if recipe.kl == "reward_k1":
-        penalised = with_kl_penalty(rewards, acting, ref_logprobs, mask, kl_coef)
-    baseline = BASELINES[recipe.baseline](penalised, baseline_inputs(run, context, prompts, kl_coef))
-    advantage = advantages(penalised, baseline, recipe.advantage_norm)
-    watch.lap("reference")
-
-    counted = loss_mask(rollout, group, recipe.padding)
-    size = LossNormalizers(len(counted), int(counted.sum()), params.train.max_tokens)
-    batch = Batch(
-        rollout, advantage.flatten(), counted, None if recipe.kl == "none" else ref_logprobs, size, kl_coef
-    )  # fmt: skip
-    lr = learning_rate(step, params.train.steps, recipe)
-    gradient, updated = update_policy(
-        batch, policy, optimizer, recipe, lr, micro_batch, group, context.processes, params.train.gradient_checkpointing,
-        context.layout.packing,
-    )  # fmt: skip
-    sync_rollout_model(context, policy)
-    watch.lap("update")
-
-    after = score_batch(context.rollout_model, rollout.take(rescored), context).logprobs
-    watch.lap("rescore")
-
-    measured = {
-        **reward_metrics(rewards, baseline, advantage),
-        **policy_metrics(gradient.logprobs, gradient.entropy, mask),
-        **reference_metrics(gradient.logprobs[measured_rows], ref_logprobs, mask[measured_rows], group),
-        **update_metrics(gradient.logprobs[rescored], after, mask[rescored], group),
-        **rollout_metrics(rollout, context),
-        "nonfinite_logprobs": nonfinite_share(gradient.logprobs[mask], after[mask[rescored]]),
-        **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
-        "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.loss_logprobs, mask),
-        "truncation_gap": largest_gap(rollout.sampler_logprobs, rollout.logprobs, mask),
-    }  # fmt: skip
-    run.rows.append({column: measured[column] for column in HISTORY_COLUMNS})
-    run.samples += sample_records(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, context)
-    run.stopped = bool(updated["nonfinite"]) and params.train.on_nonfinite == "stop"
-    if recipe.baseline == "running":
-        run.running_mean = next_running_mean(run.running_mean, penalised, recipe.baseline_decay)
-    if recipe.kl_target > 0:
-        kl = torch.where(mask, acting - ref_logprobs, 0.0).sum(1).mean().item()
-        run.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target)
-    watch.lap("diagnostics")
-    run.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
-
-
-def baseline_inputs(run: TrainState, context: TrainContext, prompts: list[str], kl_coef: float) -> Tensor | None:
-    """What the recipe's baseline needs to know beyond the batch's own rewards; prompts [B]."""
-    recipe = context.params.selected("recipe")
-    if recipe.baseline == "running" and run.running_mean is not None:
-        return torch.tensor(run.running_mean, dtype=torch.float64, device=context.device)
-    if recipe.baseline != "greedy":
-        return None
-    noise = torch.zeros(len(prompts), context.params.train.max_tokens, dtype=torch.float64)
-    rollout = sample_batch(prompts, context, context.rollout_model, noise, top_k=1, top_p=1.0)
-    rewards = reward_batch(prompts, rollout, context)[1]  # [B, 1]
-    if recipe.kl == "reward_k1":  # what the samples are judged by; the penalty would else stay in every advantage
-        with context.reference() as reference:
-            ref_logprobs = score_batch(reference, rollout, context).logprobs
-        mask = rollout.completion_mask
-        rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, mask, kl_coef)
-    return rewards.squeeze(1)
-
-
-def probe_rows(params: Params, step: int, device: torch.device) -> Tensor:
-    """Indices of the completions that are scored again: all of each of the chosen prompts."""
-    sizes = params.train
-    chosen = draw_probe_prompts(params.seed, step, sizes.prompts_per_step, sizes.kl_probe_prompts)
-    group = sizes.samples_per_prompt
-    return torch.tensor([row for b in chosen for row in range(b * group, (b + 1) * group)], device=device)
 
 
 def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainState:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.config.params import SELECTORS, Params
+from pipeline.config.schema import SELECTORS, Params
 from pipeline.errors import UserError
 from pipeline.runs.consistency import digests_in, evaluates, measured_in
 from pipeline.runs.dvc_git import git, git_bytes, head_commit

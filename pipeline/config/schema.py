@@ -1,18 +1,9 @@
-"""params.yaml -> frozen, validated objects. Every mistake in the file is one line that names its key."""
+"""What params.yaml may hold: frozen tables, each key with its type and bounds."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from pipeline.errors import UserError, did_you_mean
-
-PARAMS_FILE = Path("params.yaml")
-MOST_VALUES = 100_000  # in the file with its aliases written out: a few lines of them can stand for billions
-MOST_DIGITS = 4300  # of an integer: Python prints no longer one, and YAML can write it in hexadecimal
 MOST_TOKENS = 10**9  # that a step draws: their random numbers alone are 8 GB
 SELECTORS = {
     "model": "models",
@@ -234,182 +225,31 @@ class Params(Table):
                 raise ValueError(f"rewards: {name!r} is taken: reports/evaluate/metrics.json has a key of that name")
         return self
 
-    def selected(self, selector: str) -> Any:
-        """The table that a selector names, for example selected("reward")."""
+    @property
+    def selected_model(self) -> Model:
+        return self.models[self.model]
+
+    @property
+    def selected_prompt_set(self) -> PromptSet:
+        return self.prompt_sets[self.prompts]
+
+    @property
+    def selected_reward(self) -> Reward:
+        return self.rewards[self.reward]
+
+    @property
+    def selected_encoder(self) -> Encoder:
+        return self.encoders[self.encoder]
+
+    @property
+    def selected_recipe(self) -> Recipe:
+        return self.recipes[self.recipe]
+
+    def selected(self, selector: str) -> Table:
+        """The table that a selector names, for code that goes over all of them."""
         return getattr(self, SELECTORS[selector])[getattr(self, selector)]
-
-
-def load(path: Path = PARAMS_FILE) -> Params:
-    """Reads and validates a parameter file.
-
-    Raises UserError with one line naming file, key, value and what would be right.
-    """
-    # YAML 1.2 through ruamel: DVC writes lr as 3e-05, which YAML 1.1 parsers read as a string.
-    try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the project's root") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} line {line}: should be UTF-8, byte 0x{error.object[error.start]:02x} is not") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid: nested too deeply") from None
-    except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # the last three: what ruamel raises for a value that its tag does not fit, such as !!bool abc
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {str(problem).partition(';')[0]}") from None
-    return validate(tree, str(path))
-
-
-def validate(tree: Any, name: str = "params.yaml") -> Params:
-    """Validates a parsed parameter file. Raises UserError (see `load`)."""
-    if not isinstance(tree, dict):
-        raise UserError(f"{name}: should hold keys such as model, reward and train, not {type(tree).__name__}")
-    if _values(tree) > MOST_VALUES:
-        raise UserError(
-            f"{name}: holds more than {MOST_VALUES} values; does an alias (*name) stand inside its own anchor?"
-        )
-    try:
-        for path, value in _integers(tree):
-            if abs(value) >= 10**MOST_DIGITS:
-                raise UserError(f"{name}: {'.'.join(path) or 'a key'}: an integer of more than {MOST_DIGITS} digits")
-        params = Params.model_validate(tree)
-    except ValidationError as failure:
-        raise UserError(f"{name}: {_explain(failure, tree)}") from None
-    except RecursionError:
-        raise UserError(f"{name}: not valid: nested too deeply") from None
-    for selector, table in SELECTORS.items():
-        chosen, known = getattr(params, selector), getattr(params, table)
-        if chosen not in known:
-            raise UserError(f"{name}: {selector}: there is no {chosen!r} in {table}{_suggest(chosen, known)}")
-    return params
 
 
 def _exactly_one(table: Table, *names: str) -> None:
     if sum(getattr(table, name) is not None for name in names) != 1:
         raise ValueError(f"needs exactly one of {', '.join(names)}")
-
-
-def _values(tree: Any) -> int:
-    """Keys and values of a tree, an alias counted wherever it stands; stops soon after MOST_VALUES."""
-    waiting, count = [tree], 0
-    while waiting and count <= MOST_VALUES:
-        value = waiting.pop()
-        count += 1
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-    return count
-
-
-def _integers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """The integers of a tree with the path of their key; one that is a key itself has the path of its table."""
-    if isinstance(tree, int):
-        yield path, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _integers(key, path)
-            yield from _integers(value, (*path, str(key)))
-    elif isinstance(tree, list | tuple | set):
-        for place, value in enumerate(tree):
-            yield from _integers(value, (*path, str(place)))
-
-
-def _suggest(wrong: Any, known: Any) -> str:
-    """`; did you mean x?` where a key is near, else the list of keys."""
-    return did_you_mean(str(wrong), map(str, known)) or f" (there are: {', '.join(map(str, known)) or 'none'})"
-
-
-def _explain(failure: ValidationError, tree: dict[str, Any]) -> str:
-    """The most telling error: an unknown key first, since it often explains a missing one."""
-    errors = sorted(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
-    error = errors[0]
-    kind, context = error["type"], error.get("ctx", {})
-    path, model = _locate(error["loc"])
-    where, value = ".".join(map(str, path)), _at(tree, path)
-    if kind == "extra_forbidden":
-        return f"unknown key {where}{_suggest(path[-1], model.model_fields if model else {})}"
-    if kind == "missing":
-        return f"{where} is missing"
-    if kind == "invalid_key" or error["loc"][-1:] == ("[key]",):
-        return f"key {where}: should be text of 1 to 64 letters, digits, _ and -; no dots, which DVC reads as levels"
-    if kind == "recursion_depth_exceeded":
-        return f"{where}: nested too deeply"
-    if kind == "string_unicode":
-        return f"{where or 'a key'} holds text that is not valid Unicode"
-    if kind == "value_error":
-        return f"{where}: {context['error']}" if where else str(context["error"])
-    if where in SELECTORS:
-        return f"{where} = {_brief(value)}: should name one of {SELECTORS[where]}: {_keys(tree, SELECTORS[where])}"
-    if kind == "union_tag_invalid":
-        tags = context["expected_tags"]
-        return f"{where}.kind = {_brief(value['kind'])}: should be one of {tags}"
-    if kind == "union_tag_not_found":
-        return f"{where}.kind is missing or no text: it says which reward this is"
-    field = model.model_fields.get(str(path[-1])) if model else None
-    unit = field.description if field and field.description else ""
-    if kind == "string_pattern_mismatch" and unit:
-        return f"{where} = {_brief(value)}: should be {unit}"
-    return f"{where} = {_brief(value)}: {_rule(kind, error['msg'], value)}{f' ({unit})' if unit else ''}"
-
-
-def _rule(kind: str, message: str, value: Any) -> str:
-    """What would be right, without the validator's own terms."""
-    if kind == "string_type" and isinstance(value, int | float):
-        return "should be text: put it in quotes"
-    if kind in ("dict_type", "model_type", "model_attributes_type"):
-        return "should be a table of keys"
-    message = message.removeprefix("Input ").replace("Tuple should", "should").replace(" after validation", "")
-    return message[:1].lower() + message[1:].replace("tuple", "list")
-
-
-def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | None]:
-    """The key path in the file (without the tags that pydantic puts in for unions) and the table that holds its end."""
-    sections: dict[str, type[Table]] = {"train": Train, "evaluate": Evaluate}
-    tables: dict[str, type[Table]] = {
-        "models": Model, "prompt_sets": PromptSet, "encoders": Encoder, "recipes": Recipe,
-    }  # fmt: skip
-    rewards: dict[str, type[Table]] = {
-        "embedding": EmbeddingReward, "length": LengthReward, "words": WordsReward,
-        "custom": CustomReward, "sum": SumReward,
-    }  # fmt: skip
-    head = str(loc[0]) if loc else ""
-    path = [part for part in loc if part != "[key]"]
-    if head in sections:
-        return path, sections[head]
-    if head in tables:
-        return path, tables[head] if len(path) > 2 else None
-    if head == "rewards" and len(path) > 2:
-        model: type[Table] | None = rewards.get(str(path[2]))
-        path = path[:2] + path[3:]
-        if path[2:3] == ["terms"] and len(path) > 4:
-            model = Term
-            if path[4] == "reward" and len(path) > 5:
-                model = rewards.get(str(path[5]))
-                path = path[:5] + path[6:]
-        if model is CustomReward and "params" in path[2:]:
-            path = path[: path.index("params", 2) + 2]  # below, the validator names types as well as keys
-        return path, model if len(path) > 2 else None
-    return path, Params if len(path) == 1 else None
-
-
-def _at(tree: Any, path: list[int | str]) -> Any:
-    for part in path:
-        try:
-            tree = tree[part]
-        except (KeyError, IndexError, TypeError):
-            break
-    return tree
-
-
-def _keys(tree: dict[str, Any], table: str) -> str:
-    known = tree.get(table)
-    return ", ".join(map(str, known)) if isinstance(known, dict) and known else "none"
-
-
-def _brief(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,131 @@
+"""One step of REINFORCE, formula by formula. B prompts x, G completions y of each, N = B * G."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.config.schema import Params
+from pipeline.rl.advantages import BASELINES, adapted_kl_coef, advantages, next_running_mean, with_kl_penalty
+from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, sample_records, score_batch
+from pipeline.rl.context import TrainContext, sync_rollout_model
+from pipeline.rl.loss import LossNormalizers
+from pipeline.rl.metrics import (
+    HISTORY_COLUMNS,
+    largest_gap,
+    nonfinite_share,
+    policy_metrics,
+    reference_metrics,
+    reward_metrics,
+    update_metrics,
+)
+from pipeline.rl.optimizer import learning_rate
+from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms
+from pipeline.rl.state import TrainState
+from pipeline.rl.update import Batch, make_loss_mask, update_policy
+from pipeline.timing import Stopwatch, timing_row
+
+
+def train_step(
+    state: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> None:  # fmt: skip
+    """Appends the step's row, samples and timings to `state`."""
+    params, recipe, sizes, step = context.params, context.params.selected_recipe, context.params.train, state.step
+    group_size, watch = sizes.samples_per_prompt, Stopwatch()
+
+    # rollout: y ~ pi(. | x)
+    indices = draw_prompts(params.seed, step, sizes.prompts_per_step, len(context.prompts), recipe.prompt_sampling)
+    prompts = [context.prompts[i] for i in indices]
+    uniforms = draw_uniforms(params.seed, step, "sample", len(prompts) * group_size, sizes.max_tokens)
+    rollout = sample_batch(prompts, context, context.rollout_model, uniforms, recipe.top_k, recipe.top_p)
+    mask = rollout.completion_mask
+    watch.lap("sample")
+
+    # rewards: r(x, y)
+    completions, rewards = reward_batch(prompts, rollout, context)
+    watch.lap("reward")
+
+    # reference logprobs: log pi_ref(y | x), of all completions for a KL term, else of some, to measure the distance
+    probe_rows = draw_probe_rows(params, step, context.device)
+    ref_rows = probe_rows if recipe.kl == "none" else torch.arange(len(mask), device=context.device)
+    with context.reference() as reference:
+        ref_logprobs = score_batch(reference, rollout.take(ref_rows), context).logprobs
+
+    # KL penalty in the reward: r - kl_coef * (log pi(y | x) - log pi_ref(y | x))
+    kl_coef = recipe.kl_coef if state.kl_coef is None else state.kl_coef
+    policy_logprobs = rollout.sampler_logprobs if recipe.loss_distribution == "sampler" else rollout.logprobs
+    rewards_with_kl = rewards
+    if recipe.kl == "reward_k1":
+        rewards_with_kl = with_kl_penalty(rewards, policy_logprobs, ref_logprobs, mask, kl_coef)
+
+    # baseline b and advantages: A = r - b
+    inputs = baseline_inputs(state, context, prompts, kl_coef)
+    baseline = BASELINES[recipe.baseline](rewards_with_kl, inputs)
+    advantage = advantages(rewards_with_kl, baseline, recipe.advantage_norm)
+    watch.lap("reference")
+
+    # update: ascend sum_it w_it A_i grad log pi(y_it | x_i, y_i<t), less the recipe's other terms
+    loss_mask = make_loss_mask(rollout, group_size, recipe.padding)
+    batch = Batch(
+        rollout, advantage.flatten(), loss_mask, None if recipe.kl == "none" else ref_logprobs,
+        LossNormalizers(len(loss_mask), int(loss_mask.sum()), sizes.max_tokens), kl_coef,
+    )  # fmt: skip
+    lr = learning_rate(step, sizes.steps, recipe)
+    gradient, updated = update_policy(
+        batch, policy, optimizer, recipe, lr, sizes.micro_batch, group_size, context.processes, sizes.gradient_checkpointing,
+        context.layout.packing,
+    )  # fmt: skip
+    sync_rollout_model(context, policy)
+    watch.lap("update")
+
+    # metrics, also of how far the update moved the policy
+    after = score_batch(context.rollout_model, rollout.take(probe_rows), context).logprobs
+    watch.lap("rescore")
+    metrics = {
+        **reward_metrics(rewards, baseline, advantage),
+        **policy_metrics(gradient.logprobs, gradient.entropy, mask),
+        **reference_metrics(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows], group_size),
+        **update_metrics(gradient.logprobs[probe_rows], after, mask[probe_rows], group_size),
+        **rollout_metrics(rollout, context),
+        "nonfinite_logprobs": nonfinite_share(gradient.logprobs[mask], after[mask[probe_rows]]),
+        **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
+        "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.loss_logprobs, mask),
+        "truncation_gap": largest_gap(rollout.sampler_logprobs, rollout.logprobs, mask),
+    }  # fmt: skip
+    state.rows.append({column: metrics[column] for column in HISTORY_COLUMNS})
+    state.samples += sample_records(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, context)
+
+    # what the next step needs of this one
+    state.stopped = bool(updated["nonfinite"]) and sizes.on_nonfinite == "stop"
+    if recipe.baseline == "running":
+        state.running_mean = next_running_mean(state.running_mean, rewards_with_kl, recipe.baseline_decay)
+    if recipe.kl_target > 0:
+        kl = torch.where(mask, policy_logprobs - ref_logprobs, 0.0).sum(1).mean().item()
+        state.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target)
+    watch.lap("diagnostics")
+    state.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
+
+
+def baseline_inputs(state: TrainState, context: TrainContext, prompts: list[str], kl_coef: float) -> Tensor | None:
+    """What the recipe's baseline needs beyond the batch's own rewards, for prompts [B]: the running mean of earlier rewards, or
+    the rewards [B] of a greedy completion of each prompt."""
+    recipe = context.params.selected_recipe
+    if recipe.baseline == "running" and state.running_mean is not None:
+        return torch.tensor(state.running_mean, dtype=torch.float64, device=context.device)
+    if recipe.baseline != "greedy":
+        return None
+    uniforms = torch.zeros(len(prompts), context.params.train.max_tokens, dtype=torch.float64)
+    rollout = sample_batch(prompts, context, context.rollout_model, uniforms, top_k=1, top_p=1.0)
+    rewards = reward_batch(prompts, rollout, context)[1]  # [B, 1]
+    if recipe.kl == "reward_k1":  # the samples are penalised: without it, the penalty would stay in every advantage
+        with context.reference() as reference:
+            ref_logprobs = score_batch(reference, rollout, context).logprobs
+        rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, rollout.completion_mask, kl_coef)
+    return rewards.squeeze(1)
+
+
+def draw_probe_rows(params: Params, step: int, device: torch.device) -> Tensor:
+    """Indices of the completions that are scored again after the update: all of each of the chosen prompts."""
+    sizes = params.train
+    chosen = draw_probe_prompts(params.seed, step, sizes.prompts_per_step, sizes.kl_probe_prompts)
+    group_size = sizes.samples_per_prompt
+    return torch.tensor([row for b in chosen for row in range(b * group_size, (b + 1) * group_size)], device=device)
