@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import check
 from pipeline.errors import UserError
 from pipeline.io import artifacts, command, runtime, tracking
 from tests.conftest import ROOT
@@ -96,13 +97,42 @@ def test_what_another_launcher_left_over(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_folder_in_which_dvc_loses_experiments(
     name: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / name).mkdir()
+    repository(tmp_path / name)
     monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
     if works:
         command.check_folder()
     else:
         with pytest.raises(UserError, match="DVC cannot run --temp or --queue experiments below"):
             command.check_folder()
+
+
+def test_an_experiment_that_dvc_would_lose_ends_in_its_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC 3.67 swallows that it cannot fetch into a shallow clone: `--temp` ends with 0 and no experiment is there."""
+    repository(tmp_path / "whole")
+    clone = ["git", "clone", "-q", "--depth", "1", (tmp_path / "whole").as_uri(), str(tmp_path / "shallow")]
+    subprocess.run(clone, check=True)
+    experiment = tmp_path / "shallow/.dvc/tmp/exps/standalone/x"  # as DVC makes it, and tells its stages
+    experiment.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "shallow"))
+    monkeypatch.setenv("DVC_EXP_NAME", "sour-lime")
+    monkeypatch.chdir(experiment)
+    with pytest.raises(UserError, match=r"shallow clone .*; `git fetch --unshallow` first"):
+        check.main()
+    monkeypatch.chdir(tmp_path / "shallow")  # `dvc exp run` in the workspace is kept: only params.yaml is missing here
+    with pytest.raises(UserError, match=r"params.yaml"):
+        check.main()
+
+
+def repository(folder: Path) -> None:
+    """One of two commits: a clone of depth 1 lacks the first."""
+    folder.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
+    for message in ("first", "second"):
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", message], cwd=folder, check=True)
 
 
 def test_git_keeps_line_endings_whatever_autocrlf_says(tmp_path: Path) -> None:
