@@ -66,6 +66,15 @@ def test_a_store_that_keeps_nothing_is_refused(uri: str, monkeypatch: pytest.Mon
         tracking.check_store()
 
 
+def test_a_pool_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    tracking.check_store()
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "Puddle")
+    with pytest.raises(UserError, match="MLFLOW_SQLALCHEMYSTORE_POOLCLASS = 'Puddle': SQLAlchemy has no such pool"):
+        tracking.check_store()
+
+
 def test_mlflow_writes_at_once_whatever_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_ENABLE_ASYNC_LOGGING", "MLFLOW_TRUNCATE_LONG_VALUES", "MLFLOW_LOGGING_LEVEL", "NO_PROXY"):
         monkeypatch.setenv(name, "true")
@@ -152,6 +161,24 @@ def test_another_python_says_so_in_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert "is not the Python that the project is installed in: `source .venv/bin/activate`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [({"PYTHONSAFEPATH": "1"}, "`unset PYTHONSAFEPATH`"), ({"PYTHONOPTIMIZE": "2"}, "`unset PYTHONOPTIMIZE`")],
+)
+def test_python_s_own_variables_are_named_where_they_are_in_the_way(
+    variables: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    """With PYTHONSAFEPATH the installed folder's code runs, whatever the folder of the experiment holds."""
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    installed = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-m", "pipeline.check"]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: Python ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
 
 
 def test_a_lock_of_dvc_s_that_a_full_disk_cut_off_is_deleted(tmp_path: Path) -> None:

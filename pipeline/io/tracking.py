@@ -101,6 +101,7 @@ def check_store() -> None:
     """Raises UserError where MLFLOW_TRACKING_URI is of SQLite and names no file that lasts, or options that are none, and
     where a variable of MLflow's has a value that it cannot read."""
     from mlflow import environment_variables
+    from sqlalchemy import pool
     from sqlalchemy.engine import make_url
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or ""
@@ -114,6 +115,9 @@ def check_store() -> None:
             make_url(uri).get_dialect()().create_connect_args(make_url(uri))
         except ValueError as error:
             raise UserError(f"MLFLOW_TRACKING_URI = {without_password(uri)}: {error}") from None
+    name = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
+    if (wanted := os.environ.get(name)) and not isinstance(getattr(pool, wanted, None), type):
+        raise UserError(f"{name} = {wanted!r}: SQLAlchemy has no such pool; QueuePool or NullPool, or unset it")
     for name in sorted(os.environ):
         if name.startswith("MLFLOW_") and (variable := getattr(environment_variables, name, None)):
             try:
