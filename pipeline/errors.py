@@ -65,9 +65,8 @@ def _check_python() -> None:
     """Raises UserError where Python runs a stage of another project's, or without what a library needs."""
     package = Path(__file__).parent
     here = Path(package.name)
-    if (
-        sys.flags.safe_path and here.is_dir() and not here.samefile(package)
-    ):  # an experiment would run the workspace's code
+    if sys.flags.safe_path and here.is_dir() and not here.samefile(package):
+        # an experiment would run the workspace's code
         raise UserError(
             f"Python imports {package}, not {here.resolve()}, where it was started: `unset PYTHONSAFEPATH`, and leave out -P"
         )

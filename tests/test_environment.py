@@ -66,13 +66,21 @@ def test_a_store_that_keeps_nothing_is_refused(uri: str, monkeypatch: pytest.Mon
         tracking.check_store()
 
 
-def test_a_pool_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_is_refused_where_mlflow_has_no_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+    from sqlalchemy.exc import ArgumentError
+
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-    tracking.check_store()
-    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "Puddle")
-    with pytest.raises(UserError, match="MLFLOW_SQLALCHEMYSTORE_POOLCLASS = 'Puddle': SQLAlchemy has no such pool"):
+    for name in tracking.POOLS:
+        monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", name)
         tracking.check_store()
+        create_sqlalchemy_engine("sqlite://")
+    for name in ("Puddle", "Pool", "AsyncAdaptedQueuePool"):
+        monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", name)
+        with pytest.raises(UserError, match=f"MLFLOW_SQLALCHEMYSTORE_POOLCLASS = '{name}': should be one of"):
+            tracking.check_store()
+        with pytest.raises((ValueError, ArgumentError), match=r"Invalid poolclass|cannot be used"):
+            create_sqlalchemy_engine("sqlite://")
 
 
 def test_mlflow_writes_at_once_whatever_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
