@@ -160,8 +160,10 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     _, rewards = reward_batch(prompts, rollout, setting)
     with half_precision(recipe, setting.device):
         with setting.reference() as checkpoint:
-            reference = score_rollout(checkpoint, rollout, params.train.micro_batch, recipe.temperature)
-        scores = score_whole(policy, rollout, params.train.micro_batch, recipe.temperature)
+            reference = score_rollout(
+                checkpoint, rollout, params.train.micro_batch, recipe.temperature, setting.layout.packing
+            )
+        scores = score_whole(policy, rollout, params.train.micro_batch, recipe.temperature, setting.layout.packing)
     mask, entropy = rollout.completion_mask, scores.entropy
     texts, tokens = (
         completion_texts(rollout, setting.tokenizer, "strip", SAMPLES),

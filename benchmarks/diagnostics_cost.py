@@ -34,8 +34,8 @@ def main(steps: int) -> None:
     run, real = Progress(), train.update_on
 
     def without_ratio(*arguments: Any) -> Any:
-        *others, micro_batch, _ = arguments
-        return real(*others, micro_batch, micro_batch + 1)  # groups that no micro-batch holds whole: no ratio
+        *others, micro_batch, group = arguments[:7]
+        return real(*others, micro_batch - 1, group, *arguments[7:])  # no micro-batch holds whole groups: no ratio
 
     with mock.patch.object(train, "update_on", without_ratio):
         train.train_step(run, setting, policy, optimizer)  # the first one is slower

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks import material
+from pipeline.policy.verification import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +49,8 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
     """What `prepare` and `cache` leave, and the parameters."""
     material.policy(shape).save_pretrained(folder / "data/checkpoint/policy")
     material.tokenizer()[0].save_pretrained(folder / "data/checkpoint/policy")
+    layout = {"layout": asdict(Layout()), "longest": 2048}  # which fit Pythia's shapes
+    (folder / "data/checkpoint/layout.json").write_text(json.dumps(layout), encoding="utf-8")
     (folder / "data/prompts").mkdir(parents=True)
     prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in material.prompts()[0][:500])
     (folder / "data/prompts/train.jsonl").write_text(prompts, encoding="utf-8")

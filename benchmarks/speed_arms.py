@@ -27,6 +27,7 @@ from pipeline.experience.setting import Setting
 from pipeline.io.history import Progress
 from pipeline.io.runtime import set_up
 from pipeline.params import PARAMS_FILE, load, validate
+from pipeline.policy.verification import Layout
 
 SAMPLES, TOKENS, THREADS = 8, 20, 2
 WARM_UP = 8  # prompts
@@ -157,7 +158,10 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     measure = length_reward(TARGET_LENGTH)
     if options.reward == "embedding":
         measure = embedding_reward(TARGET, options.encoder, device, getattr(torch, options.encoder_precision))
-    setting = Setting(params, prompts, tokenizer, policy, partial(nullcontext, reference), measure, device)
+    eos = (tokenizer.eos_token_id,)
+    setting = Setting(
+        params, prompts, tokenizer, policy, partial(nullcontext, reference), measure, device, eos, Layout()
+    )
     run, optimizer = Progress(), make_optimizer(policy.parameters(), params.selected("recipe"))
     warm = dataclasses.replace(setting, params=our_params(options, min(options.prompts, WARM_UP)))
     train.train_step(run, warm, policy, optimizer)
