@@ -50,7 +50,7 @@ def main() -> None:
         (Path(folder) / file.name).as_posix() for folder, files in record.artifacts.items() for file in files
     )
     artifacts.write_json(
-        REPORTS / "track.json",
+        REPORTS / "track/track.json",
         {
             "train_key": record.train_key,
             "metrics_logged": len(record.training) + len(record.evaluation),
@@ -58,7 +58,6 @@ def main() -> None:
             "artifacts": names,
         },
     )
-    artifacts.let_read(REPORTS)
     drop_resume_state(record.train_key)
 
 
