@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 LONGEST = 1000  # characters of a message: what it quotes may be a megabyte
 
@@ -53,7 +54,23 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
             raise UserError(
                 f"{' '.join(sys.argv[1:])}: no arguments are taken here; choose in params.yaml, or by `dvc exp run -S`"
             )
+        _check_python()
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _check_python() -> None:
+    """Raises UserError where Python runs a stage of another project's, or without what a library needs."""
+    package = Path(__file__).parent
+    here = Path(package.name)
+    if sys.flags.safe_path and here.is_dir() and not here.samefile(package):
+        # an experiment would run the workspace's code
+        raise UserError(
+            f"Python imports {package}, not {here.resolve()}, where it was started: `unset PYTHONSAFEPATH`, and leave out -P"
+        )
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "Python runs without docstrings, which transformers reads: `unset PYTHONOPTIMIZE`, or set it to 1"
+        )

@@ -93,7 +93,7 @@ def make_readable(folder: Path) -> None:
 
 def make_all_readable(folder: Path) -> None:
     """Adds leave to read what is below `folder`, where it is this user's: DVC commits an output that is a single file anew,
-    with the umask of who runs it."""
+    with the umask of who runs it. What lies in an output folder keeps its mode."""
     for path in folder.rglob("*"):
         with contextlib.suppress(PermissionError):
             if path.is_file() and not path.is_symlink():

@@ -91,9 +91,9 @@ def test_files_of_another_run(clone: Clone) -> None:
 
 
 def test_files_that_are_missing_or_broken(clone: Clone) -> None:
-    (clone.root / "reports/report.html").unlink()
+    (clone.root / "reports/page/report.html").unlink()
     message, (command,) = refused(clone, "pipeline.stages.track")
-    assert message.startswith("error: reports/report.html: no such file")
+    assert message.startswith("error: reports/page/report.html: no such file")
     clone("bash", "-c", command)
     for place, committed in enumerate((False, True)):
         (clone.root / "reports/diagnosis.json").write_text("{}")

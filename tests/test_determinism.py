@@ -82,7 +82,7 @@ def elsewhere(original: Project, base: Path) -> Project:
 @pytest.mark.parametrize("number", range(rounds(len(SURROUNDINGS), 1)))
 def test_every_stage_gives_the_same_bytes_anywhere(small: Project, small_run: Any, tmp_path: Path, number: int) -> None:
     first, _ = small_run
-    assert {"data/policy/model.safetensors", "reports/train/history.csv", "reports/report.html"} <= first.keys()
+    assert {"data/policy/model.safetensors", "reports/train/history.csv", "reports/page/report.html"} <= first.keys()
     other = elsewhere(small, tmp_path / f"place {number} ünï 'quoted'")
     for folder in OUTPUTS:
         shutil.rmtree(other.root / folder)

@@ -31,8 +31,8 @@ MADE = {
     "train": list(OUTPUTS),
     "diagnose": ["reports/diagnosis.json"],
     "evaluate": ["reports/evaluate"],
-    "plot": ["reports/figures", "reports/report.html"],
-    "track": ["reports/track.json", "mlflow.db", "mlartifacts"],
+    "plot": ["reports/figures", "reports/page/report.html"],
+    "track": ["reports/track/track.json", "mlflow.db", "mlartifacts"],
 }
 
 

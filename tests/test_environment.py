@@ -13,6 +13,7 @@ from pipeline import file_io
 from pipeline.distributed import device
 from pipeline.errors import UserError
 from pipeline.runs import dvc_git
+from pipeline.stages import check
 from pipeline.tracking import mlflow_store
 from tests.conftest import ROOT
 
@@ -26,7 +27,7 @@ def umask() -> Iterator[None]:
 
 @pytest.mark.usefixtures("umask")
 def test_others_can_read_what_is_written(tmp_path: Path) -> None:
-    """safetensors and a user's umask leave 0600; DVC commits a single file anew, so that `track` lets others read again."""
+    """safetensors and a user's umask leave 0600; DVC commits a single file anew, so that `plot` lets others read again."""
     with file_io.atomic_folder(tmp_path / "deep/policy") as folder:
         (folder / "part").mkdir()
         (folder / "part/model.safetensors").touch(mode=0o600)
@@ -68,6 +69,23 @@ def test_a_store_that_keeps_nothing_is_refused(uri: str, monkeypatch: pytest.Mon
         mlflow_store.check_store()
 
 
+def test_a_pool_is_refused_where_mlflow_has_no_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+    from sqlalchemy.exc import ArgumentError
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in mlflow_store.POOLS:
+        monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", name)
+        mlflow_store.check_store()
+        create_sqlalchemy_engine("sqlite://")
+    for name in ("Puddle", "Pool", "AsyncAdaptedQueuePool"):
+        monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", name)
+        with pytest.raises(UserError, match=f"MLFLOW_SQLALCHEMYSTORE_POOLCLASS = '{name}': should be one of"):
+            mlflow_store.check_store()
+        with pytest.raises((ValueError, ArgumentError), match=r"Invalid poolclass|cannot be used"):
+            create_sqlalchemy_engine("sqlite://")
+
+
 def test_mlflow_writes_at_once_whatever_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_ENABLE_ASYNC_LOGGING", "MLFLOW_TRUNCATE_LONG_VALUES", "MLFLOW_LOGGING_LEVEL", "NO_PROXY"):
         monkeypatch.setenv(name, "true")
@@ -99,13 +117,42 @@ def test_what_another_launcher_left_over(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_folder_in_which_dvc_loses_experiments(
     name: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / name).mkdir()
+    repository(tmp_path / name)
     monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
     if works:
         dvc_git.check_folder()
     else:
         with pytest.raises(UserError, match="DVC cannot run --temp or --queue experiments below"):
             dvc_git.check_folder()
+
+
+def test_an_experiment_that_dvc_would_lose_ends_in_its_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC 3.67 swallows that it cannot fetch into a shallow clone: `--temp` ends with 0 and no experiment is there."""
+    repository(tmp_path / "whole")
+    clone = ["git", "clone", "-q", "--depth", "1", (tmp_path / "whole").as_uri(), str(tmp_path / "shallow")]
+    subprocess.run(clone, check=True)
+    experiment = tmp_path / "shallow/.dvc/tmp/exps/standalone/x"  # as DVC makes it, and tells its stages
+    experiment.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "shallow"))
+    monkeypatch.setenv("DVC_EXP_NAME", "sour-lime")
+    monkeypatch.chdir(experiment)
+    with pytest.raises(UserError, match=r"shallow clone .*; `git fetch --unshallow` first"):
+        check.main()
+    monkeypatch.chdir(tmp_path / "shallow")  # `dvc exp run` in the workspace is kept: only params.yaml is missing here
+    with pytest.raises(UserError, match=r"params.yaml"):
+        check.main()
+
+
+def repository(folder: Path) -> None:
+    """One of two commits: a clone of depth 1 lacks the first."""
+    folder.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
+    for message in ("first", "second"):
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", message], cwd=folder, check=True)
 
 
 def test_git_keeps_line_endings_whatever_autocrlf_says(tmp_path: Path) -> None:
@@ -125,6 +172,24 @@ def test_another_python_says_so_in_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert "is not the Python that the project is installed in: `source .venv/bin/activate`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [({"PYTHONSAFEPATH": "1"}, "`unset PYTHONSAFEPATH`"), ({"PYTHONOPTIMIZE": "2"}, "`unset PYTHONOPTIMIZE`")],
+)
+def test_python_s_own_variables_are_named_where_they_are_in_the_way(
+    variables: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    """With PYTHONSAFEPATH the installed folder's code runs, whatever the folder of the experiment holds."""
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    installed = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-m", "pipeline.check"]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: Python ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
 
 
 def test_a_lock_of_dvc_s_that_a_full_disk_cut_off_is_deleted(tmp_path: Path) -> None:

@@ -104,11 +104,20 @@ def test_two_fresh_clones_give_the_same_lock_though_one_was_killed(clone: Clone,
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        other("dvc", "repro", "plot")
+        assert unreadable(other.root) == []
         other("dvc", "repro")
+        assert unreadable(other.root) == []
     finally:
         os.umask(old)
     assert other.read("dvc.lock") == clone.read("dvc.lock")
     assert len(other.runs()) == 1
+
+
+def unreadable(root: Path) -> list[Path]:
+    """What others may not read of a run's outputs, and the folders that they may not enter."""
+    found = [path for folder in ("data", "reports") for path in (root / folder).rglob("*")]
+    return [path for path in found if (0o755 if path.is_dir() else 0o644) & ~path.stat().st_mode]
 
 
 def test_a_hub_model_and_dataset_pass_through_the_real_loading_code(

@@ -170,7 +170,7 @@ def run_plot(project: Path, seed: str = "0") -> subprocess.CompletedProcess[str]
 
 
 def outputs(project: Path) -> dict[str, bytes]:
-    made = [*sorted((project / "reports/figures").glob("*")), project / "reports/report.html"]
+    made = [*sorted((project / "reports/figures").glob("*")), project / "reports/page/report.html"]
     return {path.name: path.read_bytes() for path in made}
 
 
@@ -363,7 +363,7 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path, monkeypatch: pytes
         assert message.startswith(f"reports/{name}"), message
         assert f"run `dvc repro {STAGES.get(name, name.split('/')[0])}`" in message
         assert "\n" not in message.strip()
-        assert not (tmp_path / "reports/report.html").exists()
+        assert not (tmp_path / "reports/page/report.html").exists()
         assert not (tmp_path / "reports/figures").exists()
 
 

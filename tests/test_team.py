@@ -55,7 +55,7 @@ class Team:
         )
         address = f"{self.mlflow.url}/api/2.0/mlflow-artifacts/artifacts/{place.removeprefix('mlflow-artifacts:/')}"
         served = requests.get(f"{address}/report.html", timeout=60)
-        assert served.content == (member.root / "reports/report.html").read_bytes()
+        assert served.content == (member.root / "reports/page/report.html").read_bytes()
 
 
 def train_key(member: Clone) -> str:

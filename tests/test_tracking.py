@@ -89,7 +89,7 @@ def belong_together(title="Report", **measured):
     """Makes the files those of one run, and the page and its figure show them."""
     seal(Path("reports"), **measured)
     figure = base64.b64encode(Path("reports/figures/reward.png").read_bytes()).decode()
-    write(Path("reports/report.html"), f'<h1>{title}</h1><meta content="{consistency.sources()}">{figure}')
+    write(Path("reports/page/report.html"), f'<h1>{title}</h1><meta content="{consistency.sources()}">{figure}')
 
 
 def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
@@ -222,18 +222,18 @@ def test_half_logged_run_is_completed(project):
 def test_lost_database_is_rebuilt_from_files(project):
     make_reports(timings=False)
     track.main()
-    first = (project / "reports/track.json").read_bytes()
+    first = (project / "reports/track/track.json").read_bytes()
     lose_database()
     track.main()
     _, run = assert_complete()
-    assert (project / "reports/track.json").read_bytes() == first
+    assert (project / "reports/track/track.json").read_bytes() == first
     assert run.info.start_time <= run.info.end_time
 
 
 def test_running_track_again_changes_nothing(project):
     make_reports()
     track.main()
-    first = (project / "reports/track.json").read_bytes()
+    first = (project / "reports/track/track.json").read_bytes()
     client, run = assert_complete()
     points, files = sorted(mlflow_store.logged_points(client, run)), sorted((project / "mlartifacts").rglob("*"))
     track.main()
@@ -242,7 +242,7 @@ def test_running_track_again_changes_nothing(project):
     assert sorted((project / "mlartifacts").rglob("*")) == files
     assert len(again.inputs.dataset_inputs) == 2
     assert (again.info.start_time, again.info.end_time) == (run.info.start_time, run.info.end_time)
-    assert (project / "reports/track.json").read_bytes() == first
+    assert (project / "reports/track/track.json").read_bytes() == first
     expected = {"train_key": KEY, "metrics_logged": STEPS * len(COLUMNS) - 1 + 4, "steps": STEPS}
     assert expected.items() <= json.loads(first).items()
     assert str(project) not in first.decode()
@@ -359,7 +359,7 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
     with pytest.raises(UserError, match=r"python -m pipeline\.track") as failure:
         track.main()
     assert "secret" not in str(failure.value)
-    assert not Path("reports/track.json").exists()
+    assert not Path("reports/track/track.json").exists()
     assert Path(f".checkpoints/{KEY}").exists()
 
 
@@ -482,7 +482,8 @@ def test_files_of_another_run_are_refused(project):
     edit(Path("reports/train/run.json"), train_key="22" * 32)
     refused("reports/train/run.json", "train")
     edit(Path("reports/diagnosis.json"), history="77" * 32)
-    refused("reports/diagnosis.json, reports/report.html", "diagnose plot")  # what the page shows is not what is there
+    # what the page shows is not what is there
+    refused("reports/diagnosis.json, reports/page/report.html", "diagnose plot")
     write(Path("reports/evaluate/metrics.json"), '{"embedding": {"policy": {"mean": -9}}}')
     refused("reports/evaluate/metrics.json", "evaluate")
     write(Path("reports/evaluate/completions.jsonl"), "{}\n")
@@ -490,12 +491,14 @@ def test_files_of_another_run_are_refused(project):
     belong_together(policy=other)  # which train then says it was
     summary = kept[Path("reports/train/summary.json")]
     Path("reports/train/summary.json").write_bytes(summary)
-    refused("reports/evaluate/metrics.json, reports/evaluate/completions.jsonl, reports/report.html", "evaluate plot")
-    write(Path("reports/report.html"), "<h1>Report</h1>" + KEY)
-    refused("reports/report.html", "plot")
+    refused(
+        "reports/evaluate/metrics.json, reports/evaluate/completions.jsonl, reports/page/report.html", "evaluate plot"
+    )
+    write(Path("reports/page/report.html"), "<h1>Report</h1>" + KEY)
+    refused("reports/page/report.html", "plot")
     write(Path("reports/figures/reward.png"), "of another run")
     with pytest.raises(
-        UserError, match=r"^reports/figures/reward.png: is not the figure in reports/report.html; run `dvc"
+        UserError, match=r"^reports/figures/reward.png: is not the figure in reports/page/report.html; run `dvc"
     ):
         track.main()
     make_reports(KEY)
@@ -528,7 +531,9 @@ def test_a_long_address_is_cut_after_its_password_is_taken_out(monkeypatch):
     assert mlflow_store.describe_error(OSError("no")) == "postgresql://h/db: no"
 
 
-@pytest.mark.parametrize("file", ["reports/train/history.csv", "reports/report.html", "reports/evaluate/metrics.json"])
+@pytest.mark.parametrize(
+    "file", ["reports/train/history.csv", "reports/page/report.html", "reports/evaluate/metrics.json"]
+)
 def test_missing_file_is_named(project, file):
     make_reports()
     Path(file).unlink()

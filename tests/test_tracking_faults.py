@@ -128,7 +128,7 @@ def track_refuses(advice: str) -> None:
     assert advice in str(failure.value)
     assert "\n" not in str(failure.value)
     assert time.monotonic() - started < 100
-    assert not Path("reports/track.json").exists()
+    assert not Path("reports/track/track.json").exists()
 
 
 # --- a real server, over HTTP --------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_a_server_that_is_killed(server, proxy, monkeypatch, back):
 
 def test_a_database_that_another_process_holds(project):  # noqa: F811
     for number in range(rounds(3, 1)):
-        Path("reports/track.json").unlink(missing_ok=True)
+        Path("reports/track/track.json").unlink(missing_ok=True)
         with (
             fault("MLflow's database locked by another process"),
             closing(sqlite3.connect("mlflow.db", isolation_level=None)) as other,

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     policy.eval()
 
 
-def load_lora(policy: PreTrainedModel, folder: Path) -> None:
+def load_lora(policy: PreTrainedModel, folder: Any) -> None:
     """Adds the adapter in this folder, in place. Raises UserError where peft is missing, and where transformers looks for a
     matrix of the adapter under another name than it was saved with: that one would count as zero."""
     _peft()

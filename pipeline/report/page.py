@@ -1,4 +1,4 @@
-"""reports/report.html: one page that needs nothing else. Every text in it is escaped; completions are untrusted."""
+"""reports/page/report.html: one page that needs nothing else. Every text in it is escaped; completions are untrusted."""
 
 import base64
 import hashlib

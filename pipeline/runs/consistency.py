@@ -84,5 +84,5 @@ def _mismatches(stage: str, run: dict[str, str], reports: Path) -> list[Path]:
         same = evaluates(measured, run)
         return [reports / "evaluate" / name for name in names
                 if not same or sha256(reports / "evaluate" / name) != measured[name]]  # fmt: skip
-    page = reports / "report.html"
+    page = reports / "page/report.html"
     return [] if f'"{sources(reports)}"' in page.read_text(encoding="utf-8", errors="replace") else [page]

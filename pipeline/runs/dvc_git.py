@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.errors import UserError
+from pipeline.runs import workspace
 
 
 def dvc(*arguments: str) -> str:
@@ -35,14 +36,20 @@ def _refusal(said: str) -> str:
 
 
 def check_folder() -> None:
-    """Raises UserError in a folder in which DVC 3.67 cannot run experiments beside the workspace (--temp, --queue): it
-    takes the path for a URL and fails at its end, or says that it went well and keeps nothing."""
-    path = str(Path.cwd())
+    """Raises UserError where DVC 3.67 cannot keep experiments that run beside the workspace (--temp, --queue): it takes the
+    path for a URL, and cannot fetch into a shallow clone. Then it fails at its end, or says that it went well and keeps
+    nothing."""
+    path = str(workspace.root())
     wrong = sorted({sign for sign in path if sign in "#?%" or not sign.isascii()})
     if wrong:
         raise UserError(
             f"{path}: DVC cannot run --temp or --queue experiments below a folder with {' '.join(wrong)} in its name; move "
             "the project (`dvc repro` and `dvc exp run` work here)"
+        )
+    if git("-C", path, "rev-parse", "--is-shallow-repository") == "true":
+        raise UserError(
+            f"{path}: DVC keeps no --temp or --queue experiment in a shallow clone (`git clone --depth`); `git fetch "
+            "--unshallow` first (`dvc repro` and `dvc exp run` work here)"
         )
 
 

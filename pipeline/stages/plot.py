@@ -1,17 +1,17 @@
-"""Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/report.html), from files alone."""
+"""Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/page/report.html), from files alone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import run_stage
-from pipeline.file_io import atomic_folder, write_text
+from pipeline.file_io import atomic_folder, make_all_readable, write_text
 from pipeline.report import figures, heldout, page, style
 from pipeline.report.inputs import Inputs, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REPORTS = Path("reports")
+REPORTS, PAGE = Path("reports"), Path("reports/page/report.html")
 
 
 def draw(data: Inputs) -> "dict[str, Figure]":
@@ -37,8 +37,9 @@ def main() -> None:
     with atomic_folder(REPORTS / "figures") as folder:
         for name, content in pictures.items():
             (folder / f"{name}.png").write_bytes(content)
-    write_text(REPORTS / "report.html", report)
-    print(f"{len(pictures)} figures in {REPORTS / 'figures'}, page {REPORTS / 'report.html'}")
+    write_text(PAGE, report)
+    make_all_readable(REPORTS)  # the last stage that reads what DVC has committed meanwhile
+    print(f"{len(pictures)} figures in {REPORTS / 'figures'}, page {PAGE}")
 
 
 if __name__ == "__main__":

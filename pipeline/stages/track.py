@@ -54,7 +54,7 @@ def main() -> None:
         (Path(folder) / file.name).as_posix() for folder, files in record.artifacts.items() for file in files
     )
     file_io.write_json(
-        REPORTS / "track.json",
+        REPORTS / "track/track.json",
         {
             "train_key": record.train_key,
             "metrics_logged": len(record.training) + len(record.evaluation),
@@ -62,7 +62,6 @@ def main() -> None:
             "artifacts": names,
         },
     )
-    file_io.make_all_readable(REPORTS)
     drop_resume_state(record.train_key)
 
 

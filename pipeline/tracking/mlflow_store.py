@@ -46,6 +46,8 @@ ADVICE = {
     "Can't locate revision": "a newer MLflow made it: move the file away and it is made anew",
 }  # by what sqlite, mlflow and alembic say; {store}: its address
 PROXY_STATUS = ("407", "502", "503", "504")  # of HTTP: what proxies and gateways answer for a server
+# of MLFLOW_SQLALCHEMYSTORE_POOLCLASS: MLflow keeps the list inside a function, and ends with a traceback at other names
+POOLS = ("AssertionPool", "NullPool", "QueuePool", "SingletonThreadPool", "StaticPool")
 BETWEEN = "a proxy or gateway between here and the server answers so: see HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
 
 
@@ -114,6 +116,9 @@ def check_store() -> None:
             make_url(uri).get_dialect()().create_connect_args(make_url(uri))
         except ValueError as error:
             raise UserError(f"MLFLOW_TRACKING_URI = {without_password(uri)}: {error}") from None
+    name = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
+    if (wanted := os.environ.get(name)) and wanted not in POOLS:
+        raise UserError(f"{name} = {wanted!r}: should be one of {', '.join(POOLS)}, or unset")
     for name in sorted(os.environ):
         if name.startswith("MLFLOW_") and (variable := getattr(environment_variables, name, None)):
             try:

@@ -18,7 +18,7 @@ RUN, HISTORY = REPORTS / "train/run.json", REPORTS / "train/history.csv"
 EVALUATION, PREPARE = REPORTS / "evaluate/metrics.json", REPORTS / "prepare.json"
 DIAGNOSIS, MEASURED = REPORTS / "diagnosis.json", REPORTS / "evaluate/measured.json"
 SUMMARY = REPORTS / "train/summary.json"
-REPORT = REPORTS / "report.html"
+REPORT = REPORTS / "page/report.html"
 TABLES = [RUN, HISTORY, SUMMARY, REPORTS / "train/samples.jsonl",
           REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, MEASURED, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
 
