@@ -49,8 +49,14 @@ RECIPES = {
     "loss_k3": {"kl": "loss_k3", "kl_coef": COEF},
     "entropy bonus": {"entropy_coef": 0.4, "aggregation": "token_mean"},
     "entropy bonus, padding counted": {"entropy_coef": 0.4, "padding": "counted"},
-    "sampler's distribution": {"scoring": "sampler", "top_k": 3, "top_p": 0.9, "kl": "loss_k2", "kl_coef": COEF},
-    "sampler's distribution, k3": {"scoring": "sampler", "top_k": 3, "kl": "loss_k3", "kl_coef": COEF},
+    "sampler's distribution": {
+        "loss_distribution": "sampler",
+        "top_k": 3,
+        "top_p": 0.9,
+        "kl": "loss_k2",
+        "kl_coef": COEF,
+    },
+    "sampler's distribution, k3": {"loss_distribution": "sampler", "top_k": 3, "kl": "loss_k3", "kl_coef": COEF},
     "importance": {"importance": "sequence"},
     "importance, padding counted": {"importance": "sequence", "padding": "counted"},
     "importance of tokens, clipped": {"importance": "token", "clip_range": 0.2},
@@ -128,7 +134,7 @@ def test_the_gradient_of_a_batch_is_the_formula_s_on_compacted_sequences(changes
         logprobs = logits.log_softmax(-1)
         correct, one_later = (torch.stack([logprobs[t + k, token] for t, token in enumerate(row)]) for k in (0, 1))
         scored = one_later if chosen.alignment == "shifted" else correct
-        if chosen.scoring == "sampler":
+        if chosen.loss_distribution == "sampler":
             correct = scored = sampler_logprobs(logits[:-1], row, chosen)
         normaliser = {
             "sequence_sum": 6, "sequence_mean": 6 * end, "token_mean": sum(ends), "constant_length": 6 * LONGEST,

@@ -190,7 +190,9 @@ def test_a_truncated_sampler_wants_to_be_scored_as_it_samples(truncation: dict[s
     truth = -gradient(model)
 
     p = torch.tensor([value.exp().item() for value in log_mu], dtype=torch.float64)
-    for scoring, right in (("sampler", True), ("full", False)):
-        chosen = recipe("stable", scoring=scoring, temperature=temperature, kl="loss_k2", kl_coef=COEF, **truncation)
+    for distribution, right in (("sampler", True), ("full", False)):
+        chosen = recipe(
+            "stable", loss_distribution=distribution, temperature=temperature, kl="loss_k2", kl_coef=COEF, **truncation
+        )
         measured = expected_gradient(model, chosen, p, reward, ref)
         assert difference(measured, truth) < 1e-10 if right else difference(measured, truth) > 0.1

@@ -276,11 +276,11 @@ def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Pro
 
 def test_the_share_of_rescored_prompts_changes_what_is_measured_alone(here: Project) -> None:
     """And a KL term of nothing, which needs all prompts, measures what a share of one does."""
-    here.edit(recipes__stable__kl="none", train__rescored_share=1.0)
+    here.edit(recipes__stable__kl="none", train__kl_probe_fraction=1.0)
     train.main()
     whole, policy = history(here), contents(here)["data/policy/model.safetensors"]
     forget(here)
-    here.edit(train__rescored_share=0.4)
+    here.edit(train__kl_probe_fraction=0.4)
     train.main()
     share = history(here)
     assert contents(here)["data/policy/model.safetensors"] == policy
@@ -291,7 +291,7 @@ def test_the_share_of_rescored_prompts_changes_what_is_measured_alone(here: Proj
     assert all(math.isnan(row["ref_kl_se"]) for row in share)  # one of three prompts
     assert {row["ref_logprob"] for row in share} != {row["ref_logprob"] for row in whole}
     forget(here)
-    here.edit(recipes__stable__kl="reward_k1", recipes__stable__kl_coef=0.0, train__rescored_share=1.0)
+    here.edit(recipes__stable__kl="reward_k1", recipes__stable__kl_coef=0.0, train__kl_probe_fraction=1.0)
     train.main()
     for name in rescored - {"ref_kl_se"}:
         assert [row[name] for row in history(here)] == pytest.approx([row[name] for row in whole]), name

@@ -23,6 +23,9 @@ from pipeline.config.schema import (
 )
 from pipeline.errors import did_you_mean
 
+# keys of earlier versions
+RENAMED = {"draw": "prompt_sampling", "rescored_share": "kl_probe_fraction", "scoring": "loss_distribution"}
+
 
 def suggest(wrong: Any, known: Any) -> str:
     """`; did you mean x?` where a key is near, else the list of keys."""
@@ -36,6 +39,8 @@ def explain(failure: ValidationError, tree: dict[str, Any]) -> str:
     kind, context = error["type"], error.get("ctx", {})
     path, model = _locate(error["loc"])
     where, value = ".".join(map(str, path)), _at(tree, path)
+    if kind == "extra_forbidden" and path[-1] in RENAMED:
+        return f"unknown key {where}: it is called {RENAMED[str(path[-1])]} now"
     if kind == "extra_forbidden":
         return f"unknown key {where}{suggest(path[-1], model.model_fields if model else {})}"
     if kind == "missing":
