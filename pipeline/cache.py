@@ -78,7 +78,8 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     import torch
 
     from pipeline.io.runtime import generator, set_up
-    from pipeline.policy.load import end_of_text_ids, init_policy, load_tokenizer
+    from pipeline.policy.ends import end_of_text_ids, name_ends
+    from pipeline.policy.load import init_policy, load_tokenizer
     from pipeline.policy.verification import Layout, choose_layout, probe_prompts
 
     def compare(device: torch.device) -> tuple[Layout, str]:
@@ -94,6 +95,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     device = set_up(params.train.device, params.train.threads)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
+    name_ends(folder / "policy", eos)  # here too: an adapter is decoded as the checkpoint that it names
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     try:
         layout, how = compare(device)

@@ -96,6 +96,25 @@ def test_directories_are_copied_without_what_is_not_needed(place: Path, tiny: Pa
     assert str(place) not in (place / "data/checkpoint/manifest.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("config", "decoding", "written"),
+    [
+        ([0, 5], {"eos_token_id": 6, "top_k": 5}, {"eos_token_id": [0, 6, 5], "top_k": 5}),
+        (5, None, {"bos_token_id": 0, "eos_token_id": [0, 5], "pad_token_id": None}),
+        ([5, 0], None, None),
+    ],
+)
+def test_transformers_own_generate_is_told_of_every_end(place: Path, config: Any, decoding: Any, written: Any) -> None:
+    """An adapter is decoded as the checkpoint that it names."""
+    source, file = place / "models/local/policy", place / "data/checkpoint/policy/generation_config.json"
+    _edit_config(eos_token_id=config)(source)
+    (source / "generation_config.json").unlink()
+    if decoding:
+        (source / "generation_config.json").write_text(json.dumps(decoding))
+    cache.main()
+    assert (json.loads(file.read_text()) if file.is_file() else None) == written
+
+
 def test_two_runs_are_byte_identical(place: Path, pythia_pickled: Path) -> None:
     shutil.rmtree(place / "models/local/policy")
     shutil.copytree(pythia_pickled, place / "models/local/policy")
