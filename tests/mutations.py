@@ -99,7 +99,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max_tokens - tokens)", "max_tokens - tokens + 1)"),
         ("lengths.view(-1, group).amax(1).repeat_interleave(group)", "lengths * 0 + lengths.amax()"),
         ("row[: length - ended]", "row[:length]"),
-        ('special_tokens == "strip")', 'special_tokens != "strip")'),
+        ('special_tokens == "strip"', 'special_tokens != "strip"'),
+        ("skip_special_tokens=True", "skip_special_tokens=False"),
     ]),
     "reinforce/advantages.py": ("objective", [
         ("/ (group - 1)", "/ group"),

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pipeline.errors import UserError
 from pipeline.policy.ends import end_of_text_ids
 from pipeline.policy.load import load_tokenizer
-from pipeline.policy.rollout import check_context, completion_tokens, context_length
-from pipeline.policy.sampling import pad_prompts, sample
+from pipeline.policy.rollout import check_context, completion_texts, completion_tokens, context_length
+from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.tokenization import encode_prompt
 from tests.models import tiny_neox, token_lists, uniform
 
@@ -97,6 +97,15 @@ def test_a_completion_ends_at_any_of_its_ends() -> None:
         assert set(row[length:]) <= {0}
         seen.add(row[length - 1])
     assert seen >= {0, 3, 5}
+
+
+def test_no_end_is_a_part_of_the_text_that_a_reward_reads() -> None:
+    """`say` is an ordinary word to the tokenizer, and an end by another file of the model."""
+    rows, lengths = [[5, 6, 4], [5, 6, 0], [4, 0, 0], [2, 5, 6]], torch.tensor([3, 3, 1, 3])
+    rollout = Rollout(*[torch.tensor(rows)] * 3, lengths, *[torch.zeros(4, 3)] * 2)
+    assert completion_texts(rollout, tokenizer(), "strip", 1, [0, 4]) == ["a word", "a word", "", "<sep> a word"]
+    kept = ["a word say", "a word <eos>", "say", "<sep> a word"]
+    assert completion_texts(rollout, tokenizer(), "keep", 1, [0, 4]) == kept
 
 
 class Nested:
