@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -333,6 +334,61 @@ def test_a_directory_that_holds_no_usable_model(place: Path, spoil: Callable[[Pa
     spoil(place / "models/local/policy")
     assert message in refused(place)
     assert not (place / "run-by-the-pickle").exists()
+
+
+def _add_token(folder: Path) -> int:
+    """One token more, as for pictures; its id."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer) - 1
+
+
+def test_an_added_token_may_lie_beyond_the_vocabulary_but_no_prompt_may_hold_it(place: Path) -> None:
+    """As Gemma 3 1B's, whose tokenizer is that of the models which see."""
+    shutil.rmtree(place / "models/local/policy")
+    repositories.write_pythia(place / "models/local/policy", None, vocabulary=257)
+    assert _add_token(place / "models/local/policy") == 257
+    cache.main()
+    file = place / "data/prompts/heldout.jsonl"
+    file.write_text(json.dumps({"prompt": "Hi"}) + "\n" + json.dumps({"prompt": "What is <image>?"}) + "\n")
+    message = "data/prompts/heldout.jsonl: prompt 'What is <image>?': the tokenizer gives it the id 257, the model has"
+    assert message in refused(place)
+
+
+def test_an_encoder_gets_any_text(place: Path) -> None:
+    _add_token(place / "models/local/encoder")
+    assert re.search(r"encoders\.mine: the tokenizer has ids up to \d+, the model a vocabulary of", refused(place))
+
+
+def test_the_end_must_lie_in_the_vocabulary(place: Path) -> None:
+    folder = place / "models/local/policy"
+    shutil.rmtree(folder)
+    repositories.write_pythia(folder, None, vocabulary=257)
+    _add_token(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<image>"}))
+    assert "the tokenizer has ids up to 257, the model a vocabulary of 257: not a pair" in refused(place)
+
+
+def test_a_tokenizer_that_drops_merges_at_random_is_taken_without(place: Path) -> None:
+    file = place / "models/local/policy/tokenizer.json"
+    stored_one = json.loads(file.read_text())
+    assert stored_one["model"]["type"] == "BPE"
+    # bytes are all there is, but for one word
+    stored_one["model"] |= {
+        "dropout": 0.5,
+        "vocab": {**stored_one["model"]["vocab"], "Hi": 257},
+        "merges": [["H", "i"]],
+    }
+    file.write_text(json.dumps(stored_one))
+    lines = "".join(json.dumps({"prompt": "Hi" * n}) + "\n" for n in range(1, 20))
+    (place / "data/prompts/train.jsonl").write_text(lines)
+    cache.main()
+    layout = json.loads((place / "data/checkpoint/layout.json").read_text())
+    assert layout["longest"] == 19 + 20
 
 
 def test_an_error_leaves_the_earlier_checkpoint(place: Path) -> None:

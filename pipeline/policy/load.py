@@ -68,13 +68,14 @@ def init_policy(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer that appends nothing to a text. Raises UserError where it has no end-of-sequence token: sampling could not
+    """A tokenizer that appends nothing to a text and splits it in the same way each time. Raises UserError where it has no end-of-sequence token: sampling could not
     end."""
     _must_exist(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
     _append_nothing(tokenizer)
+    _drop_nothing(tokenizer)
     return tokenizer
 
 
@@ -92,6 +93,14 @@ def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
             changed = True
     if backend is not None and changed:
         backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
+
+
+def _drop_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ends BPE dropout, with which a text's merges are left out at random (Provilkov et al., arXiv 1910.13267): it is for a
+    tokenizer in training. The saved tokenizer is without it too."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None  # type: ignore[union-attr]
 
 
 def load_layout(file: Path, longest: int = 0) -> Layout:
