@@ -260,6 +260,17 @@ def _without_a_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _quantized(*names: str) -> Callable[[Path], None]:
+    """Stores weights as int8, those named or all."""
+
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        small = {name: (weights[name] * 100).to(torch.int8) for name in names or weights}
+        save_file(weights | small, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
 def _without_a_shard(folder: Path) -> None:
     _shard(folder, "model", ".safetensors")
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -323,6 +334,8 @@ def _no_end_token(folder: Path) -> None:
         (_write("generation_config.json", b"[0]"), "generation_config.json is not the configuration of a model: Value"),
         (_write("model.safetensors", b"<html>not found</html>"), "model.safetensors is damaged"),
         (_without_a_tensor, "the weights lack gpt_neox.layers.1.attention.dense.weight (1 such)"),
+        (_quantized(), "embed_out.weight holds integers (I8): a quantized model"),
+        (_quantized("gpt_neox.layers.1.attention.dense.weight"), "attention.dense.weight holds integers (I8): a quantized"),
         (_without_a_shard, "model.safetensors.index.json lists model-00002-of-00002.safetensors, which is not there"),
         (_index_outside, "model.safetensors.index.json names a file outside its folder"),
         (_pickle(b"no pickle"), "pytorch_model.bin is damaged or holds more than weights"),

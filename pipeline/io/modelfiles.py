@@ -179,10 +179,16 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
 
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="numpy"):
-                pass
+            with safe_open(path, framework="numpy") as weights:
+                kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{key}: {path.name} is damaged: {error}") from None
+        # transformers takes them for what they say, or names a setting of its own; buffers may well hold integers
+        whole = sorted(name for name, kind in kinds.items() if name.endswith(".weight") and kind[0] in "IU")
+        if whole:
+            raise UserError(
+                f"{key}: {whole[0]} holds integers ({kinds[whole[0]]}): a quantized model; take the one it was made of"
+            )
     logging.set_verbosity_error()  # its report of what does not fit is said below, in one line
     logging.disable_progress_bar()
     with _loading(key, "the weights"):
