@@ -68,8 +68,8 @@ def init_policy(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer that appends nothing to a text and splits it in the same way each time. Raises UserError where it has no end-of-sequence token: sampling could not
-    end."""
+    """A tokenizer that appends nothing to a text and leaves no merge out by chance. Raises UserError where it has no
+    end-of-sequence token: sampling could not end."""
     _must_exist(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
