@@ -79,7 +79,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
     from pipeline.io.runtime import generator, set_up
     from pipeline.policy.ends import end_of_text_ids, name_ends
-    from pipeline.policy.load import init_policy, load_tokenizer
+    from pipeline.policy.load import check_saving, init_policy, load_tokenizer, special_ids
     from pipeline.policy.verification import Layout, choose_layout, probe_prompts
 
     def compare(device: torch.device) -> tuple[Layout, str]:
@@ -87,16 +87,20 @@ def check_run(params: Params, folder: Path, key: str) -> str:
             folder / "policy", device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
             generator=generator(0, 0, "adapters"),  # of any seed
         )  # fmt: skip
-        return choose_layout(
-            policy, *probe_prompts(tokens, limits), key, eos=eos, bfloat16=params.selected("recipe").precision == "bfloat16",
+        found = choose_layout(
+            policy, probes, sampled, key, eos=eos, special=special_ids(folder / "policy", tokenizer), bfloat16=bfloat16,
             gradient_checkpointing=params.train.gradient_checkpointing,
         )  # fmt: skip
+        check_saving(policy, key)
+        return found
 
     device = set_up(params.train.device, params.train.threads)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
     name_ends(folder / "policy", eos)  # here too: an adapter is decoded as the checkpoint that it names
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
+    probes, sampled = probe_prompts(tokens, limits)
+    bfloat16 = params.selected("recipe").precision == "bfloat16"
     try:
         layout, how = compare(device)
     except torch.OutOfMemoryError:  # a policy that is sharded over several devices is compared in one piece

@@ -45,7 +45,11 @@ SIZES: dict[str, Any] = {
     name: value
     for value, names in (
         (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
-        (0, "bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id"),
+        (0, "eos_token_id"),
+        (1, "pad_token_id"),
+        (2, "bos_token_id decoder_start_token_id"),
+        (3, "sep_token_id"),
+        (4, "cls_token_id"),
         (None, "forced_eos_token_id begin_suppress_tokens"),
         (256, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length"),
         # width

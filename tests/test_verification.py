@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,10 +37,11 @@ from transformers import (
 from pipeline.errors import UserError
 from pipeline.policy import packing, verification
 from pipeline.policy.adapters import add_lora
-from pipeline.policy.load import load_policy
+from pipeline.policy.load import check_saving, init_policy, load_policy, special_ids
 from pipeline.policy.sampling import pad_prompts, sample
 from pipeline.policy.scoring import score
 from pipeline.policy.verification import SAMPLED, Layout, choose_layout, probe_prompts
+from tests import families
 from tests.models import EOS, plain_logprobs, token_lists, uniform
 
 VOCABULARY = 40
@@ -118,13 +120,25 @@ def test_the_layout_chosen_computes_what_the_model_does_of_each_sequence_alone(k
             torch.testing.assert_close(one, truth, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_completions_of_the_comparison_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_of_the_comparison_do_not_end_and_hold_special_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, plain = [], verification._plain
     monkeypatch.setattr(verification, "_plain", lambda policy, rollout: seen.append(rollout) or plain(policy, rollout))
     likely = list(range(5, 25))  # half of the vocabulary
-    assert choose(model("long_window"), eos=[*likely, VOCABULARY + 5]) == PACKED
-    assert not torch.isin(seen[0].completions[seen[0].completion_mask], torch.tensor(likely)).any()
+    assert choose(model("long_window"), eos=[*likely, VOCABULARY + 5], special=[30, 31, 5, VOCABULARY + 6]) == PACKED
+    sampled = seen[0].completions[seen[0].completion_mask]
+    assert not torch.isin(sampled, torch.tensor(likely)).any()
     assert seen[0].lengths.tolist() == [20] * 8
+    for token in (30, 31):  # a quarter of 160 tokens, the two of them
+        assert 15 <= (sampled == token).sum() <= 25
+
+
+def test_a_padding_token_inside_a_completion_is_compared(tmp_path: Path) -> None:
+    """RoBERTa counts positions by the tokens that are no padding: with a cache, whose calls see one token, otherwise than
+    without."""
+    policy = model("positions")
+    policy.save_pretrained(tmp_path)
+    assert policy.config.pad_token_id == 1
+    assert choose(policy, special=special_ids(tmp_path, SimpleNamespace())) == Layout("no_cache", False)
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
@@ -195,6 +209,40 @@ def test_adapters_that_peft_refuses_are_one_line() -> None:
         add_lora(model("recurrent"), 2, 4.0, torch.Generator().manual_seed(0))
 
 
+def test_adapters_that_load_otherwise_than_they_were_saved_are_refused(tmp_path: Path) -> None:
+    """transformers 5.23 renames parts of Laguna as it loads them, those of adapters beside them wrongly."""
+    for kind in ("laguna", "llama"):
+        families.save(kind, tmp_path / kind)
+    laguna, llama = (
+        init_policy(tmp_path / kind, torch.device("cpu"), lora_rank=2, generator=torch.Generator().manual_seed(0))
+        for kind in ("laguna", "llama")
+    )
+    check_saving(llama, "models.mine")
+    llama.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(llama(ids).logits, load_policy(tmp_path / "adapter", torch.device("cpu"))(ids).logits)
+    with pytest.raises(
+        UserError, match=r"models\.mine: .* laguna's adapters as it saves them; .* 0 trains all weights$"
+    ):
+        check_saving(laguna, "models.mine")
+    laguna.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"loads only a part of its adapter: model\.\S+ is not what was saved$"):
+        load_policy(tmp_path / "adapter", torch.device("cpu"))
+
+
+def test_a_policy_that_is_saved_as_no_causal_lm_is_refused(tmp_path: Path) -> None:
+    """A text model out of Emu3 has a configuration that transformers makes no causal LM of."""
+    families.save("emu3", tmp_path)
+    policy = load_policy(tmp_path, torch.device("cpu"))
+    with pytest.raises(
+        UserError, match=r"models\.mine: emu3\S* cannot be trained: transformers saves it as no causal LM"
+    ):
+        check_saving(policy, "models.mine")
+    policy.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
 def test_a_machine_without_memory_says_nothing_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
@@ -221,6 +269,10 @@ def test_probes_are_as_long_as_the_run_s_sequences() -> None:
     assert made[0] == prompts[1]
     assert len(made[-1]) + limits[-1] == 30 + 1000
     assert limits == [SAMPLED] * 4
+    made, limits = probe_prompts([[5], *prompts[:3], [6]], [20, 13, 18, 11, 20])  # of a total length
+    assert sorted(map(len, made)) == [1, 1, 7, 9], "of different lengths, though each sequence is as long"
+    prompts = token_lists([1, 2, 3, 4, 5, 6, 7, 8], VOCABULARY)
+    assert prompts[1] in probe_prompts(prompts, [9, 60, 9, 9, 9, 9, 9, 9])[0], "that of the longest sequence is there"
     assert probe_prompts([[5, 6]], [100]) == ([[5, 6] + [5, 6] * 18], [SAMPLED])
 
 

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -49,11 +50,19 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     policy.eval()
 
 
-def load_lora(policy: PreTrainedModel, folder: Any) -> None:
-    """Adds the adapter in this folder, in place. Raises UserError where peft is missing."""
+def load_lora(policy: PreTrainedModel, folder: Path) -> None:
+    """Adds the adapter in this folder, in place. Raises UserError where peft is missing, and where transformers looks for a
+    matrix of the adapter under another name than it was saved with: that one would count as zero."""
     _peft()
-    policy.load_adapter(str(folder))
+    report = policy.load_adapter(str(folder))
     policy.eval()
+    if lost := sorted(report.missing_keys | report.unexpected_keys):
+        raise UserError(f"{folder}: transformers loads only a part of its adapter: {lost[0]} is not what was saved")
+
+
+def adapter_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """The matrices A and B of each adapted layer, by name."""
+    return {name: parameter for name, parameter in policy.named_parameters() if ".lora_" in name}
 
 
 @contextmanager

@@ -2,13 +2,21 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from pipeline.errors import UserError
-from pipeline.policy.adapters import FOLDER_HAS, add_lora, load_lora
+from pipeline.policy.adapters import FOLDER_HAS, adapter_weights, add_lora, load_lora
 from pipeline.policy.ends import read_json
 from pipeline.policy.memory import round_frozen
 from pipeline.policy.verification import Layout
@@ -67,6 +75,32 @@ def init_policy(
     return policy
 
 
+def check_saving(policy: PreTrainedModel, key: str) -> None:
+    """Raises UserError where what `save_pretrained` writes of a policy would not load again as what was trained. `key` names
+    the model in the message. Adapters are saved and loaded, and overwritten with numbers of which no two are equal."""
+    kind = policy.config.model_type
+    if not (saved := adapter_weights(policy)):
+        if type(policy.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"{key}: {kind} cannot be trained: transformers saves it as no causal LM that it loads again"
+            )
+        return
+    for number, parameter in enumerate(saved.values()):
+        parameter.data = (
+            torch.arange(parameter.numel(), device=policy.device).view_as(parameter) / parameter.numel() + number
+        )
+    with TemporaryDirectory() as folder:
+        policy.save_pretrained(folder)
+        try:
+            loaded = adapter_weights(load_policy(Path(folder), policy.device))
+        except UserError:  # the folder's name tells nothing
+            loaded = {}
+    if loaded.keys() != saved.keys() or not all(torch.equal(loaded[name], saved[name]) for name in saved):
+        raise UserError(
+            f"{key}: transformers does not load {kind}'s adapters as it saves them; train.lora_rank: 0 trains all weights"
+        )
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A tokenizer that appends nothing to a text and leaves no merge out by chance. Raises UserError where it has no
     end-of-sequence token: sampling could not end."""
@@ -101,6 +135,16 @@ def _drop_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):
         model.dropout = None  # type: ignore[union-attr]
+
+
+def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that a model or its tokenizer gives a part of their own, padding among them. A sampled one is one like any."""
+    parts = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
+    config = read_json(folder / "config.json")
+    tables = (config, config.get("text_config") or {})
+    named = [getattr(tokenizer, f"{part}_token_id", None) for part in parts]
+    named += [table.get(f"{part}_token_id") for part in parts for table in tables]
+    return {i for i in named if type(i) is int}
 
 
 def load_layout(file: Path, longest: int = 0) -> Layout:

@@ -4,7 +4,8 @@ The truth is the model's plain forward pass of one sequence in float32: tokens a
 cache or memory settings. No list of architectures decides what works, only this comparison.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -21,7 +22,7 @@ from pipeline.policy.scoring import score
 
 PROBES, SAMPLES = 4, 2  # prompts, and completions of each
 SAMPLED = 64  # tokens of a completion that are sampled; a longer one begins as a part of the prompt
-NATS, RELATIVE = 1e-3, 1e-4  # a log-probability may be off by NATS and by this share of itself ...
+NATS, RELATIVE = 3e-4, 3e-5  # a log-probability may be off by NATS and by this share of itself ...
 GRADIENT = 1e-3  # ... and a gradient by this share of its length (L2); rounding moves them by a hundredth of that
 # bfloat16 may be off by so much more, and by this factor times what the plain forward pass in bfloat16 is off
 HALF_NATS, HALF_GRADIENT, HALF_FACTOR = 0.05, 0.05, 4.0
@@ -46,13 +47,15 @@ class Layout:
 
 
 def probe_prompts(prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """A few prompts for `choose_layout`, of lengths from the shortest to the longest, and how much to sample of each.
+    """A few prompts for `choose_layout`, of lengths from the shortest to the longest, and how much to sample of each. Among
+    them is the one that makes the longest sequence.
 
     The shortest is as it is; the others, where a completion is longer than what is sampled, are prolonged to where the last
     part of it begins. All tokens are the prompts' own.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + limits[i], i))
-    chosen = list(dict.fromkeys(order[round(k * (len(order) - 1) / (PROBES - 1))] for k in range(PROBES)))
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    chosen = [order[round(k * (len(order) - 1) / (PROBES - 1))] for k in range(PROBES)]
+    chosen = list(dict.fromkeys([*chosen, max(order, key=lambda i: len(prompts[i]) + limits[i])]))
     tokens = cycle([token for i in order[-PROBES:] for token in prompts[i]])
     made = []
     for i in chosen:
@@ -63,18 +66,19 @@ def probe_prompts(prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[
 
 def choose_layout(
     policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, *, eos: Sequence[int] = (),
-    bfloat16: bool = False, gradient_checkpointing: bool = False,
+    special: Collection[int] = (), bfloat16: bool = False, gradient_checkpointing: bool = False,
 ) -> tuple[Layout, str]:  # fmt: skip
     """The fastest layout in which sampled and scored log-probabilities, and the gradient of the scored ones with respect to
     what is trained, are those of the model's plain forward pass; and that in one line, with the largest difference.
 
     policy: in float32, as training starts with it, its adapters included; with `bfloat16` the layout is compared in that
     too, and the policy is left rounded as training rounds it. prompts and limits: of `probe_prompts`. key: names the model
-    in messages. eos: ids that end a completion, so that none stands inside one.
+    in messages. eos: ids that end a completion, so that none stands inside one. special: others that may mean something to a
+    model, such as its padding: a quarter of what is sampled.
 
     Raises UserError where no layout agrees, naming the cause where it is known.
     """
-    with _never(eos, policy):
+    with _probable(policy, eos, sorted(set(special) - set(eos))):
         return _choose_layout(policy, prompts, limits, key, bfloat16, gradient_checkpointing)
 
 
@@ -85,13 +89,17 @@ def _choose_layout(
     longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
 
     def refuse(what: str, failure: str) -> UserError:
-        return UserError(f"{key}: {policy.config.model_type} cannot be {what}: {failure}{_because(policy, longest)}")
+        return UserError(f"{key}: {policy.config.model_type} cannot be {what}: {failure}")
+
+    def words(error: Exception) -> str:
+        """With the cause, where it is the numbers that are wrong."""
+        return _failure(error) + (_because(policy, longest) if isinstance(error, DisagreementError) else "")
 
     # Whatever a model makes torch or transformers raise: it is the model that cannot be used so.
     try:
         _check_plain(policy, max(prompts, key=len))
     except Exception as error:
-        raise refuse("trained", _failure(error)) from error
+        raise refuse("trained", words(error)) from error
     failure = ""  # of the slowest way, tried last
     for way in get_args(SamplingLayout):
         try:
@@ -100,7 +108,7 @@ def _choose_layout(
             _compare(rollout.logprobs, truth.logprobs, rollout, "sampled")
             break
         except Exception as error:
-            failure = _failure(error)
+            failure = words(error)
     else:
         raise refuse("sampled", failure)
     for packing in (True, False):
@@ -110,7 +118,7 @@ def _choose_layout(
             _compare_gradients(scored.gradient, truth.gradient)
             break
         except Exception as error:
-            failure = _failure(error)
+            failure = words(error)
     else:
         raise refuse("scored", failure)
     layout = Layout(way, packing)
@@ -118,7 +126,7 @@ def _choose_layout(
         try:
             _check_bfloat16(policy, rollout, truth, layout, prompts, limits, gradient_checkpointing)
         except Exception as error:
-            raise refuse("trained in bfloat16", f"{_failure(error)}; precision: float32 would do") from error
+            raise refuse("trained in bfloat16", f"{words(error)}; precision: float32 would do") from error
     why = "" if layout == Layout() else _because(policy, longest)
     return layout, f"{layout}{why}; log-probabilities within {gap:.0e} nats of the model's own forward pass"
 
@@ -134,20 +142,28 @@ class _Pass:
 
 
 @contextmanager
-def _never(ids: Sequence[int], policy: PreTrainedModel) -> Iterator[None]:
-    """Inside, whichever way the policy is called, these tokens have no probability: completions are as long as they may be."""
+def _probable(policy: PreTrainedModel, never: Sequence[int], often: Sequence[int]) -> Iterator[None]:
+    """Inside, whichever way the policy is called, the tokens `never` have no probability, and the tokens `often` a quarter of
+    it, in equal parts."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-        known = [i for i in ids if i < output.logits.shape[-1]]  # a file may name an end that the model has not
-        output.logits = output.logits.index_fill(-1, torch.tensor(known, device=output.logits.device), -1e4)
+        logits = output.logits
+        # a file may name a token that the model has not
+        banned, raised = (torch.tensor([i for i in ids if 0 <= i < logits.shape[-1]], device=logits.device, dtype=torch.long)
+                          for ids in (never, often))  # fmt: skip
+        logits = logits.index_fill(-1, banned, -1e4)
+        if len(raised):
+            rest = logits.index_fill(-1, raised, -1e4).float().logsumexp(-1, keepdim=True)
+            share = (rest - math.log(3 * len(raised))).to(logits.dtype)
+            logits = logits.index_copy(-1, raised, share.expand(*logits.shape[:-1], len(raised)))
+        output.logits = logits
         return output
 
-    handle = policy.register_forward_hook(hook) if ids else None
+    handle = policy.register_forward_hook(hook)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        handle.remove()
 
 
 def _check_plain(policy: PreTrainedModel, prompt: list[int]) -> None:
