@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.policy.adapters import FOLDER_HAS, adapter_weights, add_lora, load_lora
 from pipeline.policy.ends import read_json
 from pipeline.policy.memory import round_frozen
+from pipeline.policy.tokenization import end_dropout
 from pipeline.policy.verification import Layout
 
 
@@ -109,7 +110,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
     _append_nothing(tokenizer)
-    _drop_nothing(tokenizer)
+    end_dropout(tokenizer)
     return tokenizer
 
 
@@ -127,14 +128,6 @@ def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
             changed = True
     if backend is not None and changed:
         backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
-
-
-def _drop_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ends BPE dropout, with which a text's merges are left out at random (Provilkov et al., arXiv 1910.13267): it is for a
-    tokenizer in training. The saved tokenizer is without it too."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if getattr(model, "dropout", None):
-        model.dropout = None  # type: ignore[union-attr]
 
 
 def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:

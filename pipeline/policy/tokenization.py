@@ -1,4 +1,4 @@
-"""Prompts as tokens."""
+"""Texts as tokens: prompts, and that a text always has the same ones."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +31,14 @@ def check_vocabulary(prompt: str, ids: list[int], size: int) -> None:
         raise UserError(
             f"prompt {shown(prompt)}: the tokenizer gives it the id {max(ids)}, the model has a vocabulary of {size}"
         )
+
+
+def end_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ends BPE dropout, which leaves out merges at random (Provilkov et al., arXiv 1910.13267), in place: it is for models in
+    training on texts. What is saved is without it too."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if model is not None and getattr(model, "dropout", None):
+        model.dropout = None
 
 
 def check_certain(tokenizer: PreTrainedTokenizerBase, prompts: list[str], key: str) -> None:
