@@ -28,6 +28,7 @@ from pipeline.io.artifacts import (
     why_unwatched,
     write_json,
 )
+from pipeline.io.ends import name_ends
 from pipeline.io.hub import drop_damaged, from_hub
 from pipeline.io.modelfiles import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.params import Encoder, Model, Params
@@ -78,8 +79,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     import torch
 
     from pipeline.io.runtime import generator, set_up
-    from pipeline.policy.ends import end_of_text_ids, name_ends
-    from pipeline.policy.load import check_saving, init_policy, load_tokenizer, special_ids
+    from pipeline.policy.load import check_saving, end_of_text_ids, init_policy, load_tokenizer, special_ids
     from pipeline.policy.verification import Layout, choose_layout, probe_prompts
 
     def compare(device: torch.device) -> tuple[Layout, str]:

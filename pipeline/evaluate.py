@@ -17,8 +17,7 @@ from pipeline.errors import UserError, run_stage
 from pipeline.io.artifacts import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.io.runtime import generator, set_up, uniforms
 from pipeline.params import Params, load
-from pipeline.policy.ends import end_of_text_ids
-from pipeline.policy.load import load_layout, load_policy, load_tokenizer
+from pipeline.policy.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
 from pipeline.policy.rollout import completion_limits, completion_texts, completion_tokens, longest_sequence
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.scoring import score_rollout

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError, run_stage
 from pipeline.io import workspace
-from pipeline.policy.ends import end_of_text_ids
-from pipeline.policy.load import holds_model, load_policy, load_tokenizer
+from pipeline.policy.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.policy.rollout import context_length
 from pipeline.policy.sampling import sample
 from pipeline.policy.tokenization import check_vocabulary, encode_prompt

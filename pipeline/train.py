@@ -47,14 +47,14 @@ from pipeline.io.artifacts import (
     write_json,
     write_jsonl,
 )
+from pipeline.io.ends import keep_token_ids
 from pipeline.io.history import Progress, history_file
 from pipeline.io.runtime import draw_prompts, draw_rescored, set_up, uniforms
 from pipeline.io.signals import caught_signals
 from pipeline.io.stopwatch import Stopwatch, timing_row
 from pipeline.io.workspace import is_committed, root
 from pipeline.params import SELECTORS, Params, load
-from pipeline.policy.ends import end_of_text_ids, keep_token_ids
-from pipeline.policy.load import load_layout
+from pipeline.policy.load import end_of_text_ids, load_layout
 from pipeline.policy.weights import optimizer_state, put_optimizer_state, put_weights, trained_weights
 from pipeline.reinforce.advantages import (
     BASELINES,

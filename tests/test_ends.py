@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from pipeline import train
-from pipeline.policy.ends import IDS, end_of_text_ids, name_ends
-from pipeline.policy.load import init_policy, load_policy, load_tokenizer
+from pipeline.io.ends import IDS, name_ends
+from pipeline.policy.load import end_of_text_ids, init_policy, load_policy, load_tokenizer
 from tests.test_tokenization import tokenizer, write
 
 CPU, CHECKPOINT, POLICY = torch.device("cpu"), Path("data/checkpoint/policy"), Path("data/policy")

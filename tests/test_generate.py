@@ -8,8 +8,7 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from pipeline.generate import continuation
-from pipeline.policy.ends import end_of_text_ids
-from pipeline.policy.load import load_policy, load_tokenizer
+from pipeline.policy.load import end_of_text_ids, load_policy, load_tokenizer
 from pipeline.policy.tokenization import encode_prompt
 from tests.conftest import ROOT
 

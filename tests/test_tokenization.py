@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.policy.ends import end_of_text_ids
-from pipeline.policy.load import load_tokenizer
+from pipeline.policy.load import end_of_text_ids, load_tokenizer
 from pipeline.policy.rollout import check_context, completion_texts, completion_tokens, context_length
 from pipeline.policy.sampling import Rollout, pad_prompts, sample
 from pipeline.policy.tokenization import check_certain, check_vocabulary, encode_prompt

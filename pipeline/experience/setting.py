@@ -15,8 +15,7 @@ from pipeline.io.artifacts import read_jsonl
 from pipeline.io.runtime import generator
 from pipeline.params import Params
 from pipeline.policy.adapters import without_lora
-from pipeline.policy.ends import end_of_text_ids
-from pipeline.policy.load import init_policy, load_layout, load_policy, load_tokenizer
+from pipeline.policy.load import end_of_text_ids, init_policy, load_layout, load_policy, load_tokenizer
 from pipeline.policy.memory import round_frozen
 from pipeline.policy.rollout import longest_sequence
 from pipeline.policy.sharding import put_together, shard

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,7 +18,6 @@ from transformers.utils import logging
 
 from pipeline.errors import UserError
 from pipeline.policy.adapters import FOLDER_HAS, adapter_weights, add_lora, load_lora
-from pipeline.policy.ends import read_json
 from pipeline.policy.memory import round_frozen
 from pipeline.policy.tokenization import end_dropout
 from pipeline.policy.verification import Layout
@@ -32,7 +32,7 @@ def load_policy(folder: Path, device: torch.device, at: torch.device | None = No
     """
     logging.disable_progress_bar()
     if (folder / FOLDER_HAS).exists():
-        named = read_json(folder / FOLDER_HAS)["base_model_name_or_path"]
+        named = _read_json(folder / FOLDER_HAS)["base_model_name_or_path"]
         policy = load_policy(Path(named), device)
         load_lora(policy, folder)
         return policy
@@ -130,21 +130,42 @@ def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
         backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
 
 
+def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a text by the files of a model: the tokenizer's EOS, which comes first and fills up behind an end,
+    and what config.json and generation_config.json name, as transformers' `generate` does.
+
+    From the files, since a configuration's defaults are those of another model's vocabulary. An adapter has those of the
+    checkpoint that it names.
+    """
+    ids = [int(tokenizer.eos_token_id)]
+    if (folder / FOLDER_HAS).exists():
+        folder = Path(_read_json(folder / FOLDER_HAS)["base_model_name_or_path"])
+    config = _read_json(folder / "config.json")
+    for named in (_read_json(folder / "generation_config.json"), config, config.get("text_config")):
+        value = named.get("eos_token_id") if isinstance(named, dict) else None
+        ids += [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
+    return tuple(dict.fromkeys(ids))
+
+
 def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that a model or its tokenizer gives a part of their own, padding among them. A sampled one is one like any."""
     parts = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
-    config = read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
     tables = (config, config.get("text_config") or {})
     named = [getattr(tokenizer, f"{part}_token_id", None) for part in parts]
     named += [table.get(f"{part}_token_id") for part in parts for table in tables]
     return {i for i in named if type(i) is int}
 
 
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def load_layout(file: Path, longest: int = 0) -> Layout:
     """The layout that `cache` chose. Raises UserError where it did so for sequences shorter than the `longest`."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `dvc repro cache` makes it")
-    chosen = read_json(file)
+    chosen = _read_json(file)
     if longest > chosen["longest"]:
         raise UserError(
             f"{file}: chosen for sequences of up to {chosen['longest']} tokens, these have up to {longest}; "
