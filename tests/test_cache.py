@@ -335,7 +335,7 @@ def _no_end_token(folder: Path) -> None:
         (_write("model.safetensors", b"<html>not found</html>"), "model.safetensors is damaged"),
         (_without_a_tensor, "the weights lack gpt_neox.layers.1.attention.dense.weight (1 such)"),
         (_quantized(), "embed_out.weight holds integers (I8): a quantized model"),
-        (_quantized("gpt_neox.layers.1.attention.dense.weight"), "attention.dense.weight holds integers (I8): a quantized"),
+        (_quantized("gpt_neox.layers.1.attention.dense.weight"), "attention.dense.weight holds integers (I8): a"),
         (_without_a_shard, "model.safetensors.index.json lists model-00002-of-00002.safetensors, which is not there"),
         (_index_outside, "model.safetensors.index.json names a file outside its folder"),
         (_pickle(b"no pickle"), "pytorch_model.bin is damaged or holds more than weights"),

@@ -60,7 +60,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def checkpoint_of(source: Path, config: Any, text: Any, decoding: Any) -> None:
-    """data/checkpoint/policy, whose files name these ends; decoding: what generation_config.json holds, None without one."""
+    """data/checkpoint/policy, whose files name these ends; decoding: generation_config.json's content, None without one."""
     shutil.copytree(source, CHECKPOINT)
     written = json.loads((CHECKPOINT / "config.json").read_text())
     if config is not None:
@@ -100,7 +100,7 @@ def names(file: Path) -> dict[str, Any]:
     return found(json.loads(file.read_text()), "")
 
 
-# ends in config.json, in its text_config, the content of generation_config.json, and what that makes with the tokenizer's 0
+# ends in config.json, in its text_config, the content of generation_config.json, and all of them with the tokenizer's 0
 FLAT: list[tuple[Any, Any, Any, tuple[int, ...]]] = [
     (None, None, None, (0,)),
     ([0, 5, 6], None, None, (0, 5, 6)),

@@ -11,8 +11,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def name_ends(folder: Path, ends: tuple[int, ...]) -> None:
-    """Has transformers' own `generate` end where completions end: it goes by generation_config.json alone, or without one by
-    the top of config.json. Nothing is written where that names these ends."""
+    """Has transformers' own `generate` end where completions end: it goes by generation_config.json alone, or without one
+    by the top of config.json. Nothing is written where that names these ends."""
     config, decoding = read_json(folder / CONFIG), folder / DECODING
     named = read_json(decoding) if decoding.is_file() else {key: config[key] for key in IDS if key in config}
     value = named.get("eos_token_id")
@@ -22,8 +22,8 @@ def name_ends(folder: Path, ends: tuple[int, ...]) -> None:
 
 
 def keep_token_ids(checkpoint: Path, saved: Path, ends: tuple[int, ...]) -> None:
-    """Has the files of a saved policy name the ids that the checkpoint's name, and no others: transformers writes those of the
-    configuration's class where the checkpoint names none. How the checkpoint is decoded is kept as it is."""
+    """Has the files of a saved policy name the ids that the checkpoint's name, and no others: transformers writes those of
+    the configuration's class where the checkpoint names none. How the checkpoint is decoded is kept as it is."""
     (saved / DECODING).unlink(missing_ok=True)
     if (checkpoint / DECODING).is_file():
         shutil.copyfile(checkpoint / DECODING, saved / DECODING)

@@ -119,7 +119,7 @@ def check_policy(folder: Path, key: str) -> None:
     tokenizer, ids = _load_tokenizer(folder, key)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key}: the tokenizer has no end-of-text token, so that no completion could end")
-    # other tokens that were added, for pictures and the like, may lie beyond the vocabulary: only a prompt with one is refused
+    # other tokens that were added, for pictures and the like, may lie beyond: only a prompt with one is refused
     added = tokenizer.get_added_vocab().keys() - {tokenizer.eos_token}
     _check_pair({token: ids[token] for token in ids.keys() - added}, config, key)
     decoding = folder / "generation_config.json"

@@ -55,8 +55,8 @@ def completion_texts(
 ) -> list[str]:
     """Texts [N] as the reward reads them.
 
-    strip: without the token that ends them, one of `eos`, which need not be a special one, and without special tokens. keep:
-    with both, and with the EOS that fills up to the group's longest completion, which is what the notebook decodes.
+    strip: without the token that ends them, one of `eos`, which need not be a special one, and without special tokens.
+    keep: with both, and with the EOS that fills up to the group's longest completion, which is what the notebook decodes.
     """
     if special_tokens == "strip":
         return tokenizer.batch_decode(completion_tokens(rollout, eos), skip_special_tokens=True)
