@@ -28,6 +28,7 @@ from pipeline.io.artifacts import (
     why_unwatched,
     write_json,
 )
+from pipeline.io.ends import name_ends
 from pipeline.io.hub import drop_damaged, from_hub
 from pipeline.io.modelfiles import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.params import Encoder, Model, Params
@@ -96,6 +97,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     device = set_up(params.train.device, params.train.threads)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
+    name_ends(folder / "policy", eos)  # here too: an adapter is decoded as the checkpoint that it names
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     probes, sampled = probe_prompts(tokens, limits)
     bfloat16 = params.selected("recipe").precision == "bfloat16"
@@ -111,22 +113,26 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
 def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
     """The tokens of all prompts that fit the policy's context, and how long their completions may be. Raises UserError naming
-    a prompt of the run that has no token, or that is too long with its completion."""
+    a prompt of the run that has no token, has one that the policy does not know, or is too long with its completion."""
     from transformers import AutoConfig
 
     from pipeline.policy.rollout import check_context, completion_limits, context_length
-    from pipeline.policy.tokenization import encode_prompt
+    from pipeline.policy.tokenization import check_certain, check_vocabulary, encode_prompt
 
     table = f"prompt_sets.{params.prompts}"
-    room = context_length(AutoConfig.from_pretrained(policy, local_files_only=True, trust_remote_code=False))
+    config = AutoConfig.from_pretrained(policy, local_files_only=True, trust_remote_code=False)
+    room = context_length(config)
     tokens: list[list[int]] = []
     limits: list[int] = []
     for file, used in (("train.jsonl", 0), ("heldout.jsonl", params.evaluate.prompts)):
         if not (PROMPTS / file).is_file():
             raise UserError(f"{PROMPTS / file}: no such file; `dvc repro prepare` makes it")
         prompts = [row["prompt"] for row in read_jsonl(PROMPTS / file)]
+        check_certain(tokenizer, prompts, f"models.{params.model}")
         try:
             ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+            for prompt, own in zip(prompts, ids, strict=True):
+                check_vocabulary(prompt, own, config.get_text_config().vocab_size)
         except UserError as error:
             raise UserError(f"{table}, {PROMPTS / file}: {error}; take it out of its source") from None
         lengths = list(map(len, ids))

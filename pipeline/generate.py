@@ -14,7 +14,7 @@ from pipeline.io import workspace
 from pipeline.policy.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.policy.rollout import context_length
 from pipeline.policy.sampling import sample
-from pipeline.policy.tokenization import encode_prompt
+from pipeline.policy.tokenization import check_vocabulary, encode_prompt
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
 
@@ -54,6 +54,7 @@ def main() -> None:
             raise UserError(f"--max-tokens {arguments.max_tokens}: the context of {folder} has {room}")
         for prompt in arguments.prompts:
             ids = encode_prompt(tokenizer, prompt)
+            check_vocabulary(prompt, ids, model.config.get_text_config().vocab_size)
             if len(ids) >= arguments.max_tokens:
                 raise UserError(f"--max-tokens {arguments.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
             print(f"{name}: {continuation(model, tokenizer, ids, eos, arguments.max_tokens)}")

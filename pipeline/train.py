@@ -5,7 +5,6 @@ that it updates, and used for one update, or for several where the recipe weighs
 """
 
 import dataclasses
-import shutil
 import sys
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -48,13 +47,14 @@ from pipeline.io.artifacts import (
     write_json,
     write_jsonl,
 )
+from pipeline.io.ends import keep_token_ids
 from pipeline.io.history import Progress, history_file
 from pipeline.io.runtime import draw_prompts, draw_rescored, set_up, uniforms
 from pipeline.io.signals import caught_signals
 from pipeline.io.stopwatch import Stopwatch, timing_row
 from pipeline.io.workspace import is_committed, root
 from pipeline.params import SELECTORS, Params, load
-from pipeline.policy.load import load_layout
+from pipeline.policy.load import end_of_text_ids, load_layout
 from pipeline.policy.weights import optimizer_state, put_optimizer_state, put_weights, trained_weights
 from pipeline.reinforce.advantages import (
     BASELINES,
@@ -388,9 +388,8 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     """Weights or adapter, tokenizer, and the checkpoint's own say on how it is decoded, which training does not touch."""
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    decoding = CHECKPOINT / "policy/generation_config.json"
-    if decoding.is_file():
-        shutil.copyfile(decoding, folder / decoding.name)
+    checkpoint = CHECKPOINT / "policy"
+    keep_token_ids(checkpoint, folder, end_of_text_ids(checkpoint, tokenizer))
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:

@@ -55,7 +55,7 @@ def reward_batch(prompts: list[str], rollout: Rollout, setting: Setting) -> tupl
     Each process asks the reward about the completions of its own prompts.
     """
     recipe, group = setting.params.selected("recipe"), len(rollout.lengths) // len(prompts)
-    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group)
+    completions = completion_texts(rollout, setting.tokenizer, recipe.special_tokens, group, setting.eos)
     repeated = [prompt for prompt in prompts for _ in range(group)]
     rows = setting.processes.rows(len(completions), group)
     rewards = torch.tensor(
@@ -82,7 +82,7 @@ def score_batch(model: PreTrainedModel, rollout: Rollout, setting: Setting) -> S
 def rollout_metrics(rollout: Rollout, setting: Setting) -> dict[str, float]:
     """Statistics of the completions as texts and tokens."""
     group, eos = setting.params.train.samples_per_prompt, setting.eos
-    plain = completion_texts(rollout, setting.tokenizer, "strip", group)
+    plain = completion_texts(rollout, setting.tokenizer, "strip", group, eos)
     return {
         **text_statistics(plain, completion_tokens(rollout, eos), group),
         "completion_tokens": rollout.lengths.double().mean().item(),
