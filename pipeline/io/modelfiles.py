@@ -184,10 +184,12 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{key}: {path.name} is damaged: {error}") from None
         # transformers takes them for what they say, or names a setting of its own; buffers may well hold integers
-        whole = sorted(name for name, kind in kinds.items() if name.endswith(".weight") and kind[0] in "IU")
-        if whole:
+        packed = sorted(
+            name for name, kind in kinds.items() if name.endswith(".weight") and kind.startswith(("I", "U", "F8", "F4"))
+        )
+        if packed:
             raise UserError(
-                f"{key}: {whole[0]} holds integers ({kinds[whole[0]]}): a quantized model; take the one it was made of"
+                f"{key}: {packed[0]} holds {kinds[packed[0]]}: a quantized model; take the one that it was made of"
             )
     logging.set_verbosity_error()  # its report of what does not fit is said below, in one line
     logging.disable_progress_bar()
