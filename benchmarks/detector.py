@@ -169,7 +169,7 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
         )
     mask, entropy = rollout.completion_mask, scores.entropy
     texts, tokens = (
-        completion_texts(rollout, setting.tokenizer, "strip", SAMPLES),
+        completion_texts(rollout, setting.tokenizer, "strip", SAMPLES, setting.eos),
         completion_tokens(rollout, setting.eos),
     )
     text = text_statistics(texts, tokens, SAMPLES)

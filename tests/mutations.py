@@ -99,7 +99,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max_tokens - tokens)", "max_tokens - tokens + 1)"),
         ("lengths.view(-1, group).amax(1).repeat_interleave(group)", "lengths * 0 + lengths.amax()"),
         ("row[: length - ended]", "row[:length]"),
-        ('special_tokens == "strip")', 'special_tokens != "strip")'),
+        ('special_tokens == "strip"', 'special_tokens != "strip"'),
+        ("skip_special_tokens=True", "skip_special_tokens=False"),
     ]),
     "rl/advantages.py": ("objective", [
         ("/ (group - 1)", "/ group"),
@@ -189,9 +190,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max(0, limits[i] - SAMPLED)", "0"),
     ]),
     "models/tokenization.py": ("tokenization", [
-        ("whole[: places[0] + len(text)]", "whole"),
-        ("whole[: places[0] + len(text)]", "text"),
-        ("not prompt.endswith(str(tokenizer.eos_token))", "True"),
+        ("return ids[: before + len(text)]", "return ids"),
+        ("return ids[: before + len(text)]", "return text"),
+        ('whole["special_tokens_mask"].index(0)', "0"),
+        ("max(ids) >= size", "max(ids) > size"),
     ]),
     "models/adapters.py": ("large", [
         ("m is not head", "True"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,25 @@ def test_directories_are_copied_without_what_is_not_needed(place: Path, tiny: Pa
         assert written[part]["files"] == digests == dict(sorted(digests.items()))
     assert len(stored(place)) == 2 + sum(len(written[part]["files"]) for part in ("policy", "encoder"))
     assert str(place) not in (place / "data/checkpoint/manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "decoding", "written"),
+    [
+        ([0, 5], {"eos_token_id": 6, "top_k": 5}, {"eos_token_id": [0, 6, 5], "top_k": 5}),
+        (5, None, {"bos_token_id": 0, "eos_token_id": [0, 5], "pad_token_id": None}),
+        ([5, 0], None, None),
+    ],
+)
+def test_transformers_own_generate_is_told_of_every_end(place: Path, config: Any, decoding: Any, written: Any) -> None:
+    """An adapter is decoded as the checkpoint that it names."""
+    source, file = place / "models/local/policy", place / "data/checkpoint/policy/generation_config.json"
+    _edit_config(eos_token_id=config)(source)
+    (source / "generation_config.json").unlink()
+    if decoding:
+        (source / "generation_config.json").write_text(json.dumps(decoding))
+    cache.main()
+    assert (json.loads(file.read_text()) if file.is_file() else None) == written
 
 
 def test_two_runs_are_byte_identical(place: Path, pythia_pickled: Path) -> None:
@@ -240,6 +260,17 @@ def _without_a_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _quantized(*names: str) -> Callable[[Path], None]:
+    """Stores weights as int8, those named or all."""
+
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        small = {name: (weights[name] * 100).to(torch.int8) for name in names or weights}
+        save_file(weights | small, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
 def _without_a_shard(folder: Path) -> None:
     _shard(folder, "model", ".safetensors")
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -303,6 +334,8 @@ def _no_end_token(folder: Path) -> None:
         (_write("generation_config.json", b"[0]"), "generation_config.json is not the configuration of a model: Value"),
         (_write("model.safetensors", b"<html>not found</html>"), "model.safetensors is damaged"),
         (_without_a_tensor, "the weights lack gpt_neox.layers.1.attention.dense.weight (1 such)"),
+        (_quantized(), "embed_out.weight holds I8: a quantized model"),
+        (_quantized("gpt_neox.layers.1.attention.dense.weight"), "attention.dense.weight holds I8: a"),
         (_without_a_shard, "model.safetensors.index.json lists model-00002-of-00002.safetensors, which is not there"),
         (_index_outside, "model.safetensors.index.json names a file outside its folder"),
         (_pickle(b"no pickle"), "pytorch_model.bin is damaged or holds more than weights"),
@@ -314,6 +347,61 @@ def test_a_directory_that_holds_no_usable_model(place: Path, spoil: Callable[[Pa
     spoil(place / "models/local/policy")
     assert message in refused(place)
     assert not (place / "run-by-the-pickle").exists()
+
+
+def _add_token(folder: Path) -> int:
+    """One token more, as for pictures; its id."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer) - 1
+
+
+def test_an_added_token_may_lie_beyond_the_vocabulary_but_no_prompt_may_hold_it(place: Path) -> None:
+    """As Gemma 3 1B's, whose tokenizer is that of the models which see."""
+    shutil.rmtree(place / "models/local/policy")
+    repositories.write_pythia(place / "models/local/policy", None, vocabulary=257)
+    assert _add_token(place / "models/local/policy") == 257
+    cache.main()
+    file = place / "data/prompts/heldout.jsonl"
+    file.write_text(json.dumps({"prompt": "Hi"}) + "\n" + json.dumps({"prompt": "What is <image>?"}) + "\n")
+    message = "data/prompts/heldout.jsonl: prompt 'What is <image>?': the tokenizer gives it the id 257, the model has"
+    assert message in refused(place)
+
+
+def test_an_encoder_gets_any_text(place: Path) -> None:
+    _add_token(place / "models/local/encoder")
+    assert re.search(r"encoders\.mine: the tokenizer has ids up to \d+, the model a vocabulary of", refused(place))
+
+
+def test_the_end_must_lie_in_the_vocabulary(place: Path) -> None:
+    folder = place / "models/local/policy"
+    shutil.rmtree(folder)
+    repositories.write_pythia(folder, None, vocabulary=257)
+    _add_token(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<image>"}))
+    assert "the tokenizer has ids up to 257, the model a vocabulary of 257: not a pair" in refused(place)
+
+
+def test_a_tokenizer_that_drops_merges_at_random_is_taken_without(place: Path) -> None:
+    file = place / "models/local/policy/tokenizer.json"
+    stored_one = json.loads(file.read_text())
+    assert stored_one["model"]["type"] == "BPE"
+    # bytes are all there is, but for one word
+    stored_one["model"] |= {
+        "dropout": 0.5,
+        "vocab": {**stored_one["model"]["vocab"], "Hi": 257},
+        "merges": [["H", "i"]],
+    }
+    file.write_text(json.dumps(stored_one))
+    lines = "".join(json.dumps({"prompt": "Hi" * n}) + "\n" for n in range(1, 20))
+    (place / "data/prompts/train.jsonl").write_text(lines)
+    cache.main()
+    layout = json.loads((place / "data/checkpoint/layout.json").read_text())
+    assert layout["longest"] == 19 + 20
 
 
 def test_an_error_leaves_the_earlier_checkpoint(place: Path) -> None:

@@ -294,7 +294,9 @@ def test_only_what_shows_or_reads_its_record_can_reach_mlflow() -> None:
 WITHOUT_TORCH = ("prepare", "diagnose", "plot", "compare", "cure", "sweep")
 
 
-@pytest.mark.parametrize("stage", [name for name in sorted(STAGES | COMMANDS) if name.rpartition(".")[2] in WITHOUT_TORCH])
+@pytest.mark.parametrize(
+    "stage", [name for name in sorted(STAGES | COMMANDS) if name.rpartition(".")[2] in WITHOUT_TORCH]
+)
 def test_stages_without_a_model_never_import_torch(stage: str) -> None:
     for module in reached(stage):
         assert not any(inside(name, ["torch", "transformers"]) for name in imported(syntax(module))), module

@@ -139,10 +139,10 @@ def test_the_reward_reads_what_the_notebook_decodes(
 ) -> None:
     """Special tokens as text, those that fill up to the longest sample of the prompt included."""
     truth = [str(tokenizer.decode(row)) for prompt_length, tokens, _ in drawn for row in tokens[:, prompt_length:]]
-    assert completion_texts(rollout, tokenizer, NOTEBOOK.special_tokens, GROUP) == truth
+    assert completion_texts(rollout, tokenizer, NOTEBOOK.special_tokens, GROUP, [EOS]) == truth
     assert any(text.endswith("<|endoftext|><|endoftext|>") for text in truth)
     plain = [text.replace("<|endoftext|>", "") for text in truth]
-    assert completion_texts(rollout, tokenizer, "strip", GROUP) == plain
+    assert completion_texts(rollout, tokenizer, "strip", GROUP, [EOS]) == plain
 
 
 def test_the_update_is_adam_s_of_the_notebook(model: PreTrainedModel, rollout: Rollout, drawn: Drawn) -> None:

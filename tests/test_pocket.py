@@ -54,7 +54,7 @@ def test_untouched_completions_are_seldom_empty_and_long_enough() -> None:
         completion_limits([len(p) for p in ids], limit, "completion"),
         draw_uniforms(0, 0, "test", len(ids) * group, limit), [eos],
     )  # fmt: skip
-    texts = completion_texts(rollout, tokenizer, "strip", group)
+    texts = completion_texts(rollout, tokenizer, "strip", group, [eos])
     assert sum(not text.strip() for text in texts) <= 0.1 * len(texts)
     assert statistics.median(rollout.lengths.tolist()) >= 8
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.schema import Reward as Table
 from pipeline.errors import UserError
@@ -117,6 +120,16 @@ def test_embedding_does_not_depend_on_the_batch(embedding: Reward) -> None:
     values = embedding([""] * len(shuffled), shuffled)
     assert values == pytest.approx([alone[SENTENCES.index(sentence)] for sentence in shuffled], abs=1e-5)
     assert math.isfinite(alone[SENTENCES.index("")])
+
+
+def test_an_encoder_reads_a_text_the_same_way_each_time(bert: Path, tmp_path: Path) -> None:
+    """Also one whose tokenizer leaves out merges at random."""
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    ids = {"[PAD]": 0, "a": 1, "b": 2, "ab": 3, "abab": 4}
+    model = models.BPE(ids, [("a", "b"), ("ab", "ab")], dropout=0.5)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), pad_token="[PAD]").save_pretrained(folder)
+    reward = build(folder, kind="embedding", target="b")
+    assert len({reward([""], ["abababab"])[0] for _ in range(20)}) == 1
 
 
 @pytest.mark.numeric

@@ -11,17 +11,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.models.load import end_of_text_ids, load_tokenizer
-from pipeline.models.rollout import check_context, completion_tokens, context_length
-from pipeline.models.sampling import pad_prompts, sample
-from pipeline.models.tokenization import encode_prompt
+from pipeline.models.rollout import check_context, completion_texts, completion_tokens, context_length
+from pipeline.models.sampling import Rollout, pad_prompts, sample
+from pipeline.models.tokenization import check_certain, check_vocabulary, encode_prompt
 from tests.models import tiny_neox, token_lists, uniform
 
 WORDS = {"<eos>": 0, "<bos>": 1, "<sep>": 2, "<unk>": 3, "say": 4, "a": 5, "word": 6}
 
 
-def tokenizer(template: str = "", normalizer: Any = None) -> PreTrainedTokenizerFast:
+def tokenizer(template: str = "", normalizer: Any = None, unknown: str = "<unk>") -> PreTrainedTokenizerFast:
     """Splits at blanks; template: where special tokens stand, such as `<bos> $A <eos>`."""
-    made = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    made = Tokenizer(models.WordLevel(WORDS, unk_token=unknown))
     made.normalizer = normalizer or normalizers.Strip()
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if template:
@@ -29,7 +29,7 @@ def tokenizer(template: str = "", normalizer: Any = None) -> PreTrainedTokenizer
         made.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[(n, WORDS[n]) for n in named]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token=unknown)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,65 @@ def test_a_tokenizer_loads_and_is_saved_without_what_it_appends(template: str, t
     assert AutoTokenizer.from_pretrained(tmp_path / "one")("say a word")["input_ids"][-1] == 0
 
 
-def test_an_end_that_a_normalizer_appends_is_taken_off_and_one_in_the_text_is_not() -> None:
-    appends = normalizers.Replace("word", "word <eos>")
-    assert encode_prompt(tokenizer(normalizer=appends), "say a word") == [4, 5, 6]
-    assert encode_prompt(tokenizer(), "say <eos>") == [4, 0]
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [("say <eos>", [4, 0]), ("say <eos> ", [4, 0]), ("<eos> say", [0, 4]), ("<eos>", [0]), ("<eos> <eos>", [0, 0]),
+     ("say <sep>", [4, 2]), ("<bos> say", [1, 4]), ("<bos>", [1])],
+)  # fmt: skip
+@pytest.mark.parametrize("template", ["", "$A <eos>", "<bos> $A", "<bos> $A <sep>", "<eos> $A", "<eos> $A <eos>"])
+def test_an_end_that_is_written_out_is_fed_as_it_is_written(template: str, prompt: str, ids: list[int]) -> None:
+    """Whichever of a model's ends it is, at whichever place, and whatever the tokenizer adds."""
+    before = [WORDS[template.split()[0]]] if template.startswith("<") else []
+    assert encode_prompt(tokenizer(template), prompt) == [*before, *ids]
+
+
+@pytest.mark.parametrize("kind", [processors.BertProcessing, processors.RobertaProcessing])
+def test_other_processors_append_as_templates_do(kind: Any) -> None:
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = kind(("<sep>", 2), ("<bos>", 1))
+    assert encode_prompt(words, "say a word") == [1, 4, 5, 6]
+    assert encode_prompt(words, "<sep>") == [1, 2]
+    assert encode_prompt(words, "say <sep>") == [1, 4, 2]
+
+
+@pytest.mark.parametrize("template", ["", "$A <eos>", "<eos> $A <eos>"])
+def test_characters_that_are_unknown_stay_where_the_unknown_token_is_eos(template: str) -> None:
+    words = tokenizer(template, unknown="<eos>")
+    before = [0] if template.startswith("<") else []
+    assert encode_prompt(words, "say \u2603") == [*before, 4, 0]
+    assert encode_prompt(words, "\u2603 \u2603") == [*before, 0, 0]
+
+
+def test_what_a_normalizer_puts_into_a_text_is_a_part_of_it() -> None:
+    assert encode_prompt(tokenizer(normalizer=normalizers.Prepend("a ")), "say") == [5, 4]
+
+
+def subwords(dropout: float | None) -> PreTrainedTokenizerFast:
+    """Merges `abababab` to one token, or not, by chance."""
+    ids, merges = {"<eos>": 0, "a": 1, "b": 2, "ab": 3, "abab": 4, "abababab": 5}, ["a b", "ab ab", "abab abab"]
+    model = models.BPE(ids, [(one, two) for one, two in map(str.split, merges)], dropout=dropout)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<eos>")
+
+
+def test_dropped_merges_end_when_a_tokenizer_is_loaded_and_are_not_saved(tmp_path: Path) -> None:
+    subwords(0.5).save_pretrained(tmp_path / "one")
+    write(tmp_path / "one", config={})
+    loaded = load_tokenizer(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    check_certain(loaded, ["abababab"] * 50, "models.mine")
+    for words in (loaded, AutoTokenizer.from_pretrained(tmp_path / "two")):
+        assert all(words("abababab")["input_ids"] == [5] for _ in range(50))
+
+
+def test_a_tokenizer_that_samples_is_named_and_no_prompt_of_it() -> None:
+    with pytest.raises(UserError, match=r"^models\.mine: the tokenizer gives a text other tokens each time"):
+        check_certain(subwords(0.5), ["abababab"] * 50, "models.mine")
+
+
+def test_a_prompt_beyond_the_vocabulary_is_refused_with_its_text() -> None:
+    check_vocabulary("say a", [4, 5], 6)
+    with pytest.raises(UserError, match=r"^prompt 'say a word': .* the id 6, the model has a vocabulary of 6$"):
+        check_vocabulary("say a word", [4, 5, 6], 6)
 
 
 @pytest.mark.parametrize("prompt", ["\u3000", "\u00a0", "  ", "\t", ""])
@@ -96,6 +151,15 @@ def test_a_completion_ends_at_any_of_its_ends() -> None:
         assert set(row[length:]) <= {0}
         seen.add(row[length - 1])
     assert seen >= {0, 3, 5}
+
+
+def test_no_end_is_a_part_of_the_text_that_a_reward_reads() -> None:
+    """`say` is an ordinary word to the tokenizer, and an end by another file of the model."""
+    rows, lengths = [[5, 6, 4], [5, 6, 0], [4, 0, 0], [2, 5, 6]], torch.tensor([3, 3, 1, 3])
+    rollout = Rollout(*[torch.tensor(rows)] * 3, lengths, *[torch.zeros(4, 3)] * 2)
+    assert completion_texts(rollout, tokenizer(), "strip", 1, [0, 4]) == ["a word", "a word", "", "<sep> a word"]
+    kept = ["a word say", "a word <eos>", "say", "<sep> a word"]
+    assert completion_texts(rollout, tokenizer(), "keep", 1, [0, 4]) == kept
 
 
 class Nested:

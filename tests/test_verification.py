@@ -29,6 +29,8 @@ from transformers import (
     MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForCausalLM,
@@ -146,6 +148,26 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         UserError, match=r"models\.mine: bert cannot be trained: .* no causal LM \(is it `is_decoder`\?\)"
     ):
         choose(model("not_causal"))
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_that_is_none_is_named(window: int) -> None:
+    """A row of which everything is masked attends to everything."""
+    policy = MistralForCausalLM(MistralConfig(**KV, head_dim=8, sliding_window=window, attn_implementation="eager"))
+    with pytest.raises(UserError, match=rf"depend on the tokens that follow, .* \(sliding_window is {window}\)$"):
+        choose(policy.eval())
+
+
+def test_positions_that_change_with_the_length_are_named() -> None:
+    """longrope has other frequencies for a sequence beyond the original context, for its first tokens too."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}  # fmt: skip
+    sizes = KV | {"original_max_position_embeddings": 16, "pad_token_id": 0}
+    policy = Phi3ForCausalLM(
+        Phi3Config(**sizes, sliding_window=None, rope_parameters=rope, attn_implementation="eager")
+    )
+    with pytest.raises(UserError, match=r"its positions change for sequences beyond 16 tokens \(longrope\)\)$"):
+        choose_layout(policy.eval(), token_lists([3, 5, 6, 7], VOCABULARY), LIMITS, "models.mine")
 
 
 def test_it_is_said_what_is_slower_and_why() -> None:

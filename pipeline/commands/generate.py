@@ -13,7 +13,7 @@ from pipeline.errors import UserError, run_stage
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
-from pipeline.models.tokenization import encode_prompt
+from pipeline.models.tokenization import check_vocabulary, encode_prompt
 from pipeline.runs import workspace
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
@@ -54,6 +54,7 @@ def main() -> None:
             raise UserError(f"--max-tokens {arguments.max_tokens}: the context of {folder} has {room}")
         for prompt in arguments.prompts:
             ids = encode_prompt(tokenizer, prompt)
+            check_vocabulary(prompt, ids, model.config.get_text_config().vocab_size)
             if len(ids) >= arguments.max_tokens:
                 raise UserError(f"--max-tokens {arguments.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
             print(f"{name}: {continuation(model, tokenizer, ids, eos, arguments.max_tokens)}")

@@ -116,9 +116,12 @@ def check_policy(folder: Path, key: str) -> None:
     config = _check_config(folder, key, CAUSAL, "a causal LM")
     if config.architectures and not set(config.architectures) & set(CAUSAL.values()):
         raise UserError(f"{key}: {config.architectures[0]} is no causal LM (GPTNeoXForCausalLM, for example, is one)")
-    tokenizer = _check_tokenizer(folder, key, config)
+    tokenizer, ids = _load_tokenizer(folder, key)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key}: the tokenizer has no end-of-text token, so that no completion could end")
+    # other tokens that were added, for pictures and the like, may lie beyond: only a prompt with one is refused
+    added = tokenizer.get_added_vocab().keys() - {tokenizer.eos_token}
+    _check_pair({token: ids[token] for token in ids.keys() - added}, config, key)
     decoding = folder / "generation_config.json"
     try:
         if decoding.is_file() and not isinstance(json.loads(decoding.read_text(encoding="utf-8")), dict):
@@ -134,7 +137,7 @@ def check_encoder(folder: Path, key: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     config = _check_config(folder, key, MODEL_MAPPING_NAMES, "an encoder")
-    _check_tokenizer(folder, key, config)
+    _check_pair(_load_tokenizer(folder, key)[1], config, key)
     _check_weights(folder, key, AutoModel)
 
 
@@ -153,16 +156,20 @@ def _check_config(folder: Path, key: str, known: Any, kind: str) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _check_tokenizer(folder: Path, key: str, config: Any) -> Any:
+def _load_tokenizer(folder: Path, key: str) -> tuple[Any, dict[str, int]]:
+    """A tokenizer and its ids."""
     from transformers import AutoTokenizer
 
     with _loading(key, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        highest = max(tokenizer.get_vocab().values(), default=-1)
-    size = config.get_text_config().vocab_size
+        return tokenizer, tokenizer.get_vocab()
+
+
+def _check_pair(ids: dict[str, int], config: Any, key: str) -> None:
+    """Raises UserError where the model has no place for one of these ids."""
+    highest, size = max(ids.values(), default=-1), config.get_text_config().vocab_size
     if not 0 <= highest < size:
         raise UserError(f"{key}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}: not a pair")
-    return tokenizer
 
 
 def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
@@ -172,10 +179,18 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
 
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="numpy"):
-                pass
+            with safe_open(path, framework="numpy") as weights:
+                kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{key}: {path.name} is damaged: {error}") from None
+        # transformers takes them for what they say, or names a setting of its own; buffers may well hold integers
+        packed = sorted(
+            name for name, kind in kinds.items() if name.endswith(".weight") and kind.startswith(("I", "U", "F8", "F4"))
+        )
+        if packed:
+            raise UserError(
+                f"{key}: {packed[0]} holds {kinds[packed[0]]}: a quantized model; take the one that it was made of"
+            )
     logging.set_verbosity_error()  # its report of what does not fit is said below, in one line
     logging.disable_progress_bar()
     with _loading(key, "the weights"):

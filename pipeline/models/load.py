@@ -19,6 +19,7 @@ from transformers.utils import logging
 from pipeline.errors import UserError
 from pipeline.models.adapters import FOLDER_HAS, adapter_weights, add_lora, load_lora
 from pipeline.models.memory import cast_frozen_bf16
+from pipeline.models.tokenization import end_dropout
 from pipeline.models.verification import Layout
 
 
@@ -102,13 +103,14 @@ def check_saving(policy: PreTrainedModel, key: str) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer that appends nothing to a text. Raises UserError where it has no end-of-sequence token: sampling could not
-    end."""
+    """A tokenizer that appends nothing to a text and leaves no merge out by chance. Raises UserError where it has no
+    end-of-sequence token: sampling could not end."""
     _must_exist(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token; a policy needs one to end its completions")
     _append_nothing(tokenizer)
+    end_dropout(tokenizer)
     return tokenizer
 
 

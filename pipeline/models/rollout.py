@@ -51,18 +51,18 @@ def check_context(
 
 
 def completion_texts(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, special_tokens: str, group: int
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, special_tokens: str, group: int, eos: Sequence[int]
 ) -> list[str]:
     """Texts [N] as the reward reads them.
 
-    strip: without special tokens. keep: with them, and with the EOS that fills up to the group's longest completion,
-    which is what the notebook decodes.
+    strip: without the token that ends them, one of `eos`, which need not be a special one, and without special tokens.
+    keep: with both, and with the EOS that fills up to the group's longest completion, which is what the notebook decodes.
     """
-    lengths = rollout.lengths
-    if special_tokens == "keep":
-        lengths = lengths.view(-1, group).amax(1).repeat_interleave(group)
-    ids = [row[:length] for row, length in zip(rollout.completions.tolist(), lengths.tolist(), strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=special_tokens == "strip")
+    if special_tokens == "strip":
+        return tokenizer.batch_decode(completion_tokens(rollout, eos), skip_special_tokens=True)
+    lengths = rollout.lengths.view(-1, group).amax(1).repeat_interleave(group)
+    rows = zip(rollout.completions.tolist(), lengths.tolist(), strict=True)
+    return tokenizer.batch_decode([row[:length] for row, length in rows])
 
 
 def completion_tokens(rollout: Rollout, eos: Sequence[int]) -> list[list[int]]:

@@ -307,7 +307,11 @@ def _because(policy: PreTrainedModel, longest: int) -> str:
     elif not takes(policy, "position_ids"):
         causes.append("it takes no position_ids")
     windows = {name: settings.get(name) for name in WINDOWS}
-    causes += [f"{name} is {size}" for name, size in windows.items() if type(size) is int and 0 < size < longest]
+    causes += [f"{name} is {size}" for name, size in windows.items() if type(size) is int and size < longest]
+    rope = settings.get("rope_parameters") or {}
+    start = settings.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and type(start) is int and start < longest:
+        causes.append(f"its positions change for sequences beyond {start} tokens (longrope)")
     return f" ({', '.join(causes)})" if causes else ""
 
 

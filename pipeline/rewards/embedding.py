@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
+from pipeline.models.tokenization import end_dropout
 
 
 def embedding_reward(
@@ -26,6 +27,7 @@ def embedding_reward(
 
     logging.disable_progress_bar()
     states = Transformer(str(encoder), model_kwargs={"local_files_only": True, "dtype": dtype})
+    end_dropout(states.tokenizer)
     pooling = Pooling(states.get_embedding_dimension(), pooling_mode="mean")
     model = SentenceTransformer(modules=[states, pooling], device=str(device))
 

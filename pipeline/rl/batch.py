@@ -55,7 +55,7 @@ def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) ->
     Each process asks the reward about the completions of its own prompts.
     """
     recipe, group = context.params.selected_recipe, len(rollout.lengths) // len(prompts)
-    completions = completion_texts(rollout, context.tokenizer, recipe.special_tokens, group)
+    completions = completion_texts(rollout, context.tokenizer, recipe.special_tokens, group, context.eos)
     repeated = [prompt for prompt in prompts for _ in range(group)]
     rows = context.processes.group_slice(len(completions), group)
     rewards = torch.tensor(
@@ -84,7 +84,7 @@ def score_batch(model: PreTrainedModel, rollout: Rollout, context: TrainContext)
 def rollout_metrics(rollout: Rollout, context: TrainContext) -> dict[str, float]:
     """Statistics of the completions as texts and tokens."""
     group, eos = context.params.train.samples_per_prompt, context.eos
-    plain = completion_texts(rollout, context.tokenizer, "strip", group)
+    plain = completion_texts(rollout, context.tokenizer, "strip", group, eos)
     return {
         **text_statistics(plain, completion_tokens(rollout, eos), group),
         "completion_tokens": rollout.lengths.double().mean().item(),

@@ -21,6 +21,7 @@ from pipeline.config.load import load_params
 from pipeline.config.schema import Encoder, Model, Params
 from pipeline.data.hub import drop_damaged, from_hub
 from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
+from pipeline.data.token_ids import name_ends
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import (
     atomic_folder,
@@ -97,6 +98,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     device = configure_torch(params.train.device, params.train.threads)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
+    name_ends(folder / "policy", eos)  # here too: an adapter is decoded as the checkpoint that it names
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     probes, sampled = probe_prompts(tokens, limits)
     bfloat16 = params.selected_recipe.precision == "bfloat16"
@@ -112,22 +114,26 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
 def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
     """The tokens of all prompts that fit the policy's context, and how long their completions may be. Raises UserError naming
-    a prompt of the run that has no token, or that is too long with its completion."""
+    a prompt of the run that has no token, has one that the policy does not know, or is too long with its completion."""
     from transformers import AutoConfig
 
     from pipeline.models.rollout import check_context, completion_limits, context_length
-    from pipeline.models.tokenization import encode_prompt
+    from pipeline.models.tokenization import check_certain, check_vocabulary, encode_prompt
 
     table = f"prompt_sets.{params.prompts}"
-    room = context_length(AutoConfig.from_pretrained(policy, local_files_only=True, trust_remote_code=False))
+    config = AutoConfig.from_pretrained(policy, local_files_only=True, trust_remote_code=False)
+    room = context_length(config)
     tokens: list[list[int]] = []
     limits: list[int] = []
     for file, used in (("train.jsonl", 0), ("heldout.jsonl", params.evaluate.prompts)):
         if not (PROMPTS / file).is_file():
             raise UserError(f"{PROMPTS / file}: no such file; `dvc repro prepare` makes it")
         prompts = [row["prompt"] for row in read_jsonl(PROMPTS / file)]
+        check_certain(tokenizer, prompts, f"models.{params.model}")
         try:
             ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+            for prompt, own in zip(prompts, ids, strict=True):
+                check_vocabulary(prompt, own, config.get_text_config().vocab_size)
         except UserError as error:
             raise UserError(f"{table}, {PROMPTS / file}: {error}; take it out of its source") from None
         lengths = list(map(len, ids))

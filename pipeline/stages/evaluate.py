@@ -145,8 +145,8 @@ def measure(
     tokens: list[list[int]] = []
     nats, counted, ended = 0.0, 0, 0
     for rollout in rollouts:
-        texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group)
-        plain += completion_texts(rollout, tokenizer, "strip", group)
+        texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group, eos)
+        plain += completion_texts(rollout, tokenizer, "strip", group, eos)
         tokens += completion_tokens(rollout, eos)
         ref_logprobs = score_rollout(reference, rollout, params.train.micro_batch, recipe.temperature, packing)
         nats += ref_logprobs[rollout.completion_mask].double().sum().item()

@@ -5,7 +5,6 @@ that it updates, and used for one update, or for several where the recipe weighs
 """
 
 import dataclasses
-import shutil
 import sys
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import SELECTORS, Params
+from pipeline.data.token_ids import keep_token_ids
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import TITLES, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
@@ -34,7 +34,7 @@ from pipeline.file_io import (
     write_json,
     write_jsonl,
 )
-from pipeline.models.load import load_layout
+from pipeline.models.load import end_of_text_ids, load_layout
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import (
     CHECKPOINT,
@@ -289,9 +289,8 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     """Weights or adapter, tokenizer, and the checkpoint's own say on how it is decoded, which training does not touch."""
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    decoding = CHECKPOINT / "policy/generation_config.json"
-    if decoding.is_file():
-        shutil.copyfile(decoding, folder / decoding.name)
+    checkpoint = CHECKPOINT / "policy"
+    keep_token_ids(checkpoint, folder, end_of_text_ids(checkpoint, tokenizer))
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:

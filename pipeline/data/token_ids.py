@@ -1,0 +1,48 @@
+"""The ids that end a text: all of them, in the file of a model that its readers go by."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.file_io import read_json, write_json
+
+CONFIG, DECODING = "config.json", "generation_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def name_ends(folder: Path, ends: tuple[int, ...]) -> None:
+    """Has transformers' own `generate` end where completions end: it goes by generation_config.json alone, or without one
+    by the top of config.json. Nothing is written where that names these ends."""
+    config, decoding = read_json(folder / CONFIG), folder / DECODING
+    named = read_json(decoding) if decoding.is_file() else {key: config[key] for key in IDS if key in config}
+    value = named.get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids) or set(ids) != set(ends):
+        write_json(decoding, {**named, "eos_token_id": list(ends) if len(ends) > 1 else ends[0]})
+
+
+def keep_token_ids(checkpoint: Path, saved: Path, ends: tuple[int, ...]) -> None:
+    """Has the files of a saved policy name the ids that the checkpoint's name, and no others: transformers writes those of
+    the configuration's class where the checkpoint names none. How the checkpoint is decoded is kept as it is."""
+    (saved / DECODING).unlink(missing_ok=True)
+    if (checkpoint / DECODING).is_file():
+        shutil.copyfile(checkpoint / DECODING, saved / DECODING)
+    if not (saved / CONFIG).is_file():  # an adapter, decoded as the checkpoint that it names
+        return
+    named, written = read_json(checkpoint / CONFIG), read_json(saved / CONFIG)
+    if "text_config" not in written:  # of some multi-modal models only the text part is loaded
+        named = named.get("text_config", named)
+    if (kept := _with_ids_of(named, written)) != written:
+        write_json(saved / CONFIG, kept)
+    name_ends(saved, ends)
+
+
+def _with_ids_of(named: Any, written: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the ids that another one names, part by part."""
+    named = named if isinstance(named, dict) else {}
+    kept = {
+        key: _with_ids_of(named.get(key), value) if isinstance(value, dict) else value
+        for key, value in written.items()
+        if key not in IDS or key in named
+    }
+    return kept | {key: named[key] for key in IDS if key in named}
