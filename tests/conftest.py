@@ -88,7 +88,7 @@ class Project:
 
     def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", f"pipeline.{stage}", *arguments],
+            [sys.executable, "-m", module_of(stage), *arguments],
             cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
@@ -101,6 +101,12 @@ class Project:
         assert len(errors) == 1, result.stderr
         assert result.stderr.rstrip().endswith(errors[0])
         return errors[0]
+
+
+def module_of(name: str) -> str:
+    """The module of a stage or a command."""
+    folder = "commands" if (ROOT / f"pipeline/commands/{name}.py").exists() else "stages"
+    return f"pipeline.{folder}.{name}"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
-    *(f"pipeline.{name}" for name in ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")),
+    *(f"pipeline.stages.{name}" for name in ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")),
     "mlflow", "mlflow.store.tracking.sqlalchemy_store", "transformers.models.gpt_neox.modeling_gpt_neox",
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ class Forks:
     def start(self, project: "Project", stage: str = "train") -> Iterator[Run]:
         """A stage in this project; it does not outlive the block."""
         assert self.server.stdin
-        request = [f"pipeline.{stage}", str(project.root), str(self.said), project.environment]
+        request = [f"pipeline.stages.{stage}", str(project.root), str(self.said), project.environment]
         print(json.dumps(request), file=self.server.stdin, flush=True)
         run = Run(self.server, self.said)
         try:

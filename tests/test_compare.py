@@ -303,7 +303,7 @@ def test_what_is_written_and_printed(say: Say, tmp_path: Path) -> None:
     assert table in printed
     assert legend.strip() in printed
     assert "1 more left out" in printed
-    assert (tmp_path / "reports/compare/comparison_figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "reports/compare/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_another_folder_keeps_what_is_in_it(say: Say, tmp_path: Path) -> None:
@@ -632,7 +632,7 @@ def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) 
     """Custom rewards are code: a seed that was trained after they changed is no seed of the same experiment."""
     commits.experiment("same", 1)
     for what in ("pipeline/stages/train.py", "custom", "data/prompts", "data/checkpoint"):
-        commits.experiment(what.partition("/")[2] or what, 1, **{what: "other"})
+        commits.experiment(what.rpartition("/")[2], 1, **{what: "other"})
     found = {training.name: training for training in summaries.from_dvc(every_commit=False)}
     plain = found["HEAD"]
     assert (found["same"].code, found["same"].data) == (plain.code, plain.data)

@@ -77,7 +77,7 @@ def test_layers_computed_again_give_the_same_gradient(dtype: torch.dtype, lora: 
                 add_lora(policy, 2, 4, seeded())
                 moved(policy)
             chosen = recipe("stable", kl="none", precision=precision)
-            backward(policy, batch(dtype), chosen, 2, 2, recompute=again)
+            backward(policy, batch(dtype), chosen, 2, 2, gradient_checkpointing=again)
             found.append(gradient(policy))
         assert found[0].norm() > 0
         assert torch.equal(*found), precision

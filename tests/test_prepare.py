@@ -495,7 +495,7 @@ def test_a_name_that_no_file_system_takes_is_refused(place: Path, source: str) -
 
 def imported(project: Project) -> set[str]:
     """The packages that the stage has imported when it is done."""
-    code = "import sys; from pipeline import prepare; prepare.main(); print(*sys.modules)"
+    code = "import sys; from pipeline.stages import prepare; prepare.main(); print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=project.root, env=project.environment, capture_output=True, text=True
     )

@@ -43,7 +43,7 @@ __all__ = ["checkpoint", "here", "ready"]  # fixtures
 
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 4))
 def test_shares_are_runs_of_whole_prompts_that_together_are_all(count: int, prompts: int, group: int) -> None:
-    every = [DistContext(rank, count).rows(prompts * group, group) for rank in range(count)]
+    every = [DistContext(rank, count).group_slice(prompts * group, group) for rank in range(count)]
     assert [i for rows in every for i in range(rows.start, rows.stop)] == list(range(prompts * group))
     sizes = [rows.stop - rows.start for rows in every]
     assert all(size % group == 0 for size in sizes)
@@ -167,7 +167,7 @@ def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: py
             (project.root / file).write_text(text)
         monkeypatch.setenv(CONFIG, file)
         with pytest.raises(UserError, match=message):
-            relaunch_with_accelerate("pipeline.stages.train")
+            relaunch_with_accelerate("pipeline.stages.train", Path())
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_the_launcher_waits_for_the_end_of_a_long_step(project: Project, monkeyp
                 lambda _: waits.append(replace(config, shutdown_timeout=None).shutdown_timeout),
             )  # fmt: skip
             with pytest.raises(SystemExit) as end:
-                relaunch_with_accelerate("pipeline.stages.train")
+                relaunch_with_accelerate("pipeline.stages.train", Path())
             assert end.value.code == 0
     assert waits == [3600, 5]
 

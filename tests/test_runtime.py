@@ -129,7 +129,7 @@ def test_some_of_the_prompts_are_rescored(step: int, prompts: int, data: st.Data
 @pytest.mark.parametrize(("prompts", "share", "count"), [(16, 0.125, 2), (4, 0.125, 1), (1, 1.0, 1), (10, 0.25, 2)])
 def test_a_share_of_the_prompts_is_at_least_one(prompts: int, share: float, count: int) -> None:
     train = PARAMS.train.model_copy(update={"prompts_per_step": prompts, "kl_probe_fraction": share})
-    assert train.rescored_prompts == count
+    assert train.kl_probe_prompts == count
 
 
 def test_every_prompt_s_turn_to_be_rescored_comes() -> None:

@@ -179,7 +179,7 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     clone = swept.clone
     size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
-    quicker = "from pipeline import sweep\nsweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
+    quicker = "from pipeline.commands import sweep\nsweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
     quicker += "sweep.run_stage(sweep.main, arguments=True)"
     said = clone(sys.executable, "-c", quicker, *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -193,7 +193,7 @@ def test_an_experiment_that_an_ending_worker_took_along_is_queued_again(swept: S
     clone = swept.clone
     end(clone)  # the workers of what was swept before wait some seconds for more
     patched = """
-from pipeline import sweep
+from pipeline.commands import sweep
 dvc, sweep.POLL_SECONDS, sweep.QUEUE_EVERY, sweep.PATIENCE = sweep.dvc, 0.1, 1, 1
 sweep.dvc = lambda *arguments: "" if arguments[:2] == ("queue", "start") else dvc(*arguments)
 """

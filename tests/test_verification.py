@@ -211,17 +211,17 @@ def test_the_precision_and_the_adapters_of_the_run_are_compared_too(
         add_lora(policy, 2, 4.0, torch.Generator().manual_seed(0))
     assert choose(policy, bfloat16=True) == PACKED
     assert any(p.dtype == torch.bfloat16 for p in policy.parameters()) == adapters
-    policy, half_copy = model("long_window"), verification.bf16_copy
+    policy, bf16_copy = model("long_window"), verification.bf16_copy
 
     def doubled(policy: PreTrainedModel) -> Callable[..., Any]:
         def call(**inputs: Any) -> Any:
-            output = half_copy(policy)(**inputs)
+            output = bf16_copy(policy)(**inputs)
             output.logits = 3 * output.logits
             return output
 
         return call
 
-    monkeypatch.setattr(verification, "half_copy", doubled)
+    monkeypatch.setattr(verification, "bf16_copy", doubled)
     with pytest.raises(UserError, match=r"cannot be trained in bfloat16: .* precision: float32 would do"):
         choose(policy, bfloat16=True)
 

@@ -50,7 +50,7 @@ def main() -> None:
         print(
             f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n"
         )
-    print(f"table and curves: {options.out}/table.md, table.csv, comparison_figure.csv, comparison_figure.png")
+    print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.png")
 
 
 def arguments() -> argparse.Namespace:

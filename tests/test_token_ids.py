@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from pipeline import train
 from pipeline.data.token_ids import IDS, name_ends
 from pipeline.models.load import end_of_text_ids, init_policy, load_policy, load_tokenizer
+from pipeline.stages import train
 from tests.test_tokenization import tokenizer, write
 
 CPU, CHECKPOINT, POLICY = torch.device("cpu"), Path("data/checkpoint/policy"), Path("data/policy")
