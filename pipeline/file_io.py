@@ -42,7 +42,7 @@ def translate_write_errors(target: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that becomes `target` when the block ends without an exception. For one writer at
-    a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError: `writing`."""
+    a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError: `translate_write_errors`."""
     temporary = _beside(target, "tmp")
     with translate_write_errors(target):
         make_folder(target.parent)
@@ -59,7 +59,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that replaces `target` when the block ends without an exception. For one writer
-    at a time, as `atomic_path`. Raises UserError: `writing`."""
+    at a time, as `atomic_path`. Raises UserError: `translate_write_errors`."""
     temporary, before = _beside(target, "tmp"), _beside(target, "old.tmp")
     with translate_write_errors(target):
         for left in (temporary, before):  # by a process that was killed

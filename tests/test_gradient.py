@@ -214,7 +214,7 @@ def test_signal_and_noise_of_unequal_parts() -> None:
 
 
 def test_gradients_of_two_batches_add_up() -> None:
-    """`accumulate_gradient` adds to what is there, and leaves its inputs alone."""
+    """`backward` adds to what is there, and leaves its inputs alone."""
     model, chosen, order = tiny_neox(), recipe("stable"), list(range(6))
     rollout, advantage = rollout_of_batch(order), batch()[2].clone()
     for _ in range(2):

@@ -43,7 +43,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
 
 
 def validate_params(tree: Any, name: str = "params.yaml") -> Params:
-    """Validates a parsed parameter file. Raises UserError (see `load`)."""
+    """Validates a parsed parameter file. Raises UserError (see `load_params`)."""
     if not isinstance(tree, dict):
         raise UserError(f"{name}: should hold keys such as model, reward and train, not {type(tree).__name__}")
     if _values(tree) > MOST_VALUES:

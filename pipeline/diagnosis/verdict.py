@@ -75,7 +75,7 @@ def findings(
 ) -> list[Finding]:
     """Every kind of collapse in the history so far, by onset; [] = healthy.
 
-    rows: of history.csv, from step 0; spreads: see `untouched`; steps: that the run is meant to have. A kind counts
+    rows: of history.csv, from step 0; spreads: see `null_statistics`; steps: that the run is meant to have. A kind counts
     once its signs have held for `patience` steps in a row. For metrics that are normal over batches, the limits keep the
     chance that a run which does not learn passes one at all below FALSE_ALARMS, all its steps and metrics together
     (Bonferroni); shares count from `certain` on whatever chance allows.
@@ -90,7 +90,7 @@ def findings(
 
 
 def confirmed_healthy_steps(found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS) -> int:
-    """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `starved` is no
+    """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `zero_reward_variance` is no
     judgement yet: rewards may still begin to differ, and then it is gone."""
     onsets = [finding.onset for finding in found if finding.kind != "starved"]
     return min([*onsets, done - thresholds.patience + 1])

@@ -7,13 +7,13 @@ import torch
 from pipeline.errors import UserError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each launcher of torch's sets
-THREADS_PER_CORE = 8  # more would only wait for each other, and all else with them
+THREADS_PER_CORE = 8  # more threads would slow the whole machine down
 
 
 def configure_torch(device: str, threads: int) -> torch.device:
     """Chooses the device, fixes the number of threads and asks torch for deterministic kernels.
 
-    Raises UserError where a CUDA device is asked for and none is there, or so many threads that the machine stands still.
+    Raises UserError for a CUDA device that is not there, and for more than THREADS_PER_CORE threads a core.
     """
     if threads > (most := THREADS_PER_CORE * (os.cpu_count() or 1)):
         raise UserError(
@@ -23,7 +23,7 @@ def configure_torch(device: str, threads: int) -> torch.device:
         raise UserError("train.device = cuda: torch sees no CUDA device here; auto or cpu would run")
     chosen = torch.device("cpu")
     if device != "cpu" and torch.cuda.is_available():
-        # of the processes on this machine; alone, a LOCAL_RANK is left over from another launcher
+        # without a launcher, LOCAL_RANK is a leftover
         chosen = torch.device("cuda", launcher_number("LOCAL_RANK") if is_launched() else 0)
         torch.cuda.set_device(chosen)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
@@ -44,7 +44,7 @@ def configure_torch(device: str, threads: int) -> torch.device:
 def is_launched() -> bool:
     """Whether `torchrun`, `accelerate launch` or another launcher of torch's started this process as one of several.
 
-    Raises UserError where the environment says so in part: what one of them left there.
+    Raises UserError where only some of a launcher's variables are set: leftovers of an earlier launch.
     """
     missing = [name for name in LAUNCHER if name not in os.environ]
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or launcher_number("WORLD_SIZE") == 1:
@@ -58,7 +58,7 @@ def is_launched() -> bool:
 
 
 def launcher_number(name: str) -> int:
-    """What a launcher has set; 0 where it has not. Raises UserError."""
+    """The value of a launcher's variable, 0 if it is unset. Raises UserError if it is no whole number."""
     text = os.environ.get(name, "0")
     if not text.isdecimal():
         raise UserError(f"{name} = {text!r}: should be a whole number, as a launcher sets it; or unset it")

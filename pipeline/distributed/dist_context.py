@@ -1,7 +1,7 @@
-"""The processes that train one policy together: which prompts are whose, and what they tell each other.
+"""The processes that train one policy together: which prompts each one computes, and their collective calls.
 
-Every process draws the same prompts and the same random numbers for all of a step, samples, scores and differentiates
-its own part, and gathers the parts of the others: what is computed from whole batches is the same everywhere.
+Every process draws the same prompts and random numbers for the whole step. It samples, scores and differentiates its own
+part and gathers the others' parts, so that whatever is computed from whole batches is the same in all processes.
 """
 
 from collections.abc import Iterable
@@ -14,37 +14,37 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among `count`. Alone, nothing is sent, and torch.distributed is not needed."""
+    """This process among `world_size`. With one process nothing is sent and torch.distributed is not needed."""
 
     rank: int = 0
     world_size: int = 1
-    sharded: bool = False  # the policy is spread over them, not held by each
+    sharded: bool = False  # FSDP: each process holds a part of the policy
 
     @property
     def is_main_process(self) -> bool:
-        """One of them writes files and talks to the tracker."""
+        """Whether this process writes the files: rank 0 does."""
         return self.rank == 0
 
     @property
     def description(self) -> int | str:
-        """How a run was computed, for its record."""
+        """The number of processes, as run.json has it."""
         return f"{self.world_size} sharded" if self.sharded else self.world_size
 
     def shard_slice(self, items: int) -> slice:
-        """This process's share of `items`, a run of them; shares differ by one at most."""
+        """This process's share of `items`: neighbours, and shares differ by at most one."""
         share, more = divmod(items, self.world_size)
         start = self.rank * share + min(self.rank, more)
         return slice(start, start + share + (self.rank < more))
 
     def group_slice(self, rows: int, group: int) -> slice:
-        """This process's share of [rows] completions, whole groups of one prompt."""
+        """This process's share of [rows] completions: whole groups, all completions of a prompt."""
         prompts = self.shard_slice(rows // group)
         return slice(prompts.start * group, prompts.stop * group)
 
     def gather(self, part: Tensor, filler: float = 0) -> Tensor:
-        """The rows of all processes [N, ...], in their order, of this one's [n, ...].
+        """Collective call: this process's rows [n, ...] -> the rows of all processes [N, ...], by rank.
 
-        Parts may differ in rows, and in what else they measure, which is filled up to the largest.
+        Processes may have different shapes: the other dimensions are padded with `filler` to the largest.
         """
         if self.world_size == 1:
             return part
@@ -55,21 +55,21 @@ class DistContext:
         return torch.cat([rows[: int(shape[0])] for rows, shape in zip(self._all(padded), shapes, strict=True)])
 
     def _all(self, same: Tensor) -> list[Tensor]:
-        """Tensors of one shape, of all processes."""
+        """The tensors of all processes, which have one shape."""
         received = [torch.empty_like(same) for _ in range(self.world_size)]
         dist.all_gather(received, same)
         return received
 
     def all_reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sums each parameter's gradient over the processes, in place. Of a spread policy it is summed already."""
+        """Sums each gradient over the processes, in place. FSDP has summed them already."""
         for parameter in parameters if self.world_size > 1 and not self.sharded else ():
             if parameter.requires_grad:
-                if parameter.grad is None:  # a share without tokens in the loss
+                if parameter.grad is None:  # this process's share has no token in the loss
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
 
     def barrier(self) -> None:
-        """Until all have come here."""
+        """Waits until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -77,7 +77,7 @@ class DistContext:
         return int(self.gather(torch.tensor([value], device=device)).max())
 
     def reduce_if_sharded(self, value: float, device: torch.device) -> float:
-        """A sum over all weights from one over this process's part of them."""
+        """A sum over the weights that this process holds -> the sum over all weights."""
         return self.all_reduce_sum(value, device) if self.sharded else value
 
     def all_reduce_sum(self, value: float, device: torch.device) -> float:

@@ -19,10 +19,10 @@ CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config
 
 
 def relaunch_with_accelerate(module: str, base: Path) -> None:
-    """Where the environment names a configuration of accelerate, this process becomes its launcher of `module`, and ends
-    as the first of the launched ones that failed, which has said why.
+    """If $REINFORCE_ACCELERATE_CONFIG names a file, this process launches `module` by accelerate and exits with the exit
+    code of the first process that failed, which has printed its error.
 
-    The environment and not params.yaml: where a run is computed is no part of what it is. A relative path counts from
+    An environment variable, not a key of params.yaml: the number of processes is no part of a run's configuration. A relative path counts from
     `base`. Raises UserError where the file or accelerate is missing, or the file is not what accelerate
     writes.
     """
@@ -34,9 +34,9 @@ def relaunch_with_accelerate(module: str, base: Path) -> None:
         raise UserError(f"{CONFIG}: no file {config}; `accelerate config --config_file {name}` writes one")
     if find_spec("accelerate") is None:
         raise UserError(f"{CONFIG} is set, and accelerate is not installed: `pip install accelerate`, or unset it")
-    # told to stop, torch's launcher waits 30 s before it kills; a step may take longer, and its end is waited for
+    # torch's launcher kills 30 s after a signal; a step may take longer
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
-    del os.environ[CONFIG]  # of the launched ones, which would launch again where accelerate gives a single one no rank
+    del os.environ[CONFIG]  # else a single launched process, which gets no rank, would launch again
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -58,7 +58,7 @@ def relaunch_with_accelerate(module: str, base: Path) -> None:
 
 
 def init_process_group(device: torch.device, prompts: int) -> DistContext:
-    """Connects with the other processes that the launcher started, to share the `prompts` of a step.
+    """Connects with the other processes that the launcher started. They share the `prompts` of a step.
 
     Raises UserError where there are fewer prompts than processes.
     """
@@ -66,7 +66,7 @@ def init_process_group(device: torch.device, prompts: int) -> DistContext:
         return SINGLE_PROCESS
     if prompts < (count := launcher_number("WORLD_SIZE")):
         raise UserError(f"train.prompts_per_step = {prompts}: at least one for each of the {count} processes is needed")
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # neither torchrun nor accelerate: variables may be left over
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # neither torchrun nor accelerate: the variables may be leftovers
         print(
             f"process {os.environ['RANK']} of {count}: waiting for the others at {os.environ['MASTER_ADDR']}; where there "
             f"are none, stop this and `unset {' '.join(LAUNCHER)}`",
@@ -78,7 +78,7 @@ def init_process_group(device: torch.device, prompts: int) -> DistContext:
 
 
 def destroy_process_group(processes: DistContext) -> None:
-    """Waits for the others, so that none is ended while another writes, and lets go of them."""
+    """Waits for all processes, so that none ends while rank 0 still writes."""
     if processes.world_size > 1:
         processes.barrier()
         dist.destroy_process_group()

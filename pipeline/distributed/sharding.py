@@ -1,5 +1,5 @@
-"""A policy spread over the processes: each holds a part of its weights, gradients and optimizer state, and layers are put
-together where they are computed (FSDP; Zhao et al., arXiv 2304.11277), by torch's `fully_shard`."""
+"""FSDP (Zhao et al., arXiv 2304.11277) by torch's `fully_shard`: each process holds a part of the policy's weights, gradients
+and optimizer state, and a layer is gathered where it is computed."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def shard(policy: PreTrainedModel, device: torch.device, processes: int) -> None:
-    """Spreads the policy, in place: its layers one by one, the rest as one, each part to its process's device. Gradients
-    are summed over the processes, as the normalisers are of the whole batch."""
+    """Shards the policy in place, layer by layer, each part on its process's device. Gradients are summed over the processes,
+    not averaged, since the loss's normalisers are those of the whole batch."""
     mesh = init_device_mesh(device.type, (processes,))
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -27,25 +27,25 @@ def shard(policy: PreTrainedModel, device: torch.device, processes: int) -> None
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part, sharing its memory; of what is not spread, all of it."""
+    """This process's part of a tensor, sharing its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_full(tree: Any, here: bool = True) -> Any:
-    """A tree of dicts and lists whose spread tensors are put together, on the CPU. Every process has to ask for it; one
-    that has no use for them, not `here`, gets them empty: whole, they may be more than the machine holds several times."""
+def gather_full(tree: Any, keep: bool = True) -> Any:
+    """Collective call: gathers the sharded tensors of a tree of dicts and lists on the CPU. Ranks with keep=False get empty
+    tensors: several whole copies may not fit into one machine."""
     if isinstance(tree, dict):
-        return {key: gather_full(value, here) for key, value in tree.items()}
+        return {key: gather_full(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [gather_full(value, here) for value in tree]
+        return [gather_full(value, keep) for value in tree]
     if not isinstance(tree, DTensor):
         return tree
     together = tree.full_tensor()
-    return together.cpu() if here else together.new_empty(0)
+    return together.cpu() if keep else together.new_empty(0)
 
 
 def distribute_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, spread as the parameter is; nothing is sent."""
+    """Shards a whole tensor as the parameter is sharded. Nothing is sent."""
     if not isinstance(parameter, DTensor):
         return value
     on_device = value.to(parameter.device)
@@ -54,6 +54,6 @@ def distribute_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_full_weights(policy: PreTrainedModel, plain: PreTrainedModel) -> None:
-    """The spread policy's weights into a plain model of the same shape, rounded to what that one holds."""
+    """Copies a sharded policy's weights into a plain model, rounded to its dtypes."""
     for parameter, target in zip(policy.parameters(), plain.parameters(), strict=True):
         target.copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)

@@ -9,15 +9,15 @@ from transformers import PreTrainedModel
 from pipeline.distributed.sharding import distribute_like, gather_full
 
 
-def trained_weights(policy: PreTrainedModel, here: bool = True) -> dict[str, Tensor]:
-    """By name, whole: all parameters, or of a policy with adapters those. Of a spread policy every process has to ask, and
-    gets them only `here`."""
-    return {name: gather_full(p.detach(), here) for name, p in policy.named_parameters() if p.requires_grad}
+def trained_weights(policy: PreTrainedModel, keep: bool = True) -> dict[str, Tensor]:
+    """The trained parameters by name, whole: all of them, or the adapters only. Collective call for a sharded policy: ranks with
+    keep=False get empty tensors."""
+    return {name: gather_full(p.detach(), keep) for name, p in policy.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_weights(policy: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """The inverse of `trained_weights`. Raises ValueError where they are of another policy."""
+    """The inverse of `trained_weights`. Raises ValueError for the weights of another policy."""
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if trained.keys() != weights.keys():
         raise ValueError(f"weights of another policy: {sorted(trained.keys() ^ weights.keys())[:3]} differ")
@@ -25,9 +25,9 @@ def load_weights(policy: PreTrainedModel, weights: dict[str, Tensor]) -> None:
         parameter.copy_(distribute_like(parameter, weights[name]))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, here: bool = True) -> dict[str, Any]:
+def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
     """Its `state_dict` with whole tensors; see `trained_weights`."""
-    return gather_full(optimizer.state_dict(), here)
+    return gather_full(optimizer.state_dict(), keep)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

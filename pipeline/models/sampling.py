@@ -224,7 +224,7 @@ def _generate_each_row(
     model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
     eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]], use_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_complete`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches, or
+    """As `_generate`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches, or
     all tokens each time.
 
     So each sample has a prefill of its own, and completions that have ended go on to the last step, unread.

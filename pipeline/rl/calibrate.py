@@ -1,4 +1,4 @@
-"""Batches of the untouched policy, sampled before training: what its metrics are, and how they stray, without learning."""
+"""Sample the reference model before training, to estimate each metric's mean and variance without learning."""
 
 import torch
 
@@ -10,7 +10,7 @@ from pipeline.rl.seeding import draw_prompts, draw_uniforms
 
 
 def calibrate(context: TrainContext) -> list[dict[str, float]]:
-    """Rows of calibration.csv: batches like those of training, of prompts that come after its own in the draw."""
+    """Rows of calibration.csv: batches as in training, of the prompts that the seed would draw next."""
     params = context.params
     return [calibration_row(batch, context) for batch in range(params.train.calibration_batches)]
 
@@ -29,7 +29,7 @@ def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
     _, rewards = reward_batch(prompts, rollout, context)
     nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt
     mask = rollout.completion_mask
-    # the checkpoint scores as many completions as in a step of training: fewer stray farther
+    # as many completions as a step scores with the reference: fewer have a larger variance
     scored = len(mask) if recipe.kl != "none" else sizes.kl_probe_prompts * sizes.samples_per_prompt
     measured = {
         **reward_metrics(rewards, nothing, nothing),

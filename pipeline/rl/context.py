@@ -1,5 +1,4 @@
-"""What stays the same through a run: parameters, prompts, reward, and the models: the policy, what acts for it, and the
-untouched checkpoint."""
+"""What stays the same through a run: parameters, prompts, reward and models."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,14 +34,12 @@ class TrainContext:
     params: Params
     prompts: list[str]
     tokenizer: PreTrainedTokenizerBase
-    rollout_model: (
-        PreTrainedModel  # samples and scores for the policy: itself, or a copy of one that is spread over processes
-    )
-    # `with context.reference() as model`: the untouched checkpoint, a model of its own or the policy without its adapters
+    rollout_model: PreTrainedModel  # samples and scores: the policy itself, or a whole copy of a sharded one
+    # `with context.reference() as model`: the reference, a second model or the policy without its adapters
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     reward: Reward
     device: torch.device
-    eos: tuple[int, ...]  # every id that ends a completion; the first one fills up behind an end
+    eos: tuple[int, ...]  # ids that end a completion; the first one pads
     layout: Layout
     processes: DistContext = SINGLE_PROCESS
 
@@ -50,9 +47,9 @@ class TrainContext:
 def build_context(
     params: Params, device: torch.device, processes: DistContext = SINGLE_PROCESS
 ) -> tuple[TrainContext, PreTrainedModel]:  # fmt: skip
-    """What `prepare` and `cache` left, and the policy to train. Raises UserError where `cache` did not try the policy with
-    sequences as long as this run's."""
-    # a policy that is spread may be too large for one device: from the CPU its parts are sent where they belong
+    """The context of a run, from the files of `prepare` and `cache`, and the policy to train. Raises UserError where this run's
+    sequences are longer than those that `cache` compared."""
+    # a policy that is sharded may not fit into one device: it is loaded on the CPU
     policy = rollout_model = initial_policy(params, device, torch.device("cpu") if processes.sharded else device)
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     if not params.train.lora_rank:
@@ -84,7 +81,7 @@ def initial_policy(params: Params, device: torch.device, at: torch.device) -> Pr
 
 
 def load_reference(params: Params, device: torch.device) -> PreTrainedModel:
-    """The checkpoint, as a model that takes no gradient."""
+    """The reference model: the policy as `cache` stored it, without gradients."""
     model = load_policy(CHECKPOINT / "policy", device).requires_grad_(False)
     if params.selected_recipe.precision == "bfloat16":
         cast_frozen_bf16(model)
@@ -96,13 +93,13 @@ def unchanged(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]
 
 
 def sync_rollout_model(context: TrainContext, policy: PreTrainedModel) -> None:
-    """Has the model that acts for the policy hold its present weights."""
+    """Copies the weights of a sharded policy into the model that samples for it."""
     if context.rollout_model is not policy:
         copy_full_weights(policy, context.rollout_model)
 
 
 def gather_full_policy(policy: PreTrainedModel, processes: DistContext) -> PreTrainedModel:
-    """The policy to be saved. Of a spread one every process has to ask; the one that writes gets it, on the CPU."""
+    """The policy to be saved. Collective call for a sharded one: rank 0 gets a whole copy on the CPU."""
     if not processes.sharded:
         return policy
     weights = trained_weights(policy, processes.is_main_process)

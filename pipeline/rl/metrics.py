@@ -47,8 +47,8 @@ def policy_metrics(
 
 
 def nonfinite_share(before: Tensor, after: Tensor) -> float:
-    """Share of the logprobs before and after an update, of tokens of completions, that are not finite. One of those after
-    it says that the update broke the policy, which a run's last one would else hide."""
+    """Share of the completions' logprobs, before and after an update, that are not finite. Those after it show that a run's last
+    update broke the policy."""
     return (~torch.isfinite(torch.cat([before, after]))).double().mean().item()
 
 
@@ -69,7 +69,7 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, grou
 
 
 def update_metrics(before: Tensor, after: Tensor, mask: Tensor, group: int) -> dict[str, float]:
-    """KL(before || after) of one update, on what the policy said before it: k3, r - 1 - log r with r = after / before.
+    """KL(before || after) of one update, on completions sampled before it: k3, r - 1 - log r with r = after / before.
 
     before, after, mask: [n, T] of whole prompts, `group` completions of each.
     """
@@ -94,7 +94,7 @@ def token_mean_error(values: Tensor, mask: Tensor, group: int) -> float:
 
 
 def longest_runs(marked: Tensor) -> Tensor:
-    """[N] the longest row of Trues in each of [N, T]."""
+    """[N] the longest run of True in each row of [N, T]."""
     current = longest = torch.zeros(len(marked), dtype=torch.int64, device=marked.device)
     for column in marked.T:
         current = (current + 1) * column

@@ -13,11 +13,11 @@ from pipeline.distributed.sharding import local_tensor
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba, arXiv 1412.6980) without weight decay, or plain SGD, of what is trained."""
+    """Adam (Kingma & Ba, arXiv 1412.6980) without weight decay, or plain SGD, over the trained parameters."""
     parameters = [p for p in parameters if p.requires_grad]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=recipe.lr)
-    # fused: one pass over the weights, ten times faster on a CPU, and one code path whatever torch would choose by itself
+    # fused: ten times faster on a CPU, and torch does not choose the implementation by itself
     return torch.optim.Adam(parameters, lr=recipe.lr, eps=recipe.adam_eps, fused=True)
 
 
@@ -38,14 +38,14 @@ class Update:
 
     grad_norm: float  # L2, before clipping
     update_norm_ratio: float  # |change of the weights| / |weights|, L2 over all that are trained
-    skipped: bool  # since loss or gradient were not finite
+    skipped: bool  # the step, since loss or gradient were not finite
 
 
 def optimizer_step(
     policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float,
     processes: DistContext = SINGLE_PROCESS,
 ) -> Update:  # fmt: skip
-    """Clips the gradient to `max_grad_norm` (0 = off) and steps, but not with a non-finite loss or gradient. Lets go of the
+    """Clips the gradient to `max_grad_norm` (0 = off) and steps; skips the step if loss or gradient are not finite. Frees the
     gradient."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None])
@@ -69,7 +69,7 @@ def optimizer_step(
 
 
 def _with_gradient_one_by_one(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
-    """Each in turn, the only one that has its gradient: an optimizer passes over the others. Afterwards none has."""
+    """Yields each parameter while it alone has its gradient, so that the optimizer updates it alone. Afterwards none has one."""
     gradients = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
@@ -80,7 +80,7 @@ def _with_gradient_one_by_one(parameters: list[torch.nn.Parameter]) -> Iterator[
 
 
 def square_norm(tensors: Iterable[Tensor | None]) -> float:
-    """Squared L2 norm of all of them as one vector; rows in their own precision, their sum in float64."""
+    """Squared L2 norm of all tensors as one vector; rows in their own precision, their sum in float64."""
     return _total([_square(x) for x in tensors if x is not None])
 
 

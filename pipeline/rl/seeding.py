@@ -18,7 +18,7 @@ def draw_uniforms(seed: int, step: int, purpose: str, samples: int, tokens: int)
 
 
 def draw_probe_prompts(seed: int, step: int, prompts: int, count: int) -> list[int]:
-    """The prompts of a step, by their place in it, whose completions are scored again: `count` of them, in order."""
+    """`count` places among a step's prompts, in order: those whose completions are scored again after the update."""
     return sorted(torch.randperm(prompts, generator=generator(seed, step, "rescored"))[:count].tolist())
 
 

@@ -1,4 +1,4 @@
-"""What a run has come to, step by step: all that a resumed one needs besides weights and optimizer."""
+"""The state of a run that a resumed one needs besides weights and optimizer."""
 
 import dataclasses
 from typing import Any
@@ -12,18 +12,18 @@ SUMMARY_STEPS = 5  # steps behind each mean of summary.json
 
 @dataclasses.dataclass
 class TrainState:
-    """A run so far: all that a resumed one needs besides weights and optimizer."""
+    """A run so far. Saved in each resume state."""
 
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # history.csv
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples.jsonl
     timings: list[dict[str, float]] = dataclasses.field(default_factory=list)  # never in a hashed file
     calibration: list[dict[str, float]] = dataclasses.field(default_factory=list)  # calibration.csv
-    stopped: bool = False  # before its last step, at a non-finite number or a collapse
+    stopped: bool = False  # early, at a non-finite number or a collapse
     running_mean: float | None = None  # of the rewards of the steps so far: `baseline: running`
     processes: list[int | str] = dataclasses.field(
         default_factory=list
     )  # how many computed it: once more after each change
-    kl_coef: float | None = None  # where it adapts to a target; None = still the recipe's
+    kl_coef: float | None = None  # of a KL controller (kl_target > 0); None = the recipe's
 
     @property
     def step(self) -> int:
@@ -31,7 +31,7 @@ class TrainState:
         return len(self.rows)
 
     def points(self, step: int) -> dict[str, float]:
-        """What the tracker gets of a step, by MLflow's metric names."""
+        """A step's metrics and timings by their names in MLflow."""
         timing = self.timings[step]
         return {
             **{f"train/{column}": self.rows[step][column] for column in HISTORY_COLUMNS[1:]},

@@ -22,7 +22,7 @@ from pipeline.rl.optimizer import Update, optimizer_step, square_norm
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from: all N completions, whichever process sampled them; or some of them, n."""
+    """What a step learns from: all N completions of all processes, or n of them."""
 
     rollout: Rollout
     advantages: Tensor  # [n]
@@ -30,7 +30,7 @@ class Batch:
     ref_logprobs: Tensor | None  # [n, T]; not needed without a KL term in the loss
     normalizers: LossNormalizers  # of all N
     kl_coef: float = 0.0
-    old_logprobs: Tensor | None = None  # [n, T] `Gradient.scored` of the batch's first update; None = this is the first
+    old_logprobs: Tensor | None = None  # [n, T] `loss_logprobs` of the batch's first update; None = this is the first
 
 
 @dataclass(frozen=True)
@@ -61,32 +61,33 @@ def backward(
     policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1,
     processes: DistContext = SINGLE_PROCESS, gradient_checkpointing: bool = False, packing: bool = True,
 ) -> BackwardResult:  # fmt: skip
-    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad` (empty, for the ratio to be right).
+    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`, which should be empty: the signal-to-noise
+    ratio is computed from it.
 
-    Normalisers come from the whole batch, so the size of the micro-batches changes memory, not the gradient; and the
-    gradients of the processes, each of whole groups of the batch, add up to it. `group`: the samples of a prompt;
-    `gradient_checkpointing`: the layers' inner values in the backward pass; `packing`: see `score`.
+    Normalisers come from the whole batch: micro-batches change memory, not the gradient, and the gradients of the processes
+    add up to it. `group`: completions of a prompt; `gradient_checkpointing`: computes layers again in the backward pass;
+    `packing`: see `score`.
     """
     rollout, total, clipped = batch.rollout, 0.0, 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     weights = token_weights(batch.loss_mask, recipe.aggregation, batch.normalizers)
     lengths = torch.maximum(batch.loss_mask.sum(1), rollout.lengths)
-    # the ratio needs the gradient of each micro-batch by itself, which takes time: only where it can tell something
-    apart = len(weights) > micro_batch and micro_batch % group == 0 and not processes.sharded
+    # the ratio needs each micro-batch's own gradient, which takes time: only where it is defined
+    track_microbatch_norms = len(weights) > micro_batch and micro_batch % group == 0 and not processes.sharded
     mine = processes.group_slice(len(weights), group)
     separately: AbstractContextManager[list[Tensor | float]] = (
-        _record_microbatch_norms(policy) if apart else nullcontext([])
+        _record_microbatch_norms(policy) if track_microbatch_norms else nullcontext([])
     )
     device = weights.device
-    # one context for all micro-batches: it rounds the weights once and keeps them, if they stay where they are and
-    # there is room for them
+    # one autocast context for all micro-batches rounds the weights once; it may not cache them where layers are gathered or
+    # computed again
     keep = not (processes.sharded or gradient_checkpointing)
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=keep)
     starts = list(range(mine.start, mine.stop, micro_batch))
-    # a spread policy is put together by all processes at once: who has fewer micro-batches computes one in vain
-    idle = processes.all_reduce_max(len(starts), device) - len(starts) if processes.sharded else 0
+    # FSDP needs all ranks in each forward pass: ranks with fewer micro-batches run dummy ones
+    dummy_microbatches = processes.all_reduce_max(len(starts), device) - len(starts) if processes.sharded else 0
     with separately as squares, half, activation_checkpointing(policy, gradient_checkpointing):
-        for start in starts + [mine.start] * idle:
+        for start in starts + [mine.start] * dummy_microbatches:
             rows = slice(start, min(start + micro_batch, mine.stop))
             squares.append(0.0)
             scores = score(
@@ -104,7 +105,7 @@ def backward(
             parts.append((scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach()))
     processes.all_reduce_gradients(policy.parameters())
     snr = math.nan
-    if apart:
+    if track_microbatch_norms:
         whole = square_norm(p.grad for p in policy.parameters())
         squared = torch.tensor([float(square) for square in squares], dtype=torch.float64, device=device)
         sizes = torch.tensor([len(part[0]) for part in parts], device=device)
@@ -115,7 +116,7 @@ def backward(
 
 
 def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
-    """The rows' part of the batch's loss, and how many of their tokens are clipped.
+    """The part of the batch's loss that is of these rows, and how many of their tokens are clipped.
 
         - sum_it w_it f_it A_i log pi_it  +  kl_coef * KL term  -  entropy_coef * sum_it w_it H_it
 
@@ -127,13 +128,13 @@ def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, 
         ratio, cut = importance_weights(
             scores.scored, old, mask, batch.advantages[rows], recipe.importance, recipe.clip_range
         )
-        # where: behind the ends a ratio may be infinite
+        # `where`, since a ratio in the padding may be infinite
         factors = torch.where(factors > 0, factors * ratio.masked_fill(cut, 0.0), 0.0)
         clipped = int((cut & batch.loss_mask[rows]).sum())
     loss = policy_loss(scores.scored, batch.advantages[rows], factors)
     if recipe.kl in KL_LOSSES:
         assert batch.ref_logprobs is not None
-        # of what acts: shifted scores are nobody's, and full ones not the truncated sampler's
+        # the log-probabilities of what was sampled: not the shifted ones, and not the full softmax of a truncated sampler
         acting = scores.scored if recipe.loss_distribution == "sampler" else scores.logprobs
         kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.normalizers.samples)
         loss = loss + batch.kl_coef * kl
@@ -144,8 +145,8 @@ def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, 
 
 @contextmanager
 def _record_microbatch_norms(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
-    """Inside, the gradients of backward passes are summed as ever, and each one's squared L2 norm is added to the last
-    entry of the list. A parameter at a time, as soon as its gradient is there: the second copy is never whole."""
+    """Inside, each backward pass also adds the squared L2 norm of its own gradient to the last entry of the list. Parameter by
+    parameter, as gradients arrive: no second copy of the whole gradient is held."""
     sums: dict[Tensor, Tensor] = {}
     squares: list[Tensor | float] = []
 
@@ -175,7 +176,7 @@ def update_policy(
     batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
     micro_batch: int, group: int, processes: DistContext = SINGLE_PROCESS, gradient_checkpointing: bool = False, packing: bool = True,
 ) -> tuple[BackwardResult, dict[str, float]]:  # fmt: skip
-    """The recipe's updates on one batch. Returns the first gradient, on-policy, and what the row says of the updates."""
+    """The recipe's `epochs` updates on one batch. Returns the first, on-policy result and the metrics of the updates."""
     gradients: list[BackwardResult] = []
     updates: list[Update] = []
     while len(updates) < recipe.epochs and not (updates and updates[-1].skipped):

@@ -46,7 +46,7 @@ def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
 
 def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
     """Writes the state after `step` steps: its sha256, then torch's format. Of older ones the KEPT last stay, and the one
-    that `healthy` finds."""
+    that `last_before` finds."""
     with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
         target.write(bytes(DIGEST))
         hashing = Hashing(target)

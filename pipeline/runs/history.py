@@ -15,7 +15,7 @@ def history_file(path: Path, rows: list[dict[str, float]]) -> Iterator[Callable[
     which plots leave out.
 
     After an exception it is removed: what stays is whole. (The rows are in the resume state too.) Raises UserError:
-    `artifacts.writing`.
+    `file_io.translate_write_errors`.
     """
     with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
