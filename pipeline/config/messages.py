@@ -5,21 +5,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config.schema import (
+    REWARD_KINDS,
     SELECTORS,
     CustomReward,
-    EmbeddingReward,
     Encoder,
     Evaluate,
-    LengthReward,
     Model,
     Params,
     PromptSet,
     Recipe,
-    SumReward,
     Table,
     Term,
     Train,
-    WordsReward,
 )
 from pipeline.errors import did_you_mean
 
@@ -83,10 +80,6 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | 
     tables: dict[str, type[Table]] = {
         "models": Model, "prompt_sets": PromptSet, "encoders": Encoder, "recipes": Recipe,
     }  # fmt: skip
-    rewards: dict[str, type[Table]] = {
-        "embedding": EmbeddingReward, "length": LengthReward, "words": WordsReward,
-        "custom": CustomReward, "sum": SumReward,
-    }  # fmt: skip
     head = str(loc[0]) if loc else ""
     path = [part for part in loc if part != "[key]"]
     if head in sections:
@@ -94,12 +87,12 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | 
     if head in tables:
         return path, tables[head] if len(path) > 2 else None
     if head == "rewards" and len(path) > 2:
-        model: type[Table] | None = rewards.get(str(path[2]))
+        model: type[Table] | None = REWARD_KINDS.get(str(path[2]))
         path = path[:2] + path[3:]
         if path[2:3] == ["terms"] and len(path) > 4:
             model = Term
             if path[4] == "reward" and len(path) > 5:
-                model = rewards.get(str(path[5]))
+                model = REWARD_KINDS.get(str(path[5]))
                 path = path[:5] + path[6:]
         if model is CustomReward and "params" in path[2:]:
             path = path[: path.index("params", 2) + 2]  # below, the validator names types as well as keys

@@ -1,6 +1,6 @@
 """What params.yaml may hold: frozen tables, each key with its type and bounds."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -108,9 +108,12 @@ class CustomReward(Table):
     params: dict[Key, JsonValue] = {}
 
 
+PlainReward = EmbeddingReward | LengthReward | WordsReward | CustomReward
+
+
 class Term(Table):
     weight: float = Field(description="factor on the reward")
-    reward: "EmbeddingReward | LengthReward | WordsReward | CustomReward" = Field(discriminator="kind")
+    reward: PlainReward = Field(discriminator="kind")
 
 
 class SumReward(Table):
@@ -118,7 +121,10 @@ class SumReward(Table):
     terms: tuple[Term, ...] = Field(min_length=1, strict=False)
 
 
-Reward = Annotated[EmbeddingReward | LengthReward | WordsReward | CustomReward | SumReward, Field(discriminator="kind")]
+Reward = Annotated[PlainReward | SumReward, Field(discriminator="kind")]
+REWARD_KINDS: dict[str, type[Table]] = {
+    get_args(table.model_fields["kind"].annotation)[0]: table for table in (*get_args(PlainReward), SumReward)
+}
 
 
 class Recipe(Table):
