@@ -432,6 +432,27 @@ def test_every_column_of_the_history_is_documented() -> None:
     assert re.findall(r"`seconds_(\w+)`", rest) == phases
 
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name != "LOG.md"], ids=lambda path: path.name)
+def test_documents_name_files_and_functions_that_exist(document: Path) -> None:
+    """LOG.md has the names of its days."""
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:pipeline|tests|benchmarks|docs)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\b(test_\w+)\b", re.sub(r"`pytest .*?`|```diff.*?```", "", text, flags=re.DOTALL)):
+        assert (ROOT / f"tests/{name}.py").exists() or f"def {name}(" in ALL_TESTS, name
+    for names, file in re.findall(r"((?:`[\w.]+`(?:,|;| and)?\s+)+)in\s+`(pipeline/[\w/]+\.py)`", text):
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", (ROOT / file).read_text(encoding="utf-8")), (
+                f"{name} in {file}"
+            )
+
+
+ALL_TESTS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+
+
 def test_the_made_up_history_of_the_plots_has_the_real_columns() -> None:
     assert tuple(test_plot.COLUMNS) == HISTORY_COLUMNS
 
