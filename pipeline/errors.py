@@ -31,7 +31,7 @@ def cut(line: str, longest: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text from elsewhere for a terminal: without line breaks, and what would steer the terminal is written out."""
+    """Text from elsewhere as one printable line: line breaks become blanks, control characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
@@ -45,7 +45,7 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
     """Runs a stage's `main`; a UserError becomes `error: ...` on stderr, any other exception keeps its traceback. Where it
     reads no `arguments`, -h and --help print the module's docstring, and others are refused."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what a policy says must not end a run in a Latin-1 terminal
+        sys.stdout.reconfigure(errors="backslashreplace")  # a completion must not end a run in a Latin-1 terminal
     try:
         if not arguments and {"-h", "--help"} & set(sys.argv[1:]):
             print(sys.modules[main.__module__].__doc__)

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place, then renamed into it."""
+"""Atomic files and folders: written beside their place, then renamed into it."""
 
 import contextlib
 import csv
@@ -25,7 +25,7 @@ REFUSED = {
 
 @contextlib.contextmanager
 def translate_write_errors(target: Path) -> Iterator[None]:
-    """Raises UserError naming `target` where the block cannot write it: a full disk and the like."""
+    """Raises UserError naming `target` if the block cannot write it: a full disk and the like."""
     try:
         yield
     except Exception as error:  # safetensors and tokenizers raise classes of their own, which end in (os error 28)
@@ -48,7 +48,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         make_folder(target.parent)
         try:
             yield temporary
-            temporary.chmod(0o644)  # the umask must not show in what we write
+            temporary.chmod(0o644)  # others can read it whatever the umask
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(target)
@@ -69,7 +69,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             yield temporary
             make_readable(temporary)
             if target.exists():
-                target.replace(before)  # deleting takes time, in which a kill would leave half of it in its place
+                target.replace(before)  # renamed first: a kill while deleting must not leave half a folder in its place
             temporary.replace(target)
             shutil.rmtree(before, ignore_errors=True)
         finally:

@@ -1,4 +1,4 @@
-"""How long each phase of a step takes; for the tracker only, never in a hashed file."""
+"""The time that each phase of a step takes. For the tracker only: no hashed file holds it."""
 
 import time
 

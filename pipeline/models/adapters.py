@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 
-FOLDER_HAS = "adapter_config.json"  # beside the adapter's weights; names the checkpoint that they belong to
+FOLDER_HAS = "adapter_config.json"  # the file that a folder with an adapter has; it names its checkpoint
 
 
 def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -25,11 +25,11 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     head, modules = policy.get_output_embeddings(), dict(policy.named_modules())
     linear = {
         name for name, m in modules.items()
-        if isinstance(m, nn.Linear | Conv1D) and m is not head and "Router" not in type(m).__name__  # gives back more than a product
+        if isinstance(m, nn.Linear | Conv1D) and m is not head and "Router" not in type(m).__name__  # returns more than a product
     }  # fmt: skip
     if not linear:
         raise UserError(f"train.lora_rank = {rank}: {type(policy).__name__} has no linear layers; 0 trains all weights")
-    # peft finds modules by the end of their name: the last part of it, unless that is another kind of module's too
+    # peft matches the end of a module's name: the last part, unless a module of another kind ends so too
     others = {name.rpartition(".")[2] for name in modules.keys() - linear}
     ends = ((name, name.rpartition(".")[2]) for name in linear)
     names = sorted({name if last in others else last for name, last in ends})
@@ -39,7 +39,7 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     )  # fmt: skip
     try:
         policy.add_adapter(config)
-    except ValueError as error:  # peft's word on models that it cannot adapt
+    except ValueError as error:  # peft's message for models that it cannot adapt
         raise UserError(f"train.lora_rank = {rank}: {error}; 0 trains all weights") from error
     policy.peft_config["default"].target_modules = names  # type: ignore[attr-defined]  # peft makes a set of them, and would save it in any order
     for name, parameter in policy.named_parameters():
@@ -66,7 +66,7 @@ def adapter_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
 
 @contextmanager
 def without_lora(policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Inside, the policy is the checkpoint that its adapters stand beside."""
+    """Inside, the policy computes without its adapters: it is the reference model."""
     policy.disable_adapters()
     try:
         yield policy

@@ -23,12 +23,12 @@ from pipeline.models.tokenization import end_dropout
 from pipeline.models.verification import Layout
 
 
-def load_policy(folder: Path, device: torch.device, at: torch.device | None = None) -> PreTrainedModel:
-    """The model in float32 and without dropout: Pythia's files are float16, too coarse for small updates. A folder with an
-    adapter gives the checkpoint that the adapter names, with it. at: where its weights are put, if not on the device that
-    computes.
+def load_policy(folder: Path, device: torch.device, weights_device: torch.device | None = None) -> PreTrainedModel:
+    """The model of a folder, in float32 (Pythia's files are float16, too coarse for small updates) and in eval mode. For a
+    folder with an adapter: the checkpoint that the adapter names, with the adapter. weights_device: where the weights are put
+    if not on `device`.
 
-    On a CPU with attention written out, which is several times faster for short sequences in bfloat16 than the fused kernel.
+    On a CPU with eager attention: for short sequences in bfloat16 it is several times faster than the fused kernel.
     """
     logging.disable_progress_bar()
     if (folder / FOLDER_HAS).exists():
@@ -41,17 +41,16 @@ def load_policy(folder: Path, device: torch.device, at: torch.device | None = No
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
         attn_implementation="eager" if device.type == "cpu" else "sdpa",
     )  # fmt: skip
-    # the last position of each prompt is a slice with gaps, and torch multiplies such without gradient by a copy of the
-    # head for each prompt
+    # without it torch copies the head once for each prompt: the last positions are a slice with gaps
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     _return_logits_only(model)
-    return model.to(at or device).eval()  # type: ignore[arg-type]  # its `to` is wrapped without types
+    return model.to(weights_device or device).eval()  # type: ignore[arg-type]  # its `to` is wrapped without types
 
 
 def _return_logits_only(model: PreTrainedModel) -> None:
-    """Turns off what a configuration may change in the output: a router's loss, which needs a mask of another shape, inner
-    values, a tuple. How it was saved to be decoded has no say here either, and could be refused when it is saved again."""
+    """Turns off the options that change a model's output: router losses, attentions, hidden states, tuples. Drops its
+    generation config too: sampling here does not use it, and an invalid one could not be saved again."""
     for config in (model.config, model.config.get_text_config()):
         for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
             if getattr(config, name, False):
@@ -61,13 +60,12 @@ def _return_logits_only(model: PreTrainedModel) -> None:
 
 
 def init_policy(
-    folder: Path, device: torch.device, at: torch.device | None = None, *, lora_rank: int = 0, lora_alpha: float = 1,
+    folder: Path, device: torch.device, weights_device: torch.device | None = None, *, lora_rank: int = 0, lora_alpha: float = 1,
     generator: torch.Generator | None = None, bfloat16: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """The policy before its first update: the checkpoint, with new adapters, drawn from `generator`, where those are what is
-    trained, and then its frozen weights rounded if it computes in bfloat16. Its weights are at `at`, to be computed on the
-    device."""
-    policy = load_policy(folder, device, at)
+    """The policy before its first update: the checkpoint, with new adapters drawn from `generator` if lora_rank > 0. With adapters
+    and bfloat16 its frozen weights are rounded. weights_device: see `load_policy`."""
+    policy = load_policy(folder, device, weights_device)
     if lora_rank:
         assert generator is not None
         add_lora(policy, lora_rank, lora_alpha, generator)
@@ -77,8 +75,8 @@ def init_policy(
 
 
 def check_saving(policy: PreTrainedModel, key: str) -> None:
-    """Raises UserError where what `save_pretrained` writes of a policy would not load again as what was trained. `key` names
-    the model in the message. Adapters are saved and loaded, and overwritten with numbers of which no two are equal."""
+    """Raises UserError if a policy that is saved would not load again as it was. `key` names the model in the message. Adapters are
+    saved and loaded; their weights are overwritten by numbers that all differ."""
     kind = policy.config.model_type
     if not (saved := adapter_weights(policy)):
         if type(policy.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -94,7 +92,7 @@ def check_saving(policy: PreTrainedModel, key: str) -> None:
         policy.save_pretrained(folder)
         try:
             loaded = adapter_weights(load_policy(Path(folder), policy.device))
-        except UserError:  # the folder's name tells nothing
+        except UserError:  # its message names a temporary folder
             loaded = {}
     if loaded.keys() != saved.keys() or not all(torch.equal(loaded[name], saved[name]) for name in saved):
         raise UserError(
@@ -103,8 +101,8 @@ def check_saving(policy: PreTrainedModel, key: str) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer that appends nothing to a text and leaves no merge out by chance. Raises UserError where it has no
-    end-of-sequence token: sampling could not end."""
+    """The tokenizer of a folder, changed so that it appends nothing to a text and applies no BPE dropout. Raises UserError if it
+    has no EOS token: sampling could not end."""
     _must_exist(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
@@ -115,8 +113,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Takes out of a template what it puts behind a text, such as EOS: a prompt is to be continued. So the tokenizer that is
-    saved beside a policy feeds it what it was trained on. What other processors append, `encode_prompt` takes off."""
+    """Removes what the template puts behind a text, such as EOS: a prompt is to be continued. The tokenizer saved beside a policy
+    then feeds it what it was trained on. `encode_prompt` removes what other processors append."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
     processor = state.get("post_processor") or {}
@@ -131,11 +129,11 @@ def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a text by the files of a model: the tokenizer's EOS, which comes first and fills up behind an end,
-    and what config.json and generation_config.json name, as transformers' `generate` does.
+    """Every id that ends a completion: the tokenizer's EOS first (it also pads), then those of config.json and
+    generation_config.json.
 
-    From the files, since a configuration's defaults are those of another model's vocabulary. An adapter has those of the
-    checkpoint that it names.
+    Read from the files, since the defaults of a configuration class are ids of another model's vocabulary. An adapter has those
+    of the checkpoint that it names.
     """
     ids = [int(tokenizer.eos_token_id)]
     if (folder / FOLDER_HAS).exists():
@@ -148,7 +146,7 @@ def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[i
 
 
 def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that a model or its tokenizer gives a part of their own, padding among them. A sampled one is one like any."""
+    """Ids of the special tokens that a model or its tokenizer names: bos, cls, eos, mask, pad, sep, unk."""
     parts = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
     config = _read_json(folder / "config.json")
     tables = (config, config.get("text_config") or {})
@@ -162,7 +160,7 @@ def _read_json(file: Path) -> Any:
 
 
 def load_layout(file: Path, longest: int = 0) -> Layout:
-    """The layout that `cache` chose. Raises UserError where it did so for sequences shorter than the `longest`."""
+    """The layout that `cache` chose. Raises UserError if it compared sequences shorter than `longest` only."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `dvc repro cache` makes it")
     chosen = _read_json(file)

@@ -1,5 +1,5 @@
-"""Log-probabilities and entropies out of logits, a few rows at a time, so that what has the vocabulary's size in float32
-stays in the processor's cache and never exists for a whole batch.
+"""Log-probabilities and entropies of logits, a few rows at a time: float32 tensors of the vocabulary's size stay in the
+processor's cache.
 
 M positions, V vocabulary, K tokens whose log-probabilities are asked for (several may be asked of one position).
 """
@@ -14,13 +14,13 @@ ROWS, ROWS_OF_A_GPU = 16, 1024  # 16 x 50,304 float32 are 3 MB; a GPU has no use
 
 
 def row_slices(logits: Tensor) -> list[slice]:
-    """Of the rows of logits [M, V], as many at a time as the device works on at its best."""
+    """Slices over the rows of logits [M, V], of the size that is fastest on the device."""
     step = ROWS if logits.device.type == "cpu" else ROWS_OF_A_GPU
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 def upcast(logits: Tensor) -> Tensor:
-    """float32 for what a model gives in half precision; float64 stays."""
+    """Half precision -> float32; float32 and float64 stay."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -1,4 +1,4 @@
-"""What makes a policy smaller in memory, and changes no number that training computes."""
+"""Less memory with the same numbers: bfloat16 copies and activation checkpointing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def bf16_copy(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model with its weights rounded to bfloat16, to be called like it; for sampling, where autocast would round
-    all of them again at every token. What is bfloat16 already is not copied."""
+    """A function that calls the model with its weights rounded to bfloat16. For sampling: autocast would round all weights again
+    at each token. Weights that are bfloat16 already are not copied."""
     weights = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
 
     @wraps(model.forward)
@@ -24,8 +24,8 @@ def bf16_copy(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 def cast_frozen_bf16(model: PreTrainedModel) -> None:
-    """Rounds the linear layers that are not trained to bfloat16, in place. Autocast would round them at every use, to the
-    same numbers. The embedding stays, and a head that shares its weights."""
+    """Rounds the frozen linear layers to bfloat16, in place; autocast would round them to the same numbers at each use. The
+    embedding stays as it is, and so does a head tied to it."""
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad and module.weight is not embedding:
@@ -34,11 +34,10 @@ def cast_frozen_bf16(model: PreTrainedModel) -> None:
 
 @contextmanager
 def activation_checkpointing(model: PreTrainedModel, layers: bool) -> Iterator[None]:
-    """Inside, if asked, each layer keeps its input only, and the backward pass computes the rest of it again (gradient
-    checkpointing; Chen et al., arXiv 1604.06174). Only inside: a layer in this mode takes no cache to sample with.
+    """Inside, if `layers`, each layer keeps only its input and is computed again in the backward pass (gradient checkpointing;
+    Chen et al., arXiv 1604.06174).
 
-    Around the layers' forward passes and not by transformers' own switch, which asks for training mode, in which many
-    layers drop out.
+    It wraps the layers' forward passes: transformers' own switch needs training mode, in which dropout is on.
     """
     chosen = [module for module in model.modules() if layers and isinstance(module, GradientCheckpointingLayer)]
     for layer in chosen:

@@ -1,7 +1,6 @@
-"""Several sequences in one row: a prompt stands once before the completions that follow it, and nothing is padded twice.
+"""Several sequences in one row: a prompt once, then its completions, with little padding.
 
-A position sees its prompt and the part of its own completion before it, which an attention mask says; its position id is
-that of the sequence by itself. n completions, R rows of at most L tokens.
+The attention mask lets a position see its prompt and its own completion so far; its position id is that in its own sequence. n completions, R rows of at most L tokens.
 """
 
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROW_TOKENS = 64  # of a row that holds several completions: longer rows share more and pay for it in attention
+ROW_TOKENS = 64  # at most, in a row of several completions: longer rows share more prompts and cost more attention
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
 
 
 def pad_right(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Rows:
-    """One of n sequences prompt + completion a row. Nothing stands before a sequence and what follows it is in its
-    future, so that a causal model needs no mask and no positions: it computes what it does of the sequence alone."""
+    """One sequence prompt + completion a row, padded on the right. A causal model needs neither mask nor positions for it: the
+    padding is in each token's future, so that the result is that of the sequence alone."""
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(map(len, sequences))
     ids = torch.tensor([sequence + sequence[:1] * (width - len(sequence)) for sequence in sequences], device=device)

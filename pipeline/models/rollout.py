@@ -1,4 +1,4 @@
-"""Between texts and rollouts: how long completions may be, and their texts."""
+"""How long completions may be, and the texts of sampled ones."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def longest_sequence(prompt_tokens: list[int], max_tokens: int, length_limit: st
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that a model takes; None where its configuration names no limit. A multi-modal model's is its text part's."""
+    """The context length of a model in tokens; None if its configuration names none. Of a multi-modal model, its text part's."""
     for part in (config.get_text_config(), config):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
             if type(size := getattr(part, name, None)) is int and size > 0:

@@ -72,10 +72,10 @@ def build_context(
     return context, policy
 
 
-def initial_policy(params: Params, device: torch.device, at: torch.device) -> PreTrainedModel:
+def initial_policy(params: Params, device: torch.device, weights_device: torch.device) -> PreTrainedModel:
     """The policy before its first update, with this run's adapters."""
     return init_policy(
-        CHECKPOINT / "policy", device, at, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
+        CHECKPOINT / "policy", device, weights_device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
         generator=generator(params.seed, 0, "adapters"), bfloat16=params.selected_recipe.precision == "bfloat16",
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.file_io import atomic_path, translate_write_errors, write_text
 
 DIGEST = 32  # bytes of a sha256, before the state
-KEEP_LAST = 2  # states kept: where the newest is damaged, the one before it serves
+KEEP_LAST = 2  # states: if the newest is damaged, the one before it is used
 
 
 @contextlib.contextmanager
@@ -45,8 +45,8 @@ def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
-    """Writes the state after `step` steps: its sha256, then torch's format. Of older ones the KEPT last stay, and the one
-    that `last_before` finds."""
+    """Writes the state after `step` steps: its sha256, then torch's format. Deletes older ones, but not the KEEP_LAST newest and the
+    one that `last_before` finds."""
     with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
         target.write(bytes(DIGEST))
         hashing = Hashing(target)
@@ -61,8 +61,8 @@ def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The newest whole state, on the CPU, or None. A damaged one is named in a warning and deleted: it would count among
-    the KEPT last, in the place of those that are saved from now on."""
+    """The newest state that is not damaged, on the CPU, or None. A damaged one is named in a warning and deleted, since it would
+    count among the KEEP_LAST newest."""
     states = _states(folder)
     for path in reversed(states):
         if (state := read(path)) is not None:
@@ -83,8 +83,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 class Hashing(io.RawIOBase):
-    """Writes to a file and digests what it writes, so that a state is never in memory a second time. After a failure it
-    writes nothing more and says so at the end: torch, which wants to complete its file, would hide the reason."""
+    """Writes to a file and computes the sha256 on the way, without a second copy in memory. After a failed write it ignores further
+    ones and keeps the exception: torch would replace it by one of its own."""
 
     def __init__(self, target: BinaryIO) -> None:
         self._target, self.sha256 = target, hashlib.sha256()
@@ -104,8 +104,8 @@ class Hashing(io.RawIOBase):
 
 
 def last_before(folder: Path, before: int, every: int) -> Path | None:
-    """The newest state after fewer than `before` steps, of those that every run saves: one that a signal left must not
-    make a result differ."""
+    """The newest state after fewer than `before` steps, among those at multiples of `every`: the states that a signal leaves must
+    not change a result."""
     steps = {int(path.stem.partition("-")[2]): path for path in _states(folder)}
     return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list. A second one does
-    what it would do without this. So does SIGTERM to a process that a reward forked, which leaves Ctrl-C to us."""
+    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list. A second signal ends it at
+    once. Processes that a reward forked end at SIGTERM and ignore Ctrl-C."""
     received: list[int] = []
     owner = os.getpid()
 

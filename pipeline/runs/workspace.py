@@ -1,4 +1,4 @@
-"""Where what outlives one run is kept: resume states, locks and the tracking store."""
+"""The main workspace, where resume states, locks and the tracking store are kept."""
 
 import hashlib
 import os
@@ -25,8 +25,8 @@ def require_project_root() -> None:
 
 
 def is_committed(run_json: str, lock: Path = Path("dvc.lock")) -> bool:
-    """Whether dvc.lock has a run.json of this content, and a policy, as outputs of `train`, and DVC's cache the policy: in
-    a fresh clone the lock is there and nothing else."""
+    """Whether DVC has committed this run: dvc.lock has this run.json and a policy as outputs of `train`, and DVC's cache has the
+    policy (a fresh clone has the lock alone)."""
     if not lock.is_file():
         return False
     stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
@@ -37,7 +37,7 @@ def is_committed(run_json: str, lock: Path = Path("dvc.lock")) -> bool:
 
 
 def _in_cache(md5: str) -> bool:
-    """Whether DVC's cache holds an output; where DVC does not say where its cache is, that the lock has it must do."""
+    """Whether DVC's cache holds an output; True if DVC does not say where its cache is."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode != 0 or (Path(done.stdout.strip()) / "files/md5" / md5[:2] / md5[2:]).exists()
