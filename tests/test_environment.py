@@ -184,7 +184,7 @@ def test_python_s_own_variables_are_named_where_they_are_in_the_way(
     """With PYTHONSAFEPATH the installed folder's code runs, whatever the folder of the experiment holds."""
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     installed = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, "-m", "pipeline.check"]
+    command = [sys.executable, "-m", "pipeline.stages.check"]
     done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: Python ")
