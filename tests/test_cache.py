@@ -137,7 +137,7 @@ def test_what_is_stored_loads_and_generates_as_the_original_does(place: Path, ti
     AutoTokenizer.from_pretrained(place / "data/checkpoint/encoder")
 
 
-def test_pickled_weights_keep_keys_values_and_dtypes_and_untie_what_is_shared(tmp_path: Path) -> None:
+def test_pickled_weights_keep_keys_values_dtypes_and_are_untied(tmp_path: Path) -> None:
     table = torch.randn(6, 4).half()
     weights = {
         "embed": table,
@@ -359,7 +359,7 @@ def _add_token(folder: Path) -> int:
     return len(tokenizer) - 1
 
 
-def test_an_added_token_may_lie_beyond_the_vocabulary_but_no_prompt_may_hold_it(place: Path) -> None:
+def test_an_added_token_beyond_the_vocabulary_is_refused_in_a_prompt(place: Path) -> None:
     """As Gemma 3 1B's, whose tokenizer is that of the models which see."""
     shutil.rmtree(place / "models/local/policy")
     repositories.write_pythia(place / "models/local/policy", None, vocabulary=257)

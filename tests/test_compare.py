@@ -612,7 +612,7 @@ def mlflow_run(name: str, seed: int = 0, tags: dict[str, str] | None = None, **p
     )  # fmt: skip
 
 
-def test_mlflows_runs_are_told_apart_by_their_tag_and_older_ones_by_whole_params() -> None:
+def test_mlflow_s_runs_differ_by_tag_and_older_ones_by_whole_params() -> None:
     long, tagged = "w" * mlflow_store.PARAM_CHARACTERS, {"config": "c1", "prompts": "p", "checkpoint": "q"}
     runs = [
         mlflow_run("one", 0, tagged, words=long), mlflow_run("two", 1, tagged | {"config": "c2"}, words=long),

@@ -132,7 +132,7 @@ def test_a_trainer_killed_at_any_moment_goes_on_to_the_same_bytes(tracked: Track
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_trainer_killed_at_the_worst_of_moments_goes_on_to_the_same_bytes(tracked: Tracked, window: str) -> None:
+def test_a_trainer_killed_anywhere_goes_on_to_the_same_bytes(tracked: Tracked, window: str) -> None:
     for _ in range(rounds(2, 1)):
         with fault(f"kill -9 of train {window}"):
             tracked.afresh()
@@ -162,9 +162,7 @@ def test_a_trainer_killed_again_and_again_comes_to_its_end(tracked: Tracked) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_trainer_after_its_step_and_it_goes_on_to_the_same_bytes(
-    tracked: Tracked, number: signal.Signals
-) -> None:
+def test_a_signal_ends_a_step_and_the_run_goes_on_to_the_same_bytes(tracked: Tracked, number: signal.Signals) -> None:
     """Between states too, so that the step in progress is saved for the signal's sake."""
     draw = random.Random(number)
     tracked.afresh()
@@ -382,7 +380,7 @@ class Faulty:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_whose_numbers_are_not_finite_is_not_applied_and_ends_the_run_with_its_evidence(
+def test_a_step_that_is_not_finite_is_skipped_and_ends_the_run(
     here: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str, value: float
 ) -> None:
     here.edit(train__steps=3)
@@ -548,7 +546,7 @@ def test_dvc_repro_killed_at_any_moment_goes_on_to_the_same_bytes(piped: Piped) 
 
 
 @a_minute_each
-def test_dvc_repro_killed_between_the_end_of_train_and_the_commit_trains_nothing_twice(piped: Piped) -> None:
+def test_dvc_repro_killed_before_the_commit_trains_nothing_twice(piped: Piped) -> None:
     draw = random.Random(4)
     for _ in range(2):
         with fault("kill -9 of dvc repro between the end of train and DVC's commit"):
@@ -572,7 +570,7 @@ def test_dvc_repro_killed_between_the_end_of_train_and_the_commit_trains_nothing
 
 
 @a_minute_each
-def test_dvc_repro_forced_and_killed_goes_on_and_forced_again_trains_from_zero(piped: Piped) -> None:
+def test_a_forced_dvc_repro_goes_on_after_a_kill_and_then_anew(piped: Piped) -> None:
     piped.afresh()
     piped.clone("dvc", "repro", "train")
     command = ("dvc", "repro", "--single-item", "--force", "train")
@@ -586,7 +584,7 @@ def test_dvc_repro_forced_and_killed_goes_on_and_forced_again_trains_from_zero(p
 
 
 @a_minute_each
-def test_a_trainer_that_outlived_its_dvc_is_named_and_its_work_is_taken_over(piped: Piped) -> None:
+def test_a_trainer_that_outlived_its_dvc_is_named_and_taken_over(piped: Piped) -> None:
     """The recovery that the README tells: wait for the process that is named, or end it, and repeat the command."""
     for number in range(2):
         with fault("kill -9 of dvc alone, its child goes on training"):

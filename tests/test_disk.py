@@ -184,7 +184,7 @@ def remove(project: Project, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "train"])
-def test_a_stage_on_a_full_or_read_only_disk_is_one_line_and_then_does_its_work(
+def test_a_stage_on_a_full_disk_is_one_line_and_then_does_its_work(
     made: tuple[Project, dict[str, bytes]], disk: Disk, forks: Forks, stage: str
 ) -> None:
     project, files = made

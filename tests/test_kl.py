@@ -54,7 +54,7 @@ def test_k2_token_by_token_and_k3_in_the_loss_have_not() -> None:
 
 
 @pytest.mark.parametrize("group", [1, 2])
-def test_k3_of_single_tokens_has_the_value_of_the_kl_and_the_gradient_of_the_forward_one(group: int) -> None:
+def test_k3_of_tokens_has_the_kl_s_value_and_the_forward_kl_s_gradient(group: int) -> None:
     """Completions of one token, where there is nothing between tokens to lose."""
     one = world(1)
     kl = (one.p * (one.log_p - one.log_q)).sum()

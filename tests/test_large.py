@@ -208,7 +208,7 @@ def adapted(ready: Project) -> Project:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-def test_the_stage_trains_adapters_that_peft_loads_and_goes_on_after_a_kill(
+def test_trained_adapters_load_in_peft_and_go_on_after_a_kill(
     adapted: Project, here: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main()

@@ -206,7 +206,7 @@ def test_no_dep_is_watched_for_nothing_and_a_removed_one_is_noticed(stage: str) 
         assert all(file == dep or file.startswith(dep + "/") for file in missed)
 
 
-def test_training_starts_anew_for_what_moves_its_numbers_and_for_nothing_else(tmp_path: Path) -> None:
+def test_train_key_covers_what_moves_its_numbers_and_nothing_else(tmp_path: Path) -> None:
     """A comment more in a module changes `train_key` and the status of the stage, or neither."""
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     program = "from pipeline.runs.provenance import code_digest; print(code_digest('pipeline.stages.train'))"
@@ -430,6 +430,10 @@ def test_every_column_of_the_history_is_documented() -> None:
     assert re.findall(r"^\| `(\w+)` \|", training, re.MULTILINE) == list(HISTORY_COLUMNS)
     phases = re.findall(r'watch\.lap\("(\w+)"\)', (ROOT / "pipeline/rl/train_step.py").read_text())
     assert re.findall(r"`seconds_(\w+)`", rest) == phases
+
+
+def test_names_of_tests_are_short() -> None:
+    assert not [name for name in re.findall(r"def (test_\w+)", ALL_TESTS) if len(name) >= 70]
 
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

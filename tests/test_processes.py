@@ -112,9 +112,7 @@ def sampled(project: Project) -> bytes:
 
 
 @pytest.mark.slow
-def test_stopped_with_two_processes_it_goes_on_with_two_on_two_machines_to_the_same_bytes(
-    exact: Project, two: Project
-) -> None:
+def test_two_processes_go_on_on_two_machines_to_the_same_bytes(exact: Project, two: Project) -> None:
     """Machines that share the folder: each is told its rank by a file of its own; here they are two launchers on one machine,
     that meet at a port."""
     said = interrupted(exact, configured(exact, 2), signal.SIGTERM)

@@ -221,7 +221,7 @@ def refused(action: Callable[[], Any]) -> str:
         ("raise SystemExit\ndef reward(prompts, completions): ...", {}, None),
     ],
 )
-def test_what_the_text_of_a_custom_reward_tells_is_said_before_anything_runs(
+def test_a_wrong_custom_reward_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, params: dict[str, Any], message: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)

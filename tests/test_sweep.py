@@ -118,7 +118,7 @@ def test_the_table_says_what_the_files_say(swept: Swept) -> None:
 
 
 @pytest.mark.slow
-def test_both_records_give_the_same_table_and_a_second_evaluation_adds_no_seed(swept: Swept) -> None:
+def test_both_records_give_one_table_and_an_evaluation_adds_no_seed(swept: Swept) -> None:
     clone = swept.clone
 
     def both() -> pd.DataFrame:
@@ -142,7 +142,7 @@ def test_both_records_give_the_same_table_and_a_second_evaluation_adds_no_seed(s
 
 
 @pytest.mark.slow
-def test_another_clone_reads_pulled_experiments_without_mlflow_and_without_data(
+def test_another_clone_reads_pulled_experiments_without_mlflow(
     swept: Swept, tmp_path: Path
 ) -> None:  # fmt: skip
     clone, _, names = swept
@@ -221,7 +221,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_combination_has_a_name_of_its_own_that_only_code_and_parameters_change(repository: Path) -> None:
+def test_each_combination_has_a_name_of_code_and_parameters(repository: Path) -> None:
     def names(*overrides: str) -> list[str]:
         return list(sweep.experiments(list(overrides), sweep.head_commit()))
 

@@ -215,7 +215,7 @@ def test_running_baseline_and_adapting_kl_go_on_where_they_were(here: Project, m
     assert contents(here) == undisturbed
 
 
-def test_the_greedy_baseline_is_the_reward_of_transformers_greedy_completion(here: Project) -> None:
+def test_the_greedy_baseline_is_the_reward_of_a_greedy_completion(here: Project) -> None:
     here.edit(recipes__stable__baseline="greedy", recipes__stable__kl="none", train__steps=1)
     train.main()
     folder = here.root / "data/checkpoint/policy"
@@ -543,7 +543,7 @@ def test_a_policy_that_its_last_update_broke_is_no_healthy_one(
     assert "warning: the policy's log-probabilities are not finite" in capsys.readouterr().err
 
 
-def test_a_run_whose_parameters_change_meanwhile_is_not_recorded_as_of_the_new_ones(
+def test_a_run_is_not_recorded_under_parameters_changed_meanwhile(
     here: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DVC looks at params.yaml, deps and code once more when the stage has ended, and would record those."""
@@ -587,7 +587,7 @@ def test_a_run_whose_parameters_change_meanwhile_is_not_recorded_as_of_the_new_o
         train.main()
 
 
-def test_parameters_that_change_during_an_evaluation_are_not_recorded_with_it(
+def test_parameters_changed_during_an_evaluation_are_not_recorded(
     here: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here.keep_rewards("length")

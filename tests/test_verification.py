@@ -98,7 +98,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_the_layout_chosen_computes_what_the_model_does_of_each_sequence_alone(kind: str) -> None:
+def test_the_layout_chosen_computes_each_sequence_as_if_alone(kind: str) -> None:
     """The truth is the definition, one sequence at a time, and autograd's of it. float32: some models compute in no other
     precision; a fault moves these by 0.1 and more."""
     policy = model(kind)
