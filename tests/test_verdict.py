@@ -178,7 +178,7 @@ def test_each_kind_is_seen_at_its_onset(kind: Kind, calibration: list[dict[str, 
 
 
 @pytest.mark.parametrize("kind", ORDER)
-def test_the_evidence_is_passed_at_the_step_shown_and_not_before_the_onset(
+def test_the_evidence_passes_at_the_step_shown_not_before_the_onset(
     kind: Kind, calibration: list[dict[str, float]]
 ) -> None:
     spreads = null_statistics(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
