@@ -197,6 +197,7 @@ def test_workspace_is_dvcs(project, monkeypatch):
 def test_live_then_track_is_the_full_record(project, capsys):
     train_live(STEPS, status="FINISHED")
     assert capsys.readouterr().err == ""
+    assert_complete()
     make_reports()
     track.main()
     client, run = assert_complete()
@@ -278,10 +279,12 @@ def test_ctrl_c_does_not_reach_the_follower(project):
     assert status_after(STEPS) == "FAILED"  # `train` itself catches it, and ends as KILLED
 
 
-def test_resumed_training_logs_nothing_twice(project):
+def test_resumed_training_logs_nothing_twice(project, monkeypatch):
     train_live(7)  # killed after step 6; the resume state is of step 4
     assert stored_runs()[1][0].info.status == "KILLED"
+    monkeypatch.setattr(sys.modules[__name__], "START_MS", START_MS + 5_000_000)
     train_live(STEPS, start=5, status="FINISHED")
+    assert_complete()
     make_reports()
     track.main()
     assert_complete()
@@ -462,6 +465,17 @@ def test_store_that_comes_back_gets_everything(project, capsys):
 
     train_live(STEPS, status="FINISHED", meanwhile=mended)
     assert capsys.readouterr().err == ""
+    assert_complete()
+
+
+def test_a_database_lost_while_the_run_grows_gets_everything(project, empty_store, capsys):
+    def lost(step):
+        if step == 5:
+            lose_database()
+            shutil.copy(empty_store, project)
+
+    train_live(STEPS, flush_every=2, status="FINISHED", meanwhile=lambda step: lost(step + 1))
+    assert re.findall("warning: MLflow: .*not found", capsys.readouterr().err)
     assert_complete()
 
 

@@ -147,6 +147,8 @@ def train(
     run.calibration = run.calibration or calibrate(context)
     if run.processes[-1:] != [processes.description] and not is_finished(run, params):
         run.processes.append(processes.description)
+    if run.step and processes.is_main_process:  # a kill may have come between the state and these
+        write_progress(folder, run)
     with follower(folder, run_record(identity, run)) if processes.is_main_process else nullcontext():
         loop(run, context, policy, optimizer, folder)
         raise_if_inputs_changed(identity, device)
@@ -225,13 +227,18 @@ def save_checkpoint(
     folder: Path, run: TrainState, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: DistContext,
     judged: int, every: int,
 ) -> None:  # fmt: skip
-    """Saves the resume state, and beside it what MLflow shows of the steps; one process of several does. The policies after
-    fewer than `judged` updates are known to be healthy: the last of them is kept too."""
+    """Saves the resume state, and the progress beside it; one process of several does. The policies after fewer than
+    `judged` updates are known to be healthy: the last of them is kept too."""
     here = processes.is_main_process
     weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
     if not here:
         return
     checkpoints.save(folder, run.step, {**weights, "run": dataclasses.asdict(run)}, judged, every)
+    write_progress(folder, run)
+
+
+def write_progress(folder: Path, run: TrainState) -> None:
+    """What MLflow shows of the steps: read by the follower, and the timings by `track` too."""
     write_csv(folder / "history.csv", run.rows)
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 

@@ -91,7 +91,8 @@ def _new_evaluation(record: Record, logged: list[Point]) -> list[Point]:
     """The evaluation metrics whose newest logged value is another one, at the last step and a later time."""
     last_step, now_ms = max((point.step for point in record.points), default=0), time.time_ns() // 1_000_000
     newest: dict[str, Point] = {}
-    for point in sorted(logged, key=lambda point: (point.step, point.timestamp_ms, point.value)):
+    evaluated = [point for point in logged if point.key in record.evaluation]
+    for point in sorted(evaluated, key=lambda point: (point.step, point.timestamp_ms, point.value)):
         newest[point.key] = point
     points = []
     for key, value in record.evaluation.items():
