@@ -444,9 +444,7 @@ def test_a_bad_custom_term_of_a_sum_is_refused_too(custom: Callable[..., Reward]
 
 
 @pytest.mark.parametrize("value", [1e30, -1e200, 1.7e308, 10**15])
-def test_a_reward_that_is_too_large_is_refused_with_the_largest(
-    custom: Callable[..., Reward], value: float
-) -> None:
+def test_a_reward_that_is_too_large_is_refused_with_the_largest(custom: Callable[..., Reward], value: float) -> None:
     reward = custom(f"def reward(prompts, completions):\n    return [1e12, {value!r}]\n")
     line = refused(lambda: reward(["", ""], ["first", "second"]))
     assert line == f"reward mine returned {value!r} for 'second': the largest size that works is 1e+12; scale it down"

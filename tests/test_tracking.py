@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 from filelock import FileLock
 
 from pipeline.errors import UserError
+from pipeline.file_io import write_csv
 from pipeline.runs import consistency, workspace
+from pipeline.runs.follower import follower
 from pipeline.stages import track
-from pipeline.tracking import mlflow_store
+from pipeline.tracking import follow, mlflow_store
 from tests.seal import POLICY, edit, seal
 
 # mlflow 3.17 on SQLAlchemy 2.1
@@ -92,13 +95,34 @@ def belong_together(title="Report", **measured):
     write(Path("reports/page/report.html"), f'<h1>{title}</h1><meta content="{consistency.sources()}">{figure}')
 
 
-def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS):
-    tracker = mlflow_store.start_tracker(key, params, {"code": "c0" * 32})
-    for step in range(start, steps):
-        tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
-        if step % flush_every == flush_every - 1:
-            tracker.flush()
-    tracker.close(status)
+def identity(key=KEY, params=PARAMS):
+    return {"train_key": key, "code": "c0" * 32, "params": params, "processes": [1]}
+
+
+def grow(steps, key=KEY, params=PARAMS):
+    """The folder of a run at work after so many steps, as `train` writes it at each state."""
+    folder = Path(f".checkpoints/{key}")
+    write(folder / "run.json", json.dumps(identity(key, params)))
+    if steps:
+        write_csv(folder / "history.csv", [{"step": step, **row(step)} for step in range(steps)])
+        timings = [{"step": step, "timestamp_ms": timestamp(step), "seconds_sample": 0.5} for step in range(steps)]
+        write_csv(folder / "timings.csv", timings)
+    return folder
+
+
+def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS, meanwhile=lambda step: None):
+    """A run from its step `start` to its end, whose states the follower sees one by one."""
+    saved = [*(step for step in range(start, steps) if step and step % flush_every == 0), steps]
+    mlflow_store.defaults(timeout=5, retries=1)
+
+    def wait():
+        if not saved:
+            return status
+        meanwhile(saved[0])
+        grow(saved.pop(0), key=key, params=params)
+        return "RUNNING"
+
+    follow.follow(grow(start, key=key, params=params), os.getpid(), wait)
 
 
 def wait_until(condition, seconds=30):
@@ -173,6 +197,7 @@ def test_workspace_is_dvcs(project, monkeypatch):
 def test_live_then_track_is_the_full_record(project, capsys):
     train_live(STEPS, status="FINISHED")
     assert capsys.readouterr().err == ""
+    assert_complete()
     make_reports()
     track.main()
     client, run = assert_complete()
@@ -188,10 +213,78 @@ def test_live_then_track_is_the_full_record(project, capsys):
     assert run.info.artifact_uri.startswith((project / "mlartifacts").as_uri())
 
 
-def test_resumed_training_logs_nothing_twice(project):
+TRAINER = """
+import os, sys, time
+from pipeline.runs import follower
+from tests.test_tracking import STEPS, grow, identity
+
+seconds, follower.CLOSE_SECONDS, end = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+with follower.follower(grow(0), identity()):
+    for steps in (5, 10, STEPS):
+        time.sleep(seconds)
+        grow(steps)
+    if end == "waits":
+        time.sleep(60)
+    if end == "signal":
+        sys.exit(143)
+    closing = time.monotonic()
+assert time.monotonic() - closing < follower.CLOSE_SECONDS + 1
+"""
+
+
+def start_trainer(end="", seconds=0.0, close_seconds=15.0):
+    """A process that trains as `train` does: it writes its states, each after `seconds`, and starts the follower."""
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(seconds), str(close_seconds), end], text=True, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True,
+    )  # fmt: skip
+
+
+def status_after(steps):
+    """Of the run, once MLflow has the step before."""
+    wait_until(lambda: stored_runs()[1] and len(history("train/entropy")) == steps)
+    return stored_runs()[1][0].info.status
+
+
+def history(key):
+    client, runs = stored_runs()
+    return client.get_metric_history(runs[0].info.run_id, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "status"), [("", "FINISHED"), ("signal", "KILLED")])
+def test_a_process_follows_the_trainer_and_ends_with_it(project, end, status):
+    trainer = start_trainer(end)
+    assert trainer.communicate(timeout=60)[1] == ""
+    run = stored_runs()[1][0]
+    assert (run.info.status, run.data.tags["pid"]) == (status, str(trainer.pid))
+    assert [metric.step for metric in history("train/entropy")] == list(range(STEPS))
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_leaves_its_last_state_in_mlflow_and_no_process(project):
+    trainer = start_trainer("waits")
+    assert status_after(STEPS) == "RUNNING"
+    os.killpg(trainer.pid, signal.SIGKILL)
+    assert trainer.communicate(timeout=30)[1] == "", "its follower holds stderr until it ends"
+    assert status_after(STEPS) == "KILLED"
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_reach_the_follower(project):
+    trainer = start_trainer("waits")
+    assert status_after(STEPS) == "RUNNING"
+    os.killpg(trainer.pid, signal.SIGINT)
+    assert "warning" not in trainer.communicate(timeout=60)[1]
+    assert status_after(STEPS) == "FAILED"  # `train` itself catches it, and ends as KILLED
+
+
+def test_resumed_training_logs_nothing_twice(project, monkeypatch):
     train_live(7)  # killed after step 6; the resume state is of step 4
     assert stored_runs()[1][0].info.status == "KILLED"
+    monkeypatch.setattr(sys.modules[__name__], "START_MS", START_MS + 5_000_000)
     train_live(STEPS, start=5, status="FINISHED")
+    assert_complete()
     make_reports()
     track.main()
     assert_complete()
@@ -347,7 +440,6 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
         "directory": f"sqlite:///{project}",
     }[kind]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     started = time.monotonic()
     train_live(STEPS, status="FINISHED")
     assert time.monotonic() - started < 30
@@ -363,25 +455,37 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
     assert Path(f".checkpoints/{KEY}").exists()
 
 
-def test_store_that_comes_back_gets_everything(project, monkeypatch, capsys):
-    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
+def test_store_that_comes_back_gets_everything(project, capsys):
     write(project / "mlflow.db", "no database " * 1000)
-    tracker = mlflow_store.start_tracker(KEY, PARAMS, {})
-    for step in range(STEPS):
-        tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
-        tracker.flush()
+
+    def mended(step):
         if step == 5:
-            wait_until(lambda: "not a database" in capsys.readouterr().err)
+            assert "not a database" in capsys.readouterr().err
             (project / "mlflow.db").unlink()
-    tracker.close("FINISHED")
+
+    train_live(STEPS, status="FINISHED", meanwhile=mended)
+    assert capsys.readouterr().err == ""
+    assert_complete()
+
+
+def test_a_database_lost_while_the_run_grows_gets_everything(project, empty_store, capsys):
+    def lost(step):
+        if step == 5:
+            lose_database()
+            shutil.copy(empty_store, project)
+
+    train_live(STEPS, flush_every=2, status="FINISHED", meanwhile=lambda step: lost(step + 1))
+    assert re.findall("warning: MLflow: .*not found", capsys.readouterr().err)
     assert_complete()
 
 
 def test_machine_without_mlflow_trains_on(project, monkeypatch, capsys):
     for name in ("mlflow", "mlflow.exceptions"):
         monkeypatch.setitem(sys.modules, name, None)
-    train_live(STEPS, status="FINISHED")
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    with follower(grow(0), identity()):
+        pass
+    said = capsys.readouterr().err
+    assert said == "warning: MLflow: mlflow is not installed; training goes on, `track` completes the record\n"
     make_reports()
     with pytest.raises(UserError, match="not installed"):
         track.main()
@@ -583,9 +687,7 @@ def test_dead_runs_are_ended_by_hand_only(project, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_many_processes_open_a_new_store_at_once(project):
-    # All wait for the first one's migrations, on a busy machine longer than a training would.
-    code = "import sys; from tests import test_tracking as t; t.tracking.CLOSE_SECONDS = 120.0; "
-    code += "t.train_live(6, key=sys.argv[1], status='FINISHED')"
+    code = "import sys; from tests.test_tracking import train_live; train_live(6, key=sys.argv[1], status='FINISHED')"
     keys = [digit * 64 for digit in "1234"]
     Path("mlflow.db").unlink()
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}

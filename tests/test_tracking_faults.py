@@ -2,10 +2,7 @@
 and `track` afterwards makes the record complete, with nothing twice."""
 
 import contextlib
-import os
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,20 +19,15 @@ from tests.proxy import Proxy
 from tests.servers import MlflowServer
 from tests.test_concurrency import tiny
 from tests.test_tracking import (  # noqa: F401
-    KEY,
-    PARAMS,
-    PROJECT,
     STEPS,
     assert_complete,
     empty_store,
     lose_database,
     make_reports,
     project,
-    row,
+    start_trainer,
     stored_runs,
-    timestamp,
     train_live,
-    wait_until,
 )
 
 pytestmark = [
@@ -44,8 +36,7 @@ pytestmark = [
     # mlflow 3.17 on SQLAlchemy 2.1
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
 ]
-EXTRA_SECONDS = mlflow_store.CLOSE_SECONDS + 5  # what the worst store may cost a training
-CLOSE_SECONDS = 4.0  # in the place of tracking's own 15, for the sake of time
+CLOSE_SECONDS = 4.0  # in the place of the follower's own 15, for the sake of time
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +61,9 @@ def proxy(server, project, monkeypatch) -> Iterator[Proxy]:  # noqa: F811
     made.close()
 
 
-def train_and_time(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The warnings of a training whose store gives trouble; it ends in time, whatever the store does."""
-    started = time.monotonic()
+def follow_to_the_end(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The warnings of a follower whose store gives trouble, given all the time that it wants."""
     train_live(STEPS, status="FINISHED")
-    assert time.monotonic() - started < EXTRA_SECONDS
     said = capsys.readouterr().err.splitlines()
     assert all(line.startswith("warning: MLflow: ") and line.endswith("completes the record") for line in said), said
     return said
@@ -93,28 +82,11 @@ def track_twice() -> None:
 
 
 def train_elsewhere(seconds: float = 0.0) -> list[str]:
-    """The warnings of a training in a process of its own, as trainings are: what it has not sent dies with it. Each of
-    its blocks takes `seconds`."""
-    code = f"""
-import time
-from tests import test_tracking as t
-t.tracking.BACK_OFF_SECONDS, t.tracking.CLOSE_SECONDS = 0.0, {CLOSE_SECONDS}
-tracker = t.tracking.live(t.KEY, t.PARAMS, {{}})
-for step in range(t.STEPS):
-    tracker.log(step, {{f"train/{{name}}": cell for name, cell in t.row(step).items()}}, t.timestamp(step))
-    if step % 5 == 4:
-        tracker.flush()
-        time.sleep({seconds})
-closing = time.monotonic()
-tracker.close("FINISHED")
-assert time.monotonic() - closing < {CLOSE_SECONDS} + 1
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
+    """The warnings of a training in a process of its own, as trainings are: what is not sent in time is lost. Each of its
+    blocks takes `seconds`."""
+    trainer = start_trainer("", seconds, CLOSE_SECONDS)
+    said = trainer.communicate(timeout=120)[1].splitlines()
+    assert trainer.returncode == 0, said
     assert all(line.startswith("warning: MLflow: ") and line.endswith("completes the record") for line in said), said
     return said
 
@@ -137,12 +109,11 @@ def track_refuses(advice: str) -> None:
 @pytest.mark.parametrize("kind", ["lost", "late", "reset", "500", "cut", "page"] if FULL else ["lost"])
 def test_one_request_of_a_real_server_fails(proxy, monkeypatch, capsys, kind):
     """Whichever it is: the run is complete in the end, and there is one of it."""
-    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
     for number in range(rounds(3, 1)):
         with fault(f"one request to MLflow: {kind}"):
             monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"{kind}-{number}")
             proxy.fail(kind, first=3 + 3 * number, times=1)  # the fourth request makes the run
-            train_and_time(capsys)
+            follow_to_the_end(capsys)
             proxy.fail("")
             track_twice()
 
@@ -174,21 +145,17 @@ def test_a_server_that_fails_until_the_end(proxy, kind, first):
 
 @pytest.mark.skipif(not FULL, reason="a server takes 20 s to be up: under FAULTS=full")
 @pytest.mark.parametrize("back", ["during the run", "after the run"])
-def test_a_server_that_is_killed(server, proxy, monkeypatch, back):
-    monkeypatch.setattr(mlflow_store, "BACK_OFF_SECONDS", 0.0)
+def test_a_server_that_is_killed(server, proxy, back):
     with fault(f"MLflow's server killed, back {back}"):
-        tracker = mlflow_store.start_tracker(KEY, PARAMS, {})
-        for step in range(STEPS):
-            tracker.log(step, {f"train/{name}": cell for name, cell in row(step).items()}, timestamp(step))
-            tracker.flush()
-            if step == 4:
-                wait_until(lambda: stored_runs()[1] and stored_runs()[1][0].data.metrics)
+
+        def kills(step: int) -> None:
+            if step == 5:
+                assert stored_runs()[1][0].data.metrics
                 server.kill()
-            if step == 8 and back == "during the run":
+            if step == 9 and back == "during the run":
                 server.start()
-        started = time.monotonic()
-        tracker.close("FINISHED")
-        assert time.monotonic() - started < EXTRA_SECONDS
+
+        train_live(STEPS, flush_every=1, status="FINISHED", meanwhile=kills)
         if server.process is None:
             server.start()
         else:
@@ -273,7 +240,7 @@ def test_a_database_that_is_no_longer_one(project, monkeypatch, capsys, kind):  
         spoil, advice = SPOILT[kind]
         spoil(Path("mlflow.db"))
         before = Path("mlflow.db").read_bytes()
-        assert train_and_time(capsys)
+        assert follow_to_the_end(capsys)
         track_refuses(advice)
         assert Path("mlflow.db").read_bytes() == before
         lose_database()

@@ -30,14 +30,6 @@ class TrainState:
         """Steps done."""
         return len(self.rows)
 
-    def points(self, step: int) -> dict[str, float]:
-        """A step's metrics and timings by their names in MLflow."""
-        timing = self.timings[step]
-        return {
-            **{f"train/{column}": self.rows[step][column] for column in HISTORY_COLUMNS[1:]},
-            **{f"time/{column}": value for column, value in timing.items() if column != "timestamp_ms"},
-        }
-
     def progress_line(self) -> str:
         """The notebook's line for the last step."""
         row = self.rows[-1]

@@ -19,13 +19,14 @@ DIGESTS = (
 LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers")
 
 
-# What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes, clocks.
+# What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes, clocks,
+# who follows the run.
 UNRELATED = (
     "pipeline.config.load",
     "pipeline.config.messages",
     "pipeline.distributed.launch",
     "pipeline.errors",
-    "pipeline.timing",
+    "pipeline.runs.follower",
     "pipeline.runs.provenance",
     "pipeline.runs.signals",
     "pipeline.runs.workspace",
@@ -76,7 +77,7 @@ def module_file(module: str) -> str:
 
 def code_digest(module: str) -> str:
     """sha256 over the sources of the modules that `module` imports and that its numbers depend on."""
-    names = local_modules(module, (*UNRELATED, "pipeline.tracking"))
+    names = local_modules(module, UNRELATED)
     return digest({name: _source(name).read_text(encoding="utf-8") for name in names})  # type: ignore[union-attr]
 
 

@@ -49,10 +49,10 @@ from pipeline.rl.optimizer import make_optimizer
 from pipeline.rl.state import TrainState
 from pipeline.rl.train_step import train_step
 from pipeline.runs import checkpoints, provenance
+from pipeline.runs.follower import follower
 from pipeline.runs.history import history_file
 from pipeline.runs.signals import caught_signals
 from pipeline.runs.workspace import is_committed, root
-from pipeline.tracking import mlflow_store
 
 POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
 IN_FOLDER = Path(".locks/train")
@@ -147,32 +147,22 @@ def train(
     run.calibration = run.calibration or calibrate(context)
     if run.processes[-1:] != [processes.description] and not is_finished(run, params):
         run.processes.append(processes.description)
-    tracker: mlflow_store.AsyncTracker | mlflow_store.NullTracker = mlflow_store.NullTracker()
-    if processes.is_main_process:
-        tracker = mlflow_store.start_tracker(
-            identity["train_key"], identity["params"], {name: identity[name] for name in provenance.DIGESTS}
-        )
-    try:
-        loop(run, context, policy, optimizer, tracker, folder)
+    if run.step and processes.is_main_process:  # a kill may have come between the state and these
+        write_progress(folder, run)
+    with follower(folder, run_record(identity, run)) if processes.is_main_process else nullcontext():
+        loop(run, context, policy, optimizer, folder)
         raise_if_inputs_changed(identity, device)
         saved = gather_full_policy(policy, processes)
         if processes.is_main_process:
             write_outputs(run, identity, context, saved, folder)
-    except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, SystemExit) else "FAILED")
-        raise
-    tracker.close("FINISHED")
 
 
 def loop(
-    run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer,
-    tracker: mlflow_store.AsyncTracker | mlflow_store.NullTracker, folder: Path,
+    run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path
 ) -> None:  # fmt: skip
     """Steps until the last one, a non-finite number, a collapse where that is to end the run, or a signal, which ends
     the process after the step in progress. Of several processes one writes."""
     steps, every, processes = context.params.train.steps, context.params.train.checkpoint_every, context.processes
-    for step in range(run.step):  # of the run that this one resumes; what the tracker has, it leaves out
-        tracker.log(step, run.points(step), int(run.timings[step]["timestamp_ms"]))
     spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
     announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
     bar = tqdm(total=steps, initial=run.step, disable=None if processes.is_main_process else True, unit="step")
@@ -189,7 +179,6 @@ def loop(
                     if finding.kind not in announced:
                         tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")
                     announced.add(finding.kind)
-            tracker.log(run.step - 1, run.points(-1), int(run.timings[-1]["timestamp_ms"]))
             bar.update()
             signal = processes.all_reduce_max(signals[0] if signals else 0, context.device)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
@@ -202,7 +191,6 @@ def loop(
                     judged=confirmed_healthy_steps(found, run.step),
                     every=every,
                 )
-                tracker.flush()
             if signal and run.step < steps:
                 if processes.is_main_process:
                     print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
@@ -239,13 +227,19 @@ def save_checkpoint(
     folder: Path, run: TrainState, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: DistContext,
     judged: int, every: int,
 ) -> None:  # fmt: skip
-    """Saves the resume state, and the timings beside it for `track`; one process of several does. The policies after fewer
-    than `judged` updates are known to be healthy: the last of them is kept too."""
+    """Saves the resume state, and the progress beside it; one process of several does. The policies after fewer than
+    `judged` updates are known to be healthy: the last of them is kept too."""
     here = processes.is_main_process
     weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
     if not here:
         return
     checkpoints.save(folder, run.step, {**weights, "run": dataclasses.asdict(run)}, judged, every)
+    write_progress(folder, run)
+
+
+def write_progress(folder: Path, run: TrainState) -> None:
+    """What MLflow shows of the steps: read by the follower, and the timings by `track` too."""
+    write_csv(folder / "history.csv", run.rows)
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
 

@@ -1,22 +1,16 @@
 """MLflow as a view of the files: one run per train_key, whoever writes to it, and no point of it twice.
 
-mlflow takes seconds to import, so it is imported inside functions. `live` is for training and never raises; the other
-functions raise what mlflow raises, and `pipeline.stages.track` turns that into one line.
+mlflow takes seconds to import, so it is imported inside functions. They raise what mlflow raises: `pipeline.stages.track`
+turns it into one line, `pipeline.tracking.follow` into a warning.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
-import queue
 import re
-import socket
 import sqlite3
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,9 +29,6 @@ Scalar = str | int | float | bool
 
 # One request holds at most 1000 metrics or 100 params, and a megabyte: a param of 1000 characters is safe even escaped.
 METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_CHARACTERS = 1000, 100, 1000
-BACK_OFF_SECONDS = 30.0  # after a failure, blocks wait this long for the next try
-CLOSE_SECONDS = 15.0  # what a dead server may cost at the end of training
-PENDING_POINTS = 100_000  # kept for a server that comes back; `track` completes what was dropped
 ADVICE = {
     "is not a database": "move the file away and it is made anew",
     "malformed": "move the file away and it is made anew",
@@ -290,110 +281,6 @@ def without_password(text: str) -> str:
     secret. SQLAlchemy takes any sign in a password."""
     text = re.sub(r"(?<!/)//(?!/)\S*@", "//", text)  # three slashes: a file of SQLite's
     return re.sub(r"(?i)((?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1…", text)
-
-
-def start_tracker(train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> "AsyncTracker":
-    """Logs a training run to MLflow while it trains: in a thread, so that no server can hold training up."""
-    defaults(timeout=5, retries=1)
-    return AsyncTracker(train_key, params, tags)
-
-
-class NullTracker:
-    """The tracker of a process that leaves tracking to another one."""
-
-    def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self, status: str) -> None: ...
-
-
-class AsyncTracker:
-    """A run in progress. No method raises; the first failure of each cause is one line on stderr.
-
-    Points that the run has already (a resumed or repeated training) are left out, so that none is there twice, and so
-    are values that are not finite: in MLflow's charts an undefined value is a gap.
-    """
-
-    def __init__(self, train_key: str, params: dict[str, Scalar], tags: dict[str, str]) -> None:
-        self._train_key, self._params, self._tags = train_key, params, tags
-        self._points: list[Point] = []
-        self._warned: set[str] = set()
-        self._inbox: queue.SimpleQueue[tuple[list[Point], str | None]] = queue.SimpleQueue()
-        self._inbox.put(([], None))  # shows the run before its first block
-        self._started_ms = time.time_ns() // 1_000_000
-        self._client: MlflowClient | None = None  # these three once the store has answered
-        self._run: Run
-        self._known: set[tuple[str, int]]
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None:
-        """Buffers the metrics of a step, named as MLflow shows them (train/loss). The timestamp is the caller's."""
-        self._points += [
-            Point(key, step, float(value), timestamp_ms) for key, value in metrics.items() if math.isfinite(value)
-        ]
-
-    def flush(self) -> None:
-        """Hands the buffered points over and returns at once."""
-        if self._thread.is_alive():
-            self._inbox.put((self._points, None))
-        self._points = []
-
-    def close(self, status: str) -> None:
-        """Sends the rest and ends the run as FINISHED, KILLED or FAILED; waits at most CLOSE_SECONDS."""
-        self._inbox.put((self._points, status))
-        self._points = []
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            self._warn("no answer within the time allowed")
-
-    def _work(self) -> None:
-        pending: list[Point] = []
-        retry_at, status = 0.0, None
-        while status is None:
-            points, status = self._inbox.get()
-            pending = (pending + points)[-PENDING_POINTS:]
-            if status is None and time.monotonic() < retry_at:
-                continue
-            try:
-                self._send(pending, status)
-                pending = []
-            except ImportError as error:
-                self._warn("mlflow is not installed" if error.name == "mlflow" else describe_error(error))
-                return
-            except Exception as error:  # whatever it is: training goes on
-                self._warn(describe_error(error))
-                retry_at = time.monotonic() + BACK_OFF_SECONDS
-
-    def _send(self, points: list[Point], status: str | None) -> None:
-        if self._client is None:
-            self._attach()
-        assert self._client is not None
-        fresh = [point for point in points if (point.key, point.step) not in self._known]
-        log_points(self._client, self._run.info.run_id, fresh)
-        self._known.update((point.key, point.step) for point in fresh)
-        if status and self._run.info.status != "FINISHED":  # a repeated training finds its run complete
-            self._client.set_terminated(self._run.info.run_id, status)
-
-    def _attach(self) -> None:
-        """Finds the run of this train_key or makes it, and says in its tags which process is at work."""
-        client, experiment = open_store()
-        with lock(f"run-{self._train_key[:16]}"):
-            run = find_run(client, experiment, self._train_key)
-            run = run or create_run(client, experiment, self._train_key, self._params, self._started_ms)
-        if run.info.status != "FINISHED":
-            client.update_run(run.info.run_id, status="RUNNING")
-            for key, value in {**self._tags, "host": socket.gethostname(), "pid": str(os.getpid())}.items():
-                client.set_tag(run.info.run_id, key, value)
-        log_params(client, run, self._params)
-        self._known = {(point.key, point.step) for point in logged_points(client, run)}
-        self._run, self._client = run, client
-
-    def _warn(self, cause: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            print(f"warning: MLflow: {cause}; training goes on, `track` completes the record", file=sys.stderr)
 
 
 def _prepare_database(path: Path) -> None:

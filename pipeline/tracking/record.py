@@ -1,16 +1,20 @@
-"""The record of one run, read from the files that the stages wrote: what `track` shows in MLflow."""
+"""The record of one run, read from the files that `train` and the other stages wrote: what MLflow shows of it."""
 
 import base64
 import csv
 import math
+import os
 import re
+import socket
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline import file_io
 from pipeline.errors import UserError
 from pipeline.runs import consistency, provenance, workspace
+from pipeline.runs.dvc_git import git
 from pipeline.tracking.mlflow_store import Point, Scalar
 
 REPORTS = Path("reports")
@@ -23,24 +27,36 @@ TABLES = [RUN, HISTORY, SUMMARY, REPORTS / "train/samples.jsonl",
           REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, MEASURED, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """What the files say about one run."""
 
     train_key: str
-    run: dict[str, Any]  # run.json
+    status: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED
     params: dict[str, Scalar]
-    prompts: dict[str, Any]  # prepare.json
     steps: int
-    training: list[Point]
-    timings: list[Point]
-    evaluation: dict[str, float]
-    measured: str  # digest of what was evaluated on, and how
-    diagnosis: dict[str, Any]  # diagnosis.json
-    artifacts: dict[str, list[Path]]  # folder of the artifact store -> files
+    points: list[Point]  # train/ and time/
+    tags: dict[str, str]
+    # of a finished run, with what the stages behind `train` made:
+    evaluation: dict[str, float] = field(default_factory=dict)
+    # name, digest, place, profile, what it is to the run
+    datasets: list[tuple[str, str, str, Any, str]] = field(default_factory=list)
+    artifacts: dict[str, list[Path]] = field(default_factory=dict)  # folder of the artifact store -> files
+
+
+def read_growing(folder: Path, pid: int, status: str) -> Record:
+    """What a run at work in `.checkpoints/<train_key>/` has come to: the steps up to its last state. Its process is in the
+    tags, so that `track` can tell whether it is still there."""
+    run = _json(folder / "run.json")
+    files = folder / "history.csv", folder / "timings.csv"
+    history, timings = (_rows(file) if file.exists() else {} for file in files)
+    history = {step: row for step, row in history.items() if step in timings}  # written one after the other
+    tags = _digests(run) | {"host": socket.gethostname(), "pid": str(pid)}
+    return Record(run["train_key"], status, run["params"], len(history), _points(history, timings, 0), tags)
 
 
 def read_record() -> Record:
-    """Reads every file before anything is written. Raises UserError naming a file that is missing, broken, or of another
+    """The record of a finished run. Reads every file before anything is written. Raises UserError naming a file that is missing, broken, or of another
     run than the others: `dvc repro train` alone leaves those of the stages behind it as they were."""
     figures = sorted((REPORTS / "figures").glob("*.png"))
     files = {"tables": TABLES, "figures": figures, "": [REPORT]}
@@ -56,7 +72,6 @@ def read_record() -> Record:
     timings_file = workspace.root() / ".checkpoints" / key / "timings.csv"
     timings = _timings(timings_file)
     written_ms = HISTORY.stat().st_mtime_ns // 1_000_000
-    times = {step: int(row.pop("timestamp_ms", written_ms)) for step, row in timings.items()}
     history, diagnosis = _rows(HISTORY), _json(DIAGNOSIS)
     if (steps := summary.get("steps")) != len(history):
         raise UserError(
@@ -71,17 +86,19 @@ def read_record() -> Record:
     page = REPORT.read_text(encoding="utf-8", errors="replace")
     if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
         raise UserError(f"{wrong[0]}: is not the figure in {REPORT}; {consistency.how_to_remake('plot')}")
+    name, model = f"prompts-{params.get('prompts')}", f"checkpoint-{params.get('model')}"
     return Record(
         train_key=key,
-        run=run,
+        status="FINISHED",
         params={**params, "processes": ", then ".join(map(str, run.get("processes", [1])))},
-        prompts=prompts,
         steps=len(history),
-        training=_points("train", history, times, written_ms),
-        timings=_points("time", {step: row for step, row in timings.items() if step in history}, times, written_ms),
+        points=_points(history, timings, written_ms),
+        tags=_tags(run, diagnosis, provenance.digest([measured["prompts"], measured["params"]])),
         evaluation=_flat("evaluate", evaluation),
-        measured=provenance.digest([measured["prompts"], measured["params"]]),
-        diagnosis=diagnosis,
+        datasets=[
+            (name, str(run["prompts"]), "data/prompts/train.jsonl", prompts, "training"),
+            (model, str(run["checkpoint"]), "data/checkpoint/policy", {}, "checkpoint"),
+        ],
         artifacts=files,
     )
 
@@ -134,12 +151,18 @@ def _timings(file: Path) -> dict[int, dict[str, float]]:
         return {}
 
 
-def _points(group: str, rows: dict[int, dict[str, float]], times: dict[int, int], otherwise_ms: int) -> list[Point]:
+def _points(
+    history: dict[int, dict[str, float]], timings: dict[int, dict[str, float]], otherwise_ms: int
+) -> list[Point]:
+    """The finite values of the steps of the history, at the time of the step or else at `otherwise_ms`: in MLflow's charts
+    an undefined value is a gap."""
+    times = {step: int(row.get("timestamp_ms", otherwise_ms)) for step, row in timings.items()}
     return [
         Point(f"{group}/{name}", step, value, times.get(step, otherwise_ms))
-        for step, row in rows.items()
-        for name, value in row.items()
-        if math.isfinite(value)
+        for group, rows in (("train", history), ("time", timings))
+        for step in history
+        for name, value in rows.get(step, {}).items()
+        if name != "timestamp_ms" and math.isfinite(value)
     ]
 
 
@@ -153,3 +176,37 @@ def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float) and math.isfinite(value):
             flat[path] = float(value)
     return flat
+
+
+def _digests(run: dict[str, Any]) -> dict[str, str]:
+    return {name: str(run.get(name, "")) for name in provenance.DIGESTS}
+
+
+def _tags(run: dict[str, Any], diagnosis: dict[str, Any], measured: str) -> dict[str, str]:
+    """Where the run came from, as of now; what is unknown (no git, no experiment) keeps its earlier value."""
+    commit, changes = _commit()
+    tags = {
+        "evaluate_key": file_io.sha256(EVALUATION),
+        "measured": measured,  # what was evaluated on, and how
+        **_digests(run),
+        "git_commit": commit,
+        "mlflow.source.git.commit": commit,
+        "git_dirty": None if changes is None else str(bool(changes)).lower(),
+        "verdict": diagnosis["verdict"],
+        "collapse_onset": str(diagnosis["onset"]).lower(),  # none: healthy
+        "collapse_kinds": ", ".join(finding["kind"] for finding in diagnosis["findings"]) or "none",
+        "cure": diagnosis["cure"]["command"] if diagnosis["cure"] else "none",
+        "dvc_exp_name": os.environ.get("DVC_EXP_NAME"),
+        "dvc_exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def _commit() -> tuple[str | None, str | None]:
+    """HEAD and what differs from it. None, and a note of what git says, where it tells neither."""
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=normal", "--", ".", ":!reports", ":!dvc.lock")
+        return git("rev-parse", "--verify", "HEAD"), changes
+    except UserError as error:
+        print(f"note: the run's commit is not recorded: {error}", file=sys.stderr)
+        return None, None

@@ -1,0 +1,68 @@
+"""`python -m pipeline.tracking.follow FOLDER PID`: MLflow's run follows the files of a training that is at work.
+
+`train` starts it beside itself, so that no server can hold training up, and writes the end to its standard input. After a
+failure the next state of the files is the next try; `track` completes what is left.
+"""
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import run_stage
+from pipeline.runs.follower import CLOSE_SECONDS, warn
+from pipeline.tracking import mlflow_store
+from pipeline.tracking.record import read_growing
+from pipeline.tracking.sync import Synced, sync
+
+POLL_SECONDS = 0.5
+
+
+def main() -> None:
+    folder, trainer = Path(sys.argv[1]), int(sys.argv[2])
+    mlflow_store.defaults(timeout=5, retries=1)
+    try:
+        with mlflow_store.lock(f"follow-{folder.name[:16]}"):  # one whose trainer was killed goes first
+            follow(folder, trainer, lambda: wait_for_end(trainer))
+    except TimeoutError as error:
+        warn(mlflow_store.describe_error(error))
+
+
+def wait_for_end(trainer: int) -> str:
+    """RUNNING after a moment, or what the trainer says at its end; KILLED where it has died without a word."""
+    if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+        status = sys.stdin.readline() or "KILLED"
+    else:  # a process that a reward has forked may hold the pipe open
+        status = "RUNNING" if os.getppid() == trainer else "KILLED"
+    if status != "RUNNING":
+        signal.alarm(int(CLOSE_SECONDS))  # there may be nobody left to end this process
+    return status
+
+
+def follow(folder: Path, trainer: int, wait: Callable[[], str]) -> None:
+    """Brings MLflow's run to each state of the folder, until `wait` gives another status than RUNNING. Never raises; the
+    first failure of each cause is one line on stderr."""
+    status, timings = "RUNNING", folder / "timings.csv"
+    seen: tuple[str, int] | None = None
+    synced: Synced | None = None
+    warned: set[str] = set()
+    while True:
+        state = status, timings.stat().st_mtime_ns if timings.exists() else 0  # `train` writes it last
+        if state != seen:
+            seen = state
+            try:
+                synced = sync(read_growing(folder, trainer, status), synced)
+            except Exception as error:  # whatever it is: training goes on
+                synced = None
+                if (cause := mlflow_store.describe_error(error)) not in warned:
+                    warned.add(cause)
+                    warn(cause)
+        if status != "RUNNING":
+            return
+        status = wait()
+
+
+if __name__ == "__main__":
+    run_stage(main, arguments=True)
