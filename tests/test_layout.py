@@ -22,7 +22,6 @@ from packaging.utils import canonicalize_name
 from pipeline.config.schema import SELECTORS
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs.provenance import UNRELATED, local_modules
-from tests import test_plot
 
 ROOT = Path(__file__).resolve().parents[1]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -454,10 +453,6 @@ def test_documents_name_files_and_functions_that_exist(document: Path) -> None:
 
 
 ALL_TESTS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-
-
-def test_the_made_up_history_of_the_plots_has_the_real_columns() -> None:
-    assert tuple(test_plot.COLUMNS) == HISTORY_COLUMNS
 
 
 def nodes(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -17,18 +17,12 @@ from matplotlib.text import Text
 
 from pipeline.errors import UserError
 from pipeline.report import cure_page, figures, inputs, page, style
+from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.stages import plot
 from tests.seal import seal
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = [
-    "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
-    "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_se", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
-    "policy_logprob", "certain_run", "logprob_gap", "truncation_gap", "grad_norm", "grad_snr", "update_kl", "update_kl_se",
-    "relative_update", "lr", "kl_coef", "clip_share", "completion_tokens", "ended_share", "empty_share",
-    "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
-    "nonfinite", "nonfinite_logprobs",
-]  # fmt: skip
+COLUMNS = list(HISTORY_COLUMNS)
 EVALUATE = ["mean", "low", "high", "difference", "win_rate", "text", "ref_logprob_per_token"]
 NAMES = ["collapse", "evaluate", "overview", "reward", "variance"]
 HOSTILE = (
@@ -84,7 +78,7 @@ def history(steps: int, collapsed: bool) -> pd.DataFrame:
         table.loc[11, ["loss", "grad_norm", "ref_kl_k3"]] = [np.nan, np.inf, np.inf]
         table.loc[12:13, ["repeated_3grams", "reward_std_within"]] = np.nan
         table.loc[15, "entropy"] = 0.0
-    return table[COLUMNS]
+    return table.reindex(columns=COLUMNS, fill_value=0.5)  # a metric that this module does not know is 0.5
 
 
 def interval(mean: float, width: float) -> dict[str, float]:
