@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.detector import params_of
 from pipeline.distributed.device import configure_torch
+from pipeline.rl import train_step
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import build_context
 from pipeline.rl.optimizer import make_optimizer
 from pipeline.rl.state import TrainState
-from pipeline.stages import train
 
 SIZES = {"train.prompts_per_step": 128, "train.samples_per_prompt": 8, "train.steps": 50, "train.threads": 2}
 
@@ -31,20 +31,20 @@ def main(steps: int) -> None:
     device = configure_torch("auto", params.train.threads)
     setting, policy = build_context(params, device)
     optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
-    run, real = TrainState(), train.update_policy
+    run, real = TrainState(), train_step.update_policy
 
     def without_ratio(*arguments: Any) -> Any:
         *others, micro_batch, group = arguments[:7]
         return real(*others, micro_batch - 1, group, *arguments[7:])  # no micro-batch holds whole groups: no ratio
 
-    with mock.patch.object(train, "update_on", without_ratio):
-        train.train_step(run, setting, policy, optimizer)  # the first one is slower
+    with mock.patch.object(train_step, "update_policy", without_ratio):
+        train_step.train_step(run, setting, policy, optimizer)  # the first one is slower
     plain, full = [], []
     for _ in range(steps):
-        with mock.patch.object(train, "update_on", without_ratio):
-            train.train_step(run, setting, policy, optimizer)
+        with mock.patch.object(train_step, "update_policy", without_ratio):
+            train_step.train_step(run, setting, policy, optimizer)
         plain.append(run.timings[-1])
-        train.train_step(run, setting, policy, optimizer)
+        train_step.train_step(run, setting, policy, optimizer)
         full.append(run.timings[-1])
 
     def median(rows: list[dict[str, float]], phase: str) -> float:

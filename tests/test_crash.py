@@ -21,6 +21,7 @@ import torch
 from ruamel.yaml import YAML
 
 from pipeline.errors import UserError
+from pipeline.rl import train_step
 from pipeline.stages import train
 from tests.clones import Clone
 from tests.conftest import Project, copy_of_project
@@ -351,7 +352,7 @@ class Faulty:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str, value: float, at: int) -> None:
         self.armed, self.step = False, 0
-        stage, real_step, real_update = train.build_context, train.train_step, train.update_policy
+        stage, real_step, real_update = train.build_context, train.train_step, train_step.update_policy
 
         def staged(*arguments: Any) -> Any:
             setting, policy = stage(*arguments)
@@ -371,9 +372,9 @@ class Faulty:
             finally:
                 self.armed = False
 
-        monkeypatch.setattr(train, "set_stage", staged)
+        monkeypatch.setattr(train, "build_context", staged)
         monkeypatch.setattr(train, "train_step", step)
-        monkeypatch.setattr(train, "update_on", update)
+        monkeypatch.setattr(train_step, "update_policy", update)
 
     def spoil(self, output: Any, value: float) -> None:
         if self.armed:

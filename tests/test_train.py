@@ -257,7 +257,7 @@ def test_the_greedy_completion_is_penalised_as_the_samples_are(here: Project, mo
 
 def test_the_coefficient_adapts_to_the_kl_that_is_penalised(here: Project) -> None:
     """Of the truncated sampler, not of the full softmax, which at step 0 is the reference's own."""
-    here.edit(recipes__stable__top_k=1, recipes__stable__scoring="sampler", recipes__stable__kl_target=1.0)
+    here.edit(recipes__stable__top_k=1, recipes__stable__loss_distribution="sampler", recipes__stable__kl_target=1.0)
     train.main()
     rows = history(here)
     assert abs(rows[0]["ref_kl_sequence"]) < 1e-4
@@ -266,7 +266,7 @@ def test_the_coefficient_adapts_to_the_kl_that_is_penalised(here: Project) -> No
 
 def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Project) -> None:
     """A sampler of one token is certain of it: its log-ratio is minus the reference's log-likelihood, nothing else."""
-    here.edit(recipes__stable__top_k=1, recipes__stable__scoring="sampler", train__steps=1)
+    here.edit(recipes__stable__top_k=1, recipes__stable__loss_distribution="sampler", train__steps=1)
     train.main()
     row = history(here)[0]
     ref = row["ref_logprob"] * row["completion_tokens"]

@@ -92,7 +92,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_a_server_s_password_is_not_printed(monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@mlflow_store.example.org:8443/mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@tracking.example.org:8443/mlflow")
     monkeypatch.setattr(sys, "argv", ["ui"])
     with pytest.raises(UserError, match=r"names a server already: open https://tracking.example.org:8443/mlflow$"):
         ui.main()
