@@ -35,10 +35,13 @@ PANELS = [  # column, its name; the reward's unit comes from the run
 
 
 @figure_function
-def overlay(collapsed: Inputs, after: Inputs) -> Figure:
+def overlay(
+    collapsed: Inputs, after: Inputs, title: str = "The run without and with the change",
+    names: tuple[str, str] = ("without the change", "with the change"),
+) -> Figure:  # fmt: skip
     """Five columns of history.csv over the steps of both runs; vertical lines where findings set in."""
     source = f"reports/train/history.csv, and that of train key {after.run['train_key'][:8]}"
-    figure = canvas(1400, 800, "The run without and with the change", footer(collapsed.run, source))
+    figure = canvas(1400, 800, title, footer(collapsed.run, source))
     grid = figure.subplots(2, 3)
     runs = [(after, BLUE, False), (collapsed, RED, True)]  # dashes on top: what coincides shows both
     for place, (panel, (column, name, unit)) in enumerate(zip(grid.flat, PANELS, strict=False)):
@@ -60,14 +63,14 @@ def overlay(collapsed: Inputs, after: Inputs) -> Figure:
         longest = max((run.history["step"].to_numpy(dtype=float) for run, _, _ in runs), key=lambda steps: steps[-1])
         steps_axis(panel, longest, label=place > 1)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    _legend(grid.flat[-1], collapsed, after)
+    _legend(grid.flat[-1], collapsed, after, names)
     return figure
 
 
-def _legend(axes: Axes, collapsed: Inputs, after: Inputs) -> None:
+def _legend(axes: Axes, collapsed: Inputs, after: Inputs, names: tuple[str, str]) -> None:
     """In the place of the sixth panel: which line is which run, and its verdict."""
     axes.axis("off")
-    entries = [(collapsed, "without the change", RED, "╍"), (after, "with the change", BLUE, "━")]
+    entries = [(collapsed, names[0], RED, "╍"), (after, names[1], BLUE, "━")]
     for place, (run, name, colour, mark) in enumerate(entries):
         findings = run.diagnosis["findings"]
         verdict = [f"{finding['title'][:40]}, step {finding['onset']}" for finding in findings[:3]] or ["healthy"]
