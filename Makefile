@@ -38,10 +38,10 @@ repro: $(BIN)/installed  ## install into .venv and run the pipeline on the embed
 	$(RUN) dvc repro
 
 cure: $(BIN)/installed  ## after a collapse: try the recommended change, show both runs side by side
-	$(RUN) python -m pipeline.commands.cure
+	$(RUN) reinforce cure
 
 sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compared; RECIPES= REWARDS= SEEDS= STEPS= JOBS= OVERRIDES=
-	$(RUN) python -m pipeline.commands.sweep --jobs $(JOBS) -S 'recipe=$(RECIPES)' -S 'reward=$(REWARDS)' -S 'seed=$(SEEDS)' \
+	$(RUN) reinforce sweep --jobs $(JOBS) -S 'recipe=$(RECIPES)' -S 'reward=$(REWARDS)' -S 'seed=$(SEEDS)' \
 	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
 test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
@@ -67,7 +67,7 @@ audit:  ## known vulnerabilities of the pinned dependencies, by PyPI's database;
 	|| { echo 'audit: a vulnerability was found, or not every package could be looked up; the lines above say which' >&2; exit 1; }
 
 ui: $(BIN)/installed  ## MLflow's UI on loopback, to compare runs
-	$(RUN) python -m pipeline.commands.ui $(PORT)
+	$(RUN) reinforce ui $(PORT)
 
 bench: $(BIN)/installed  ## speed beside the notebook's loop and trl, 20 minutes -> docs/speed.json
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,benchmarks]'

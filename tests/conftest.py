@@ -88,7 +88,7 @@ class Project:
 
     def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", module_of(stage), *arguments],
+            [sys.executable, "-m", *module_of(stage), *arguments],
             cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
@@ -103,10 +103,11 @@ class Project:
         return errors[0]
 
 
-def module_of(name: str) -> str:
-    """The module of a stage or a command."""
-    folder = "commands" if (ROOT / f"pipeline/commands/{name}.py").exists() else "stages"
-    return f"pipeline.{folder}.{name}"
+def module_of(name: str) -> list[str]:
+    """What stands behind `python -m` for a stage or a command."""
+    if (ROOT / f"pipeline/commands/{name}.py").exists():
+        return ["pipeline", name]
+    return [f"pipeline.stages.{name}"]
 
 
 @pytest.fixture

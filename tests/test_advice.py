@@ -41,7 +41,7 @@ def run_of(clone: Clone) -> str:
 
 
 def compared(clone: Clone, *names: str) -> str:
-    clone(sys.executable, "-m", "pipeline.commands.compare", "--from", "dvc", *names)
+    clone(sys.executable, "-m", "pipeline", "compare", "--from", "dvc", *names)
     return clone.read("reports/compare/table.csv")
 
 
@@ -58,7 +58,7 @@ def test_files_of_another_run(clone: Clone) -> None:
     assert "up to date" in clone("dvc", "repro")
     assert refused(clone, "pipeline.stages.track") == (message, [forced])
     assert refused(clone, "pipeline.stages.plot")[1] == [forced.replace(" plot", "")]
-    assert refused(clone, "pipeline.commands.cure")[1] == [forced.replace(" plot", "")]
+    assert refused(clone, "pipeline", "cure")[1] == [forced.replace(" plot", "")]
     assert ",1 not diagnosed," in compared(clone, "saved")
     clone("bash", "-c", forced)
     assert len(clone.runs()) == len(set(clone.runs())) == 2, "track has run"
@@ -72,7 +72,7 @@ def test_files_of_another_run(clone: Clone) -> None:
     assert refused(clone, "pipeline.stages.diagnose")[0].partition(": of")[0] in message
     clone("bash", "-c", checkout)
     assert (run_of(clone), clone.read("dvc.lock")) == (first, lock)
-    clone(sys.executable, "-m", "pipeline.stages.track")
+    clone(sys.executable, "-m", "pipeline", "track")
 
     # a file that was edited by hand and committed: there is nothing that `dvc checkout` could bring back
     path = clone.root / "reports/train/samples.jsonl"
@@ -86,7 +86,7 @@ def test_files_of_another_run(clone: Clone) -> None:
     assert message.startswith("error: reports/train/samples.jsonl: of another run than")
     clone("bash", "-c", forced)
     assert path.read_bytes() == content
-    clone(sys.executable, "-m", "pipeline.stages.track")
+    clone(sys.executable, "-m", "pipeline", "track")
     clone.restore()
 
 
@@ -102,7 +102,7 @@ def test_files_that_are_missing_or_broken(clone: Clone) -> None:
         message, commands = refused(clone, "pipeline.stages.track")
         assert message.startswith("error: reports/diagnosis.json: has no cure")
         clone("bash", "-c", commands[place])
-        clone(sys.executable, "-m", "pipeline.stages.track")
+        clone(sys.executable, "-m", "pipeline", "track")
     clone.restore()
 
 
@@ -111,7 +111,7 @@ def test_dvc_commit_after_an_edit_counts_under_no_seed(clone: Clone) -> None:
     clone.edit(train={"steps": 4})
     clone("dvc", "commit", "-q", "-f", "train")
     clone("git", "commit", "-qam", "committed by force")
-    said = clone(sys.executable, "-m", "pipeline.commands.compare", "--from", "dvc", fails=True)
+    said = clone(sys.executable, "-m", "pipeline", "compare", "--from", "dvc", fails=True)
     assert "note: HEAD: its dvc.lock names other parameters than `train` ran with" in said
     clone("git", "reset", "-q", "--hard", "HEAD~1")
     clone("dvc", "checkout", "-q")

@@ -1,4 +1,4 @@
-"""`make cure`: what its page says of two made-up runs, what the command refuses, and one real cure in a clone."""
+"""`reinforce cure`: what its page says of two made-up runs, what the command refuses, and one real cure in a clone."""
 
 import base64
 import hashlib
@@ -246,7 +246,7 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
         return {str(path): path.read_bytes() for path in watched}
 
     before, status = files(), clone("git", "status", "--porcelain")
-    said = clone("python", "-m", "pipeline.commands.cure")
+    said = clone("python", "-m", "pipeline", "cure")
     assert clone.ran(said)[-5:] == ["train", "diagnose", "evaluate", "plot", "track"]
     # in a folder of its own, which is deleted: what it trained stays in MLflow and in `dvc exp show`
     assert len(set(clone.runs())) == len(clone.runs()) == 2
@@ -260,7 +260,7 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
     assert (files(), clone("git", "status", "--porcelain")) == (before, status)
 
     clone.commit()  # the same experiment is found from another commit too
-    again = clone("python", "-m", "pipeline.commands.cure")
+    again = clone("python", "-m", "pipeline", "cure")
     assert clone.ran(again) == []
     assert answer_of(again) == answer
     assert clone.read("reports/cure.html") == html
@@ -269,4 +269,4 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
     assert "/cure-" not in clone("git", "for-each-ref", "refs/exps"), "so that the same command tries it"
 
     clone.edit(train={"steps": 4})
-    assert "run `dvc repro`" in clone("python", "-m", "pipeline.commands.cure", fails=True)
+    assert "run `dvc repro`" in clone("python", "-m", "pipeline", "cure", fails=True)

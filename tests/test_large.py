@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import material, memory
+from pipeline.__main__ import build_parser
 from pipeline.commands import generate
 from pipeline.config.load import load_params
 from pipeline.distributed.dist_context import DistContext
@@ -241,8 +242,7 @@ def test_trained_adapters_load_in_peft_and_go_on_after_a_kill(
     evaluate.main()
     metrics = json.loads((adapted.root / "reports/evaluate/metrics.json").read_text())
     assert metrics["ref_logprob_per_token"]["policy"] != metrics["ref_logprob_per_token"]["checkpoint"]
-    monkeypatch.setattr("sys.argv", ["generate", "Hello", "--max-tokens", "9"])
-    generate.main()
+    generate.main(build_parser().parse_args(["generate", "Hello", "--max-tokens", "9"]))
     assert "policy: Hello" in capsys.readouterr().out
 
 

@@ -54,7 +54,7 @@ def test_the_trained_policy_loads_with_transformers(clone: Clone) -> None:
     tokenizer = AutoTokenizer.from_pretrained(clone.root / "data/policy")
     tokens = policy.generate(**tokenizer("Hi there, how", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert tokenizer.decode(tokens[0]).startswith("Hi there, how")
-    said = clone("python", "-m", "pipeline.commands.generate", "Hi there, how")
+    said = clone("python", "-m", "pipeline", "generate", "Hi there, how")
     assert said.count("Hi there, how") == 2
 
 

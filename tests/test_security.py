@@ -203,13 +203,13 @@ def test_an_index_cannot_name_what_is_no_shard_of_its_folder(tmp_path: Path, sha
 
 @pytest.mark.faults
 @pytest.mark.parametrize("prompt", ["\udcff", ""], ids=ascii)
-def test_prompts_that_are_no_text_are_one_line(monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+def test_prompts_that_are_no_text_are_one_line(prompt: str) -> None:
     """Bytes that are no UTF-8 come from a shell as halves of surrogate pairs."""
+    from pipeline.__main__ import build_parser
     from pipeline.commands import generate
 
-    monkeypatch.setattr("sys.argv", ["generate", "Hi", prompt])
     with fault("argument that is no text"), pytest.raises(UserError, match="should be text in UTF-8, and not empty"):
-        generate.main()
+        generate.main(build_parser().parse_args(["generate", "Hi", prompt]))
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "9" * 5000, "٣", "1 2", "a", "", "0.0.0.0:80"])
@@ -217,7 +217,7 @@ def test_the_ui_takes_a_port_and_nothing_else(port: str) -> None:
     from pipeline.commands import ui
 
     with pytest.raises(UserError, match="should be one port number"):
-        ui._port([port])
+        ui.port_number(port)
 
 
 # --- what the stages do, by Python's own audit hooks

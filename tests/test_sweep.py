@@ -1,4 +1,4 @@
-"""`make sweep` and `python -m pipeline.commands.compare` on real experiments of DVC's queue: their table says what the files say,
+"""`reinforce sweep` and `reinforce compare` on real experiments of DVC's queue: their table says what the files say,
 read from either record, in this folder or in another clone."""
 
 import io
@@ -39,8 +39,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     """A sweep that was interrupted while one experiment trained and one waited, and gone on with, both at the same time."""
     base = tmp_path_factory.mktemp("swept")
     clone = tiny(base, base / "cache")
-    interrupt(clone, [sys.executable, "-m", "pipeline.commands.sweep", "--jobs", "1", *GRID])
-    printed = clone("python", "-m", "pipeline.commands.sweep", "--jobs", "2", *GRID)
+    interrupt(clone, [sys.executable, "-m", "pipeline", "sweep", "--jobs", "1", *GRID])
+    printed = clone("python", "-m", "pipeline", "sweep", "--jobs", "2", *GRID)
     yield Swept(clone, printed, sorted(set(re.findall(r"finished \d of \d: (\S+)", printed))))
     end(clone)
 
@@ -72,7 +72,7 @@ def interrupt(clone: Clone, command: list[str]) -> None:
 
 
 def table(clone: Clone, *arguments: str) -> pd.DataFrame:
-    clone("python", "-m", "pipeline.commands.compare", *arguments)
+    clone("python", "-m", "pipeline", "compare", *arguments)
     return pd.read_csv(io.StringIO(clone.read("reports/compare/table.csv")), dtype={"seeds": str})
 
 
@@ -158,8 +158,8 @@ def test_another_clone_reads_pulled_experiments_without_mlflow(
         return done.stdout
 
     run("dvc", "exp", "pull", "--no-cache", "origin", *names)
-    printed = run("python", "-m", "pipeline.commands.compare", "--from", "dvc")
-    expected = clone("python", "-m", "pipeline.commands.compare", "--from", "dvc", *names)
+    printed = run("python", "-m", "pipeline", "compare", "--from", "dvc")
+    expected = clone("python", "-m", "pipeline", "compare", "--from", "dvc", *names)
     assert printed == expected
     assert (tmp_path / "other/reports/compare/curves.png").read_bytes() == (
         clone.root / "reports/compare/curves.png"
@@ -169,7 +169,7 @@ def test_another_clone_reads_pulled_experiments_without_mlflow(
 @pytest.mark.slow
 def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
     clone, printed, _ = swept
-    again = clone("python", "-m", "pipeline.commands.sweep", "--jobs", "2", *GRID)
+    again = clone("python", "-m", "pipeline", "sweep", "--jobs", "2", *GRID)
     assert "2 experiments, 2 of them finished" in again
     assert "queued" not in again
     assert again[again.index("\n|") :] == printed[printed.index("\n|") :]
@@ -179,9 +179,9 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     clone = swept.clone
     size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
-    quicker = "from pipeline.commands import sweep\nsweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
-    quicker += "sweep.run_stage(sweep.main, arguments=True)"
-    said = clone(sys.executable, "-c", quicker, *size, fails=True)
+    quicker = "from pipeline.__main__ import main\nfrom pipeline.commands import sweep\nsweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
+    quicker += "main()"
+    said = clone(sys.executable, "-c", quicker, "sweep", *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: 1 of 1 experiments failed: sweep-[0-9a-f]{16}; `dvc queue logs sweep-", line)
     assert "beyond the model's 512" in line
@@ -193,17 +193,18 @@ def test_an_experiment_that_an_ending_worker_took_along_is_queued_again(swept: S
     clone = swept.clone
     end(clone)  # the workers of what was swept before wait some seconds for more
     patched = """
+from pipeline.__main__ import main
 from pipeline.commands import sweep
 dvc, sweep.POLL_SECONDS, sweep.QUEUE_EVERY, sweep.PATIENCE = sweep.dvc, 0.1, 1, 1
 sweep.dvc = lambda *arguments: "" if arguments[:2] == ("queue", "start") else dvc(*arguments)
 """
     grid, broker = ("-S", "train.steps=2", "-S", "seed=7"), clone.root / ".dvc/tmp/exps/celery/broker"
-    clone(sys.executable, "-c", f"{patched}sweep.wait = lambda *_: None\nsweep.main()", *grid, fails=True)
+    clone(sys.executable, "-c", f"{patched}sweep.wait = lambda *_: None\nmain()", "sweep", *grid, fails=True)
     assert re.search("sweep-.* Queued", clone("dvc", "queue", "status"))
     (message,) = (broker / "in").glob("*.celery.msg")  # not what is left of talk with workers
     message.rename(broker / "processed" / message.name)
     assert re.search("sweep-.* Running", clone("dvc", "queue", "status"))
-    said = clone(sys.executable, "-c", f"{patched}sweep.main()", *grid, fails=True)
+    said = clone(sys.executable, "-c", f"{patched}main()", "sweep", *grid, fails=True)
     assert said.count("queued 1 of 1: sweep-") == 1
     assert "nobody works on the queue, 1 experiments are left: the same command" in said
     assert re.search("sweep-.* Queued", clone("dvc", "queue", "status"))
@@ -382,6 +383,6 @@ def test_make_passes_its_variables_on() -> None:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
     said = done.stdout.replace("\\\n", " ")
-    expected = """python -m pipeline.commands.sweep --jobs 3 -S 'recipe=stable' -S 'reward=embedding,length' -S 'seed=range(0,3)'
+    expected = """reinforce sweep --jobs 3 -S 'recipe=stable' -S 'reward=embedding,length' -S 'seed=range(0,3)'
         -S train.threads=1 -S train.steps=10 -S model=pythia-70m -S 'models.pythia-70m.revision=step1000,step16000'"""
     assert said.split()[-len(expected.split()) :] == expected.split()

@@ -112,7 +112,7 @@ def test_what_one_member_ran_is_up_to_date_at_another(team: Team) -> None:
     assert train_key(team.second) == train_key(team.first)
     weights = "data/policy/model.safetensors"
     assert (team.second.root / weights).read_bytes() == (team.first.root / weights).read_bytes()
-    team.second("python", "-m", "pipeline.stages.track")
+    team.second("python", "-m", "pipeline", "track")
     assert list(team.runs()) == [train_key(team.first)]
     assert team.points(team.runs()[train_key(team.first)]) == before
     assert not (team.second.root / ".checkpoints").exists(), "it has trained"

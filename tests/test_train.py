@@ -21,6 +21,7 @@ from filelock import FileLock
 from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.__main__ import build_parser
 from pipeline.commands import generate
 from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS, null_statistics
 from pipeline.diagnosis.verdict import TITLES, Finding, findings
@@ -830,9 +831,9 @@ def test_a_reward_of_any_size_that_is_taken_trains(here: Project, recipe: str, s
 def test_missing_inputs_are_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project.root)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr("sys.argv", ["generate", "Hello"])
-    for stage, missing in ((train, "data/prompts/train.jsonl"), (evaluate, "data/prompts/heldout.jsonl"),
-                           (generate, "no model in")):  # fmt: skip
+    for stage, missing in ((train, "data/prompts/train.jsonl"), (evaluate, "data/prompts/heldout.jsonl")):
         with pytest.raises(UserError, match=missing):
             stage.main()
+    with pytest.raises(UserError, match="no model in"):
+        generate.main(build_parser().parse_args(["generate", "Hello"]))
     assert os.listdir(project.root / "data") == ["pocket"]

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
+from pipeline.__main__ import build_parser
 from pipeline.commands import ui
 from pipeline.errors import UserError
 from pipeline.stages import track
@@ -80,7 +81,9 @@ def make_reports(number, reward, recipe):
 def runs(tmp_path, monkeypatch):
     """Three tracked runs in a new store in the current directory: run name -> run id."""
     monkeypatch.chdir(tmp_path)
-    write(Path("params.yaml"), "")  # the project's root
+    for name in ("params.yaml", "dvc.yaml"):  # the project's root
+        write(Path(name), "")
+    Path("pipeline").symlink_to(PROJECT / "pipeline")
     for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     for number, (name, (reward, recipe)) in enumerate(RUNS.items(), start=1):
@@ -93,9 +96,8 @@ def runs(tmp_path, monkeypatch):
 
 def test_a_server_s_password_is_not_printed(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@tracking.example.org:8443/mlflow")
-    monkeypatch.setattr(sys, "argv", ["ui"])
     with pytest.raises(UserError, match=r"names a server already: open https://tracking.example.org:8443/mlflow$"):
-        ui.main()
+        ui.main(build_parser().parse_args(["ui"]))
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def server(runs, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pipeline.commands.ui", str(port)]
+    command = [sys.executable, "-m", "pipeline", "ui", str(port)]
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=log, stderr=log)
     started = time.monotonic()
@@ -145,7 +147,7 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
     names = [f"{reward}-{recipe}-pocket-s0-{name}" for name, (reward, recipe) in RUNS.items()]
     assert sorted(runs) == sorted(names)
 
-    # The run table, by the address that `make ui` prints.
+    # The run table, by the address that `reinforce ui` prints.
     printed = (tmp_path / "server.log").read_text()
     page.goto(re.search(rf"{server}\S+", printed).group())
     page.get_by_label("Close").first.click()  # MLflow's assistant opens itself on a first visit

@@ -1,1 +1,1 @@
-"""What people run by hand: compare, cure, generate, sweep, ui. No stage imports a command, and no command trains: it asks DVC."""
+"""What people run by hand, as `reinforce COMMAND`. No stage imports a command, and no command trains: it asks DVC."""

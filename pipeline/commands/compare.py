@@ -1,30 +1,23 @@
-"""`python -m pipeline.commands.compare [experiment ...]`: many experiments by configuration, mean ± std over seeds.
+"""`reinforce compare`: many experiments by configuration, mean ± std over seeds.
 
-Prints the table; writes it, the learning curves and their figure to reports/compare/. --help lists the options.
+Prints the table; writes it, the learning curves and their figure to reports/compare/.
 """
 
 import argparse
 from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 
-from pipeline.errors import UserError, did_you_mean, run_stage
+from pipeline.errors import UserError, did_you_mean
 from pipeline.file_io import atomic_path, write_text
 from pipeline.report import comparison, comparison_figure, style
-from pipeline.runs import workspace
 from pipeline.tracking import mlflow_store
 from pipeline.tracking.summaries import RunSummary, from_dvc, from_mlflow, readable
 
 NONE_YET = "queue some, as `dvc exp run --queue -S recipe=notebook,stable -S 'seed=range(0,3)'`, and `dvc queue start`"
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Raises UserError where there is nothing to compare, or where an option names what is not there."""
-    options = arguments()
-    if options.source == "dvc":
-        workspace.require_project_root()
-    else:
-        mlflow_store.in_project()
     with readable():
         chosen = choose(read(options), options.experiments, options.where)
         check_metric(options.metric, chosen)
@@ -51,21 +44,6 @@ def main() -> None:
             f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n"
         )
     print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.png")
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.commands.compare", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("experiments", nargs="*", help="names of experiments; without, all of the record")
-    parser.add_argument("--from", dest="source", choices=["mlflow", "dvc"], default="mlflow",
-                        help="record to read: MLflow's finished runs, or DVC's experiments of this commit")  # fmt: skip
-    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE...]",
-                        help="only trainings with this parameter, such as recipe=stable or recipe.lr=3e-5")  # fmt: skip
-    parser.add_argument("--metric", default="reward_mean", help="column of history.csv to draw")
-    parser.add_argument("--all-commits", action="store_true", help="DVC's experiments of every commit")
-    parser.add_argument("--out", type=Path, default=Path("reports/compare"), help="folder to write to")
-    return parser.parse_args()
 
 
 def read(options: argparse.Namespace) -> list[RunSummary]:
@@ -124,7 +102,3 @@ def check_metric(metric: str, trainings: Sequence[RunSummary]) -> None:
 def nearest(wrong: str, known: Iterable[str]) -> str:
     known = sorted(set(known))
     return did_you_mean(wrong, known) or f"; there are {', '.join(known[:20])}"
-
-
-if __name__ == "__main__":
-    run_stage(main, arguments=True)

@@ -1,4 +1,4 @@
-"""`python -m pipeline.commands.cure`: runs the recommended change as an experiment and lays both runs side by side.
+"""`reinforce cure`: runs the recommended change as an experiment and lays both runs side by side.
 
 The experiment has a folder of its own (`dvc exp run --temp`): the workspace keeps its reports. Writes reports/cure.html.
 """
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.errors import UserError, run_stage
+from pipeline.errors import UserError
 from pipeline.file_io import write_text
 from pipeline.report import cure_figure, cure_page, style
 from pipeline.report.inputs import Inputs, load
@@ -99,7 +99,3 @@ def fetch(revision: str, name: str, folder: Path) -> Inputs:
             str(error).replace(str(folder), str(REPORTS)).partition("; run `dvc repro")[0]
         )  # that is for the workspace
         raise UserError(f"experiment {name}: {said}; `dvc exp remove {name}`, then try again") from None
-
-
-if __name__ == "__main__":
-    run_stage(main)

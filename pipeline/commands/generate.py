@@ -1,7 +1,4 @@
-"""Continues a prompt with the untouched checkpoint and with the trained policy, greedily: the notebook's `generate`.
-
-python -m pipeline.commands.generate "Hi there, how"
-"""
+"""`reinforce generate`: continues prompts with the checkpoint and with the trained policy, greedily, as the notebook's does."""
 
 import argparse
 from pathlib import Path
@@ -9,12 +6,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.errors import UserError, run_stage
+from pipeline.errors import UserError
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
 from pipeline.models.tokenization import check_vocabulary, encode_prompt
-from pipeline.runs import workspace
 
 FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
 
@@ -35,30 +31,22 @@ def continuation(
     return str(tokenizer.decode(ids + rollout.completions[0, : int(rollout.lengths[0])].tolist()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="+", metavar="prompt")
-    parser.add_argument("--max-tokens", type=int, default=30, help="of prompt and continuation together (30)")
-    arguments = parser.parse_args()
-    for prompt in arguments.prompts:
+def main(options: argparse.Namespace) -> None:
+    """Raises UserError for a prompt that is no text or too long, and where there is no model yet."""
+    for prompt in options.prompts:
         if not prompt or any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that were no UTF-8
             raise UserError(f"the prompt {prompt[:40]!r} should be text in UTF-8, and not empty")
-    workspace.require_project_root()
     present = {name: folder for name, folder in FOLDERS.items() if holds_model(folder)}
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
     for name, folder in present.items():
         model, tokenizer = load_policy(folder, torch.device("cpu")), load_tokenizer(folder)
-        eos, room = end_of_text_ids(folder, tokenizer), context_length(model.config) or arguments.max_tokens
-        if arguments.max_tokens > room:
-            raise UserError(f"--max-tokens {arguments.max_tokens}: the context of {folder} has {room}")
-        for prompt in arguments.prompts:
+        eos, room = end_of_text_ids(folder, tokenizer), context_length(model.config) or options.max_tokens
+        if options.max_tokens > room:
+            raise UserError(f"--max-tokens {options.max_tokens}: the context of {folder} has {room}")
+        for prompt in options.prompts:
             ids = encode_prompt(tokenizer, prompt)
             check_vocabulary(prompt, ids, model.config.get_text_config().vocab_size)
-            if len(ids) >= arguments.max_tokens:
-                raise UserError(f"--max-tokens {arguments.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
-            print(f"{name}: {continuation(model, tokenizer, ids, eos, arguments.max_tokens)}")
-
-
-if __name__ == "__main__":
-    run_stage(main, arguments=True)
+            if len(ids) >= options.max_tokens:
+                raise UserError(f"--max-tokens {options.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
+            print(f"{name}: {continuation(model, tokenizer, ids, eos, options.max_tokens)}")

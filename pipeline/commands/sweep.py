@@ -1,5 +1,5 @@
-"""`python -m pipeline.commands.sweep --jobs 2 -S recipe=notebook,stable -S 'seed=range(0,3)'`: an experiment for each combination,
-by DVC's queue, then their comparison.
+"""`reinforce sweep -S recipe=notebook,stable -S 'seed=range(0,3)'`: an experiment for each combination of values, by DVC's
+queue, then their comparison.
 
 The name of an experiment is of its parameters and of the code as it stands. So the same command goes on with a sweep that
 was interrupted, or of which experiments failed: what is finished is not done again.
@@ -16,9 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config.load import PARAMS_FILE, load_params
-from pipeline.errors import UserError, run_stage
+from pipeline.errors import UserError
 from pipeline.file_io import sha256
-from pipeline.runs import workspace
 from pipeline.runs.dvc_git import check_folder, dvc, environment, git, head_commit
 from pipeline.runs.provenance import digest
 
@@ -31,10 +30,10 @@ ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$",
 WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue stands still."""
-    options = arguments()
-    workspace.require_project_root()
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: should be 1 or more")
     check_folder()
     commit = head_commit()  # DVC keeps experiments by it; a commit meanwhile changes nothing
     wanted = experiments(options.overrides, commit)
@@ -49,21 +48,8 @@ def main() -> None:
             "interrupted: running experiments end by themselves (`dvc queue stop --kill` ends them now), the others "
             "stay queued; the same command goes on"
         ) from None
-    command = ["pipeline.commands.compare", "--from", "dvc", *wanted]
-    sys.exit(subprocess.run([sys.executable, "-m", *command], env=environment()).returncode)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.commands.sweep", description=(__doc__ or "").partition(":")[2]
-    )
-    parser.add_argument("-S", dest="overrides", action="append", required=True, metavar="KEY=VALUES",
-                        help="as of `dvc exp run`; several values, a,b or range(0,3), are swept")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="experiments at a time")
-    options = parser.parse_args()
-    if options.jobs < 1:
-        parser.error(f"--jobs {options.jobs}: should be 1 or more")
-    return options
+    command = ["-m", "pipeline", "compare", "--from", "dvc", *wanted]
+    sys.exit(subprocess.run([sys.executable, *command], env=environment()).returncode)
 
 
 def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
@@ -182,7 +168,3 @@ def why(name: str) -> str:
     except UserError:
         lines = []
     return f"`dvc queue logs {name}` says why" + (f": {lines[0]}" if lines else "")
-
-
-if __name__ == "__main__":
-    run_stage(main, arguments=True)

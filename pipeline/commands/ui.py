@@ -1,5 +1,6 @@
-"""`python -m pipeline.commands.ui [port]`: MLflow's pages on loopback, with the runs of this project."""
+"""`reinforce ui`: MLflow's pages on loopback, with the runs of this project."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -7,12 +8,12 @@ import socket
 import sqlite3
 import sys
 
-from pipeline.errors import UserError, run_stage
+from pipeline.errors import UserError
 from pipeline.runs import workspace
 from pipeline.tracking import mlflow_store
 from pipeline.tracking.summaries import readable
 
-HOST, PORT = "127.0.0.1", 5000
+HOST = "127.0.0.1"
 # Of MLflow's variables the server gets those that say how a store is reached, and whether it reports home. The others would
 # move its pages, open them to other machines, or put another store in the place of ours.
 KEPT = (
@@ -20,13 +21,9 @@ KEPT = (
 )  # fmt: skip
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Becomes `mlflow server`. Raises UserError when there is nothing to serve or the port is taken."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    port, uri = _port(sys.argv[1:]), mlflow_store.store_uri()
-    mlflow_store.in_project()
+    port, uri = port_number(options.port), mlflow_store.store_uri()
     if uri.startswith("http"):
         raise UserError(f"MLFLOW_TRACKING_URI names a server already: open {mlflow_store.without_password(uri)}")
     with socket.socket() as probe:
@@ -34,7 +31,7 @@ def main() -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UserError(f"port {port} of {HOST}: {error.strerror}; choose another: `make ui PORT=5001`") from None
+            raise UserError(f"port {port} of {HOST}: {error.strerror}; choose another: `reinforce ui 5001`") from None
     mlflow_store.defaults(timeout=30, retries=3)
     with readable(instead=""):
         experiment = _experiment_id()
@@ -67,12 +64,7 @@ def _environment() -> dict[str, str]:
     return {**kept, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
-def _port(arguments: list[str]) -> int:
-    text = arguments[0] if arguments else str(PORT)
-    if len(arguments) > 1 or not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise UserError(f"{' '.join(arguments)!r}: should be one port number, 1 to 65535")
+def port_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise UserError(f"{text!r}: should be one port number, 1 to 65535")
     return int(text)
-
-
-if __name__ == "__main__":
-    run_stage(main, arguments=True)

@@ -8,20 +8,12 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline.errors import UserError
-
 
 def root() -> Path:
     """The main workspace: $DVC_ROOT, which DVC sets for stages also inside --temp and --queue experiments, whose own
     folder is deleted afterwards; by hand, the current directory.
     """
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
-
-
-def require_project_root() -> None:
-    """Raises UserError where the current directory is not the project's."""
-    if not (root() / "params.yaml").is_file():
-        raise UserError("params.yaml: no such file; run from the project's root")
 
 
 def is_committed(run_json: str, lock: Path = Path("dvc.lock")) -> bool:

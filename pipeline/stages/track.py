@@ -1,7 +1,7 @@
 """Stage `track`: the complete record of the run in MLflow, made from the files of the earlier stages.
 
 The files are the record and MLflow is a view of them, so running this again changes nothing, and running it by hand
-(`python -m pipeline.stages.track`) repairs a lost database and ends runs whose process has died. One content key is one run:
+(`reinforce track`) repairs a lost database and ends runs whose process has died. One content key is one run:
 evaluating the same policy with other `evaluate` parameters adds newer values to the same metrics of the same run.
 """
 
@@ -39,9 +39,7 @@ def main() -> None:
         if "DVC_STAGE" not in os.environ:
             end_dead_runs(synced.client, synced.experiment)
     except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
-        raise UserError(
-            f"MLflow store {mlflow_store.describe_error(error)}; then run `python -m pipeline.stages.track`"
-        ) from None
+        raise UserError(f"MLflow store {mlflow_store.describe_error(error)}; then run `reinforce track`") from None
     names = sorted(
         (Path(folder) / file.name).as_posix() for folder, files in record.artifacts.items() for file in files
     )

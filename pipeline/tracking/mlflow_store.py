@@ -118,13 +118,6 @@ def check_store() -> None:
                 raise UserError(str(error)) from None
 
 
-def in_project() -> None:
-    """Raises UserError where the store is the project's own, and this is not its folder: there would be none, or a new
-    one."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        workspace.require_project_root()
-
-
 def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "reinforce"
 

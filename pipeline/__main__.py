@@ -1,0 +1,204 @@
+"""`reinforce`, the command for people: it parses the arguments, goes to the project's root and calls a command or a stage.
+
+Nothing else is imported before the arguments are known, so that `reinforce --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.errors import UserError, run_stage
+
+ROOT_FILES = ("params.yaml", "dvc.yaml", "pipeline/__init__.py", "pipeline/__main__.py")  # what a project's root holds
+
+
+def main() -> None:
+    """The console script: a user's mistake ends in one line and exit code 1."""
+    run_stage(run, arguments=True)
+
+
+def run() -> None:
+    """Raises UserError for arguments that are not valid, where there is no project, and whatever the command raises."""
+    parser = build_parser()
+    options = parser.parse_args()
+    if options.command is None:
+        parser.print_help()
+    elif options.command == "completion":
+        import shtab
+
+        print(shtab.complete(parser, options.shell))
+    else:
+        enter_project()
+        run_command(options)
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Import and call the chosen command."""
+    match options.command:
+        case "compare":
+            from pipeline.commands import compare
+
+            compare.main(options)
+        case "cure":
+            from pipeline.commands import cure
+
+            cure.main()
+        case "diagnose":
+            from pipeline.stages import diagnose
+
+            diagnose.main()
+        case "generate":
+            from pipeline.commands import generate
+
+            generate.main(options)
+        case "sweep":
+            from pipeline.commands import sweep
+
+            sweep.main(options)
+        case "track":
+            from pipeline.stages import track
+
+            track.main()
+        case "ui":
+            from pipeline.commands import ui
+
+            ui.main(options)
+
+
+# --- the project
+
+
+def find_root(folder: Path) -> Path:
+    """Return the nearest project's root, this folder or one above it. Raises UserError where there is none."""
+    for candidate in (folder, *folder.parents):
+        if all((candidate / name).is_file() for name in ROOT_FILES):
+            return candidate
+    raise UserError(f"no project in {folder} or above it: cd to the folder that holds params.yaml and dvc.yaml")
+
+
+def enter_project() -> None:
+    """Change to the project's root. Where `reinforce` was installed from another checkout, start again with this one's code."""
+    root = find_root(Path.cwd())
+    os.chdir(root)
+    if not (root / "pipeline").samefile(Path(__file__).parent):
+        os.execv(sys.executable, [sys.executable, "-m", "pipeline", *sys.argv[1:]])
+
+
+# --- the arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as a UserError: one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def build_parser() -> Parser:
+    """Return the parser of every command and its options."""
+    parser = Parser(
+        prog="reinforce",
+        description="Compare, diagnose and cure REINFORCE runs of this project. Training itself is `dvc repro` and `dvc exp run`.",
+        epilog="`reinforce COMMAND --help` has the options and examples. Commands work in every folder of the project.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def add(name: str, summary: str, details: str, *examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{details}",
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    compare = add(
+        "compare",
+        "compare runs by configuration, mean ± std over seeds",
+        "Prints a table. Writes the table, the learning curves and their figure to reports/compare/.",
+        "reinforce compare",
+        "reinforce compare --from dvc",
+        "reinforce compare --where recipe=stable --metric entropy",
+    )
+    compare.add_argument("experiments", nargs="*", help="names of experiments; without any, all of them")
+    compare.add_argument(
+        "--from", dest="source", choices=["mlflow", "dvc"], default="mlflow",
+        help="where to read: MLflow's finished runs (the default), or DVC's experiments of this commit",
+    )  # fmt: skip
+    compare.add_argument(
+        "--where", action="append", default=[], metavar="KEY=VALUE[,VALUE...]",
+        help="only runs with this parameter, such as recipe=stable or recipe.lr=3e-5",
+    )  # fmt: skip
+    compare.add_argument("--metric", default="reward_mean", help="column of history.csv to draw (reward_mean)")
+    compare.add_argument("--all-commits", action="store_true", help="DVC's experiments of every commit")
+    compare.add_argument(
+        "--out", type=Path, default=Path("reports/compare"), help="folder to write, from the project's root"
+    )
+
+    add(
+        "cure",
+        "after a collapse, try the change that the diagnosis recommends",
+        "Runs it as an experiment in a folder of its own. Writes both runs side by side to reports/cure.html.",
+        "reinforce cure",
+    )
+    add(
+        "diagnose",
+        "print the run's verdict again and write reports/diagnosis.json",
+        "Reads the files that training left in reports/train/: whether, how and from which step the run collapsed.",
+        "reinforce diagnose",
+    )
+    generate = add(
+        "generate",
+        "continue prompts with the checkpoint and with the trained policy",
+        "Each token is the most likely one.",
+        'reinforce generate "Hi there, how"',
+        'reinforce generate --max-tokens 60 "Tell me" "What is"',
+    )
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT")
+    generate.add_argument("--max-tokens", type=int, default=30, help="of prompt and continuation together (30)")
+
+    sweep = add(
+        "sweep",
+        "run an experiment for each combination of values, then compare them",
+        "Uses DVC's queue. Interrupted or failed, the same command goes on: what has finished is not run again.",
+        "reinforce sweep -S recipe=notebook,stable -S 'seed=range(0,3)'",
+        "reinforce sweep --jobs 2 -S train.threads=1 -S recipes.stable.lr=3e-5,1e-4",
+    )
+    sweep.add_argument(
+        "-S", dest="overrides", action="append", required=True, metavar="KEY=VALUES",
+        help="as of `dvc exp run`; several values, a,b or range(0,3), are swept",
+    )  # fmt: skip
+    sweep.add_argument("--jobs", type=int, default=1, help="experiments at a time (1)")
+
+    add(
+        "track",
+        "write the run's record to MLflow again",
+        "For a database that was lost or a server that was away. A complete record stays as it is.",
+        "reinforce track",
+    )
+    ui = add(
+        "ui",
+        "show the runs in the browser, by MLflow on 127.0.0.1",
+        "Runs until Ctrl-C.",
+        "reinforce ui",
+        "reinforce ui 5001",
+    )
+    ui.add_argument("port", nargs="?", default="5000", metavar="PORT", help="1 to 65535 (5000)")
+
+    completion = add(
+        "completion",
+        "print the shell's completion script",
+        "Load it in the shell's profile, with the project's environment active.",
+        'eval "$(reinforce completion bash)"',
+        'eval "$(reinforce completion zsh)"',
+    )
+    completion.add_argument("shell", choices=["bash", "zsh"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()
