@@ -120,7 +120,8 @@ def copy_of_project(base: Path) -> Project:
     for folder in ("pipeline", "custom", "data/pocket"):
         if (ROOT / folder).exists():
             shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "make-state*"))
-    shutil.copy(ROOT / "params.yaml", root)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, root)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "DVC_"))}
     nowhere = "http://127.0.0.1:9"  # nothing listens here: a stage that asks the hub unbidden fails at once
     return Project(root, {**kept, "HF_HOME": str(base / "hf"), "HF_ENDPOINT": nowhere})

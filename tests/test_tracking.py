@@ -448,7 +448,7 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
     assert warnings[0].startswith("warning: MLflow: ")
     assert "secret" not in warnings[0]
     make_reports()
-    with pytest.raises(UserError, match=r"python -m pipeline\.stages\.track") as failure:
+    with pytest.raises(UserError, match=r"reinforce track") as failure:
         track.main()
     assert "secret" not in str(failure.value)
     assert not Path("reports/track/track.json").exists()

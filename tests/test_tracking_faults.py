@@ -95,7 +95,7 @@ def track_refuses(advice: str) -> None:
     """In one line, in time, with nothing written."""
     make_reports()
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"python -m pipeline\.stages\.track") as failure:
+    with pytest.raises(UserError, match=r"reinforce track") as failure:
         track.main()
     assert advice in str(failure.value)
     assert "\n" not in str(failure.value)

@@ -75,7 +75,7 @@ def _legend(axes: Axes, collapsed: Inputs, after: Inputs, names: tuple[str, str]
         findings = run.diagnosis["findings"]
         verdict = [f"{finding['title'][:40]}, step {finding['onset']}" for finding in findings[:3]] or ["healthy"]
         more = [f"and {len(findings) - 3} more"] if len(findings) > 3 else []
-        top = 0.98 - 0.42 * place
+        top = 0.98 - 0.46 * place
         axes.text(0, top, f"{mark} {name}", color=colour, fontsize=15, fontweight="bold", va="top")
         axes.text(0.07, top - 0.1, "\n".join([*verdict, *more]), color=INK, va="top")
     words = "vertical lines: onsets of the findings\ndotted: step 0, the untouched checkpoint"
