@@ -20,6 +20,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # the real OASST1 texts and Pythia's tokenizer, where someone put them
 PINNED = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OASST1, in params.yaml
 PYTHIA = "EleutherAI/pythia-70m-deduped"
+# what the tests themselves need of the project
+CHECKOUT = (
+    "pipeline",
+    "tests",
+    "docs",
+    "benchmarks",
+    "custom",
+    "data/pocket",
+    "params.yaml",
+    "dvc.yaml",
+    "pyproject.toml",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -115,13 +127,24 @@ def project(tmp_path: Path) -> Project:
     return copy_of_project(tmp_path)
 
 
+def copy_checkout(target: Path, *names: str) -> None:
+    """Copies files and folders of the project, without what Python and long benchmarks leave there."""
+
+    def ignored(folder: str, entries: list[str]) -> set[str]:
+        runs = {"runs"} if Path(folder) == ROOT / "benchmarks" else set()  # pipeline/runs is a package
+        return runs | set(shutil.ignore_patterns("__pycache__", "make-state*")(folder, entries))
+
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=ignored)
+        else:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+
+
 def copy_of_project(base: Path) -> Project:
     root = base / "project"
-    for folder in ("pipeline", "custom", "data/pocket"):
-        if (ROOT / folder).exists():
-            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "make-state*"))
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, root)
+    copy_checkout(root, "pipeline", "custom", "data/pocket", "params.yaml", "dvc.yaml")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "DVC_"))}
     nowhere = "http://127.0.0.1:9"  # nothing listens here: a stage that asks the hub unbidden fails at once
     return Project(root, {**kept, "HF_HOME": str(base / "hf"), "HF_ENDPOINT": nowhere})

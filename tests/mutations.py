@@ -12,14 +12,14 @@ hence no test of pytest's: run it after changes to the core or its tests, and ad
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import CHECKOUT, ROOT, copy_checkout
+
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics", "verdict", "runtime",
     "rewards", "large", "verification", "tokenization",
@@ -378,10 +378,7 @@ def first_red(file: str | None, text: str, first: str) -> str | None:
     """
     with TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for name in ("pipeline", "tests", "docs", "benchmarks"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-        for name in ("params.yaml", "pyproject.toml"):
-            shutil.copy(ROOT / name, copy)
+        copy_checkout(copy, *CHECKOUT)
         if file is not None:
             (copy / "pipeline" / file).write_text(text, encoding="utf-8")
         options = ["-x", "-q", "-m", "not hub", "-p", "no:cacheprovider", "--hypothesis-seed=0"]

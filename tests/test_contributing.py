@@ -3,14 +3,13 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import CHECKOUT, ROOT, copy_checkout
 
 EXAMPLES = re.findall(
     r"^### (.*?): (\d) files\n(.*?)^```diff\n(.*?)^```$",
@@ -37,10 +36,7 @@ def test_an_example_is_a_whole_change(title: str, count: str, text: str, diff: s
     files = set(re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE))
     assert len(files) == int(count) <= MOST[title]
     copy = tmp_path / "copy"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", ".dvc", ".checkpoints", "mlartifacts", "mlflow.db", "__pycache__", "policy"
-    )
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    copy_checkout(copy, *CHECKOUT)
     subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=copy, input=diff, text=True, check=True)
     (command,) = re.findall(r"`pytest (.*?)`", text)
     done = subprocess.run(

@@ -1,7 +1,6 @@
 """What a user's environment and another person's machine may hold: docs/ENVIRONMENT.md. Bytes: test_determinism.py."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.runs import dvc_git
 from pipeline.stages import check
 from pipeline.tracking import mlflow_store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_checkout
 
 
 @pytest.fixture
@@ -165,7 +164,7 @@ def test_git_keeps_line_endings_whatever_autocrlf_says(tmp_path: Path) -> None:
 
 def test_another_python_says_so_in_one_line(tmp_path: Path) -> None:
     """DVC starts `python`, the first in PATH; one without our packages would end in a traceback."""
-    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_checkout(tmp_path, "pipeline")
     done = subprocess.run(
         [sys.executable, "-S", "-E", "-m", "pipeline.stages.check"], cwd=tmp_path, capture_output=True, text=True
     )  # -S: as an interpreter in which nothing is installed
@@ -182,7 +181,7 @@ def test_python_s_own_variables_are_named_where_they_are_in_the_way(
     variables: dict[str, str], says: str, tmp_path: Path
 ) -> None:
     """With PYTHONSAFEPATH the installed folder's code runs, whatever the folder of the experiment holds."""
-    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_checkout(tmp_path, "pipeline")
     installed = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "pipeline.stages.check"]
     done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)

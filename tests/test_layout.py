@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,8 +21,8 @@ from packaging.utils import canonicalize_name
 from pipeline.config.schema import SELECTORS
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs.provenance import UNRELATED, local_modules
+from tests.conftest import ROOT, copy_checkout
 
-ROOT = Path(__file__).resolve().parents[1]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
 STAGES = {f"pipeline.stages.{name}" for name in DVC}
@@ -88,22 +87,19 @@ def test_every_stage_and_command_is_a_module() -> None:
         assert {name for name in MODULES if name.startswith(f"{package}.")} == names
 
 
+# the first refuses the wrong Python, the second sets matplotlib's variables
+MORE_THAN_DOCSTRING = ("pipeline", "pipeline.report")
+
+
 def test_packages_hold_nothing_but_what_belongs_there() -> None:
-    """So that no dep of dvc.yaml needs to name an __init__.py. The outermost one refuses the wrong Python."""
+    """So that no dep of dvc.yaml needs to name an __init__.py."""
     for module, path in MODULES.items():
-        if path.name == "__init__.py" and module not in (
-            "pipeline",
-            "pipeline.report",
-        ):  # which sets matplotlib's variables
-            assert [type(node) for node in syntax(module).body] == [ast.Expr], (
-                f"{module}: should be its docstring alone"
-            )
+        if path.name == "__init__.py" and module not in MORE_THAN_DOCSTRING:
+            assert [type(node) for node in syntax(module).body] == [ast.Expr], module
 
 
-READERS = (
-    "pipeline.models.load",
-    "pipeline.rl.context",
-)  # read models and prompts from folders; the rest of the core no file
+# these two read models and prompts from folders; the rest of the core reads no file
+READERS = ("pipeline.models.load", "pipeline.rl.context")
 CORE_MODULES = [module for module in MODULES if inside(module, CORE) and module not in READERS]
 OUTSIDE = ("os", "sys", "time", "datetime", "random", "secrets", "uuid", "pathlib", "io", "shutil", "tempfile", "glob",
            "subprocess", "socket", "urllib", "threading", "logging", "pickle", "platform", "numpy.random")  # fmt: skip
@@ -149,6 +145,15 @@ def test_the_check_of_the_core_notices(source: str) -> None:
 @pytest.mark.parametrize("module", CORE_MODULES)
 def test_the_core_touches_nothing_outside(module: str) -> None:
     assert not touches(syntax(module))
+
+
+def test_the_core_imports_itself_and_what_touches_nothing() -> None:
+    harmless = ("pipeline.config.schema", "pipeline.errors", "pipeline.timing", "pipeline.distributed.dist_context",
+                "pipeline.distributed.sharding", "pipeline.file_io.finite_or_none", *CORE)  # fmt: skip
+    for module in CORE_MODULES:
+        names = {name for name in imported(syntax(module)) if inside(name, ["pipeline"])}
+        packages = {name.rpartition(".")[0] for name in names}  # `from package import name` gives both
+        assert not {name for name in names - packages if not inside(name, harmless)}, module
 
 
 # the one that may: another Python than the project's says so in one line, where the next import would fail
@@ -206,7 +211,7 @@ def test_no_dep_is_watched_for_nothing_and_a_removed_one_is_noticed(stage: str) 
 
 def test_train_key_covers_what_moves_its_numbers_and_nothing_else(tmp_path: Path) -> None:
     """A comment more in a module changes `train_key` and the status of the stage, or neither."""
-    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_checkout(tmp_path, "pipeline")
     program = "from pipeline.runs.provenance import code_digest; print(code_digest('pipeline.stages.train'))"
 
     def digest() -> str:
