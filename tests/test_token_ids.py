@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from pipeline.data.token_ids import IDS, name_ends
-from pipeline.models.load import end_of_text_ids, init_policy, load_policy, load_tokenizer
+from pipeline.models.load import end_of_text_ids, init_policy, load_policy, load_tokenizer, special_ids
 from pipeline.stages import train
 from tests.test_tokenization import tokenizer, write
 
@@ -162,3 +163,11 @@ def test_an_adapter_ends_where_the_checkpoint_beside_it_does(place: Path, decodi
     assert (POLICY / "adapter_config.json").exists()
     assert end_of_text_ids(POLICY, words) == ends
     assert ends_of_generate(POLICY) == set(ends)
+
+
+def test_a_text_config_that_is_no_table_names_no_ids(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3, "pad_token_id": 4, "text_config": "none"}')
+    (tmp_path / "generation_config.json").write_text("[]")
+    named = SimpleNamespace(eos_token_id=1)
+    assert end_of_text_ids(tmp_path, named) == (1, 3)
+    assert special_ids(tmp_path, named) == {1, 3, 4}

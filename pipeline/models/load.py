@@ -32,8 +32,7 @@ def load_policy(folder: Path, device: torch.device, weights_device: torch.device
     """
     logging.disable_progress_bar()
     if (folder / FOLDER_HAS).exists():
-        named = _read_json(folder / FOLDER_HAS)["base_model_name_or_path"]
-        policy = load_policy(Path(named), device)
+        policy = load_policy(_checkpoint_of(folder), device)
         load_lora(policy, folder)
         return policy
     _must_exist(folder)
@@ -135,35 +134,46 @@ def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     Read from the files, since the defaults of a configuration class are ids of another model's vocabulary. An adapter has those
     of the checkpoint that it names.
     """
+    folder = _checkpoint_of(folder)
     ids = [int(tokenizer.eos_token_id)]
-    if (folder / FOLDER_HAS).exists():
-        folder = Path(_read_json(folder / FOLDER_HAS)["base_model_name_or_path"])
-    config = _read_json(folder / "config.json")
-    for named in (_read_json(folder / "generation_config.json"), config, config.get("text_config")):
-        value = named.get("eos_token_id") if isinstance(named, dict) else None
+    for table in (_read_table(folder / "generation_config.json"), *_configs(folder)):
+        value = table.get("eos_token_id")
         ids += [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
     return tuple(dict.fromkeys(ids))
 
 
 def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the special tokens that a model or its tokenizer names: bos, cls, eos, mask, pad, sep, unk."""
-    parts = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
-    config = _read_json(folder / "config.json")
-    tables = (config, config.get("text_config") or {})
-    named = [getattr(tokenizer, f"{part}_token_id", None) for part in parts]
-    named += [table.get(f"{part}_token_id") for part in parts for table in tables]
+    parts = [f"{part}_token_id" for part in ("bos", "cls", "eos", "mask", "pad", "sep", "unk")]
+    named = [getattr(tokenizer, part, None) for part in parts]
+    named += [table.get(part) for part in parts for table in _configs(folder)]
     return {i for i in named if type(i) is int}
 
 
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _checkpoint_of(folder: Path) -> Path:
+    """The checkpoint that an adapter names, for any other folder the folder itself."""
+    adapter = folder / FOLDER_HAS
+    return Path(_read_table(adapter)["base_model_name_or_path"]) if adapter.exists() else folder
+
+
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    """The tables that may name token ids: config.json, and the text model's inside it."""
+    config = _read_table(folder / "config.json")
+    text_config = config.get("text_config")
+    return [config, text_config] if isinstance(text_config, dict) else [config]
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file or something else in it."""
+    value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return value if isinstance(value, dict) else {}
 
 
 def load_layout(file: Path, longest: int = 0) -> Layout:
     """The layout that `cache` chose. Raises UserError if it compared sequences shorter than `longest` only."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `dvc repro cache` makes it")
-    chosen = _read_json(file)
+    chosen = _read_table(file)
     if longest > chosen["longest"]:
         raise UserError(
             f"{file}: chosen for sequences of up to {chosen['longest']} tokens, these have up to {longest}; "

@@ -68,13 +68,6 @@ def _source(module: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def module_file(module: str) -> str:
-    """Path of a local module from the project's root, as dvc.yaml names it."""
-    source = _source(module)
-    assert source, module
-    return source.relative_to(PACKAGE.parent).as_posix()
-
-
 def code_digest(module: str) -> str:
     """sha256 over the sources of the modules that `module` imports and that its numbers depend on."""
     names = local_modules(module, UNRELATED)
