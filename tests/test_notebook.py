@@ -67,7 +67,7 @@ def rollout(model: PreTrainedModel, prompt_ids: list[list[int]]) -> Rollout:
     ids, mask = pad_prompts(prompt_ids, EOS, torch.device("cpu"))
     limits = completion_limits([len(p) for p in prompt_ids], MAX_LENGTH, NOTEBOOK.length_limit)
     noise = uniform(len(prompt_ids) * GROUP, MAX_LENGTH, seed=2)
-    return sample(model, ids, mask, limits, noise, [EOS], NOTEBOOK.temperature, NOTEBOOK.top_k, NOTEBOOK.top_p)
+    return sample(model, ids, mask, limits, noise, [EOS], NOTEBOOK.sampling_params)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
+from pipeline.config.schema import SamplingParams
 from pipeline.models.rollout import completion_limits, completion_tokens
 from pipeline.models.sampling import CDF_BLOCK, Rollout, inverse_cdf, pad_prompts, sample, truncate
 from tests.models import EOS, all_completions, plain_logits, plain_logprobs, tiny_gpt2, tiny_neox, token_lists, uniform
@@ -33,7 +34,7 @@ def draw(
     model: PreTrainedModel, prompts: list[list[int]], limits: list[int], uniforms: Tensor, **how: float
 ) -> Rollout:
     ids, mask = pad_prompts(prompts, EOS, CPU)
-    return sample(model, ids, mask, torch.tensor(limits), uniforms, [EOS], **how)  # type: ignore[arg-type]
+    return sample(model, ids, mask, torch.tensor(limits), uniforms, [EOS], SamplingParams(**how))  # type: ignore[arg-type]
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], **limit: int) -> list[int]:
@@ -115,14 +116,14 @@ def test_logits_that_are_not_numbers_still_give_tokens_of_the_vocabulary() -> No
 def test_truncates_as_transformers_does(vocabulary: int, top_k: int, top_p: float, seed: int) -> None:
     logits = random_logits(vocabulary, seed, rows=3)
     truth = TopKLogitsWarper(top_k)(None, logits)
-    assert torch.equal(truncate(logits, top_k, 1.0), truth)
+    assert torch.equal(truncate(logits, SamplingParams(top_k=top_k)), truth)
     truth = TopPLogitsWarper(top_p)(None, truth)
-    assert torch.equal(truncate(logits, top_k, top_p), truth)
+    assert torch.equal(truncate(logits, SamplingParams(1.0, top_k, top_p)), truth)
 
 
 def test_zero_and_one_truncate_nothing() -> None:
     logits = random_logits(9)
-    assert truncate(logits, 0, 1.0) is logits
+    assert truncate(logits, SamplingParams()) is logits
 
 
 # --- sample

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from pipeline.config.schema import SamplingParams
 from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.models.scoring import score, score_rollout
 from tests.models import (
@@ -49,7 +50,13 @@ def test_scores_are_those_of_each_sequence_alone(
 ) -> None:  # fmt: skip
     model = architecture().to(dtype)  # type: ignore[arg-type]  # wrapped without types
     with torch.no_grad():
-        arguments = (rollout.prompt_ids, rollout.prompt_mask, rollout.completions, temperature, "shifted")
+        arguments = (
+            rollout.prompt_ids,
+            rollout.prompt_mask,
+            rollout.completions,
+            SamplingParams(temperature),
+            "shifted",
+        )
         scores = score(model, *arguments, packing=packing)
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         with torch.no_grad():
@@ -88,8 +95,8 @@ def test_garbage_in_the_padding_changes_nothing(
     prompt_mask = torch.nn.functional.pad(clean.prompt_mask, (wider, 0))
     tokens = torch.nn.functional.pad(torch.where(mask, clean.completions, garbage), (0, longer), value=garbage)
     with torch.no_grad():
-        truth = score(model, clean.prompt_ids, clean.prompt_mask, clean.completions, 1.0, "shifted")
-        soiled = score(model, ids, prompt_mask, tokens, 1.0, "shifted")
+        truth = score(model, clean.prompt_ids, clean.prompt_mask, clean.completions, alignment="shifted")
+        soiled = score(model, ids, prompt_mask, tokens, alignment="shifted")
     for name in ("logprobs", "scored", "entropy"):
         measured, expected = getattr(soiled, name)[:, : mask.shape[1]], getattr(truth, name)
         torch.testing.assert_close(measured[mask], expected[mask], rtol=0, atol=1e-12)
@@ -98,7 +105,7 @@ def test_garbage_in_the_padding_changes_nothing(
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_scored_logprobs_equal_the_sampled_ones(dtype: torch.dtype, tolerance: float) -> None:
     model, (ids, mask) = tiny_neox(dtype=dtype, eos_logit=1.0), pad_prompts(PROMPTS, EOS, torch.device("cpu"))
-    rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(15, 6), [EOS], temperature=0.8)
+    rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(15, 6), [EOS], SamplingParams(0.8))
     scored = score_rollout(model, rollout, micro_batch=4, temperature=0.8)
     counts = rollout.completion_mask
     torch.testing.assert_close(scored[counts], rollout.sampler_logprobs[counts], rtol=0, atol=tolerance)
@@ -108,13 +115,15 @@ def test_truncated_scores_equal_the_truncated_sampler_s() -> None:
     """Also in float32, where rounding may put the sampled token just outside of what is kept."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         model, (ids, mask) = tiny_neox(dtype=dtype, eos_logit=1.0), pad_prompts(PROMPTS, EOS, torch.device("cpu"))
-        how = {"temperature": 0.8, "top_k": 4, "top_p": 0.8}
-        rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(50, 6), [EOS], **how)
+        how = SamplingParams(0.8, 4, 0.8)
+        rollout = sample(model, ids, mask, torch.full((5,), 6), uniform(50, 6), [EOS], how)
         arguments = (model, rollout.prompt_ids, rollout.prompt_mask, rollout.completions)
-        scored, counts = score(*arguments, **how).scored, rollout.completion_mask
+        scored, counts = score(*arguments, how).scored, rollout.completion_mask
         torch.testing.assert_close(scored[counts], rollout.sampler_logprobs[counts], rtol=0, atol=tolerance)
         assert (rollout.sampler_logprobs - rollout.logprobs)[counts].max() > 0.1
-        never = score(*arguments, top_k=1).scored  # of the most likely token alone; the others stay finite
+        never = score(
+            *arguments, SamplingParams(top_k=1)
+        ).scored  # of the most likely token alone; the others stay finite
         assert torch.isfinite(never).all()
 
 
@@ -132,7 +141,7 @@ def test_another_model_scores_a_rollout_in_any_micro_batches(rollout: Rollout, m
 def test_the_gradient_of_a_score_is_autograd_s_of_the_definition(rollout: Rollout) -> None:
     model = tiny_neox()
     mask = mask_of(rollout.lengths, rollout.completions.shape[1])
-    scores = score(model, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, 0.7)
+    scores = score(model, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, SamplingParams(0.7))
     measured = torch.autograd.grad(scores.logprobs[mask].sum(), list(model.parameters()))
     pairs = zip(PROMPTS, COMPLETIONS, strict=True)
     total = torch.stack([plain_logprobs(model, prompt, completion, 0.7).sum() for prompt, completion in pairs]).sum()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config.schema import SamplingParams
 from pipeline.errors import UserError
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.models.rollout import context_length
@@ -25,8 +26,8 @@ def continuation(
     prompt, room = torch.tensor([ids]), max_tokens - len(ids)
     noise = torch.zeros(1, room, dtype=torch.float64)  # top_k = 1 leaves nothing to draw
     rollout = sample(
-        model, prompt, torch.ones_like(prompt, dtype=torch.bool), torch.tensor([room]), noise, eos, top_k=1,
-        layout="no_cache",
+        model, prompt, torch.ones_like(prompt, dtype=torch.bool), torch.tensor([room]), noise, eos,
+        SamplingParams(top_k=1), layout="no_cache",
     )  # fmt: skip
     return str(tokenizer.decode(ids + rollout.completions[0, : int(rollout.lengths[0])].tolist()))
 

@@ -1,5 +1,6 @@
 """What params.yaml may hold: frozen tables, each key with its type and bounds."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -127,6 +128,15 @@ REWARD_KINDS: dict[str, type[Table]] = {
 }
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """The distribution that tokens are drawn from: softmax(logits / temperature), truncated by top-k, then top-p."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+
+
 class Recipe(Table):
     """The algorithm: every choice that an ablation may want to change alone."""
 
@@ -157,6 +167,16 @@ class Recipe(Table):
     lr_decay: Literal["none", "linear", "cosine"]
     max_grad_norm: float = Field(ge=0, description="0 is off")
     precision: Literal["float32", "bfloat16"]
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """What completions are drawn from."""
+        return SamplingParams(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def loss_params(self) -> SamplingParams:
+        """What the loss scores: the full softmax, or the distribution that was sampled."""
+        return self.sampling_params if self.loss_distribution == "sampler" else SamplingParams(self.temperature)
 
     @model_validator(mode="after")
     def consistent(self) -> "Recipe":

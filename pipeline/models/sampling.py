@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.schema import SamplingParams
 from pipeline.models.logprobs import row_slices, upcast
 
 SamplingLayout = Literal["left_padding", "equal_lengths", "no_cache"]
@@ -56,8 +57,9 @@ def pad_prompts(prompts: list[list[int]], filler: int, device: torch.device) -> 
     return ids, mask
 
 
-def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def truncate(logits: Tensor, sampling_params: SamplingParams) -> Tensor:
     """Sets to -inf what top-k and then top-p (nucleus; Holtzman et al., arXiv 1904.09751) leave out. [N, V]."""
+    top_k, top_p = sampling_params.top_k, sampling_params.top_p
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -107,12 +109,10 @@ def sample(
     limits: Tensor,  # [B] tokens that a completion of each prompt may have, at least 1
     uniforms: Tensor,  # [N, T] float64 in [0, 1): all the randomness there is
     eos: Sequence[int],  # end-of-text ids; the first one fills up behind an end
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling_params: SamplingParams = SamplingParams(),
     layout: SamplingLayout = "left_padding",
 ) -> Rollout:
-    """Samples G = N / B completions a prompt from softmax(logits / temperature), truncated by top-k and top-p.
+    """Samples G = N / B completions a prompt.
 
     Prompts of like length go together, SAMPLED_AT_ONCE completions at a time: a larger batch takes no more memory.
 
@@ -138,7 +138,7 @@ def sample(
                 limits[prompts].repeat_interleave(group),
                 uniforms[rows],
                 eos,
-                partial(sample_tokens, temperature, top_k, top_p),
+                partial(sample_tokens, sampling_params),
             )
         )
         places.append(rows)
@@ -168,16 +168,16 @@ def _batches(limits: list[int], lengths: list[int], at_once: int, layout: Sampli
     yield together
 
 
-def sample_tokens(temperature: float, top_k: int, top_p: float, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+def sample_tokens(sampling_params: SamplingParams, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
     """Tokens [n] by inverse CDF, their log-probabilities under what was sampled and under the full softmax. [n, V], [n].
 
     A few rows at a time, which stay in the processor's cache.
     """
-    parts = []
+    parts, temperature = [], sampling_params.temperature
     for rows in row_slices(logits):
         part = upcast(logits[rows])
         part = part if temperature == 1 else part / temperature
-        kept = truncate(part, top_k, top_p)
+        kept = truncate(part, sampling_params)
         token, log_sum = inverse_cdf(kept, uniforms[rows])
         chosen = part.gather(1, token[:, None]).squeeze(1)
         full = log_sum if kept is part else part.logsumexp(-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.config.schema import SamplingParams
 from pipeline.models.logprobs import log_probabilities, upcast
 from pipeline.models.packing import Rows, pack, pad_right
 from pipeline.models.sampling import Rollout, truncate
@@ -31,10 +32,8 @@ def score(
     prompt_ids: Tensor,  # [N, P]
     prompt_mask: Tensor,  # [N, P] True = a token of the prompt
     completions: Tensor,  # [N, T]
-    temperature: float = 1.0,
+    sampling_params: SamplingParams = SamplingParams(),
     alignment: Literal["correct", "shifted"] = "correct",
-    top_k: int = 0,
-    top_p: float = 1.0,
     *,
     lengths: Tensor | None = None,  # [N] tokens of each completion to score, its first ones; None = all T
     entropy_gradient: bool = False,
@@ -42,8 +41,8 @@ def score(
 ) -> Scores:
     """Scores completions. The gradient flows through both kinds of log-probabilities, through the entropy if asked.
 
-    alignment: shifted reads token t off the prediction made after it. top_k and top_p: what `scored` is truncated by,
-    0 and 1 being the full softmax; the sampled token always stays, since rounding may put it just outside.
+    alignment: shifted reads token t off the prediction made after it. sampling_params: the distribution of `scored`; in a
+    truncated one the sampled token always stays, since rounding may put it just outside.
 
     Completions of one prompt that follow each other are computed with the prompt once, tokens behind `lengths` not at
     all, and logits only where a token is predicted. packing: False computes each sequence in a row of its own, for models
@@ -69,12 +68,12 @@ def score(
 
     count = len(tokens)
     if shifted is None:
-        plain, entropy = log_probabilities(logits, index, tokens, temperature)
+        plain, entropy = log_probabilities(logits, index, tokens, sampling_params.temperature)
         logprobs = scored = table(plain)
-        if top_k > 0 or top_p < 1:
-            scored = table(_truncated(logits, index, tokens, temperature, top_k, top_p))
+        if sampling_params.top_k > 0 or sampling_params.top_p < 1:
+            scored = table(_truncated(logits, index, tokens, sampling_params))
     else:
-        both, entropy = log_probabilities(logits, index, tokens.repeat(2), temperature)
+        both, entropy = log_probabilities(logits, index, tokens.repeat(2), sampling_params.temperature)
         logprobs, scored = table(both[:count]), table(both[count:])
     entropy = table(entropy[index[:count]])
     return Scores(logprobs, scored, entropy if entropy_gradient else entropy.detach())
@@ -130,7 +129,7 @@ def score_microbatched(
     for start in range(0, len(rollout.completions), micro_batch):
         rows = slice(start, start + micro_batch)
         part = score(
-            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], temperature,
+            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], SamplingParams(temperature),
             lengths=rollout.lengths[rows], packing=packing,
         )  # fmt: skip
         parts.append((part.logprobs, part.scored, part.entropy))
@@ -144,13 +143,10 @@ def score_rollout(
     return score_microbatched(model, rollout, micro_batch, temperature, packing).logprobs
 
 
-def _truncated(
-    logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float, top_k: int, top_p: float
-) -> Tensor:
-    """[K] log-probabilities under what the sampler drew from: top-k and top-p of softmax(logits [M, V] / temperature),
-    each token itself kept."""
-    scaled = upcast(logits)[positions] / temperature
-    kept = truncate(scaled, top_k, top_p)
+def _truncated(logits: Tensor, positions: Tensor, tokens: Tensor, sampling_params: SamplingParams) -> Tensor:
+    """[K] log-probabilities under what the sampler drew from, by logits [M, V]; each token itself is kept."""
+    scaled = upcast(logits)[positions] / sampling_params.temperature
+    kept = truncate(scaled, sampling_params)
     chosen = scaled.gather(1, tokens[:, None])
     kept = kept.scatter(1, tokens[:, None], chosen)
     return chosen.squeeze(1) - kept.logsumexp(-1)

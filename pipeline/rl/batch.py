@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import Recipe
+from pipeline.config.schema import Recipe, SamplingParams
 from pipeline.diagnosis.text import text_statistics
 from pipeline.file_io import finite_or_none
 from pipeline.models.memory import bf16_copy
@@ -20,9 +20,11 @@ PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
 
 
 def sample_batch(
-    prompts: list[str], context: TrainContext, policy: PreTrainedModel, uniforms: Tensor, top_k: int, top_p: float
-) -> Rollout:
-    """Completions of B prompts, as many of each as `uniforms` [N, T] has rows for it; each process samples its share."""
+    prompts: list[str], context: TrainContext, policy: PreTrainedModel, uniforms: Tensor,
+    sampling_params: SamplingParams | None = None,
+) -> Rollout:  # fmt: skip
+    """Completions of B prompts, as many of each as `uniforms` [N, T] has rows for it; each process samples its share.
+    sampling_params: the recipe's if None."""
     params, device = context.params, context.device
     recipe, group = params.selected_recipe, len(uniforms) // len(prompts)
     ids = [encode_prompt(context.tokenizer, prompt) for prompt in prompts]
@@ -36,9 +38,7 @@ def sample_batch(
         limits[mine].to(device),
         uniforms[rows].to(device),
         context.eos,
-        recipe.temperature,
-        top_k,
-        top_p,
+        sampling_params or recipe.sampling_params,
         context.layout.sampling,
     )
     gather = context.processes.gather

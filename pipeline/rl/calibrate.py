@@ -24,7 +24,7 @@ def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
     prompts = [context.prompts[i] for i in drawn]
     noise = draw_uniforms(params.seed, batch, "calibration", len(prompts) * sizes.samples_per_prompt, sizes.max_tokens)
     with context.reference() as reference:
-        rollout = sample_batch(prompts, context, reference, noise, recipe.top_k, recipe.top_p)
+        rollout = sample_batch(prompts, context, reference, noise)
         scores = score_batch(reference, rollout, context)
     _, rewards = reward_batch(prompts, rollout, context)
     nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt

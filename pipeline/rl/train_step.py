@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import Params
+from pipeline.config.schema import Params, SamplingParams
 from pipeline.rl.advantages import BASELINES, adapted_kl_coef, advantages, next_running_mean, with_kl_penalty
 from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, sample_records, score_batch
 from pipeline.rl.context import TrainContext, sync_rollout_model
@@ -36,7 +36,7 @@ def train_step(
     indices = draw_prompts(params.seed, step, sizes.prompts_per_step, len(context.prompts), recipe.prompt_sampling)
     prompts = [context.prompts[i] for i in indices]
     uniforms = draw_uniforms(params.seed, step, "sample", len(prompts) * group_size, sizes.max_tokens)
-    rollout = sample_batch(prompts, context, context.rollout_model, uniforms, recipe.top_k, recipe.top_p)
+    rollout = sample_batch(prompts, context, context.rollout_model, uniforms)
     mask = rollout.completion_mask
     watch.lap("sample")
 
@@ -114,7 +114,9 @@ def baseline_inputs(state: TrainState, context: TrainContext, prompts: list[str]
     if recipe.baseline != "greedy":
         return None
     uniforms = torch.zeros(len(prompts), context.params.train.max_tokens, dtype=torch.float64)
-    rollout = sample_batch(prompts, context, context.rollout_model, uniforms, top_k=1, top_p=1.0)
+    rollout = sample_batch(
+        prompts, context, context.rollout_model, uniforms, SamplingParams(recipe.temperature, top_k=1)
+    )
     rewards = reward_batch(prompts, rollout, context)[1]  # [B, 1]
     if recipe.kl == "reward_k1":  # the samples are penalised: without it, the penalty would stay in every advantage
         with context.reference() as reference:

@@ -92,7 +92,7 @@ def backward(
             squares.append(0.0)
             scores = score(
                 policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
-                recipe.temperature, recipe.alignment, *truncation(recipe), lengths=lengths[rows],
+                recipe.loss_params, recipe.alignment, lengths=lengths[rows],
                 entropy_gradient=recipe.entropy_coef > 0, packing=packing,
             )  # fmt: skip
             with torch.autocast(device.type, enabled=False):
@@ -209,8 +209,3 @@ def signal_to_noise(whole: float, parts: list[float], sizes: list[int]) -> float
         return math.nan
     signal = (whole - sum(parts)) / rest
     return signal / (whole - signal) if whole != signal else math.nan
-
-
-def truncation(recipe: Recipe) -> tuple[int, float]:
-    """(top_k, top_p) of the distribution that the loss scores; (0, 1.0) is the full softmax."""
-    return (recipe.top_k, recipe.top_p) if recipe.loss_distribution == "sampler" else (0, 1.0)

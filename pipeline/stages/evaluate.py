@@ -127,8 +127,8 @@ def sample_all(
         noise = torch.cat([draw_uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
         rollouts.append(sample(
-            policy, *pad_prompts(ids, eos[0], device), limits, noise.to(device), eos, recipe.temperature, recipe.top_k,
-            recipe.top_p, layout.sampling,
+            policy, *pad_prompts(ids, eos[0], device), limits, noise.to(device), eos, recipe.sampling_params,
+            layout.sampling,
         ))  # fmt: skip
     return rollouts
 
