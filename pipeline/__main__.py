@@ -153,7 +153,7 @@ def build_parser() -> Parser:
     )
     generate = add(
         "generate",
-        "continue prompts with the checkpoint and with the trained policy",
+        "continue prompts with the reference model and with the trained policy",
         "Each token is the most likely one.",
         'reinforce generate "Hi there, how"',
         'reinforce generate --max-tokens 60 "Tell me" "What is"',

@@ -550,9 +550,10 @@ def test_a_run_is_not_recorded_under_parameters_changed_meanwhile(
     """DVC looks at params.yaml, deps and code once more when the stage has ended, and would record those."""
     changes: dict[str, Callable[[], Any]] = {
         "params.yaml": lambda: here.edit(seed=1),
-        "custom/": lambda: (here.root / "custom/more.py").write_text("x = 1\n"),
+        "custom/": lambda: (here.root / "custom/words.txt").write_text("a reward may read it"),
         "data/prompts/train.jsonl": lambda: prompts.write_text(prompts.read_text() + '{"prompt": "More"}\n'),
     }
+    here.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/example.py:questions"})
     real, prompts, before = train.train_step, here.root / "data/prompts/train.jsonl", {}
     for name in ("params.yaml", "data/prompts/train.jsonl"):
         before[name] = (here.root / name).read_text()
@@ -572,7 +573,7 @@ def test_a_run_is_not_recorded_under_parameters_changed_meanwhile(
         assert not (here.root / "reports/train/run.json").exists()
         for name, text in before.items():
             (here.root / name).write_text(text)
-        (here.root / "custom/more.py").unlink(missing_ok=True)
+        (here.root / "custom/words.txt").unlink(missing_ok=True)
         monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("no step is done again"))
         train.main()
         assert len(history(here)) == 6

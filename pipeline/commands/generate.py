@@ -1,25 +1,31 @@
-"""`reinforce generate`: continues prompts with the checkpoint and with the trained policy, greedily, as the notebook's does."""
+"""`reinforce generate`: continues prompts with the reference model and with the trained policy, greedily, as the notebook's does."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config.load import load_params
 from pipeline.config.schema import SamplingParams
 from pipeline.errors import UserError
+from pipeline.file_io import folder_digests, read_json
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
 from pipeline.models.tokenization import check_vocabulary, encode_prompt
+from pipeline.runs.consistency import run_digests
+from pipeline.runs.provenance import chosen_params, digest
 
-FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
+POLICY, RUN, SUMMARY = Path("data/policy"), Path("reports/train/run.json"), Path("reports/train/summary.json")
+FOLDERS = {"reference": Path("data/checkpoint/policy"), "policy": POLICY}
 
 
 def continuation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: tuple[int, ...], max_tokens: int
 ) -> str:
-    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the checkpoint says of its decoding.
+    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the model's files say of its decoding.
 
     Without a cache, which is right for every model.
     """
@@ -32,6 +38,26 @@ def continuation(
     return str(tokenizer.decode(ids + rollout.completions[0, : int(rollout.lengths[0])].tolist()))
 
 
+def print_origin() -> None:
+    """Says which run trained data/policy, and on stderr where nothing tells or params.yaml selects another run."""
+    try:
+        trained, digests = read_json(RUN), run_digests(SUMMARY)
+        known = digests["policy"] == digest(folder_digests(POLICY)) and digests["train_key"] == trained["train_key"]
+    except (FileNotFoundError, UserError):
+        known = False
+    if not known:
+        print(f"warning: {POLICY} is not of the run in {RUN.parent}; `dvc checkout` brings back both", file=sys.stderr)
+        return
+    params, selected = trained["params"], chosen_params(load_params())
+    chosen = ", ".join(f"{name} {params[name]}" for name in ("model", "prompts", "reward", "recipe", "seed"))
+    print(f"policy of the run {trained['train_key'][:12]}: {chosen}")
+    names = [name for name in selected if selected[name] != params.get(name)]
+    selectors = [name for name in names if "." not in name]  # where another table is selected its values differ anyway
+    if names:
+        others = ", ".join(f"{name}={selected[name]}, not {params.get(name)}" for name in selectors or names)
+        print(f"warning: params.yaml selects another run: {others}; `dvc repro` trains it", file=sys.stderr)
+
+
 def main(options: argparse.Namespace) -> None:
     """Raises UserError for a prompt that is no text or too long, and where there is no model yet."""
     for prompt in options.prompts:
@@ -40,6 +66,8 @@ def main(options: argparse.Namespace) -> None:
     present = {name: folder for name, folder in FOLDERS.items() if holds_model(folder)}
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
+    if "policy" in present:
+        print_origin()
     for name, folder in present.items():
         model, tokenizer = load_policy(folder, torch.device("cpu")), load_tokenizer(folder)
         eos, room = end_of_text_ids(folder, tokenizer), context_length(model.config) or options.max_tokens

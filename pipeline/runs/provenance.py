@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import SELECTORS, Params
+
 PACKAGE = Path(__file__).parent.parent
 DIGESTS = (
     "code",
@@ -102,6 +104,13 @@ def params_digests(chosen: dict[str, Any], tables: dict[str, Any]) -> dict[str, 
             [chosen, {name: table.model_dump(exclude_unset=True) for name, table in tables.items()}]
         ),
     }
+
+
+def chosen_params(params: Params) -> dict[str, str | int | float | bool]:
+    """What a run was told: selectors and seed, and the values of the selected tables and of `train` as dotted keys."""
+    chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")}
+    tables = {name: params.selected(name).model_dump() for name in SELECTORS}
+    return chosen | flatten({**tables, "train": params.train.model_dump()})
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -35,6 +35,7 @@ from pipeline.file_io import (
     write_jsonl,
 )
 from pipeline.models.load import end_of_text_ids, load_layout
+from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import (
     CHECKPOINT,
@@ -108,11 +109,11 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
                 provenance.library_versions(*["peft"] if params.train.lora_rank else []),
             ]
         ),
-        "custom": provenance.digest(folder_digests(Path("custom"))),
+        "custom": provenance.digest(custom_digests([params.selected_reward])),
         "prompts": sha256(PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
         "layout": asdict(load_layout(CHECKPOINT / "layout.json")),
-        "params": chosen | provenance.flatten({**tables, "train": params.train.model_dump()}),
+        "params": provenance.chosen_params(params),
         "device": device.type,
         **digests,
     }
