@@ -3,6 +3,7 @@
 import difflib
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,7 +46,8 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
     """Runs a stage's `main`; a UserError becomes `error: ...` on stderr, any other exception keeps its traceback. Where it
     reads no `arguments`, -h and --help print the module's docstring, and others are refused."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a completion must not end a run in a Latin-1 terminal
+        # a completion must not end a run in a Latin-1 terminal, and a log shows each line at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         if not arguments and {"-h", "--help"} & set(sys.argv[1:]):
             print(sys.modules[main.__module__].__doc__)
@@ -59,6 +61,9 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted" if arguments else "interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _check_python() -> None:

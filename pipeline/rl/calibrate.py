@@ -1,5 +1,7 @@
 """Sample the reference model before training, to estimate each metric's mean and variance without learning."""
 
+from collections.abc import Iterable
+
 import torch
 
 from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS
@@ -9,13 +11,14 @@ from pipeline.rl.metrics import policy_metrics, reward_metrics
 from pipeline.rl.seeding import draw_prompts, draw_uniforms
 
 
-def calibrate(context: TrainContext) -> list[dict[str, float]]:
-    """Rows of calibration.csv: batches as in training, of the prompts that the seed would draw next."""
-    params = context.params
-    return [calibration_row(batch, context) for batch in range(params.train.calibration_batches)]
+def calibrate(context: TrainContext, batches: Iterable[int] | None = None) -> list[dict[str, float]]:
+    """Rows of calibration.csv. batches: their numbers, which a caller may show as they go by; None takes all."""
+    numbers = range(context.params.train.calibration_batches) if batches is None else batches
+    return [calibration_row(batch, context) for batch in numbers]
 
 
 def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
+    """Row of calibration.csv: a batch as in training, of prompts that the seed would draw after the last step."""
     params, recipe = context.params, context.params.selected_recipe
     sizes = params.train
     drawn = draw_prompts(

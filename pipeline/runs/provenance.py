@@ -29,6 +29,7 @@ UNRELATED = (
     "pipeline.distributed.launch",
     "pipeline.errors",
     "pipeline.runs.follower",
+    "pipeline.runs.progress",
     "pipeline.runs.provenance",
     "pipeline.runs.signals",
     "pipeline.runs.workspace",

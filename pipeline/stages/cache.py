@@ -102,6 +102,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     probes, sampled = probe_prompts(tokens, limits)
     bfloat16 = params.selected_recipe.precision == "bfloat16"
+    print(f"{key}: comparing sampling, scoring and saving with what transformers does")
     try:
         layout, how = compare(device)
     except torch.OutOfMemoryError:  # a policy that is sharded over several devices is compared in one piece

@@ -26,6 +26,7 @@ from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.rewards.build import build_reward
 from pipeline.rl.seeding import draw_uniforms, generator
+from pipeline.runs.progress import progress
 
 PROMPTS, CHECKPOINT, POLICY = Path("data/prompts/heldout.jsonl"), Path("data/checkpoint"), Path("data/policy")
 REPORTS = Path("reports/evaluate")
@@ -65,13 +66,13 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     layout = load_layout(CHECKPOINT / "layout.json", longest)
     eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
     # one model at a time: two may be more than the device held in training
-    rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout)}
+    rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout, "policy")}
     if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
         print(
             "warning: the policy's log-probabilities are not finite; what it says here is not its own", file=sys.stderr
         )
     reference = load_policy(CHECKPOINT / "policy", device)
-    rollouts["checkpoint"] = sample_all(params, ids, reference, eos, layout)
+    rollouts["checkpoint"] = sample_all(params, ids, reference, eos, layout, "reference")
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
     for name in NAMES:
@@ -116,12 +117,12 @@ def evaluation_identity(params: Params) -> dict[str, Any]:
 
 
 def sample_all(
-    params: Params, prompts: list[list[int]], policy: PreTrainedModel, eos: tuple[int, ...], layout: Layout
+    params: Params, prompts: list[list[int]], policy: PreTrainedModel, eos: tuple[int, ...], layout: Layout, name: str
 ) -> list[Rollout]:
-    """What a policy samples for the prompts, given as tokens, PROMPT_BATCH of them at a time."""
+    """What a policy samples for the prompts, given as tokens, PROMPT_BATCH of them at a time. `name` is shown meanwhile."""
     recipe, group, size = params.selected_recipe, params.evaluate.samples_per_prompt, params.train.max_tokens
     device, rollouts = policy.device, []
-    for start in range(0, len(prompts), PROMPT_BATCH):
+    for start in progress(range(0, len(prompts), PROMPT_BATCH), f"sampling from the {name}, in batches"):
         ids = prompts[start : start + PROMPT_BATCH]
         # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
         noise = torch.cat([draw_uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])

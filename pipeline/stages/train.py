@@ -52,6 +52,7 @@ from pipeline.rl.train_step import train_step
 from pipeline.runs import checkpoints, provenance
 from pipeline.runs.follower import follower
 from pipeline.runs.history import history_file
+from pipeline.runs.progress import progress
 from pipeline.runs.signals import caught_signals
 from pipeline.runs.workspace import is_committed, root
 
@@ -145,7 +146,9 @@ def train(
     run = resume(folder, policy, optimizer)
     check_ranks_in_sync(identity["train_key"], run.step, processes, device)
     sync_rollout_model(context, policy)
-    run.calibration = run.calibration or calibrate(context)
+    if not run.calibration:
+        batches = progress(range(params.train.calibration_batches), "calibration", processes.is_main_process)
+        run.calibration = calibrate(context, batches)
     if run.processes[-1:] != [processes.description] and not is_finished(run, params):
         run.processes.append(processes.description)
     if run.step and processes.is_main_process:  # a kill may have come between the state and these
@@ -175,7 +178,7 @@ def loop(
             run.stopped = run.stopped or bool(found and context.params.train.on_collapse == "stop")
             if record is not None:
                 record(run.rows[-1])
-                tqdm.write(run.progress_line())
+                tqdm.write(run.progress_line(steps))
                 for finding in found:
                     if finding.kind not in announced:
                         tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")

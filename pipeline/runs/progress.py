@@ -1,0 +1,31 @@
+"""How far a loop is: a bar in a terminal, elsewhere a line now and then."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+LINE_EVERY = 10.0  # seconds
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item], what: str, show: bool = True) -> Iterator[Item]:
+    """The items, saying how many are done and how long the rest will take. show=False, of all processes but one: nothing."""
+    with tqdm(items, what, disable=None if show else True, leave=False) as bar:
+        if not (show and bar.disable):
+            yield from bar
+            return
+    print(f"{what}: {len(items)} to do")
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= LINE_EVERY:
+            print(f"{what}: {done} of {len(items)}, {time_left(now - start, done, len(items))}")
+            last = now
+        yield item
+
+
+def time_left(seconds: float, done: int, total: int) -> str:
+    """`01:20 left`, if the rest is as fast as the first `done` items, which took `seconds`."""
+    return f"{tqdm.format_interval(seconds / done * (total - done))} left"
