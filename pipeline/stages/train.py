@@ -197,7 +197,11 @@ def loop(
                 )
             if signal and run.step < steps:
                 if processes.is_main_process:
-                    print(f"stopped by a signal after step {run.step - 1}; the same command goes on", file=sys.stderr)
+                    print(
+                        f"stopped by a signal after step {run.step - 1}; the same command goes on; until it ends, git shows "
+                        f"{REPORTS} as deleted",
+                        file=sys.stderr,
+                    )
                 processes.barrier()  # a launcher ends the others as soon as one has gone
                 sys.exit(128 + signal)
 
