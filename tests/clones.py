@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 from ruamel.yaml import YAML
 
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 SMALL = {
     "steps": 3,
@@ -88,3 +89,36 @@ class Clone:
 
     def read(self, name: str) -> str:
         return (self.root / name).read_text(encoding="utf-8")
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Those that work in a folder, `dvc queue`'s workers among them."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def end(clone: Clone) -> None:
+    """No process of a test outlives it, whatever became of the test."""
+    for process in processes_in(clone.root):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes_in(clone.root), timeout=10)
+    assert not processes_in(clone.root)
+
+
+def tiny(base: Path, cache: Path) -> Clone:
+    """One reward, which needs no encoder; prompts and checkpoint made; no database."""
+    made = Clone(base / "project", cache)
+    made.keep_rewards("length")
+    made("dvc", "repro", "check", "prepare", "cache")
+    made.commit()
+    assert not (made.root / "mlflow.db").exists()
+    return made

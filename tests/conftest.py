@@ -1,37 +1,18 @@
-"""Fixtures that several test files share: a hub on loopback, what it serves, and a copy of the project to run in."""
+"""Fixtures that several test files share."""
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from tests import faults, repositories
+from tests.browser import CHROMIUM, FLAGS
 from tests.forks import Forks
 from tests.hub import Hub
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"  # the real OASST1 texts and Pythia's tokenizer, where someone put them
-PINNED = "fdf72ae0827c1cda404aff25b6603abec9e3399b"  # of OASST1, in params.yaml
-PYTHIA = "EleutherAI/pythia-70m-deduped"
-# what the tests themselves need of the project
-CHECKOUT = (
-    "pipeline",
-    "tests",
-    "docs",
-    "benchmarks",
-    "custom",
-    "data/pocket",
-    "params.yaml",
-    "dvc.yaml",
-    "pyproject.toml",
-)
+from tests.project import SHARED, Project, copy_of_project
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -68,86 +49,9 @@ def hub() -> Iterator[Hub]:
     server.close()
 
 
-@dataclass
-class Project:
-    """A copy of the project in a temporary directory, with a Hugging Face cache of its own and no network."""
-
-    root: Path
-    environment: dict[str, str]
-
-    def edit(self, **changes: Any) -> None:
-        """Sets keys of params.yaml: dots in a name are written as two underscores."""
-        yaml = YAML()
-        tree = yaml.load(self.root / "params.yaml")
-        for name, value in changes.items():
-            *tables, key = name.split("__")
-            table = tree
-            for part in tables:
-                table = table.setdefault(part, {})
-            table[key] = value
-        yaml.dump(tree, self.root / "params.yaml")
-
-    def keep_rewards(self, *names: str) -> None:
-        """Drops the other rewards: `evaluate` measures all there are, and the embedding takes its time."""
-        yaml = YAML()
-        tree = yaml.load(self.root / "params.yaml")
-        for name in set(tree["rewards"]) - set(names):
-            del tree["rewards"][name]
-        yaml.dump(tree, self.root / "params.yaml")
-
-    def use(self, hub: Hub) -> None:
-        self.environment["HF_ENDPOINT"] = hub.url
-
-    def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", *module_of(stage), *arguments],
-            cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-
-    def refuse(self, stage: str, **environment: str) -> str:
-        """Runs a stage that must fail as a user's mistake does: exit code 1, one line, no traceback. Gives the line."""
-        result = self.run(stage, **environment)
-        assert result.returncode == 1, result.stderr
-        assert "Traceback" not in result.stderr
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, result.stderr
-        assert result.stderr.rstrip().endswith(errors[0])
-        return errors[0]
-
-
-def module_of(name: str) -> list[str]:
-    """What stands behind `python -m` for a stage or a command."""
-    if (ROOT / f"pipeline/commands/{name}.py").exists():
-        return ["pipeline", name]
-    return [f"pipeline.stages.{name}"]
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return copy_of_project(tmp_path)
-
-
-def copy_checkout(target: Path, *names: str) -> None:
-    """Copies files and folders of the project, without what Python and long benchmarks leave there."""
-
-    def ignored(folder: str, entries: list[str]) -> set[str]:
-        runs = {"runs"} if Path(folder) == ROOT / "benchmarks" else set()  # pipeline/runs is a package
-        return runs | set(shutil.ignore_patterns("__pycache__", "make-state*")(folder, entries))
-
-    for name in names:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=ignored)
-        else:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
-
-
-def copy_of_project(base: Path) -> Project:
-    root = base / "project"
-    copy_checkout(root, "pipeline", "custom", "data/pocket", "params.yaml", "dvc.yaml")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "DVC_"))}
-    nowhere = "http://127.0.0.1:9"  # nothing listens here: a stage that asks the hub unbidden fails at once
-    return Project(root, {**kept, "HF_HOME": str(base / "hf"), "HF_ENDPOINT": nowhere})
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +118,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Project:
     """A project whose stages take seconds (see tests/small.py)."""
-    from tests.small import make  # which needs this file
+    from tests.small import make
 
     policy = repositories.write_pythia(tmp_path_factory.mktemp("models") / "small", None, vocabulary=257)
     return make(tmp_path_factory.mktemp("small"), policy, bert)
@@ -226,3 +130,71 @@ def small_run(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tests.small import run_audited
 
     return run_audited(small, tmp_path_factory.mktemp("audit"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    """What `cache` leaves, of a tiny policy and a tiny encoder. With Pythia's vocabulary a run would take twice as long."""
+    from tests.training import with_encoder
+
+    folder = tmp_path_factory.mktemp("cached") / "checkpoint"
+    return with_encoder(repositories.write_pythia(folder / "policy", None, vocabulary=257), bert)
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory, pythia: Path, bert: Path) -> Path:
+    """The same with Pythia's vocabulary: states of 20 MB, which take some time to write."""
+    from tests.training import with_encoder
+
+    folder = tmp_path_factory.mktemp("cached") / "checkpoint"
+    return with_encoder(shutil.copytree(pythia, folder / "policy"), bert)
+
+
+@pytest.fixture
+def ready(project: Project, checkpoint: Path) -> Project:
+    """A project in which `train` can run, for 6 quick steps with the length reward."""
+    from tests.training import make_ready
+
+    return make_ready(project, checkpoint)
+
+
+@pytest.fixture
+def here(ready: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None) -> Project:
+    """`ready` as the current directory, for stages that run in this process: quicker, where a process adds nothing."""
+    monkeypatch.chdir(ready.root)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return ready
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without experiments: its fifty migrations take seconds."""
+    from pipeline.tracking import mlflow_store
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow_store._prepare_database(path)
+    return path
+
+
+@pytest.fixture
+def tracking_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+    """The current directory: empty but for a store without experiments."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path)
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_STAGE", "track")
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "1")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.conftest import Project
+    from tests.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (

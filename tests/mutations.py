@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.conftest import CHECKOUT, ROOT, copy_checkout
+from tests.project import CHECKOUT, ROOT, copy_checkout
 
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics", "verdict", "runtime",

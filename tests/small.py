@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tests.conftest import Project, copy_of_project
+from tests.project import Project, copy_of_project
 
 STAGES = ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")
 OUTPUTS = ("data/prompts", "data/checkpoint", "data/policy", "data/healthy", "reports")

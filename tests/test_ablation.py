@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from benchmarks import ablation
 from benchmarks.ablation import EXPERIMENTS, Experiment, collapsed, identify, onset, verdict
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 COMMITTED: dict[str, Any] = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
 FINE = {"low": 0.1, "high": 0.3}

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.clones import Clone
-from tests.test_concurrency import end, tiny
+from tests.clones import Clone, end, tiny
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from pipeline.data import model_files
 from pipeline.errors import UserError
 from pipeline.stages import cache
 from tests import repositories
-from tests.conftest import PYTHIA, ROOT, Project
 from tests.hub import Hub
+from tests.pickles import Malicious, pickled_weights
+from tests.project import PYTHIA, ROOT, Project
 
 POLICY_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
@@ -282,21 +282,6 @@ def _index_outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-class Malicious:
-    """A pickle that runs code when it is loaded carelessly."""
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (Path("run-by-the-pickle"),))
-
-
-def _pickle(content: Any) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        (folder / "pytorch_model.bin").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
-
-    return write
-
-
 def _pickled_list(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"a": [1, 2]}, folder / "pytorch_model.bin")
@@ -338,8 +323,8 @@ def _no_end_token(folder: Path) -> None:
         (_quantized("gpt_neox.layers.1.attention.dense.weight"), "attention.dense.weight holds I8: a"),
         (_without_a_shard, "model.safetensors.index.json lists model-00002-of-00002.safetensors, which is not there"),
         (_index_outside, "model.safetensors.index.json names a file outside its folder"),
-        (_pickle(b"no pickle"), "pytorch_model.bin is damaged or holds more than weights"),
-        (_pickle(Malicious()), "pytorch_model.bin is damaged or holds more than weights"),
+        (pickled_weights(b"no pickle"), "pytorch_model.bin is damaged or holds more than weights"),
+        (pickled_weights(Malicious()), "pytorch_model.bin is damaged or holds more than weights"),
         (_pickled_list, "pytorch_model.bin should hold a dictionary of tensors"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import __main__ as cli
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 MODULES = {
     **{path.stem: f"pipeline.commands.{path.stem}" for path in (ROOT / "pipeline/commands").glob("[a-z]*.py")},

@@ -30,7 +30,7 @@ from pipeline.report.comparison import configurations, differing, format_mean_st
 from pipeline.runs.provenance import params_digests
 from pipeline.tracking import mlflow_store, summaries
 from pipeline.tracking.summaries import RunSummary
-from tests.conftest import ROOT, Project
+from tests.project import ROOT, Project
 from tests.seal import sha256
 
 STEPS = 8

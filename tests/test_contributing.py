@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT, ROOT, copy_checkout
+from tests.project import CHECKOUT, ROOT, copy_checkout
 
 EXAMPLES = re.findall(
     r"^### (.*?): (\d) files\n(.*?)^```diff\n(.*?)^```$",

@@ -13,10 +13,10 @@ import pytest
 from pipeline.commands import cure
 from pipeline.errors import UserError
 from pipeline.report import cure_figure, cure_page, inputs, page, style
-from tests.conftest import Project
-from tests.test_concurrency import tiny
-from tests.test_page import Elements, words_of
-from tests.test_plot import reports
+from tests.clones import tiny
+from tests.html import Elements, words_of
+from tests.project import Project
+from tests.reports import reports
 
 KIND = {"kind": "gibberish", "title": "Gibberish", "onset": 7}
 FURTHER = {"recipes.stable.kl_coef": 0.3, "recipes.stable.lr": 3e-5}

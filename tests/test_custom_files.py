@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config.schema import CustomReward, LengthReward, SumReward
 from pipeline.rewards.custom_files import custom_digests
-from tests.conftest import Project
+from tests.project import Project
 
 
 def custom(file: str) -> CustomReward:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Project, copy_of_project
 from tests.faults import rounds
+from tests.project import Project, copy_of_project
 from tests.small import OUTPUTS, contents, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]

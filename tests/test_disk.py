@@ -16,14 +16,13 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.stages import train
-from tests.conftest import Project, copy_of_project
 from tests.faults import fault, rounds
 from tests.forks import Forks
-from tests.test_crash import Tracked, left_over, logged
-from tests.test_train import OUTPUTS, checkpoint, contents, forget, here, make_ready, ready, wide_checkpoint
+from tests.project import Project, copy_of_project
+from tests.tracked import Tracked, left_over, logged
+from tests.training import OUTPUTS, contents, forget, make_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
-__all__ = ["checkpoint", "here", "ready", "wide_checkpoint"]  # fixtures
 STAGES = ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")
 MADE = {
     "prepare": ["data/prompts", "reports/prepare.json"],

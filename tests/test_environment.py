@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.runs import dvc_git
 from pipeline.stages import check
 from pipeline.tracking import mlflow_store
-from tests.conftest import ROOT, copy_checkout
+from tests.project import ROOT, copy_checkout
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import families
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 TABLE = ROOT / "docs/MODELS.md"
 ROW = re.compile(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import faults
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 
 @pytest.fixture

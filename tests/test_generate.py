@@ -11,7 +11,7 @@ from transformers import GPTNeoXForCausalLM
 from pipeline.commands.generate import continuation
 from pipeline.models.load import end_of_text_ids, load_policy, load_tokenizer
 from pipeline.models.tokenization import encode_prompt
-from tests.conftest import ROOT, Project
+from tests.project import ROOT, Project
 
 POCKET = ROOT / "data/pocket/checkpoint"
 PROMPT, MAX_TOKENS = "What is the best way to", 24

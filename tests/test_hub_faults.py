@@ -13,10 +13,10 @@ import pytest
 from pipeline.data import hub as hub_of_project
 from pipeline.data.hub import DamagedError, drop_damaged
 from tests import repositories
-from tests.conftest import PINNED, PYTHIA, Project, copy_of_project
 from tests.faults import FULL, fault, rounds
 from tests.hub import Failure, Hub
-from tests.test_cache import Malicious, _pickle
+from tests.pickles import Malicious, pickled_weights
+from tests.project import PINNED, PYTHIA, Project, copy_of_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 OASST1 = "OpenAssistant/oasst1"
@@ -342,7 +342,7 @@ def test_a_pickle_that_would_run_code_never_does(
 ) -> None:
     with fault("pickled weights that run code"):
         served = shutil.copytree(folders["cache"], tmp_path / "served")
-        _pickle(Malicious())(served)
+        pickled_weights(Malicious())(served)
         hub.add("models", PYTHIA, "step143000", served)
         line = asking.refuse("cache")
         assert line.startswith("error: models.pythia-70m: pytorch_model.bin is damaged or holds more than weights: ")

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.rewards import isolation, watchdog
 from pipeline.rewards.custom import custom_reward
 from pipeline.runs.signals import caught_signals
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 Score = Callable[..., list[float]]
 

@@ -27,14 +27,24 @@ from pipeline.rl.context import build_context
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.update import Batch, backward
 from pipeline.stages import evaluate, train
-from tests.conftest import ROOT, Project
 from tests.faults import FULL, fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
-from tests.test_processes import STEPS, configured, exactly, recorded, sampled
-from tests.test_train import checkpoint, contents, forget, here, history, interrupted, ready, states, succeed
+from tests.project import ROOT, Project
+from tests.training import (
+    STEPS,
+    configured,
+    contents,
+    exactly,
+    forget,
+    history,
+    interrupted,
+    recorded,
+    sampled,
+    states,
+    succeed,
+)
 
 pytestmark = pytest.mark.numeric
-__all__ = ["checkpoint", "here", "ready"]  # fixtures
 
 PROMPTS, LENGTHS = token_lists([3, 3, 2, 2], 7), torch.tensor([5, 2, 4, 1])
 

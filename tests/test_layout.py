@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from pipeline.config.schema import SELECTORS
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs.provenance import UNRELATED, local_modules
-from tests.conftest import ROOT, copy_checkout
+from tests.project import ROOT, copy_checkout
 
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
@@ -433,6 +433,15 @@ def test_every_column_of_the_history_is_documented() -> None:
     assert re.findall(r"^\| `(\w+)` \|", training, re.MULTILINE) == list(HISTORY_COLUMNS)
     phases = re.findall(r'watch\.lap\("(\w+)"\)', (ROOT / "pipeline/rl/train_step.py").read_text())
     assert re.findall(r"`seconds_(\w+)`", rest) == phases
+
+
+TEST_FILES = sorted((ROOT / "tests").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", [ROOT / "tests/conftest.py", *TEST_FILES], ids=lambda path: path.name)
+def test_no_test_file_is_imported(file: Path) -> None:
+    """What two of them need is a fixture, or lies in a module that is named for it."""
+    assert not [name for name in imported(ast.parse(file.read_text())) if name.startswith("tests.test_")]
 
 
 def test_names_of_tests_are_short() -> None:

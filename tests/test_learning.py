@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from pipeline.stages import evaluate, train
-from tests.conftest import Project, copy_of_project
+from tests.project import Project, copy_of_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 

@@ -4,38 +4,15 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.report import browser, inputs, labels, page, text
-from tests.test_plot import COLUMNS, FOREIGN, ROOT, reports
-
-
-class Elements(HTMLParser):
-    """The elements of a page with their attributes, and what its script and style elements hold."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.raw: list[str] = []  # of script and style, in the order of the page
-        self.comments: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        if tag in self.CDATA_CONTENT_ELEMENTS:
-            self.raw.append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.cdata_elem:
-            self.raw[-1] += data
-
-    def handle_comment(self, data: str) -> None:
-        self.comments.append(data)
+from tests.html import Elements, words_of
+from tests.project import ROOT
+from tests.reports import COLUMNS, FOREIGN, reports
 
 
 def rendered(folder: Path, **options: Any) -> str:
@@ -55,11 +32,6 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(params=["healthy", "collapsed"])
 def report(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue(request.param)
-
-
-def words_of(html: str) -> str:
-    """What the page says, on one line."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html.split("<script")[0]))
 
 
 # --- untrusted text

@@ -15,6 +15,7 @@ from pipeline.config.load import load_params, validate_params
 from pipeline.config.schema import SELECTORS, Params
 from pipeline.errors import UserError
 from tests.clones import Clone
+from tests.error_lines import check_line
 from tests.faults import fault, rounds
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
@@ -32,25 +33,6 @@ def edited(old: str, new: str) -> str:
     """The shipped file with the first `old` replaced; fails where the file no longer holds it."""
     assert old in TEXT, old
     return TEXT.replace(old, new, 1)
-
-
-def check_line(line: str) -> str:
-    """One line in the user's terms: no line break, no control character, none of the validator's words."""
-    assert line.isprintable(), line
-    for word in (
-        "pydantic",
-        "Traceback",
-        "ValidationError",
-        "model_",
-        "Input ",
-        "discriminator",
-        "tuple",
-        "regex",
-        "^[",
-    ):
-        assert word not in line, line
-    assert len(line) <= 1000
-    return line
 
 
 def refusal(path: Path) -> str:

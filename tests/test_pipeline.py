@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.clones import SMALL, Clone
-from tests.conftest import PINNED, PYTHIA
 from tests.hub import Hub
+from tests.project import PINNED, PYTHIA
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from pipeline.models.load import load_policy, load_tokenizer
 from pipeline.models.rollout import completion_limits, completion_texts
 from pipeline.models.sampling import pad_prompts, sample
 from pipeline.rl.seeding import draw_uniforms
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 pytestmark = pytest.mark.numeric
 

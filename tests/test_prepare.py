@@ -20,10 +20,10 @@ from pipeline.config.schema import PromptSet
 from pipeline.errors import UserError
 from pipeline.stages import prepare
 from tests import repositories
-from tests.conftest import PINNED, ROOT, Project
+from tests.error_lines import check_line
 from tests.faults import fault, rounds
 from tests.hub import Hub
-from tests.test_params import check_line
+from tests.project import PINNED, ROOT, Project
 
 OASST1 = "OpenAssistant/oasst1"
 FIRST_FIVE = [  # printed by the notebook

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.clones import Clone
-from tests.conftest import PYTHIA
+from tests.clones import Clone, end, tiny
+from tests.experiments import experiments, run_queue
 from tests.hub import Hub
+from tests.project import PYTHIA
 from tests.repositories import write_pythia
-from tests.test_concurrency import end, experiments, run_queue, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # three more experiments of a queue
 

@@ -22,23 +22,24 @@ from pipeline.distributed.launch import CONFIG, relaunch_with_accelerate
 from pipeline.errors import UserError
 from pipeline.stages import train
 from pipeline.stages.train import check_ranks_in_sync
-from tests.conftest import Project, copy_of_project
+from tests.project import Project, copy_of_project
 from tests.servers import free_port
-from tests.test_train import (
-    checkpoint,
+from tests.training import (
+    STEPS,
+    configured,
     contents,
+    exactly,
     forget,
-    here,
     history,
     interrupted,
     make_ready,
-    ready,
+    recorded,
+    sampled,
     states,
     succeed,
 )
 
 pytestmark = pytest.mark.numeric
-__all__ = ["checkpoint", "here", "ready"]  # fixtures
 
 
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 4))
@@ -50,33 +51,14 @@ def test_shares_are_runs_of_whole_prompts_that_together_are_all(count: int, prom
     assert max(sizes) - min(sizes) <= group
 
 
-def configured(project: Project, count: int) -> dict[str, str]:
-    """The environment that has accelerate start so many processes; the file as `accelerate config` writes it."""
-    lines = ["compute_environment: LOCAL_MACHINE", "distributed_type: MULTI_GPU", f"num_processes: {count}", "num_machines: 1",
-             "machine_rank: 0", "mixed_precision: 'no'", "main_process_port: 0", "use_cpu: false", "gpu_ids: all"]  # fmt: skip
-    (project.root / "processes.yaml").write_text("\n".join(lines) + "\n")
-    return {CONFIG: "processes.yaml"}
-
-
-def recorded(project: Project) -> dict[str, object]:
-    return json.loads((project.root / "reports/train/run.json").read_text())
-
-
 # Adam divides by the root of the gradient's square: where the gradient is nothing but rounding, it would make steps as
 # long as the others. This eps is longer than any gradient here, and the rate makes up for it.
-STEPS = 12  # enough for a run to be ended in the midst of them
-SMOOTH_ADAM = {"recipes__stable__adam_eps": 1.0, "recipes__stable__lr": 0.1}
 
 
 @pytest.fixture
 def exact(ready: Project) -> Project:
     """In float32, whose rounding hardly ever makes another token of a sample in so short a run."""
     return exactly(ready)
-
-
-def exactly(project: Project) -> Project:
-    project.edit(recipes__stable__precision="float32", train__prompts_per_step=4, train__steps=STEPS, **SMOOTH_ADAM)
-    return project
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +87,6 @@ def test_several_processes_train_what_one_does(exact: Project, here: Project, tw
     for row, truth in zip(history(several), alone, strict=True):
         for name in set(truth) - {"grad_snr"}:  # the micro-batches are others, which is what it is computed from
             assert row[name] == pytest.approx(truth[name], rel=1e-3, abs=1e-5, nan_ok=True), name
-
-
-def sampled(project: Project) -> bytes:
-    return contents(project)["reports/train/samples.jsonl"]
 
 
 @pytest.mark.slow

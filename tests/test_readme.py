@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from tests.clones import Clone
-from tests.conftest import ROOT
+from tests.project import ROOT
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", ROOT / "docs/EXPERIMENTS.md", ROOT / "docs/RECOVERY.md"]

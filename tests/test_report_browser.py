@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.report import inputs, page
-from tests.test_plot import ROOT, reports
-from tests.test_ui import CHROMIUM, FLAGS
+from tests.browser import CHROMIUM
+from tests.project import ROOT
+from tests.reports import reports
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,16 +17,6 @@ pytestmark = [
 ]
 SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
 TEXT = "document.getElementById('completions').innerText"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from pipeline.errors import UserError
 from pipeline.rewards import build as build_module
 from pipeline.rewards.build import Reward, build_reward
 from pipeline.rewards.custom import check_custom, custom_reward
-from tests.conftest import Project
+from tests.error_lines import check_line
 from tests.faults import fault, rounds
 from tests.models import PARAMS
-from tests.test_params import check_line
+from tests.project import Project
 
 CPU, NOWHERE = torch.device("cpu"), Path("no/encoder")
 WORDS = PARAMS.rewards["words"].words  # type: ignore[union-attr]

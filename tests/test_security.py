@@ -18,13 +18,13 @@ from pipeline.data import model_files
 from pipeline.errors import UserError, one_line, run_stage
 from pipeline.report import cure_page, inputs, page
 from pipeline.stages import prepare
-from tests.conftest import ROOT
+from tests.browser import CHROMIUM, FLAGS
+from tests.error_lines import check_line
 from tests.faults import fault, rounds
+from tests.html import Elements
+from tests.project import ROOT
+from tests.reports import reports
 from tests.small import HOOK
-from tests.test_page import Elements
-from tests.test_params import check_line
-from tests.test_plot import reports
-from tests.test_report_browser import CHROMIUM, FLAGS
 
 # --- pages: whatever a text holds, the page has the same elements
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import material, notebook_loop, speed
-from tests.conftest import ROOT
 from tests.models import tiny_neox
+from tests.project import ROOT
 
 pytestmark = pytest.mark.numeric
 

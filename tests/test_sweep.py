@@ -20,9 +20,9 @@ import pytest
 from pipeline.commands import sweep
 from pipeline.errors import UserError
 from pipeline.runs.dvc_git import dvc
-from tests.clones import Clone
-from tests.conftest import ROOT
-from tests.test_concurrency import PATIENCE_SECONDS, assert_complete, end, experiments, tiny
+from tests.clones import Clone, end, tiny
+from tests.experiments import PATIENCE_SECONDS, assert_complete, experiments
+from tests.project import ROOT
 
 IDENTITY = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 GRID = ("-S", "seed=1,2", "-S", "train.threads=1")

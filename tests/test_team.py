@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.clones import Clone
+from tests.clones import Clone, end, tiny
+from tests.experiments import points
 from tests.servers import MlflowServer, Postgres, SshServer, postgres_programs
-from tests.test_concurrency import end, points, tiny
 
 pytestmark = pytest.mark.slow
 

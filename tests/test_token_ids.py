@@ -22,7 +22,7 @@ from transformers import (
 from pipeline.data.token_ids import IDS, name_ends
 from pipeline.models.load import end_of_text_ids, init_policy, load_policy, load_tokenizer, special_ids
 from pipeline.stages import train
-from tests.test_tokenization import tokenizer, write
+from tests.word_tokenizer import tokenizer, write
 
 CPU, CHECKPOINT, POLICY = torch.device("cpu"), Path("data/checkpoint/policy"), Path("data/policy")
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}

@@ -1,12 +1,11 @@
 """Prompts as tokens, and the ids that end a text: what a tokenizer appends, prompts without a token, several ends."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
@@ -15,21 +14,7 @@ from pipeline.models.rollout import check_context, completion_texts, completion_
 from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.models.tokenization import check_certain, check_vocabulary, encode_prompt
 from tests.models import tiny_neox, token_lists, uniform
-
-WORDS = {"<eos>": 0, "<bos>": 1, "<sep>": 2, "<unk>": 3, "say": 4, "a": 5, "word": 6}
-
-
-def tokenizer(template: str = "", normalizer: Any = None, unknown: str = "<unk>") -> PreTrainedTokenizerFast:
-    """Splits at blanks; template: where special tokens stand, such as `<bos> $A <eos>`."""
-    made = Tokenizer(models.WordLevel(WORDS, unk_token=unknown))
-    made.normalizer = normalizer or normalizers.Strip()
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if template:
-        named = [name for name in WORDS if name in template]
-        made.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(n, WORDS[n]) for n in named]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token=unknown)
+from tests.word_tokenizer import WORDS, tokenizer, write
 
 
 @pytest.mark.parametrize(
@@ -117,12 +102,6 @@ def test_a_prompt_without_a_token_is_refused_with_its_text(prompt: str) -> None:
     for template in ("", "$A <eos>", "<bos> $A"):
         with pytest.raises(UserError, match=r"prompt '.*': the tokenizer gives it no token"):
             encode_prompt(tokenizer(template), prompt)
-
-
-def write(folder: Path, **files: Any) -> Path:
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
 
 
 def test_every_end_that_a_model_s_files_name_ends_a_text(tmp_path: Path) -> None:

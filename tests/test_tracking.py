@@ -1,6 +1,5 @@
 """Tracking: the MLflow record is complete, holds nothing twice, and never stops training."""
 
-import base64
 import json
 import os
 import re
@@ -17,184 +16,52 @@ import pytest
 from filelock import FileLock
 
 from pipeline.errors import UserError
-from pipeline.file_io import write_csv
-from pipeline.runs import consistency, workspace
+from pipeline.runs import workspace
 from pipeline.runs.follower import follower
 from pipeline.stages import track
-from pipeline.tracking import follow, mlflow_store
-from tests.seal import POLICY, edit, seal
-
-# mlflow 3.17 on SQLAlchemy 2.1
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
-
-PROJECT = Path(__file__).parent.parent
-KEY = "1f" * 32
-START_MS = 1_700_000_000_000
-PARAMS = {
-    "reward": "embedding",
-    "recipe": "stable",
-    "model": "pocket",
-    "prompts": "pocket",
-    "seed": 0,
-    "recipe.lr": 1e-4,
-}
-COLUMNS = ["reward_mean", "loss", "entropy", "nonfinite"]
-STEPS = 12
-
-
-def value(column, step):
-    return 1.0 / (3 + step) - COLUMNS.index(column) if column != "nonfinite" else 0.0
-
-
-def row(step):
-    """The history of a step, as training holds it; the loss of step 0 is undefined."""
-    return {name: float("nan") if (name, step) == ("loss", 0) else value(name, step) for name in COLUMNS}
-
-
-def timestamp(step):
-    return START_MS + 1000 * step
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
-    """The files of the earlier stages in the current directory, as the stages write them."""
-    run = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
-    write(Path("reports/train/run.json"), json.dumps({**run, "processes": [1]}))
-    rows = [",".join("" if cell != cell else repr(cell) for cell in row(step).values()) for step in range(steps)]
-    lines = [",".join(["step", *COLUMNS]), *(f"{step},{cells}" for step, cells in enumerate(rows))]
-    write(Path("reports/train/history.csv"), "\n".join(lines) + "\n")
-    write(Path("reports/train/summary.json"), json.dumps({"steps": steps, "first": {}, "last": {}}))
-    write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
-    score = {"mean": -6.5, "low": -6.75, "high": -6.25}
-    write(Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": score, "win_rate": 0.75}}))
-    write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
-    write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.5\n")
-    write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
-    write(Path("reports/figures/reward.png"), "png")
-    write_diagnosis()
-    if timings:
-        lines = ["step,timestamp_ms,seconds_sample", *(f"{step},{timestamp(step)},0.5" for step in range(steps))]
-        write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(lines) + "\n")
-
-
-def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
-    diagnosis = {"verdict": verdict, "onset": onset, "findings": [{"kind": kind} for kind in kinds]}
-    diagnosis["cure"] = {"changes": {"seed": 1}, "command": command} if command else None
-    write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
-    belong_together()
-
-
-def belong_together(title="Report", **measured):
-    """Makes the files those of one run, and the page and its figure show them."""
-    seal(Path("reports"), **measured)
-    figure = base64.b64encode(Path("reports/figures/reward.png").read_bytes()).decode()
-    write(Path("reports/page/report.html"), f'<h1>{title}</h1><meta content="{consistency.sources()}">{figure}')
-
-
-def identity(key=KEY, params=PARAMS):
-    return {"train_key": key, "code": "c0" * 32, "params": params, "processes": [1]}
-
-
-def grow(steps, key=KEY, params=PARAMS):
-    """The folder of a run at work after so many steps, as `train` writes it at each state."""
-    folder = Path(f".checkpoints/{key}")
-    write(folder / "run.json", json.dumps(identity(key, params)))
-    if steps:
-        write_csv(folder / "history.csv", [{"step": step, **row(step)} for step in range(steps)])
-        timings = [{"step": step, "timestamp_ms": timestamp(step), "seconds_sample": 0.5} for step in range(steps)]
-        write_csv(folder / "timings.csv", timings)
-    return folder
-
-
-def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=PARAMS, meanwhile=lambda step: None):
-    """A run from its step `start` to its end, whose states the follower sees one by one."""
-    saved = [*(step for step in range(start, steps) if step and step % flush_every == 0), steps]
-    mlflow_store.defaults(timeout=5, retries=1)
-
-    def wait():
-        if not saved:
-            return status
-        meanwhile(saved[0])
-        grow(saved.pop(0), key=key, params=params)
-        return "RUNNING"
-
-    follow.follow(grow(start, key=key, params=params), os.getpid(), wait)
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def lose_database():
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    Path("mlflow.db").unlink()
-    for engine in SqlAlchemyStore._engine_map.values():
-        engine.dispose()  # a later `track` is another process, without open connections to the lost file
-
-
-def stored_runs(key=KEY):
-    client, experiment = mlflow_store.open_store()
-    return client, client.search_runs([experiment], f"tags.train_key = '{key}'")
-
-
-def assert_complete(steps=STEPS, columns=COLUMNS):
-    """One run, with every defined value of the history once, at its step."""
-    client, runs = stored_runs()
-    assert len(runs) == 1
-    for column in columns:
-        history = client.get_metric_history(runs[0].info.run_id, f"train/{column}")
-        expected = {step: value(column, step) for step in range(steps) if (column, step) != ("loss", 0)}
-        assert len(history) == len(expected)
-        assert {metric.step: metric.value for metric in history} == expected
-    assert runs[0].info.status == "FINISHED"
-    return client, runs[0]
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A store without experiments: its fifty migrations take seconds."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow_store._prepare_database(path)
-    return path
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch, empty_store):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_store, tmp_path)
-    for name in ("DVC_ROOT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DVC_STAGE", "track")
-    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-        monkeypatch.setenv(name, "1")
-    return tmp_path
+from pipeline.tracking import mlflow_store
+from tests import mlflow_runs
+from tests.mlflow_runs import (
+    COLUMNS,
+    KEY,
+    PARAMS,
+    START_MS,
+    STEPS,
+    assert_complete,
+    belong_together,
+    grow,
+    identity,
+    lose_database,
+    make_reports,
+    start_trainer,
+    stored_runs,
+    timestamp,
+    train_live,
+    wait_until,
+    write,
+    write_diagnosis,
+)
+from tests.project import ROOT
+from tests.seal import POLICY, edit
 
 
 def test_importing_tracking_does_not_import_mlflow():
     code = "import pipeline.tracking.mlflow_store, pipeline.stages.track, pipeline.commands.ui, sys; print('mlflow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "False\n", done.stderr
 
 
-def test_workspace_is_dvcs(project, monkeypatch):
-    assert workspace.root() == project
-    monkeypatch.setenv("DVC_ROOT", str(project / "main"))
-    assert mlflow_store.store_uri() == f"sqlite:///{project}/main/mlflow.db"
+def test_workspace_is_dvcs(tracking_folder, monkeypatch):
+    assert workspace.root() == tracking_folder
+    monkeypatch.setenv("DVC_ROOT", str(tracking_folder / "main"))
+    assert mlflow_store.store_uri() == f"sqlite:///{tracking_folder}/main/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
-    assert mlflow_store.store_uri() == f"sqlite:///{project}/main/runs.db"
+    assert mlflow_store.store_uri() == f"sqlite:///{tracking_folder}/main/runs.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert mlflow_store.store_uri() == "http://127.0.0.1:5000"
 
 
-def test_live_then_track_is_the_full_record(project, capsys):
+def test_live_then_track_is_the_full_record(tracking_folder, capsys):
     train_live(STEPS, status="FINISHED")
     assert capsys.readouterr().err == ""
     assert_complete()
@@ -210,34 +77,7 @@ def test_live_then_track_is_the_full_record(project, capsys):
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"figures", "tables", "report.html"}
     tables = {item.path for item in client.list_artifacts(run.info.run_id, "tables")}
     assert tables >= {"tables/history.csv", "tables/samples.jsonl", "tables/completions.jsonl"}
-    assert run.info.artifact_uri.startswith((project / "mlartifacts").as_uri())
-
-
-TRAINER = """
-import os, sys, time
-from pipeline.runs import follower
-from tests.test_tracking import STEPS, grow, identity
-
-seconds, follower.CLOSE_SECONDS, end = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-with follower.follower(grow(0), identity()):
-    for steps in (5, 10, STEPS):
-        time.sleep(seconds)
-        grow(steps)
-    if end == "waits":
-        time.sleep(60)
-    if end == "signal":
-        sys.exit(143)
-    closing = time.monotonic()
-assert time.monotonic() - closing < follower.CLOSE_SECONDS + 1
-"""
-
-
-def start_trainer(end="", seconds=0.0, close_seconds=15.0):
-    """A process that trains as `train` does: it writes its states, each after `seconds`, and starts the follower."""
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(seconds), str(close_seconds), end], text=True, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True,
-    )  # fmt: skip
+    assert run.info.artifact_uri.startswith((tracking_folder / "mlartifacts").as_uri())
 
 
 def status_after(steps):
@@ -253,7 +93,7 @@ def history(key):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("end", "status"), [("", "FINISHED"), ("signal", "KILLED")])
-def test_a_process_follows_the_trainer_and_ends_with_it(project, end, status):
+def test_a_process_follows_the_trainer_and_ends_with_it(tracking_folder, end, status):
     trainer = start_trainer(end)
     assert trainer.communicate(timeout=60)[1] == ""
     run = stored_runs()[1][0]
@@ -262,7 +102,7 @@ def test_a_process_follows_the_trainer_and_ends_with_it(project, end, status):
 
 
 @pytest.mark.slow
-def test_a_killed_trainer_leaves_its_last_state_in_mlflow_and_no_process(project):
+def test_a_killed_trainer_leaves_its_last_state_in_mlflow_and_no_process(tracking_folder):
     trainer = start_trainer("waits")
     assert status_after(STEPS) == "RUNNING"
     os.killpg(trainer.pid, signal.SIGKILL)
@@ -271,7 +111,7 @@ def test_a_killed_trainer_leaves_its_last_state_in_mlflow_and_no_process(project
 
 
 @pytest.mark.slow
-def test_ctrl_c_does_not_reach_the_follower(project):
+def test_ctrl_c_does_not_reach_the_follower(tracking_folder):
     trainer = start_trainer("waits")
     assert status_after(STEPS) == "RUNNING"
     os.killpg(trainer.pid, signal.SIGINT)
@@ -279,10 +119,10 @@ def test_ctrl_c_does_not_reach_the_follower(project):
     assert status_after(STEPS) == "FAILED"  # `train` itself catches it, and ends as KILLED
 
 
-def test_resumed_training_logs_nothing_twice(project, monkeypatch):
+def test_resumed_training_logs_nothing_twice(tracking_folder, monkeypatch):
     train_live(7)  # killed after step 6; the resume state is of step 4
     assert stored_runs()[1][0].info.status == "KILLED"
-    monkeypatch.setattr(sys.modules[__name__], "START_MS", START_MS + 5_000_000)
+    monkeypatch.setattr(mlflow_runs, "START_MS", START_MS + 5_000_000)
     train_live(STEPS, start=5, status="FINISHED")
     assert_complete()
     make_reports()
@@ -290,19 +130,19 @@ def test_resumed_training_logs_nothing_twice(project, monkeypatch):
     assert_complete()
 
 
-def test_repeated_training_is_the_same_run(project, monkeypatch):
+def test_repeated_training_is_the_same_run(tracking_folder, monkeypatch):
     """`dvc repro -f` trains again with other clock times."""
     train_live(STEPS, status="FINISHED")
     make_reports()
     track.main()
     before = stored_runs()[1][0].info.end_time
-    monkeypatch.setattr(sys.modules[__name__], "START_MS", START_MS + 5_000_000)
+    monkeypatch.setattr(mlflow_runs, "START_MS", START_MS + 5_000_000)
     train_live(7, status="KILLED")
     assert_complete()
     assert stored_runs()[1][0].info.end_time == before
 
 
-def test_half_logged_run_is_completed(project):
+def test_half_logged_run_is_completed(tracking_folder):
     train_live(4, status="KILLED")
     make_reports()
     track.main()
@@ -312,37 +152,40 @@ def test_half_logged_run_is_completed(project):
     assert [metric.timestamp for metric in times] == [timestamp(step) for step in range(STEPS)]
 
 
-def test_lost_database_is_rebuilt_from_files(project):
+def test_lost_database_is_rebuilt_from_files(tracking_folder):
     make_reports(timings=False)
     track.main()
-    first = (project / "reports/track/track.json").read_bytes()
+    first = (tracking_folder / "reports/track/track.json").read_bytes()
     lose_database()
     track.main()
     _, run = assert_complete()
-    assert (project / "reports/track/track.json").read_bytes() == first
+    assert (tracking_folder / "reports/track/track.json").read_bytes() == first
     assert run.info.start_time <= run.info.end_time
 
 
-def test_running_track_again_changes_nothing(project):
+def test_running_track_again_changes_nothing(tracking_folder):
     make_reports()
     track.main()
-    first = (project / "reports/track/track.json").read_bytes()
+    first = (tracking_folder / "reports/track/track.json").read_bytes()
     client, run = assert_complete()
-    points, files = sorted(mlflow_store.logged_points(client, run)), sorted((project / "mlartifacts").rglob("*"))
+    points, files = (
+        sorted(mlflow_store.logged_points(client, run)),
+        sorted((tracking_folder / "mlartifacts").rglob("*")),
+    )
     track.main()
     client, again = assert_complete()
     assert sorted(mlflow_store.logged_points(client, again)) == points
-    assert sorted((project / "mlartifacts").rglob("*")) == files
+    assert sorted((tracking_folder / "mlartifacts").rglob("*")) == files
     assert len(again.inputs.dataset_inputs) == 2
     assert (again.info.start_time, again.info.end_time) == (run.info.start_time, run.info.end_time)
-    assert (project / "reports/track/track.json").read_bytes() == first
+    assert (tracking_folder / "reports/track/track.json").read_bytes() == first
     expected = {"train_key": KEY, "metrics_logged": STEPS * len(COLUMNS) - 1 + 4, "steps": STEPS}
     assert expected.items() <= json.loads(first).items()
-    assert str(project) not in first.decode()
+    assert str(tracking_folder) not in first.decode()
     assert run.info.run_id not in first.decode()
 
 
-def test_new_evaluation_updates_the_run(project):
+def test_new_evaluation_updates_the_run(tracking_folder):
     make_reports()
     track.main()
     earlier = stored_runs()[1][0].data.tags["evaluate_key"]
@@ -357,7 +200,7 @@ def test_new_evaluation_updates_the_run(project):
     assert len(client.get_metric_history(run.info.run_id, "evaluate/embedding/win_rate")) == 1
 
 
-def test_run_that_contradicts_the_files_is_made_anew(project, capsys):
+def test_run_that_contradicts_the_files_is_made_anew(tracking_folder, capsys):
     make_reports()
     client, experiment = mlflow_store.open_store()
     run = mlflow_store.create_run(client, experiment, KEY, PARAMS, START_MS)
@@ -367,7 +210,7 @@ def test_run_that_contradicts_the_files_is_made_anew(project, capsys):
     assert assert_complete()[1].info.run_id != run.info.run_id
 
 
-def test_experiment_names_the_run(project, monkeypatch):
+def test_experiment_names_the_run(tracking_folder, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "lucky-otter")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", "d" * 40)
     make_reports()
@@ -379,7 +222,7 @@ def test_experiment_names_the_run(project, monkeypatch):
     assert run.data.tags["dvc_exp_name"] == "lucky-otter"
 
 
-def test_the_verdict_is_in_the_tags_and_follows_the_file(project):
+def test_the_verdict_is_in_the_tags_and_follows_the_file(tracking_folder):
     make_reports()
     write_diagnosis("empty", 8, ["empty", "step-size"], "dvc exp run -S seed=1")
     track.main()
@@ -393,14 +236,14 @@ def test_the_verdict_is_in_the_tags_and_follows_the_file(project):
     assert tags["verdict"] == "healthy"
 
 
-def test_a_diagnosis_of_another_make_is_refused(project):
+def test_a_diagnosis_of_another_make_is_refused(tracking_folder):
     make_reports()
     write(Path("reports/diagnosis.json"), '{"verdict": "healthy"}')
     with pytest.raises(UserError, match=r"reports/diagnosis\.json: has no cure"):
         track.main()
 
 
-def test_git_commit_and_changes_are_tags(project):
+def test_git_commit_and_changes_are_tags(tracking_folder):
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
     write(Path("params.yaml"), "seed: 0\n")
     for arguments in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]):
@@ -416,7 +259,7 @@ def test_git_commit_and_changes_are_tags(project):
     assert stored_runs()[1][0].data.tags["git_dirty"] == "true"
 
 
-def test_more_than_a_batch(project):
+def test_more_than_a_batch(tracking_folder):
     params = PARAMS | {f"reward.params.{number}": "é" * 2000 for number in range(130)}
     train_live(300, flush_every=290, params=params)
     make_reports(steps=300, params=params)
@@ -427,17 +270,17 @@ def test_more_than_a_batch(project):
 
 
 @pytest.mark.parametrize("kind", ["refused", "unknown", "unwritable", "corrupt", "directory"])
-def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind):
+def test_bad_store_warns_live_and_fails_track(tracking_folder, monkeypatch, capsys, kind):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    write(project / "corrupt.db", "no database " * 1000)
+    write(tracking_folder / "corrupt.db", "no database " * 1000)
     uri = {
         "refused": f"http://user:secret@127.0.0.1:{port}",
         "unknown": "nonsense://store",
         "unwritable": "sqlite:////proc/nowhere/mlflow.db",
-        "corrupt": f"sqlite:///{project}/corrupt.db",
-        "directory": f"sqlite:///{project}",
+        "corrupt": f"sqlite:///{tracking_folder}/corrupt.db",
+        "directory": f"sqlite:///{tracking_folder}",
     }[kind]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     started = time.monotonic()
@@ -455,31 +298,31 @@ def test_bad_store_warns_live_and_fails_track(project, monkeypatch, capsys, kind
     assert Path(f".checkpoints/{KEY}").exists()
 
 
-def test_store_that_comes_back_gets_everything(project, capsys):
-    write(project / "mlflow.db", "no database " * 1000)
+def test_store_that_comes_back_gets_everything(tracking_folder, capsys):
+    write(tracking_folder / "mlflow.db", "no database " * 1000)
 
     def mended(step):
         if step == 5:
             assert "not a database" in capsys.readouterr().err
-            (project / "mlflow.db").unlink()
+            (tracking_folder / "mlflow.db").unlink()
 
     train_live(STEPS, status="FINISHED", meanwhile=mended)
     assert capsys.readouterr().err == ""
     assert_complete()
 
 
-def test_a_database_lost_while_the_run_grows_gets_everything(project, empty_store, capsys):
+def test_a_database_lost_while_the_run_grows_gets_everything(tracking_folder, empty_store, capsys):
     def lost(step):
         if step == 5:
             lose_database()
-            shutil.copy(empty_store, project)
+            shutil.copy(empty_store, tracking_folder)
 
     train_live(STEPS, flush_every=2, status="FINISHED", meanwhile=lambda step: lost(step + 1))
     assert re.findall("warning: MLflow: .*not found", capsys.readouterr().err)
     assert_complete()
 
 
-def test_machine_without_mlflow_trains_on(project, monkeypatch, capsys):
+def test_machine_without_mlflow_trains_on(tracking_folder, monkeypatch, capsys):
     for name in ("mlflow", "mlflow.exceptions"):
         monkeypatch.setitem(sys.modules, name, None)
     with follower(grow(0), identity()):
@@ -491,7 +334,7 @@ def test_machine_without_mlflow_trains_on(project, monkeypatch, capsys):
         track.main()
 
 
-def test_a_database_server_that_is_not_there_is_one_line_at_once(project, monkeypatch):
+def test_a_database_server_that_is_not_there_is_one_line_at_once(tracking_folder, monkeypatch):
     """mlflow tries ten times, for a hundred seconds."""
     from mlflow.store.db import utils
 
@@ -503,7 +346,7 @@ def test_a_database_server_that_is_not_there_is_one_line_at_once(project, monkey
     assert "pa/ss" not in str(error.value)
 
 
-def test_deleted_experiment_is_one_line(project):
+def test_deleted_experiment_is_one_line(tracking_folder):
     client, experiment = mlflow_store.open_store()
     client.delete_experiment(experiment)
     make_reports()
@@ -523,10 +366,10 @@ def do_as_said(refused):
 
 
 @pytest.mark.slow
-def test_the_command_for_an_older_store_runs(project):
+def test_the_command_for_an_older_store_runs(tracking_folder):
     """MLflow 3.17 upgrades those that lack a table by itself, and no real one lacks less."""
     said = mlflow_store.describe_error(OSError("Detected out-of-date database schema"))
-    assert f"`mlflow db upgrade sqlite:///{project}/mlflow.db` helps" in said
+    assert f"`mlflow db upgrade sqlite:///{tracking_folder}/mlflow.db` helps" in said
     do_as_said(said)
 
 
@@ -562,7 +405,7 @@ def test_a_long_reason_keeps_its_last_sentence(monkeypatch):
     assert said.endswith("so on. Then run it again.")
 
 
-def test_files_of_another_run_are_refused(project):
+def test_files_of_another_run_are_refused(tracking_folder):
     """As `dvc repro train`, `git checkout` without `dvc checkout` and a killed `dvc repro` leave them."""
     for key in ("22" * 32, KEY):
         make_reports(key)
@@ -638,7 +481,7 @@ def test_a_long_address_is_cut_after_its_password_is_taken_out(monkeypatch):
 @pytest.mark.parametrize(
     "file", ["reports/train/history.csv", "reports/page/report.html", "reports/evaluate/metrics.json"]
 )
-def test_missing_file_is_named(project, file):
+def test_missing_file_is_named(tracking_folder, file):
     make_reports()
     Path(file).unlink()
     with pytest.raises(UserError, match=file):
@@ -646,7 +489,7 @@ def test_missing_file_is_named(project, file):
     assert stored_runs()[1] == []
 
 
-def test_resume_state_goes_only_when_outputs_are_committed(project):
+def test_resume_state_goes_only_when_outputs_are_committed(tracking_folder):
     make_reports()
     folder = Path(f".checkpoints/{KEY}")
     state = folder / "state-00000002.pt"
@@ -668,7 +511,7 @@ def test_resume_state_goes_only_when_outputs_are_committed(project):
     assert_complete()
 
 
-def test_dead_runs_are_ended_by_hand_only(project, monkeypatch, capsys):
+def test_dead_runs_are_ended_by_hand_only(tracking_folder, monkeypatch, capsys):
     make_reports()
     client, experiment = mlflow_store.open_store()
     finished = subprocess.Popen([sys.executable, "-c", ""])
@@ -686,11 +529,11 @@ def test_dead_runs_are_ended_by_hand_only(project, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_many_processes_open_a_new_store_at_once(project):
-    code = "import sys; from tests.test_tracking import train_live; train_live(6, key=sys.argv[1], status='FINISHED')"
+def test_many_processes_open_a_new_store_at_once(tracking_folder):
+    code = "import sys; from tests.mlflow_runs import train_live; train_live(6, key=sys.argv[1], status='FINISHED')"
     keys = [digit * 64 for digit in "1234"]
     Path("mlflow.db").unlink()
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     trainers = [
         subprocess.Popen([sys.executable, "-c", code, key], env=environment, stderr=subprocess.PIPE) for key in keys
     ]

@@ -14,33 +14,26 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.stages import track
 from pipeline.tracking import mlflow_store
+from tests.clones import tiny
 from tests.faults import FULL, fault, rounds
-from tests.proxy import Proxy
-from tests.servers import MlflowServer
-from tests.test_concurrency import tiny
-from tests.test_tracking import (  # noqa: F401
+from tests.mlflow_runs import (
     STEPS,
     assert_complete,
-    empty_store,
     lose_database,
     make_reports,
-    project,
     start_trainer,
     stored_runs,
     train_live,
 )
+from tests.proxy import Proxy
+from tests.servers import MlflowServer
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.slow,
-    # mlflow 3.17 on SQLAlchemy 2.1
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 CLOSE_SECONDS = 4.0  # in the place of the follower's own 15, for the sake of time
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, empty_store) -> Iterator[MlflowServer]:  # noqa: F811
+def server(tmp_path_factory, empty_store) -> Iterator[MlflowServer]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
     made = MlflowServer(folder)
@@ -50,13 +43,13 @@ def server(tmp_path_factory, empty_store) -> Iterator[MlflowServer]:  # noqa: F8
 
 
 @pytest.fixture
-def proxy(server, project, monkeypatch) -> Iterator[Proxy]:  # noqa: F811
+def proxy(server, tracking_folder, monkeypatch) -> Iterator[Proxy]:
     """Between us and the real server; an experiment of its own for each test. We wait a second, not thirty."""
     if server.process is None:
         server.start()
     made = Proxy(server.port)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", made.url)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", project.name)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tracking_folder.name)
     yield made
     made.close()
 
@@ -167,7 +160,7 @@ def test_a_server_that_is_killed(server, proxy, back):
 # --- SQLite --------------------------------------------------------------------------------------------------------
 
 
-def test_a_database_that_another_process_holds(project):  # noqa: F811
+def test_a_database_that_another_process_holds(tracking_folder):
     for number in range(rounds(3, 1)):
         Path("reports/track/track.json").unlink(missing_ok=True)
         with (
@@ -184,7 +177,7 @@ def test_a_database_that_another_process_holds(project):  # noqa: F811
             mlflow_store.open_store()[0].delete_run(run.info.run_id)
 
 
-def test_a_database_held_for_a_moment(project, capsys):  # noqa: F811
+def test_a_database_held_for_a_moment(tracking_folder, capsys):
     with fault("MLflow's database locked for three seconds"):
         other = sqlite3.connect("mlflow.db", isolation_level=None, check_same_thread=False)
         other.execute("BEGIN EXCLUSIVE")
@@ -235,7 +228,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("kind", list(SPOILT) if FULL else list(SPOILT)[1:4:2])
-def test_a_database_that_is_no_longer_one(project, monkeypatch, capsys, kind):  # noqa: F811
+def test_a_database_that_is_no_longer_one(tracking_folder, monkeypatch, capsys, kind):
     """It is left as it is, for whoever can read it; moved away, a new one is made."""
     with fault(kind):
         spoil, advice = SPOILT[kind]
@@ -248,7 +241,7 @@ def test_a_database_that_is_no_longer_one(project, monkeypatch, capsys, kind):  
         track_twice()
 
 
-def test_an_empty_file_in_the_place_of_the_database(project, capsys):  # noqa: F811
+def test_an_empty_file_in_the_place_of_the_database(tracking_folder, capsys):
     with fault("MLflow's database empty"):
         Path("mlflow.db").write_bytes(b"")
         make_reports()

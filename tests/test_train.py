@@ -1,6 +1,5 @@
 """Stage `train` by itself, on a tiny model: resuming, stopping, refusing; and `evaluate` behind it."""
 
-import csv
 import hashlib
 import json
 import math
@@ -8,9 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,102 +27,11 @@ from pipeline.models.sampling import Rollout
 from pipeline.rewards.build import LARGEST
 from pipeline.runs import checkpoints
 from pipeline.stages import evaluate, train
-from pipeline.stages.cache import name_float32
-from tests.conftest import Project
 from tests.faults import fault, rounds
-from tests.repositories import write_pythia
+from tests.project import Project
+from tests.training import contents, forget, history, interrupted, states, succeed
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]  # each run of the stage imports torch and transformers
-
-OUTPUTS = ("data/policy", "data/healthy", "reports/train")
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
-    """What `cache` leaves, of a tiny policy and a tiny encoder. With Pythia's vocabulary a run would take twice as long."""
-    folder = tmp_path_factory.mktemp("cached") / "checkpoint"
-    return with_encoder(write_pythia(folder / "policy", None, vocabulary=257), bert)
-
-
-@pytest.fixture(scope="session")
-def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory, pythia: Path, bert: Path) -> Path:
-    """The same with Pythia's vocabulary: states of 20 MB, which take some time to write."""
-    folder = tmp_path_factory.mktemp("cached") / "checkpoint"
-    return with_encoder(shutil.copytree(pythia, folder / "policy"), bert)
-
-
-def with_encoder(policy: Path, encoder: Path) -> Path:
-    folder = policy.parent
-    shutil.copytree(encoder, folder / "encoder")
-    name_float32(policy / "config.json")
-    (folder / "manifest.json").write_text("{}\n")
-    layout = {"layout": {"sampling": "left_padding", "packing": True}, "longest": 128}
-    (folder / "layout.json").write_text(json.dumps(layout))
-    return folder
-
-
-@pytest.fixture
-def ready(project: Project, checkpoint: Path) -> Project:
-    """A project in which `train` can run, for 6 quick steps with the length reward."""
-    return make_ready(project, checkpoint)
-
-
-def make_ready(project: Project, checkpoint: Path) -> Project:
-    shutil.copytree(checkpoint, project.root / "data/checkpoint")
-    prompts = ["Hello there!", "Who are you?", "Thanks a lot.", "Tell me about rain, please."]
-    for name in ("train", "heldout"):
-        lines = [json.dumps({"prompt": prompt, "message_id": None}) + "\n" for prompt in prompts]
-        (project.root / "data/prompts").mkdir(exist_ok=True)
-        (project.root / f"data/prompts/{name}.jsonl").write_text("".join(lines))
-    # A machine without mlflow: training needs none, and is quicker for it.
-    (project.root / "mlflow.py").write_text("raise ImportError('not here', name='mlflow')\n")
-    sizes = {
-        "steps": 6,
-        "prompts_per_step": 3,
-        "samples_per_prompt": 2,
-        "max_tokens": 6,
-        "checkpoint_every": 1,
-        "threads": 1,
-    }
-    project.edit(reward="length", **{f"train__{key}": value for key, value in sizes.items()})
-    project.edit(evaluate__prompts=0, evaluate__samples_per_prompt=2, evaluate__bootstrap=100)
-    return project
-
-
-def contents(project: Project) -> dict[str, bytes]:
-    files = [path for folder in OUTPUTS for path in sorted((project.root / folder).rglob("*")) if path.is_file()]
-    return {path.relative_to(project.root).as_posix(): path.read_bytes() for path in files}
-
-
-def history(project: Project) -> list[dict[str, float]]:
-    with (project.root / "reports/train/history.csv").open(newline="") as lines:
-        return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(lines)]
-
-
-def forget(project: Project) -> None:
-    """As DVC before it runs the stage, and without resume states."""
-    for folder in (*OUTPUTS, ".checkpoints"):
-        shutil.rmtree(project.root / folder, ignore_errors=True)
-
-
-def succeed(project: Project, **environment: str) -> str:
-    """The stage as a process of its own; gives what it said on stderr."""
-    done = project.run("train", **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-@pytest.fixture
-def here(ready: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None) -> Project:
-    """`ready` as the current directory, for stages that run in this process: quicker, where a process adds nothing."""
-    monkeypatch.chdir(ready.root)
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    return ready
-
-
-def states(project: Project) -> list[Path]:
-    return sorted(project.root.glob(".checkpoints/*/state-*.pt"))
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(here: Project) -> None:
@@ -157,28 +62,6 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(here: Project, number: s
     shutil.rmtree(here.root / "reports", ignore_errors=True)
     train.main()
     assert contents(here) == undisturbed
-
-
-def interrupted(project: Project, environment: dict[str, str], number: signal.Signals) -> str:
-    """The stage, ended by a signal as soon as there is a state, to its launcher, or, if it is to be killed, to all; what it
-    said on stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.stages.train"], cwd=project.root, env=project.environment | environment, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    while not states(project):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.005)
-    if number == signal.SIGKILL:  # torch's launcher gives each process a session of its own, and they would live on
-        (owner,) = project.root.glob(".checkpoints/*/owner")
-        os.kill(int(owner.read_text()), number)  # without it the other ones fail
-        process.kill()
-    else:
-        process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or "Traceback" not in said
-    return said
 
 
 STATEFUL = {"baseline": "running", "kl_target": 0.01, "kl_coef": 0.5, "lr_decay": "linear", "lr": 0.01}

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,18 +20,14 @@ from pipeline.commands import ui
 from pipeline.errors import UserError
 from pipeline.stages import track
 from pipeline.tracking import mlflow_store
-from tests.test_tracking import belong_together, write
-from tests.test_tracking import pytestmark as warnings_mark
+from tests.browser import CHROMIUM, FLAGS
+from tests.mlflow_runs import belong_together, write
+from tests.project import ROOT
 
-CHROMIUM = shutil.which("chromium")
-PROJECT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium"),
-    warnings_mark,
 ]
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 TRAINING = "workflowType=machine_learning"  # MLflow's pages for training, not those for traces and prompts
 STEPS, START_MS = 50, 1_700_000_000_000
 RUNS = {
@@ -83,7 +78,7 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("params.yaml", "dvc.yaml"):  # the project's root
         write(Path(name), "")
-    Path("pipeline").symlink_to(PROJECT / "pipeline")
+    Path("pipeline").symlink_to(ROOT / "pipeline")
     for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     for number, (name, (reward, recipe)) in enumerate(RUNS.items(), start=1):
@@ -108,7 +103,7 @@ def server(runs, tmp_path):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pipeline", "ui", str(port)]
     with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
     started = time.monotonic()
     try:
         while not answers(f"http://127.0.0.1:{port}/health"):

@@ -40,8 +40,8 @@ from pipeline.errors import UserError
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs import checkpoints
 from pipeline.stages import diagnose
-from tests.conftest import Project
 from tests.models import PARAMS
+from tests.project import Project
 
 STEPS, PROMPTS = 20, 16
 NORMAL = {  # of the untouched policy: mean and spread of a batch
