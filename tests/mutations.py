@@ -266,13 +266,12 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "diagnosis/calibration.py": ("verdict", [
         ("math.sqrt(1 + 1 / self.batches)", "math.sqrt(1 / self.batches)"),
-        ("student_quantile(1 - tail, self.dof)", "student_quantile(1 - 100 * tail, self.dof)"),
+        ("stdtrit(self.dof, tail)", "stdtrit(self.dof, 100 * tail)"),
         ("value >= self.threshold if", "value <= self.threshold if"),
         ("/ (len(values) - 1)", "/ (len(values) + 9)"),
         ("math.sqrt(variance), len(values) - 1", "math.sqrt(variance), len(values) + 9"),
         ("len(errors) * (prompts - 1)", "len(errors) * prompts"),
         ("error * error for", "error for"),
-        ("k / (k + 1) * cosine**2", "k / (k + 1) * cosine"),
         ("if math.isfinite(row[name])", ""),
     ]),
     "diagnosis/verdict.py": ("verdict", [

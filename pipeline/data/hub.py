@@ -74,25 +74,30 @@ def _digest(content: Path) -> str:
 
 
 def _limit_waiting() -> None:
-    """Makes the hub's client give up on a silent hub: for some requests it would wait for ever."""
+    """Makes the hub's client give up on a silent hub: some of its requests would wait for ever."""
     import httpx2
-    from huggingface_hub import constants, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import get_session, set_client_factory
 
-    limit = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else ANSWER_SECONDS
-
-    def bounded(request: httpx2.Request) -> None:
-        asked = request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {
-            phase: min(asked.get(phase) or limit, limit) for phase in ("connect", "read", "write", "pool")
-        }
+    usual = get_session()
+    hooks = [hook for hook in usual.event_hooks["request"] if hook is not _bound_timeouts]
 
     def client() -> httpx2.Client:
-        made = default_client_factory()
-        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], bounded]}
-        return made
+        return httpx2.Client(
+            event_hooks={"request": [*hooks, _bound_timeouts]},
+            follow_redirects=usual.follow_redirects,
+            timeout=usual.timeout,
+        )
 
     set_client_factory(client)
+
+
+def _bound_timeouts(request: Any) -> None:
+    from huggingface_hub import constants
+
+    limit = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else ANSWER_SECONDS
+    asked = request.extensions.get("timeout", {})
+    phases = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {phase: min(asked.get(phase) or limit, limit) for phase in phases}
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -123,7 +123,8 @@ def _flushes_denormals() -> bool:
 
 
 def _precision(backend: str, operation: str) -> Setting:
-    """torch.backends.*.fp32_precision, of which mkldnn's own attribute sets another (torch 2.13)."""
+    """torch.backends.*.fp32_precision. By its private functions: in torch 2.13 there is no public way to set the one of all of
+    mkldnn (its attribute sets the generic one) and of cuda's rnn."""
     return Setting(
         lambda: torch._C._get_fp32_precision_getter(backend, operation),
         lambda value: torch._C._set_fp32_precision_setter(backend, operation, value),
@@ -192,7 +193,7 @@ def _settings() -> dict[str, Setting]:
         "flush denormals": Setting(_flushes_denormals, torch.set_flush_denormal),
         # before the gradient mode, which it sets too
         "inference mode": Setting(torch.is_inference_mode_enabled, _set_inference_mode),
-        "gradient mode": Setting(torch.is_grad_enabled, torch._C._set_grad_enabled),
+        "gradient mode": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
         "anomaly mode": Setting(
             lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
             lambda mode: torch.set_anomaly_enabled(*mode),
