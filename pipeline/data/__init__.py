@@ -1,1 +1,1 @@
-"""Prompts, models and encoders from where they are: the hub, a package, a folder. What is done with them belongs elsewhere."""
+"""Getting models and data sets from the hub or a folder, and checking their files. Computing with them belongs elsewhere."""
