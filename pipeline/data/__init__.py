@@ -1,1 +1,1 @@
-"""Getting models and data sets from the hub or a folder, and checking their files. Computing with them belongs elsewhere."""
+"""Models and data sets from the hub or a folder: getting and checking their files. No computing with them."""

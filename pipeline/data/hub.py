@@ -24,8 +24,8 @@ class DamagedError(Exception):
 def from_hub(what: str, offline_choice: str, fetch: Callable[[], T]) -> T:
     """Return the result of `fetch`, retried after temporary failures.
 
-    what: key, repository and revision, for messages. offline_choice: the selection in params.yaml that needs no hub. Raises
-    UserError for an error of the hub or its client; other errors pass.
+    what: key, repository and revision, for messages. offline_choice: the selection in params.yaml that needs no hub.
+    Raises UserError for an error of the hub or its client; other errors pass.
     """
     _limit_waiting()
     waits = iter(WAIT_SECONDS)
@@ -45,11 +45,11 @@ def from_hub(what: str, offline_choice: str, fetch: Callable[[], T]) -> T:
 
 
 def drop_damaged(snapshot: Path) -> None:
-    """Compare the files of a snapshot in the local cache with their digests; the client compares sizes only. Deletes the files
-    that differ, so that they are downloaded again, and raises DamagedError.
+    """Compare the files of a snapshot in the local cache with their digests; the client compares sizes only. Deletes
+    the files that differ, so that they are downloaded again, and raises DamagedError.
 
-    The cache names a file by the digest that the hub announced. On file systems without symbolic links it does not, and nothing
-    is compared.
+    The cache names a file by the digest that the hub announced. On file systems without symbolic links it does not, and
+    nothing is compared.
     """
     damaged = []
     for path in sorted(path for path in snapshot.rglob("*") if path.is_symlink()):

@@ -173,7 +173,7 @@ def _check_pair(ids: dict[str, int], config: Any, key: str) -> None:
 
 
 def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
-    """Raises UserError unless the weights fit the architecture by name and shape. Loads them on the meta device, without memory."""
+    """Raises UserError unless the weights fit the architecture by name and shape (loaded on the meta device)."""
     from safetensors import SafetensorError, safe_open
     from transformers.utils import logging
 
@@ -183,7 +183,7 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
                 kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{key}: {path.name} is damaged: {error}") from None
-        # transformers would load quantized weights as plain numbers, or fail in its own terms; buffers may hold integers
+        # transformers would load quantized weights as plain numbers, or fail obscurely; buffers may hold integers
         packed = sorted(
             name for name, kind in kinds.items() if name.endswith(".weight") and kind.startswith(("I", "U", "F8", "F4"))
         )
@@ -195,9 +195,13 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
     logging.disable_progress_bar()
     with _loading(key, "the weights"):
         _, report = auto_class.from_pretrained(
-            folder, device_map="meta", local_files_only=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            folder,
+            device_map="meta",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     misfits = sorted(name for name, *_ in report["mismatched_keys"])
     if misfits:
         raise UserError(f"{key}: {misfits[0]} has a shape that config.json does not say ({len(misfits)} such)")

@@ -11,8 +11,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def name_ends(folder: Path, ends: tuple[int, ...]) -> None:
-    """Write these ids to generation_config.json unless they are named there, so that transformers' `generate` ends at them. It
-    reads that file alone, or without it the top level of config.json."""
+    """Write these ids to generation_config.json unless they are named there, so that transformers' `generate` ends at
+    them. It reads that file alone, or without it the top level of config.json."""
     config, decoding = read_json(folder / CONFIG), folder / DECODING
     named = read_json(decoding) if decoding.is_file() else {key: config[key] for key in IDS if key in config}
     value = named.get("eos_token_id")
@@ -22,8 +22,8 @@ def name_ends(folder: Path, ends: tuple[int, ...]) -> None:
 
 
 def keep_token_ids(checkpoint: Path, saved: Path, ends: tuple[int, ...]) -> None:
-    """Give a saved policy the token ids that the checkpoint's files name, and no others: if they name none, transformers writes
-    the defaults of the configuration class. generation_config.json is copied."""
+    """Give a saved policy the token ids that the checkpoint's files name, and no others: if they name none,
+    transformers writes the defaults of the configuration class. generation_config.json is copied."""
     (saved / DECODING).unlink(missing_ok=True)
     if (checkpoint / DECODING).is_file():
         shutil.copyfile(checkpoint / DECODING, saved / DECODING)

@@ -16,8 +16,8 @@ from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward
 
-# Adam and the gradient norm square float32 gradients, and float32 ends at 3e38. A gradient is a reward times the gradient of a
-# log-probability: this leaves seven digits for the latter.
+# Adam and the gradient norm square float32 gradients, and float32 ends at 3e38. A gradient is a reward times the
+# gradient of a log-probability: this leaves seven digits for the latter.
 LARGEST = 1e12
 NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but not a list of rewards in the order of the completions
 Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completions [N]) -> rewards [N]
@@ -26,8 +26,8 @@ Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completi
 def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> Reward:
     """Build the reward that a table of params.yaml describes. `name` is used in messages.
 
-    Raises UserError for a custom reward that is missing or cannot be imported. The reward itself raises UserError unless it
-    returns one finite number per completion, of at most LARGEST in size.
+    Raises UserError for a custom reward that is missing or cannot be imported. The reward itself raises UserError
+    unless it returns one finite number per completion, of at most LARGEST in size.
     """
     if isinstance(table, SumReward):
         return _checked(name, _weighted_sum(name, table, encoder, device), LARGEST)

@@ -38,12 +38,12 @@ _dropped: list[ModuleType] = []  # never freed: a torch mode that one of them ho
 
 
 def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str], list[str]], list[float]]:
-    """Import `custom/file.py:name` as a reward. Raises UserError if it is missing or its import fails; the reward raises
-    UserError if the function raises.
+    """Import `custom/file.py:name` as a reward. Raises UserError if it is missing or its import fails; the reward
+    raises UserError if the function raises.
 
-    The module is named `custom.file`, so child processes can import it. It has its own process settings (see `isolation`).
-    The global generators of random, numpy and torch are seeded before each call from its prompts, completions and
-    parameters, and before the import from the file's name: a resumed run sees the same random numbers.
+    The module is named `custom.file`, so child processes can import it. It has its own process settings (see
+    `isolation`). The global generators of random, numpy and torch are seeded before each call from its prompts,
+    completions and parameters, and before the import from the file's name: a resumed run sees the same random numbers.
     """
     file, _, name = function.partition(":")
     path = Path(file)
@@ -116,8 +116,7 @@ def _run(function: str, what: str, settings: "OwnSettings", seed: str, root: Pat
 
 
 def check_custom(function: str, params: dict[str, Any]) -> None:
-    """Check a custom reward without running it. Raises UserError if the file or the function does not exist, or the function
-    has no such parameter."""
+    """Check a custom reward without running it. Raises UserError for a missing file, function or parameter."""
     file, _, name = function.partition(":")
     try:
         tree = ast.parse(Path(file).read_bytes(), file)

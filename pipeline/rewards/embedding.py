@@ -12,11 +12,12 @@ from pipeline.models.tokenization import end_dropout
 def embedding_reward(
     target: str, encoder: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Callable[[list[str], list[str]], list[float]]:
-    """R(y) = -||e(y) - e(target)||_2, with e the mean over all tokens of the encoder's last hidden state, not normalised.
+    """R(y) = -||e(y) - e(target)||_2, with e(y) the encoder's last hidden state, averaged over tokens, not normalised.
 
     The notebook's reward. An empty completion is embedded like any text, by its special tokens.
     encoder: folder of a BERT-like model and its tokenizer. dtype: of its weights and activations; bfloat16 takes half
-    the time and changes rewards by about a hundredth of their spread. Raises UserError without sentence-transformers >= 5.
+    the time and changes rewards by about a hundredth of their spread. Raises UserError without sentence-transformers >=
+    5.
     """
     try:  # a slow import
         from sentence_transformers import SentenceTransformer

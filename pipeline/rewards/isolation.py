@@ -1,14 +1,16 @@
 """Process settings of a custom reward, kept apart from those of training.
 
-A custom reward may change any setting of its process. Training's numbers depend on torch's settings; its files, messages and
-signals depend on those of Python and the system. So each reward has its own settings: they are applied before its import and
-each call, and training's are restored afterwards. What a reward sets stays set for its later calls.
+A custom reward may change any setting of its process. Training's numbers depend on torch's settings; its files,
+messages and signals depend on those of Python and the system. So each reward has its own settings: they are applied
+before its import and each call, and training's are restored afterwards. What a reward sets stays set for its later
+calls.
 
-Restored for training, but not kept for the reward: random numbers, timers, the file descriptors of stdin, stdout and stderr.
+Restored for training, but not kept for the reward: random numbers, timers, the file descriptors of stdin, stdout and
+stderr.
 
 Not isolated: state inside C code, torch's interop threads (they can be set only once), the default tensor type of CUDA
-(deprecated), functions of other modules that the reward replaces, files that it deletes, hard limits that it lowers, threads
-and processes that it leaves running.
+(deprecated), functions of other modules that the reward replaces, files that it deletes, hard limits that it lowers,
+threads and processes that it leaves running.
 """
 
 import contextlib
@@ -121,8 +123,8 @@ def _flushes_denormals() -> bool:
 
 
 def _precision(backend: str, operation: str) -> Setting:
-    """torch.backends.*.fp32_precision, by private functions: torch 2.13 has no public setter for cuda's rnn, and the one for
-    all of mkldnn sets the generic precision."""
+    """torch.backends.*.fp32_precision, by private functions: torch 2.13 has no public setter for cuda's rnn, and the
+    one for all of mkldnn sets the generic precision."""
     return Setting(
         lambda: torch._C._get_fp32_precision_getter(backend, operation),
         lambda value: torch._C._set_fp32_precision_setter(backend, operation, value),
@@ -298,7 +300,8 @@ def _random_state(seed: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _file_descriptors() -> Iterator[None]:
-    """Restore those of stdin, stdout and stderr. If one stayed closed, the next opened file would receive what is printed."""
+    """Restore those of stdin, stdout and stderr. If one stayed closed, the next opened file would receive what is
+    printed."""
     kept = {}
     for number in (0, 1, 2):
         with contextlib.suppress(OSError):  # already closed

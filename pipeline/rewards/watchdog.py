@@ -16,8 +16,9 @@ GRACE = 5.0  # seconds more without a report: C code holds the interpreter, so t
 
 @contextlib.contextmanager
 def watchdog(name: str, place: Callable[[FrameType], str | None]) -> Iterator[None]:
-    """While the block runs, report on stderr that `name` is still running and in which line: after PATIENCE seconds, then
-    after twice and four times as long. `place` describes the line of a frame, or returns None if it is not the user's.
+    """While the block runs, report on stderr that `name` is still running and in which line: after PATIENCE seconds,
+    then after twice and four times as long. `place` describes the line of a frame, or returns None if it is not the
+    user's.
 
     If C code holds the interpreter, faulthandler writes the stacks of all threads instead.
     """

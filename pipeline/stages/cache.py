@@ -1,10 +1,10 @@
 """Stage `cache`: the policy's checkpoint and the reward's encoder -> data/checkpoint/, complete and usable offline.
 
-A model that cannot be trained correctly is refused here, before hours of training: the prompts must fit its context, and
-sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py).
+A model that cannot be trained correctly is refused here, before hours of training: the prompts must fit its context,
+and sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py).
 
-The encoder is stored even if the reward needs none, so that another reward never reruns this stage. Code from a repository is
-never run (`trust_remote_code` is off).
+The encoder is stored even if the reward needs none, so that another reward never reruns this stage. Code from a
+repository is never run (`trust_remote_code` is off).
 """
 
 import hashlib
@@ -53,8 +53,8 @@ def main() -> None:
 
 
 def name_float32(file: Path) -> None:
-    """Set a configuration's dtype to float32, in which training computes. transformers loads the checkpoint of an adapter in the
-    configured dtype, and rounded weights would be another policy than the trained one."""
+    """Set a configuration's dtype to float32, in which training computes. transformers loads the checkpoint of an
+    adapter in the configured dtype, and rounded weights would be another policy than the trained one."""
     config = read_json(file)
     changed = {**config, "dtype": "float32"}
     changed.pop("torch_dtype", None)  # its older name
@@ -66,8 +66,9 @@ def name_float32(file: Path) -> None:
 
 
 def check_run(params: Params, folder: Path, key: str) -> str:
-    """Choose the layout of sequences for the policy in `folder` and write layout.json: the layout and the longest sequence, in
-    tokens. Returns a description. Raises UserError if the prompts do not fit the policy or it cannot be trained."""
+    """Choose the layout of sequences for the policy in `folder` and write layout.json: the layout and the longest
+    sequence, in tokens. Returns a description. Raises UserError if the prompts do not fit the policy or it cannot be
+    trained."""
     import torch
 
     from pipeline.distributed.device import configure_torch
@@ -77,13 +78,22 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
     def compare(device: torch.device) -> tuple[Layout, str]:
         policy = init_policy(
-            folder / "policy", device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
+            folder / "policy",
+            device,
+            lora_rank=params.train.lora_rank,
+            lora_alpha=params.train.lora_alpha,
             generator=generator(0, 0, "adapters"),  # any seed would do
-        )  # fmt: skip
+        )
         found = choose_layout(
-            policy, probes, sampled, key, eos=eos, special=special_ids(folder / "policy", tokenizer), bfloat16=bfloat16,
+            policy,
+            probes,
+            sampled,
+            key,
+            eos=eos,
+            special=special_ids(folder / "policy", tokenizer),
+            bfloat16=bfloat16,
             gradient_checkpointing=params.train.gradient_checkpointing,
-        )  # fmt: skip
+        )
         check_saving(policy, key)
         return found
 
@@ -105,8 +115,9 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
 
 def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
-    """The token ids of all prompts that fit the policy's context, and the most tokens of their completions. Raises UserError
-    naming a prompt of the run without tokens, with an unknown token, or too long together with its completion."""
+    """The token ids of all prompts that fit the policy's context, and the most tokens of their completions. Raises
+    UserError naming a prompt of the run without tokens, with an unknown token, or too long together with its
+    completion."""
     from transformers import AutoConfig
 
     from pipeline.models.rollout import check_context, completion_limits, context_length
@@ -159,9 +170,8 @@ def find(key: str, table: Model | Encoder, offline_choice: str) -> tuple[Path, d
 
 
 def _fetch(key: str, repo: str, revision: str) -> Path:
-    """The folder of a repository's needed files in the user's Hugging Face cache; its name is the commit of the revision.
-    Missing files are downloaded, unless HF_HUB_OFFLINE is set.
-    """
+    """The folder of a repository's needed files in the user's Hugging Face cache; its name is the commit of the
+    revision. Missing files are downloaded, unless HF_HUB_OFFLINE is set."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 

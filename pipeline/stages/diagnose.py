@@ -89,7 +89,7 @@ def evidence(shown: Evidence) -> dict[str, Any]:
 
 
 def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Completions of the step that shows the finding, the clearest first. None for a misaligned loss, which no text shows."""
+    """Completions of the step that shows the finding, the clearest first. No text shows a misaligned loss."""
     if finding.kind == "misaligned":
         return []
     of_step = [sample for sample in samples if sample["step"] == finding.shown_at]

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the trained policy against the reference model, on held-out prompts and with the same random numbers.
+"""Stage `evaluate`: the trained policy against the reference model, with the same held-out prompts and random numbers.
 
 All rewards of params.yaml are measured, not only the trained one.
 """
@@ -99,8 +99,8 @@ def depends_on(params: Params) -> tuple[Any, ...]:
 
 
 def evaluation_identity(params: Params) -> dict[str, Any]:
-    """What was evaluated and how, and the digests of the results. Only evaluations with the same prompts and parameters are
-    comparable."""
+    """What was evaluated and how, and the digests of the results. Only evaluations with the same prompts and parameters
+    are comparable."""
     files = {name: sha256(REPORTS / name) for name in ("completions.jsonl", "metrics.json")}
     policy = folder_digests(POLICY)
     return {"policy": policy, "prompts": sha256(PROMPTS), "params": params.evaluate.model_dump(), **files}
@@ -117,19 +117,30 @@ def sample_all(
         # each prompt has its own stream: the same for both models, whatever the other prompts
         noise = torch.cat([draw_uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
-        rollouts.append(sample(
-            policy, *pad_prompts(ids, eos[0], device), limits, noise.to(device), eos, recipe.sampling_params,
-            layout.sampling,
-        ))  # fmt: skip
+        rollouts.append(
+            sample(
+                policy,
+                *pad_prompts(ids, eos[0], device),
+                limits,
+                noise.to(device),
+                eos,
+                recipe.sampling_params,
+                layout.sampling,
+            )
+        )
     return rollouts
 
 
 def measure(
-    params: Params, rollouts: list[Rollout], reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    eos: tuple[int, ...], packing: bool,
-) -> tuple[list[str], dict[str, float | None], float]:  # fmt: skip
-    """Texts [B * G] as the reward reads them, their statistics, and their mean log-probability per token under the reference
-    model, in nats."""
+    params: Params,
+    rollouts: list[Rollout],
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: tuple[int, ...],
+    packing: bool,
+) -> tuple[list[str], dict[str, float | None], float]:
+    """Texts [B * G] as the reward reads them, their statistics, and their mean log-probability per token under the
+    reference model, in nats."""
     recipe, group = params.selected_recipe, params.evaluate.samples_per_prompt
     texts: list[str] = []
     plain: list[str] = []  # without special tokens
@@ -151,7 +162,8 @@ def measure(
 def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
     """Means with 95% intervals of both models and of the paired difference. The bootstrap resamples prompts.
 
-    rewards [2, B, G]: reference, policy. win_rate: share of pairs in which the policy's reward is higher, ties count half.
+    rewards [2, B, G]: reference, policy. win_rate: share of pairs in which the policy's reward is higher, ties count
+    half.
     """
     checkpoint, policy = rewards.mean(2)  # [B]
     wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()

@@ -1,4 +1,4 @@
-"""Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/page/report.html), from the other stages' files."""
+"""Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/page/report.html)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

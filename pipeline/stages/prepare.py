@@ -1,4 +1,4 @@
-"""Stage `prepare`: messages -> filtered prompts, one set for training and one held out (the source's validation split)."""
+"""Stage `prepare`: messages -> filtered prompts, for training and held out (the source's validation split)."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ def main() -> None:
 def select(
     rows: Iterable[Located], rules: PromptSet, train_texts: Collection[str] = frozenset()
 ) -> tuple[list[Row], dict[str, Any]]:
-    """The prompts that pass the filter, and counts: rows read and kept, rows dropped by the first broken rule, duplicates.
+    """The prompts that pass the filter, and counts: rows read, kept, dropped by the first broken rule, duplicates.
 
     Texts in `train_texts` are dropped as leaked. Duplicates are counted even if the rules keep them.
     """
@@ -148,7 +148,7 @@ def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Itera
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
-    """Yield the rows of a JSONL file, gzipped or not. Skips blank lines; raises UserError for any other malformed line."""
+    """Yield the rows of a JSONL file, gzipped or not. Skips blank lines; raises UserError for malformed ones."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -182,7 +182,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def read_parquet(path: Path) -> Iterator[Located]:
-    """Yield the rows of a Parquet file, needed columns only. Raises UserError if it cannot be read or lacks a column."""
+    """Yield the rows of a Parquet file, needed columns only. Raises UserError if it is damaged or lacks one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -247,8 +247,8 @@ def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterabl
 
 
 def _fetch(repo: str, revision: str) -> Any:
-    """The dataset, from the cache if it is there. If a downloaded file is damaged, what was prepared from it is deleted too.
-    Raises DamagedError."""
+    """The dataset, from the cache if it is there. If a downloaded file is damaged, what was prepared from it is deleted
+    too. Raises DamagedError."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,7 +1,7 @@
 """Stage `track`: the complete run in MLflow, from the files of the earlier stages.
 
-The files are the truth and MLflow mirrors them: running this again changes nothing, and running it by hand
-(`reinforce track`) repairs a lost database and ends runs whose process has died. One train_key is one run: evaluating the same
+The files are the truth and MLflow mirrors them: running this again changes nothing, and running it by hand (`reinforce
+track`) repairs a lost database and ends runs whose process has died. One train_key is one run: evaluating the same
 policy with other `evaluate` parameters adds newer values to the metrics of that run.
 """
 
@@ -70,8 +70,8 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> None:
 
 
 def drop_resume_state(train_key: str) -> None:
-    """Delete the resume states once dvc.lock says that the run's outputs are committed. Keeps the timings, which are only here
-    and in MLflow."""
+    """Delete the resume states once dvc.lock says that the run's outputs are committed. Keeps the timings, which are
+    only here and in MLflow."""
     folder = workspace.root() / ".checkpoints" / train_key
     if not folder.is_dir() or not workspace.is_committed(RUN.read_text(encoding="utf-8")):
         return

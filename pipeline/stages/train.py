@@ -1,7 +1,7 @@
 """Stage `train`: REINFORCE. Sample, compute rewards, subtract the baseline, step.
 
-Left out: a value network and a replay buffer. Each batch is sampled from the policy that it updates, and used for one update,
-or for several with importance weights (`epochs`).
+Left out: a value network and a replay buffer. Each batch is sampled from the policy that it updates, and used for one
+update, or for several with importance weights (`epochs`).
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def discard_committed_state(folder: Path, identity: dict[str, Any], params: Params) -> None:
-    """Delete the saved states of a finished run whose result DVC has committed: the stage runs again because of `-f`."""
+    """Delete the saved states of a finished run that DVC has committed: the stage runs again because of `-f`."""
     state = checkpoints.load(folder)
     if state is None:
         return
@@ -82,7 +82,7 @@ def discard_committed_state(folder: Path, identity: dict[str, Any], params: Para
 
 
 def run_record(identity: dict[str, Any], run: TrainState) -> dict[str, Any]:
-    """The content of run.json: what the result depends on, and the numbers of processes, on which its last digits depend."""
+    """The content of run.json: what the result depends on. The number of processes moves its last digits."""
     return {**identity, "processes": run.processes}
 
 
@@ -108,7 +108,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
 
 
 def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> None:
-    """Raises UserError if inputs of the run changed while it trained: DVC would record its result as that of the new inputs."""
+    """Raises UserError if inputs changed during training: DVC would take the result for that of the new inputs."""
     try:
         now = run_identity(load_params(), device)
     except FileNotFoundError as error:
@@ -148,8 +148,8 @@ def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.
 def loop(
     run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path
 ) -> None:
-    """Run steps until the last one, a non-finite number, a collapse if `on_collapse` is stop, or a signal, which ends the process
-    after the current step. Saves a resume state every `checkpoint_every` steps."""
+    """Run steps until the last one, a non-finite number, a collapse if `on_collapse` is stop, or a signal, which ends
+    the process after the current step. Saves a resume state every `checkpoint_every` steps."""
     steps, every, processes = context.params.train.steps, context.params.train.checkpoint_every, context.processes
     spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
     announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
@@ -205,10 +205,16 @@ def check_ranks_in_sync(train_key: str, step: int, processes: DistContext, devic
 
 
 def save_checkpoint(
-    folder: Path, run: TrainState, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: DistContext,
-    judged: int, every: int,
-) -> None:  # fmt: skip
-    """Collective call: rank 0 saves the resume state and the progress. The policies of fewer than `judged` updates are known to
+    folder: Path,
+    run: TrainState,
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    processes: DistContext,
+    judged: int,
+    every: int,
+) -> None:
+    """Collective call: rank 0 saves the resume state and the progress. The policies of fewer than `judged` updates are
+    known to
     be healthy: the last of them is kept too."""
     here = processes.is_main_process
     weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
@@ -225,8 +231,8 @@ def write_progress(folder: Path, run: TrainState) -> None:
 
 
 def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, folder: Path, onset: int) -> int:
-    """Restore the last weights from before the collapse and return their step. Raises UserError if their state is damaged; the
-    same command then trains from the start."""
+    """Restore the last weights from before the collapse and return their step. Raises UserError if their state is
+    damaged; the same command then trains from the start."""
     path = checkpoints.last_before(folder, onset, context.params.train.checkpoint_every)
     if path is None:
         load_weights(policy, trained_weights(initial_policy(context.params, context.device, policy.device)))
@@ -243,8 +249,8 @@ def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, fold
 def write_outputs(
     run: TrainState, identity: dict[str, Any], context: TrainContext, policy: PreTrainedModel, folder: Path
 ) -> None:
-    """Write the last policy to data/policy, the last saved one before a collapse to data/healthy (without a collapse only a
-    note), and the reports."""
+    """Write the last policy to data/policy, the last saved one before a collapse to data/healthy (without a collapse
+    only a note), and the reports."""
     sizes, tokenizer = context.params.train, context.tokenizer
     found = findings(run.rows, null_statistics(run.calibration, sizes.prompts_per_step), sizes.steps)
     with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside:
@@ -263,7 +269,7 @@ def write_outputs(
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save weights or adapter, the tokenizer, and the reference model's settings for decoding, which training does not change."""
+    """Save weights or adapter, the tokenizer, and the checkpoint's settings for decoding."""
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     checkpoint = CHECKPOINT / "policy"
@@ -271,8 +277,8 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:
-    """The digests of a run and its outputs. summary.json, which is in git, holds them in a list, which `dvc metrics show` leaves
-    out; readers of the outputs compare them."""
+    """The digests of a run and its outputs. summary.json, which is in git, holds them in a list, which `dvc metrics
+    show` leaves out; readers of the outputs compare them."""
     own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params")}
     files = {name: sha256(REPORTS / name) for name in ("calibration.csv", "history.csv", "samples.jsonl")}
     files["healthy.json"] = sha256(HEALTHY / "healthy.json")
