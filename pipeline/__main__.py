@@ -1,4 +1,5 @@
-"""`reinforce`, the command for people: it parses the arguments, goes to the project's root and calls a command or a stage.
+"""`reinforce`, the command for people: it parses the arguments, goes to the project's root and calls a command or a
+stage.
 
 Nothing else is imported before the arguments are known, so that `reinforce --help` answers at once.
 """
@@ -79,7 +80,8 @@ def find_root(folder: Path) -> Path:
 
 
 def enter_project() -> None:
-    """Change to the project's root. Where `reinforce` was installed from another checkout, start again with this one's code."""
+    """Change to the project's root. Where `reinforce` was installed from another checkout, start again with this one's
+    code."""
     root = find_root(Path.cwd())
     os.chdir(root)
     if not (root / "pipeline").samefile(Path(__file__).parent):
@@ -100,7 +102,7 @@ def build_parser() -> Parser:
     """Return the parser of every command and its options."""
     parser = Parser(
         prog="reinforce",
-        description="Compare, diagnose and cure REINFORCE runs of this project. Training itself is `dvc repro` and `dvc exp run`.",
+        description="Compare, diagnose and cure REINFORCE runs. Training itself is `dvc repro` and `dvc exp run`.",
         epilog="`reinforce COMMAND --help` has the options and examples. Commands work in every folder of the project.",
         allow_abbrev=False,
     )
@@ -126,13 +128,19 @@ def build_parser() -> Parser:
     )
     compare.add_argument("experiments", nargs="*", help="names of experiments; without any, all of them")
     compare.add_argument(
-        "--from", dest="source", choices=["mlflow", "dvc"], default="mlflow",
+        "--from",
+        dest="source",
+        choices=["mlflow", "dvc"],
+        default="mlflow",
         help="where to read: MLflow's finished runs (the default), or DVC's experiments of this commit",
-    )  # fmt: skip
+    )
     compare.add_argument(
-        "--where", action="append", default=[], metavar="KEY=VALUE[,VALUE...]",
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE...]",
         help="only runs with this parameter, such as recipe=stable or recipe.lr=3e-5",
-    )  # fmt: skip
+    )
     compare.add_argument("--metric", default="reward_mean", help="column of history.csv to draw (reward_mean)")
     compare.add_argument("--all-commits", action="store_true", help="DVC's experiments of every commit")
     compare.add_argument(
@@ -169,9 +177,13 @@ def build_parser() -> Parser:
         "reinforce sweep --jobs 2 -S train.threads=1 -S recipes.stable.lr=3e-5,1e-4",
     )
     sweep.add_argument(
-        "-S", dest="overrides", action="append", required=True, metavar="KEY=VALUES",
+        "-S",
+        dest="overrides",
+        action="append",
+        required=True,
+        metavar="KEY=VALUES",
         help="as of `dvc exp run`; several values, a,b or range(0,3), are swept",
-    )  # fmt: skip
+    )
     sweep.add_argument("--jobs", type=int, default=1, help="experiments at a time (1)")
 
     add(

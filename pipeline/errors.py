@@ -43,8 +43,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 
 
 def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
-    """Runs a stage's `main`; a UserError becomes `error: ...` on stderr, any other exception keeps its traceback. Where it
-    reads no `arguments`, -h and --help print the module's docstring, and others are refused."""
+    """Runs a stage's `main`; a UserError becomes `error: ...` on stderr, any other exception keeps its traceback. Where
+    it reads no `arguments`, -h and --help print the module's docstring, and others are refused."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a completion must not end a run in a Latin-1 terminal, and a log shows each line at once
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -73,7 +73,8 @@ def _check_python() -> None:
     if sys.flags.safe_path and here.is_dir() and not here.samefile(package):
         # an experiment would run the workspace's code
         raise UserError(
-            f"Python imports {package}, not {here.resolve()}, where it was started: `unset PYTHONSAFEPATH`, and leave out -P"
+            f"Python imports {package}, not {here.resolve()}, where it was started: `unset PYTHONSAFEPATH`, and leave "
+            "out -P"
         )
     if sys.flags.optimize > 1:
         raise UserError(

@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-# What the machine refuses: no room, a quota, a limit on size, a folder that is read-only or another's, a broken disk; a file
-# where a folder is wanted or the other way round, too long a name.
+# What the machine refuses: no room, a quota, a limit on size, a folder that is read-only or another's, a broken disk; a
+# file where a folder is wanted or the other way round, too long a name.
 REFUSED = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -41,8 +41,10 @@ def translate_write_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that becomes `target` when the block ends without an exception. For one writer at
-    a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError: `translate_write_errors`."""
+    """A temporary path beside `target` that becomes `target` when the block ends without an exception. For one writer
+    at
+    a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError:
+    `translate_write_errors`."""
     temporary = _beside(target, "tmp")
     with translate_write_errors(target):
         make_folder(target.parent)
@@ -58,8 +60,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that replaces `target` when the block ends without an exception. For one writer
-    at a time, as `atomic_path`. Raises UserError: `translate_write_errors`."""
+    """A temporary folder beside `target` that replaces `target` when the block ends without an exception. For one
+    writer at a time, as `atomic_path`. Raises UserError: `translate_write_errors`."""
     temporary, before = _beside(target, "tmp"), _beside(target, "old.tmp")
     with translate_write_errors(target):
         for left in (temporary, before):  # by a process that was killed
@@ -92,8 +94,8 @@ def make_readable(folder: Path) -> None:
 
 
 def make_all_readable(folder: Path) -> None:
-    """Adds leave to read what is below `folder`, where it is this user's: DVC commits an output that is a single file anew,
-    with the umask of who runs it. What lies in an output folder keeps its mode."""
+    """Adds leave to read what is below `folder`, where it is this user's: DVC commits an output that is a single file
+    anew, with the umask of who runs it. What lies in an output folder keeps its mode."""
     for path in folder.rglob("*"):
         with contextlib.suppress(PermissionError):
             if path.is_file() and not path.is_symlink():

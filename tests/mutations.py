@@ -55,7 +55,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (") < self.lengths[:, None]", ") <= self.lengths[:, None]"),
         ("self.lengths[:, None] - 1)", "self.lengths[:, None] * 0)"),
         ("limits[prompts].repeat_interleave(group)", "limits[prompts].repeat(group)"),
-        ("prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0), completions", "prompt_ids.repeat(group, 1), prompt_mask.repeat(group, 1), completions"),
+        ("prompt_ids.repeat_interleave(group, 0),\n        prompt_mask.repeat_interleave(group, 0)", "prompt_ids.repeat(group, 1), prompt_mask.repeat(group, 1)"),
         ("[filler] * (width - len(p)) + p", "p + [filler] * (width - len(p))"),
     ]),
     "models/scoring.py": ("scoring", [
@@ -67,7 +67,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("kept = kept.scatter(1, tokens[:, None], chosen)", "pass"),
         ("entropy if entropy_gradient else entropy.detach()", "entropy.detach()"),
         ("table(entropy[index[:count]])", "table(entropy[index[-count:]])"),
-        ("lengths=rollout.lengths[rows]", "lengths=rollout.lengths[rows] - 1"),
+        ("lengths = rollout.lengths[rows]", "lengths = rollout.lengths[rows] - 1"),
         ("row[mask].tolist()", "row.tolist()"),
         ("torch.finfo(dtype).min", "0.0"),
     ]),
@@ -162,7 +162,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
          "= torch.cat([token_weights(part, recipe.aggregation, LossNormalizers(len(part), int(part.sum()), batch.normalizers.max_completion_tokens))"
          " for part in batch.loss_mask.split(micro_batch)])"),
         (".view(-1, group).amax(1).repeat_interleave(group)", ".amax().expand(len(rollout.lengths))"),
-        ("recipe.loss_params, recipe.alignment,", 'recipe.loss_params, "correct",'),
+        ("recipe.alignment,", '"correct",'),
         ("acting = scores.scored if", "acting = scores.logprobs if"),
         ('if recipe.loss_distribution == "sampler" else scores.logprobs', "if True else scores.logprobs"),
         ("batch.kl_coef * kl\n", "kl\n"),
@@ -266,13 +266,12 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "diagnosis/calibration.py": ("verdict", [
         ("math.sqrt(1 + 1 / self.batches)", "math.sqrt(1 / self.batches)"),
-        ("student_quantile(1 - tail, self.dof)", "student_quantile(1 - 100 * tail, self.dof)"),
+        ("stdtrit(self.dof, tail)", "stdtrit(self.dof, 100 * tail)"),
         ("value >= self.threshold if", "value <= self.threshold if"),
         ("/ (len(values) - 1)", "/ (len(values) + 9)"),
         ("math.sqrt(variance), len(values) - 1", "math.sqrt(variance), len(values) + 9"),
         ("len(errors) * (prompts - 1)", "len(errors) * prompts"),
         ("error * error for", "error for"),
-        ("k / (k + 1) * cosine**2", "k / (k + 1) * cosine"),
         ("if math.isfinite(row[name])", ""),
     ]),
     "diagnosis/verdict.py": ("verdict", [

@@ -305,7 +305,7 @@ def _no_end_token(folder: Path) -> None:
         (_edit_config(architectures=["GPTNeoXModel"]), "GPTNeoXModel is no causal LM"),
         (
             _edit_config(model_type="mine", auto_map={"AutoModelForCausalLM": "code.Model"}),
-            "model_type 'mine' is not a causal LM that transformers knows, and the code that it brings along is never run",
+            "model_type 'mine' is not a causal LM that transformers knows, and code from a repository is never run",
         ),
         (_edit_config(hidden_size="wide"), "config.json cannot be loaded"),
         (_edit_config(hidden_size=32), "has a shape that config.json does not say"),

@@ -377,10 +377,10 @@ def test_names_and_conditions_choose(say: Say) -> None:
         ),
         (
             ["--where", "recip=stable"],
-            r"^--where 'recip=stable': no training has a parameter 'recip'; did you mean 'recipe'\?$",
+            r"^--where 'recip=stable': no run has a parameter 'recip'; did you mean 'recipe'\?$",
         ),
         (["--where", "recipe"], "should be KEY=VALUE"),
-        (["--where", "recipe=mine"], "no training is left; recipe has been stable"),
+        (["--where", "recipe=mine"], "no run is left; the values of recipe are stable"),
         (["s00"], r"^there is no finished experiment 's00'; did you mean 's0'\?$"),
     ],
 )

@@ -122,8 +122,8 @@ PASSING = {
 LASTING = {
     "hub answers 503": (Failure("503", "/revision/"), "answered 503: try again later"),
     "hub never answers": (Failure("silent", "/revision/"), "cannot be reached (ReadTimeout: timed out)"),
-    "hub answers with a page to log in": (Failure("html", "/revision/"), "answered no JSON"),
-    "download is short": (Failure("short", "/cdn/"), "sent a part of a file only"),
+    "hub answers with a page to log in": (Failure("html", "/revision/"), "did not answer in JSON"),
+    "download is short": (Failure("short", "/cdn/"), "sent only a part of a file"),
     "download has another content": (Failure("alter", "/cdn/"), "is not the file that the hub at http://127.0.0.1:"),
     "small file has another content": (Failure("alter", "GET .*(README.md|/config.json)"), "is not the file that"),
 }  # fmt: skip

@@ -265,7 +265,7 @@ def test_provenance_agrees_with_the_walk(module: str) -> None:
 # --- what is loaded when
 
 HEAVY = {"torch", "transformers", "datasets", "mlflow", "dvc", "pandas", "matplotlib", "sentence_transformers", "sklearn",
-         "playwright", "huggingface_hub"}  # fmt: skip
+         "scipy", "playwright", "huggingface_hub"}  # fmt: skip
 NEVER_AT_IMPORT = {"pipeline.stages.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
                    "pipeline.stages.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
                    "pipeline.stages.prepare": HEAVY, "pipeline.stages.cache": HEAVY, "pipeline.stages.track": HEAVY, "pipeline.commands.ui": HEAVY,

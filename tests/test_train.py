@@ -277,7 +277,7 @@ def test_a_damaged_healthy_policy_is_not_replaced_in_silence(here: Project, monk
     step = json.loads(undisturbed["data/healthy/healthy.json"])["step"]
     (kept,) = here.root.glob(f".checkpoints/*/state-{step:08d}.pt")
     kept.write_bytes(kept.read_bytes()[:-1])
-    with pytest.raises(UserError, match="damaged, the policy before the collapse; the same command trains anew"):
+    with pytest.raises(UserError, match="the policy before the collapse, is damaged; the same command trains again"):
         train.main()
     train.main()
     assert contents(here) == undisturbed
@@ -540,7 +540,7 @@ def test_one_held_out_prompt_is_said_to_have_no_interval(here: Project, capsys: 
     here.edit(train__steps=1, evaluate__prompts=1)
     train.main()
     evaluate.main()
-    assert "(one prompt, no interval) over the untouched checkpoint" in capsys.readouterr().out
+    assert "(one prompt, no interval) over the reference model" in capsys.readouterr().out
     metrics = json.loads((here.root / "reports/evaluate/metrics.json").read_text())
     assert [metrics["length"][part]["low"] for part in ("checkpoint", "policy", "difference")] == [None] * 3
 

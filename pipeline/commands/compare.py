@@ -41,22 +41,21 @@ def main(options: argparse.Namespace) -> None:
         print(f"note: {caveat}\n")
     if len(comparison_figure.look_of(found)) > comparison_figure.LOOKS:
         print(
-            f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; --where chooses among them\n"
+            f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; choose by --where\n"
         )
     print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.png")
 
 
 def read(options: argparse.Namespace) -> list[RunSummary]:
-    """Every training of the record. Raises UserError where there is none."""
+    """All finished runs, from MLflow or DVC. Raises UserError if there is none."""
     if options.source == "mlflow":
         if found := from_mlflow():
             return found
-        raise UserError(
-            f"no finished run in MLflow's store {mlflow_store.without_password(mlflow_store.store_uri())}: {NONE_YET}; or read `--from dvc`"
-        )
+        store = mlflow_store.without_password(mlflow_store.store_uri())
+        raise UserError(f"no finished run in MLflow's store {store}: {NONE_YET}; or read `--from dvc`")
     if found := from_dvc(every_commit=options.all_commits or bool(options.experiments)):
         return found
-    raise UserError(f"this commit and its experiments hold no training: {NONE_YET}; or look at --all-commits")
+    raise UserError(f"this commit and its experiments hold no run: {NONE_YET}; or look at --all-commits")
 
 
 def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[str]) -> list[RunSummary]:
@@ -71,15 +70,14 @@ def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[st
             raise UserError(f"--where {condition!r}: should be KEY=VALUE, such as recipe=stable")
         known = {name for training in found for name in training.params}
         if key not in known:
-            raise UserError(f"--where {condition!r}: no training has a parameter {key!r}{nearest(key, known)}")
+            raise UserError(f"--where {condition!r}: no run has a parameter {key!r}{nearest(key, known)}")
         kept = [
             each for each in kept if any(same(each.params.get(key), value) for value in (values, *values.split(",")))
         ]
         if not kept:
             there = sorted({training.params.get(key, "none") for training in found}, key=comparison.natural)
-            raise UserError(
-                f"--where {condition!r}: no training is left; {key} has been {', '.join(map(comparison.shortened, there))}"
-            )
+            values = ", ".join(map(comparison.shortened, there))
+            raise UserError(f"--where {condition!r}: no run is left; the values of {key} are {values}")
     return kept
 
 

@@ -1,6 +1,7 @@
 """`reinforce cure`: runs the recommended change as an experiment and lays both runs side by side.
 
-The experiment has a folder of its own (`dvc exp run --temp`): the workspace keeps its reports. Writes reports/cure.html.
+The experiment has a folder of its own (`dvc exp run --temp`): the workspace keeps its reports. Writes
+reports/cure.html.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""`reinforce generate`: continues prompts with the reference model and with the trained policy, greedily, as the notebook's does."""
+"""`reinforce generate`: continue prompts with the reference model and with the trained policy, greedily, as the notebook
+does."""
 
 import argparse
 import sys
@@ -32,9 +33,15 @@ def continuation(
     prompt, room = torch.tensor([ids]), max_tokens - len(ids)
     noise = torch.zeros(1, room, dtype=torch.float64)  # top_k = 1 leaves nothing to draw
     rollout = sample(
-        model, prompt, torch.ones_like(prompt, dtype=torch.bool), torch.tensor([room]), noise, eos,
-        SamplingParams(top_k=1), layout="no_cache",
-    )  # fmt: skip
+        model,
+        prompt,
+        torch.ones_like(prompt, dtype=torch.bool),
+        torch.tensor([room]),
+        noise,
+        eos,
+        SamplingParams(top_k=1),
+        layout="no_cache",
+    )
     return str(tokenizer.decode(ids + rollout.completions[0, : int(rollout.lengths[0])].tolist()))
 
 

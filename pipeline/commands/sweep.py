@@ -1,8 +1,8 @@
-"""`reinforce sweep -S recipe=notebook,stable -S 'seed=range(0,3)'`: an experiment for each combination of values, by DVC's
-queue, then their comparison.
+"""`reinforce sweep -S recipe=notebook,stable -S 'seed=range(0,3)'`: an experiment for each combination of values, by
+DVC's queue, then their comparison.
 
-The name of an experiment is of its parameters and of the code as it stands. So the same command goes on with a sweep that
-was interrupted, or of which experiments failed: what is finished is not done again.
+The name of an experiment is of its parameters and of the code as it stands. So the same command goes on with a sweep
+that was interrupted, or of which experiments failed: what is finished is not done again.
 """
 
 import argparse
@@ -31,7 +31,8 @@ WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 
 
 def main(options: argparse.Namespace) -> None:
-    """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue stands still."""
+    """Raises UserError where an override is none or not valid, DVC refuses an experiment, one fails, or the queue
+    stands still."""
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: should be 1 or more")
     check_folder()
@@ -72,8 +73,10 @@ def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
 
 
 def edits(commit: str) -> dict[str, str | None]:
-    """The files that differ from the commit with a digest of each, None for one that was removed. dvc.lock and reports/ are
-    what runs leave behind: they make no other experiment. Contents, not a diff: the user's settings change what that says."""
+    """The files that differ from the commit with a digest of each, None for one that was removed. dvc.lock and reports/
+    are
+    what runs leave behind: they make no other experiment. Contents, not a diff: the user's settings change what that
+    says."""
     options = ("--name-only", "-z", "--no-renames", "--relative", "--no-ext-diff", "--ignore-submodules=none")
     names = git("-c", "diff.autoRefreshIndex=true", "diff", *options, commit, "--", ".", ":!reports", ":!dvc.lock")
     paths = sorted(name for name in names.split("\0") if name)

@@ -14,8 +14,8 @@ from pipeline.tracking import mlflow_store
 from pipeline.tracking.summaries import readable
 
 HOST = "127.0.0.1"
-# Of MLflow's variables the server gets those that say how a store is reached, and whether it reports home. The others would
-# move its pages, open them to other machines, or put another store in the place of ours.
+# Of MLflow's variables the server gets those that say how a store is reached, and whether it reports home. The others
+# would move its pages, open them to other machines, or put another store in the place of ours.
 KEPT = (
     "MLFLOW_S3_", "MLFLOW_GCS_", "MLFLOW_BOTO_", "MLFLOW_SQLALCHEMYSTORE_", "MLFLOW_MYSQL_", "MLFLOW_DISABLE_TELEMETRY",
 )  # fmt: skip

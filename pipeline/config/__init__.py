@@ -1,1 +1,1 @@
-"""params.yaml: its schema, how it is read, and what is said of a mistake in it. What a value means belongs where it is used."""
+"""params.yaml: its schema, reading it, and the wording of errors in it. What a value means belongs where it is used."""

@@ -1,4 +1,4 @@
-"""params.yaml -> the tables of `schema`. Every mistake in the file is one line that names its key."""
+"""params.yaml -> the tables of `schema`. Each mistake in the file is reported in one line that names its key."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +13,12 @@ from pipeline.config.schema import SELECTORS, Params
 from pipeline.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
-MOST_VALUES = 100_000  # in the file with its aliases written out: a few lines of them can stand for billions
-MOST_DIGITS = 4300  # of an integer: Python prints no longer one, and YAML can write it in hexadecimal
+MOST_VALUES = 100_000  # in the file with its aliases expanded: a few lines of aliases can stand for billions
+MOST_DIGITS = 4300  # of an integer: Python prints no longer ones, and YAML can hold them in hexadecimal
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Reads and validates a parameter file.
-
-    Raises UserError with one line naming file, key, value and what would be right.
-    """
+    """Read and validate a parameter file. Raises UserError naming file, key, value and what would be right."""
     # YAML 1.2 through ruamel: DVC writes lr as 3e-05, which YAML 1.1 parsers read as a string.
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -35,7 +32,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     except RecursionError:
         raise UserError(f"{path}: not valid: nested too deeply") from None
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # the last three: what ruamel raises for a value that its tag does not fit, such as !!bool abc
+        # ruamel raises the last three for a value that does not fit its tag, such as !!bool abc
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {str(problem).partition(';')[0]}") from None
@@ -43,7 +40,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
 
 
 def validate_params(tree: Any, name: str = "params.yaml") -> Params:
-    """Validates a parsed parameter file. Raises UserError (see `load_params`)."""
+    """Validate a parsed parameter file. Raises UserError as `load_params` does."""
     if not isinstance(tree, dict):
         raise UserError(f"{name}: should hold keys such as model, reward and train, not {type(tree).__name__}")
     if _values(tree) > MOST_VALUES:
@@ -67,7 +64,7 @@ def validate_params(tree: Any, name: str = "params.yaml") -> Params:
 
 
 def _values(tree: Any) -> int:
-    """Keys and values of a tree, an alias counted wherever it stands; stops soon after MOST_VALUES."""
+    """Count keys and values of a tree, aliases wherever they are used; stops soon after MOST_VALUES."""
     waiting, count = [tree], 0
     while waiting and count <= MOST_VALUES:
         value = waiting.pop()
@@ -77,7 +74,7 @@ def _values(tree: Any) -> int:
 
 
 def _integers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """The integers of a tree with the path of their key; one that is a key itself has the path of its table."""
+    """Yield the integers of a tree with the path of their key; an integer key has the path of its table."""
     if isinstance(tree, int):
         yield path, tree
     elif isinstance(tree, dict):

@@ -1,4 +1,4 @@
-"""What is wrong with params.yaml, in one line that names the key and what would be right."""
+"""The wording of errors in params.yaml: one line that names the key and what would be right."""
 
 from typing import Any
 
@@ -25,12 +25,12 @@ RENAMED = {"draw": "prompt_sampling", "rescored_share": "kl_probe_fraction", "sc
 
 
 def suggest(wrong: Any, known: Any) -> str:
-    """`; did you mean x?` where a key is near, else the list of keys."""
+    """`; did you mean x?` if a key is similar, else the list of keys."""
     return did_you_mean(str(wrong), map(str, known)) or f" (there are: {', '.join(map(str, known)) or 'none'})"
 
 
 def explain(failure: ValidationError, tree: dict[str, Any]) -> str:
-    """The most telling error: an unknown key first, since it often explains a missing one."""
+    """Describe one error. An unknown key comes first, since it often explains a missing one."""
     errors = sorted(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
     error = errors[0]
     kind, context = error["type"], error.get("ctx", {})
@@ -65,7 +65,7 @@ def explain(failure: ValidationError, tree: dict[str, Any]) -> str:
 
 
 def _rule(kind: str, message: str, value: Any) -> str:
-    """What would be right, without the validator's own terms."""
+    """What would be right, in plain words instead of pydantic's."""
     if kind == "string_type" and isinstance(value, int | float):
         return "should be text: put it in quotes"
     if kind in ("dict_type", "model_type", "model_attributes_type"):
@@ -75,7 +75,7 @@ def _rule(kind: str, message: str, value: Any) -> str:
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | None]:
-    """The key path in the file (without the tags that pydantic puts in for unions) and the table that holds its end."""
+    """The path of a key in the file, without pydantic's tags of unions, and the table that holds it."""
     sections: dict[str, type[Table]] = {"train": Train, "evaluate": Evaluate}
     tables: dict[str, type[Table]] = {
         "models": Model, "prompt_sets": PromptSet, "encoders": Encoder, "recipes": Recipe,
@@ -95,7 +95,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | 
                 model = REWARD_KINDS.get(str(path[5]))
                 path = path[:5] + path[6:]
         if model is CustomReward and "params" in path[2:]:
-            path = path[: path.index("params", 2) + 2]  # below, the validator names types as well as keys
+            path = path[: path.index("params", 2) + 2]  # below it pydantic's path also holds types
         return path, model if len(path) > 2 else None
     return path, Params if len(path) == 1 else None
 

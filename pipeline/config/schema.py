@@ -1,11 +1,11 @@
-"""What params.yaml may hold: frozen tables, each key with its type and bounds."""
+"""The tables of params.yaml: each key with its type and bounds."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-MOST_TOKENS = 10**9  # that a step draws: their random numbers alone are 8 GB
+MOST_TOKENS = 10**9  # of a step: their random numbers alone take 8 GB
 SELECTORS = {
     "model": "models",
     "prompts": "prompt_sets",
@@ -16,7 +16,7 @@ SELECTORS = {
 
 
 class Table(BaseModel):
-    """A table of params.yaml. Strict: "3" is no integer; closed: an unknown key is an error."""
+    """A table of params.yaml. "3" is no integer, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -46,7 +46,7 @@ class Model(Table):
 
 
 class PromptSet(Table):
-    """Messages in OASST1's schema and the filter that makes prompts of them."""
+    """Messages in OASST1's schema and the filter that selects prompts from them."""
 
     repo: RepoId | None = Field(None, description=REPO)
     revision: Revision | None = Field(None, description=REVISION)
@@ -138,7 +138,7 @@ class SamplingParams:
 
 
 class Recipe(Table):
-    """The algorithm: every choice that an ablation may want to change alone."""
+    """The algorithm. An ablation can change each choice alone."""
 
     alignment: Literal["correct", "shifted"]
     loss_distribution: Literal["full", "sampler"]

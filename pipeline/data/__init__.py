@@ -1,1 +1,1 @@
-"""Prompts, models and encoders from where they are: the hub, a package, a folder. What is done with them belongs elsewhere."""
+"""Models and data sets from the hub or a folder: getting and checking their files. No computing with them."""

@@ -1,4 +1,4 @@
-"""Asking the model hub: patience while it fails, no trust in what it sends, and one line for each of its errors."""
+"""Requests to the model hub: retries, verification of what it sends, and one line for each error."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 from pipeline.errors import UserError
 
 T = TypeVar("T")
-WAIT_SECONDS = (1.0, 4.0)  # before the second and the third try
-ANSWER_SECONDS = 30  # how long a silent hub is waited for, unless HF_HUB_DOWNLOAD_TIMEOUT says it
+WAIT_SECONDS = (1.0, 4.0)  # before the second and the third attempt
+ANSWER_SECONDS = 30  # timeout of a silent hub, unless HF_HUB_DOWNLOAD_TIMEOUT is set
 
 
 class DamagedError(Exception):
-    """A file of the local cache is not the one that the hub announced."""
+    """A file in the local cache does not have the digest that the hub announced."""
 
 
 def from_hub(what: str, offline_choice: str, fetch: Callable[[], T]) -> T:
-    """The result of `fetch`, which is tried again after a failure that may pass.
+    """Return the result of `fetch`, retried after temporary failures.
 
-    what: key, kind, repository and revision. offline_choice: the selection that needs no hub. Raises UserError that
-    begins with `what` for an error of the hub or its client; any other error passes.
+    what: key, repository and revision, for messages. offline_choice: the selection in params.yaml that needs no hub.
+    Raises UserError for an error of the hub or its client; other errors pass.
     """
     _limit_waiting()
     waits = iter(WAIT_SECONDS)
@@ -45,11 +45,11 @@ def from_hub(what: str, offline_choice: str, fetch: Callable[[], T]) -> T:
 
 
 def drop_damaged(snapshot: Path) -> None:
-    """Compares the files of a snapshot in the local cache with their digests, which the client does not do: to it, a file
-    of the right size is right. Deletes what differs, so that it is fetched anew, and raises DamagedError.
+    """Compare the files of a snapshot in the local cache with their digests; the client compares sizes only. Deletes
+    the files that differ, so that they are downloaded again, and raises DamagedError.
 
-    The cache names a file's content by the digest that the hub announced; where it cannot (no symbolic links), nothing
-    is compared.
+    The cache names a file by the digest that the hub announced. On file systems without symbolic links it does not, and
+    nothing is compared.
     """
     damaged = []
     for path in sorted(path for path in snapshot.rglob("*") if path.is_symlink()):
@@ -63,7 +63,7 @@ def drop_damaged(snapshot: Path) -> None:
 
 
 def _digest(content: Path) -> str:
-    """In the algorithm that the length of the file's name stands for: git's own, or sha256 for large files."""
+    """The file's sha256 if its name is one (large files), else git's blob hash."""
     with content.open("rb") as file:
         if len(content.name) == 64:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -74,29 +74,34 @@ def _digest(content: Path) -> str:
 
 
 def _limit_waiting() -> None:
-    """Makes the hub's client give up on a silent hub: for some requests it would wait for ever."""
+    """Set timeouts for the hub's client: some of its requests would wait for ever."""
     import httpx2
-    from huggingface_hub import constants, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import get_session, set_client_factory
 
-    limit = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else ANSWER_SECONDS
-
-    def bounded(request: httpx2.Request) -> None:
-        asked = request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {
-            phase: min(asked.get(phase) or limit, limit) for phase in ("connect", "read", "write", "pool")
-        }
+    usual = get_session()
+    hooks = [hook for hook in usual.event_hooks["request"] if hook is not _bound_timeouts]
 
     def client() -> httpx2.Client:
-        made = default_client_factory()
-        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], bounded]}
-        return made
+        return httpx2.Client(
+            event_hooks={"request": [*hooks, _bound_timeouts]},
+            follow_redirects=usual.follow_redirects,
+            timeout=usual.timeout,
+        )
 
     set_client_factory(client)
 
 
+def _bound_timeouts(request: Any) -> None:
+    from huggingface_hub import constants
+
+    limit = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else ANSWER_SECONDS
+    asked = request.extensions.get("timeout", {})
+    phases = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {phase: min(asked.get(phase) or limit, limit) for phase in phases}
+
+
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed in a moment. Where nobody listens, it would not."""
+    """Whether the same request may soon succeed. If nobody listens there, it will not."""
     import httpx2
     from huggingface_hub import errors
 
@@ -111,7 +116,7 @@ def _meaning(error: BaseException, offline_choice: str) -> str | None:
     import httpx2
     from huggingface_hub import constants, errors
 
-    # `datasets` wraps the hub's own exceptions, so the cause is looked for down the chain; the most special goes first.
+    # `datasets` wraps the hub's exceptions, so the whole chain is searched, for the most specific ones first
     chain = _chain(error)
     way_out = f"or choose `{offline_choice}`, which needs no network"
     if damaged := _any(chain, DamagedError):
@@ -121,7 +126,7 @@ def _meaning(error: BaseException, offline_choice: str) -> str | None:
     if _any(chain, errors.RevisionNotFoundError):
         return "the repository has no such revision"
     answer = _any(chain, errors.HfHubHTTPError)
-    # The hub answers a program in JSON, and its client takes any 401 for a repository that is not there.
+    # The hub answers in JSON, and its client takes any 401 for a missing repository.
     page = answer and "html" in answer.response.headers.get("content-type", "")
     if answer and (answer.response.status_code == 407 or (page and answer.response.status_code in (401, 403))):
         return (
@@ -131,7 +136,7 @@ def _meaning(error: BaseException, offline_choice: str) -> str | None:
     if _any(chain, errors.RepositoryNotFoundError):
         return "the hub has no such repository (a private one needs `hf auth login`)"
     if constants.is_offline_mode() and (_any(chain, OSError) or _any(chain, errors.EntryNotFoundError)):
-        return f"not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, {way_out}"
+        return f"not in the local cache, and HF_HUB_OFFLINE forbids downloads: unset it, {way_out}"
     if answer:
         status = answer.response.status_code
         advice = "check your token (`hf auth login`)" if status in (401, 403) else "try again later"
@@ -141,15 +146,15 @@ def _meaning(error: BaseException, offline_choice: str) -> str | None:
         return f"the hub at {_endpoint()} cannot be reached ({cause}): check the network or HF_ENDPOINT, {way_out}"
     if isinstance(error, json.JSONDecodeError):
         return (
-            f"the hub at {_endpoint()} answered no JSON, as a page to log in to a network does: check both, {way_out}"
+            f"the hub at {_endpoint()} did not answer in JSON; it may be a network's log-in page: check both, {way_out}"
         )
     if cut := _cut_short(chain):
-        return f"the hub at {_endpoint()} sent a part of a file only ({cut}): try again later, {way_out}"
+        return f"the hub at {_endpoint()} sent only a part of a file ({cut}): try again later, {way_out}"
     return None
 
 
 def _cut_short(chain: list[BaseException]) -> str:
-    """What the client says of a download of another size than announced, an OSError without a class of its own."""
+    """The client's message for a download of the wrong size, an OSError without a class of its own."""
     said = (str(error).split("\n")[0] for error in chain if isinstance(error, OSError))
     return next((line for line in said if line.startswith("Consistency check failed")), "")
 

@@ -1,4 +1,4 @@
-"""The files that make up a model on disk: which are needed, copying them, and whether they form a usable model."""
+"""The files of a model: which are needed, copying them, and whether they form a usable model."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ SMALL_FILES = (*CONFIGS, *TOKENIZER, *INDEXES)
 
 
 def weight_files(names: set[str], index_of: Callable[[str], dict[str, Any]]) -> list[str]:
-    """The weights to take of a repository's files, with their index: safetensors before pickled, whole before sharded.
+    """Choose the weight files of a repository, with their index: safetensors before pickles, one file before shards.
 
-    index_of: name -> parsed JSON of an index. Empty where the repository holds no weights.
+    index_of: name -> parsed JSON of an index. Empty if there are no weights.
     """
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if whole in names:
@@ -35,8 +35,8 @@ def weight_files(names: set[str], index_of: Callable[[str], dict[str, Any]]) -> 
 
 
 def choose(folder: Path, key: str) -> list[str]:
-    """The names of the files that are needed, weights included. Raises UserError where they do not make a model."""
-    # The client makes no folder for a repository that has none of the files asked for.
+    """The names of the needed files, weights included. Raises UserError if they do not form a model."""
+    # The client makes no folder for a repository that has none of the requested files.
     names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
     if "config.json" not in names:
         raise UserError(f"{key}: {_named(folder)} has no config.json, so it holds no model")
@@ -48,7 +48,7 @@ def choose(folder: Path, key: str) -> list[str]:
         raise UserError(f"{key}: {weights[0]} lists {missing[0]}, which is not there")
     small = {name for name in names if any(fnmatch(name, pattern) for pattern in (*CONFIGS, *TOKENIZER))}
     for name in small | set(weights):
-        if not name.isprintable():  # a newline would pass for another line of the listing that is digested
+        if not name.isprintable():  # a newline would fake another line of the listing that is hashed
             raise UserError(f"{key}: {_named(folder)} holds a file named {name!r}; rename it")
     return sorted(small | set(weights))
 
@@ -68,7 +68,7 @@ def read_index(path: Path, key: str) -> dict[str, Any]:
 
 
 def store(source: Path, target: Path, key: str) -> None:
-    """Copies the needed files of a model; pickled weights become safetensors of the same keys and dtypes."""
+    """Copy the needed files of a model; pickled weights become safetensors with the same keys and dtypes."""
     target.mkdir()
     for name in choose(source, key):
         if name == "pytorch_model.bin.index.json":
@@ -86,30 +86,30 @@ def _renamed(name: str) -> str:
 
 
 def convert(source: Path, target: Path, key: str) -> None:
-    """Pickled weights -> safetensors. The pickle may hold tensors only: code in it is refused, never run."""
+    """Convert pickled weights to safetensors. The pickle may hold tensors only: code in it is refused, never run."""
     import torch
     from safetensors.torch import save_file
 
     try:
         weights = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle makes of the loader
+    except Exception as error:  # a damaged or hostile pickle may raise anything
         reason = str(error).split("\n")[0]
         raise UserError(f"{key}: {source.name} is damaged or holds more than weights: {reason}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{key}: {source.name} should hold a dictionary of tensors")
     storages: set[int] = set()
     for name, tensor in weights.items():
-        # safetensors refuses tensors that share memory (tied embeddings): each key gets its own.
+        # safetensors refuses tensors that share memory (tied embeddings): each key gets a copy
         shared = tensor.untyped_storage().data_ptr() in storages
         storages.add(tensor.untyped_storage().data_ptr())
         weights[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
-    # One metadata key only: with more, safetensors writes them in an order of its own at each run.
+    # one metadata key only: safetensors writes several in a random order
     save_file(weights, target, metadata={"format": "pt"})
     target.chmod(0o644)
 
 
 def check_policy(folder: Path, key: str) -> None:
-    """Raises UserError unless `folder` is a causal LM with a tokenizer, all of whose weights are there and fit."""
+    """Raises UserError unless `folder` holds a causal LM with a tokenizer and all of its weights."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
@@ -119,7 +119,7 @@ def check_policy(folder: Path, key: str) -> None:
     tokenizer, ids = _load_tokenizer(folder, key)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key}: the tokenizer has no end-of-text token, so that no completion could end")
-    # other tokens that were added, for pictures and the like, may lie beyond: only a prompt with one is refused
+    # other added tokens, such as those for images, may lie beyond the vocabulary: only a prompt with one is refused
     added = tokenizer.get_added_vocab().keys() - {tokenizer.eos_token}
     _check_pair({token: ids[token] for token in ids.keys() - added}, config, key)
     decoding = folder / "generation_config.json"
@@ -132,7 +132,7 @@ def check_policy(folder: Path, key: str) -> None:
 
 
 def check_encoder(folder: Path, key: str) -> None:
-    """Raises UserError unless `folder` is a model with a tokenizer, all of whose weights are there and fit."""
+    """Raises UserError unless `folder` holds a model with a tokenizer and all of its weights."""
     from transformers import AutoModel
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -150,14 +150,14 @@ def _check_config(folder: Path, key: str, known: Any, kind: str) -> Any:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{key}: config.json is not the configuration of a model: {error!r}") from None
     if model_type not in known:
-        own_code = ", and the code that it brings along is never run" if "auto_map" in written else ""
+        own_code = ", and code from a repository is never run" if "auto_map" in written else ""
         raise UserError(f"{key}: model_type {model_type!r} is not {kind} that transformers knows{own_code}")
     with _loading(key, "config.json"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _load_tokenizer(folder: Path, key: str) -> tuple[Any, dict[str, int]]:
-    """A tokenizer and its ids."""
+    """A tokenizer and its vocabulary, token -> id."""
     from transformers import AutoTokenizer
 
     with _loading(key, "the tokenizer"):
@@ -166,14 +166,14 @@ def _load_tokenizer(folder: Path, key: str) -> tuple[Any, dict[str, int]]:
 
 
 def _check_pair(ids: dict[str, int], config: Any, key: str) -> None:
-    """Raises UserError where the model has no place for one of these ids."""
+    """Raises UserError if one of these ids is outside the model's vocabulary."""
     highest, size = max(ids.values(), default=-1), config.get_text_config().vocab_size
     if not 0 <= highest < size:
         raise UserError(f"{key}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}: not a pair")
 
 
 def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
-    """Lets transformers match the weights with the architecture, by names and shapes, on the device without memory."""
+    """Raises UserError unless the weights fit the architecture by name and shape (loaded on the meta device)."""
     from safetensors import SafetensorError, safe_open
     from transformers.utils import logging
 
@@ -183,7 +183,7 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
                 kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{key}: {path.name} is damaged: {error}") from None
-        # transformers takes them for what they say, or names a setting of its own; buffers may well hold integers
+        # transformers would load quantized weights as plain numbers, or fail obscurely; buffers may hold integers
         packed = sorted(
             name for name, kind in kinds.items() if name.endswith(".weight") and kind.startswith(("I", "U", "F8", "F4"))
         )
@@ -191,24 +191,28 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
             raise UserError(
                 f"{key}: {packed[0]} holds {kinds[packed[0]]}: a quantized model; take the one that it was made of"
             )
-    logging.set_verbosity_error()  # its report of what does not fit is said below, in one line
+    logging.set_verbosity_error()  # the errors below replace its report
     logging.disable_progress_bar()
     with _loading(key, "the weights"):
         _, report = auto_class.from_pretrained(
-            folder, device_map="meta", local_files_only=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            folder,
+            device_map="meta",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     misfits = sorted(name for name, *_ in report["mismatched_keys"])
     if misfits:
         raise UserError(f"{key}: {misfits[0]} has a shape that config.json does not say ({len(misfits)} such)")
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # nobody pools with it
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # it is not used
     if missing:
         raise UserError(f"{key}: the weights lack {missing[0]} ({len(missing)} such): not those of this architecture")
 
 
 @contextlib.contextmanager
 def _loading(key: str, what: str) -> Iterator[None]:
-    """A model from elsewhere can make transformers raise anything: whatever it is, the model is what is wrong."""
+    """Turns any exception into a UserError: a broken model can make transformers raise anything."""
     try:
         yield
     except Exception as error:
@@ -216,6 +220,6 @@ def _loading(key: str, what: str) -> Iterator[None]:
 
 
 def _named(folder: Path) -> str:
-    """A hub's snapshot is called by its repository, a directory by its path."""
+    """The repository of a snapshot from the hub, else the path."""
     repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return repo if folder.parent.name == "snapshots" else str(folder)

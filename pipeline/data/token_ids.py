@@ -1,4 +1,4 @@
-"""The ids that end a text: all of them, in the file of a model that its readers go by."""
+"""The ids that end a text, in the configuration files of a model."""
 
 import shutil
 from pathlib import Path
@@ -11,8 +11,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def name_ends(folder: Path, ends: tuple[int, ...]) -> None:
-    """Has transformers' own `generate` end where completions end: it goes by generation_config.json alone, or without one
-    by the top of config.json. Nothing is written where that names these ends."""
+    """Write these ids to generation_config.json unless they are named there, so that transformers' `generate` ends at
+    them. It reads that file alone, or without it the top level of config.json."""
     config, decoding = read_json(folder / CONFIG), folder / DECODING
     named = read_json(decoding) if decoding.is_file() else {key: config[key] for key in IDS if key in config}
     value = named.get("eos_token_id")
@@ -22,12 +22,12 @@ def name_ends(folder: Path, ends: tuple[int, ...]) -> None:
 
 
 def keep_token_ids(checkpoint: Path, saved: Path, ends: tuple[int, ...]) -> None:
-    """Has the files of a saved policy name the ids that the checkpoint's name, and no others: transformers writes those of
-    the configuration's class where the checkpoint names none. How the checkpoint is decoded is kept as it is."""
+    """Give a saved policy the token ids that the checkpoint's files name, and no others: if they name none,
+    transformers writes the defaults of the configuration class. generation_config.json is copied."""
     (saved / DECODING).unlink(missing_ok=True)
     if (checkpoint / DECODING).is_file():
         shutil.copyfile(checkpoint / DECODING, saved / DECODING)
-    if not (saved / CONFIG).is_file():  # an adapter, decoded as the checkpoint that it names
+    if not (saved / CONFIG).is_file():  # an adapter: decoding reads the files of its checkpoint
         return
     named, written = read_json(checkpoint / CONFIG), read_json(saved / CONFIG)
     if "text_config" not in written:  # of some multi-modal models only the text part is loaded
@@ -38,7 +38,7 @@ def keep_token_ids(checkpoint: Path, saved: Path, ends: tuple[int, ...]) -> None
 
 
 def _with_ids_of(named: Any, written: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the ids that another one names, part by part."""
+    """A copy of `written` with the ids of `named`, in nested tables too."""
     named = named if isinstance(named, dict) else {}
     kept = {
         key: _with_ids_of(named.get(key), value) if isinstance(value, dict) else value

@@ -1,1 +1,1 @@
-"""Several processes that train one policy: starting them, their device, what they exchange, weights spread over them."""
+"""Several processes that train one policy: starting them, their device, collective calls, sharded weights."""

@@ -1,7 +1,7 @@
 """The processes that train one policy together: which prompts each one computes, and their collective calls.
 
-Every process draws the same prompts and random numbers for the whole step. It samples, scores and differentiates its own
-part and gathers the others' parts, so that whatever is computed from whole batches is the same in all processes.
+Every process draws the same prompts and random numbers for the whole step. It samples, scores and differentiates its
+own part and gathers the others' parts, so that whatever is computed from whole batches is the same in all processes.
 """
 
 from collections.abc import Iterable

@@ -19,12 +19,12 @@ CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config
 
 
 def relaunch_with_accelerate(module: str, base: Path) -> None:
-    """If $REINFORCE_ACCELERATE_CONFIG names a file, this process launches `module` by accelerate and exits with the exit
-    code of the first process that failed, which has printed its error.
+    """If $REINFORCE_ACCELERATE_CONFIG names a file, this process launches `module` by accelerate and exits with the
+    exit code of the first process that failed, which has printed its error.
 
-    An environment variable, not a key of params.yaml: the number of processes is no part of a run's configuration. A relative path counts from
-    `base`. Raises UserError where the file or accelerate is missing, or the file is not what accelerate
-    writes.
+    An environment variable, not a key of params.yaml: the number of processes is no part of a run's configuration. A
+    relative path counts from `base`. Raises UserError where the file or accelerate is missing, or the file is not what
+    accelerate writes.
     """
     name = os.environ.get(CONFIG)
     if not name or is_launched():
@@ -68,7 +68,7 @@ def init_process_group(device: torch.device, prompts: int) -> DistContext:
         raise UserError(f"train.prompts_per_step = {prompts}: at least one for each of the {count} processes is needed")
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # neither torchrun nor accelerate: the variables may be leftovers
         print(
-            f"process {os.environ['RANK']} of {count}: waiting for the others at {os.environ['MASTER_ADDR']}; where there "
+            f"process {os.environ['RANK']} of {count}: waiting for the others at {os.environ['MASTER_ADDR']}; if there "
             f"are none, stop this and `unset {' '.join(LAUNCHER)}`",
             file=sys.stderr,
         )

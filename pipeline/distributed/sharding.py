@@ -1,5 +1,5 @@
-"""FSDP (Zhao et al., arXiv 2304.11277) by torch's `fully_shard`: each process holds a part of the policy's weights, gradients
-and optimizer state, and a layer is gathered where it is computed."""
+"""FSDP (Zhao et al., arXiv 2304.11277) by torch's `fully_shard`: each process holds a part of the policy's weights,
+gradients and optimizer state, and a layer is gathered where it is computed."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def shard(policy: PreTrainedModel, device: torch.device, processes: int) -> None:
-    """Shards the policy in place, layer by layer, each part on its process's device. Gradients are summed over the processes,
-    not averaged, since the loss's normalisers are those of the whole batch."""
+    """Shards the policy in place, layer by layer, each part on its process's device. Gradients are summed over the
+    processes, not averaged, since the loss's normalisers are those of the whole batch."""
     mesh = init_device_mesh(device.type, (processes,))
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -32,7 +32,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_full(tree: Any, keep: bool = True) -> Any:
-    """Collective call: gathers the sharded tensors of a tree of dicts and lists on the CPU. Ranks with keep=False get empty
+    """Collective call: gathers the sharded tensors of a tree of dicts and lists on the CPU. Ranks with keep=False get
+    empty
     tensors: several whole copies may not fit into one machine."""
     if isinstance(tree, dict):
         return {key: gather_full(value, keep) for key, value in tree.items()}

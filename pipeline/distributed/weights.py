@@ -10,8 +10,8 @@ from pipeline.distributed.sharding import distribute_like, gather_full
 
 
 def trained_weights(policy: PreTrainedModel, keep: bool = True) -> dict[str, Tensor]:
-    """The trained parameters by name, whole: all of them, or the adapters only. Collective call for a sharded policy: ranks with
-    keep=False get empty tensors."""
+    """The trained parameters by name, whole: all of them, or the adapters only. Collective call for a sharded policy:
+    ranks with keep=False get empty tensors."""
     return {name: gather_full(p.detach(), keep) for name, p in policy.named_parameters() if p.requires_grad}
 
 

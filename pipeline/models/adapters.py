@@ -18,15 +18,14 @@ FOLDER_HAS = "adapter_config.json"  # the file that a folder with an adapter has
 def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.Generator) -> None:
     """W x becomes W x + (alpha / rank) B A x in every linear layer but the head, in place; only A and B are trained.
 
-    A [rank, in] is drawn from `generator` as peft does, uniform in +- 1 / sqrt(in); B [out, rank] is zero, so the policy
-    starts as it was. Raises UserError where peft is missing, or the model has no linear layer.
+    A [rank, in] is drawn from `generator` as peft does, uniform in +- 1 / sqrt(in); B [out, rank] is zero, so the
+    policy starts as it was. Raises UserError where peft is missing, or the model has no linear layer.
     """
     peft = _peft()
     head, modules = policy.get_output_embeddings(), dict(policy.named_modules())
-    linear = {
-        name for name, m in modules.items()
-        if isinstance(m, nn.Linear | Conv1D) and m is not head and "Router" not in type(m).__name__  # returns more than a product
-    }  # fmt: skip
+    # the output of a router is more than the product
+    routers = {name for name, module in modules.items() if "Router" in type(module).__name__}
+    linear = {name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m is not head} - routers
     if not linear:
         raise UserError(f"train.lora_rank = {rank}: {type(policy).__name__} has no linear layers; 0 trains all weights")
     # peft matches the end of a module's name: the last part, unless a module of another kind ends so too
@@ -36,12 +35,13 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     transposed = any(isinstance(modules[name], Conv1D) for name in linear)
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed, task_type="CAUSAL_LM"
-    )  # fmt: skip
+    )
     try:
         policy.add_adapter(config)
     except ValueError as error:  # peft's message for models that it cannot adapt
         raise UserError(f"train.lora_rank = {rank}: {error}; 0 trains all weights") from error
-    policy.peft_config["default"].target_modules = names  # type: ignore[attr-defined]  # peft makes a set of them, and would save it in any order
+    # peft makes a set of them, which it would save in any order
+    policy.peft_config["default"].target_modules = names  # type: ignore[attr-defined]
     for name, parameter in policy.named_parameters():
         if ".lora_A." in name:
             drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
@@ -50,8 +50,8 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
 
 
 def load_lora(policy: PreTrainedModel, folder: Any) -> None:
-    """Adds the adapter in this folder, in place. Raises UserError where peft is missing, and where transformers looks for a
-    matrix of the adapter under another name than it was saved with: that one would count as zero."""
+    """Adds the adapter in this folder, in place. Raises UserError where peft is missing, and where transformers looks
+    for a matrix of the adapter under another name than it was saved with: that one would count as zero."""
     _peft()
     report = policy.load_adapter(str(folder))
     policy.eval()

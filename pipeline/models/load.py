@@ -24,9 +24,10 @@ from pipeline.models.verification import Layout
 
 
 def load_policy(folder: Path, device: torch.device, weights_device: torch.device | None = None) -> PreTrainedModel:
-    """The model of a folder, in float32 (Pythia's files are float16, too coarse for small updates) and in eval mode. For a
-    folder with an adapter: the checkpoint that the adapter names, with the adapter. weights_device: where the weights are put
-    if not on `device`.
+    """Load the model of a folder in float32 and in eval mode: Pythia's float16 is too coarse for small updates.
+
+    If the folder holds an adapter, the checkpoint that it names is loaded with it. weights_device: where to put the
+    weights if not on `device`.
 
     On a CPU with eager attention: for short sequences in bfloat16 it is several times faster than the fused kernel.
     """
@@ -36,10 +37,9 @@ def load_policy(folder: Path, device: torch.device, weights_device: torch.device
         load_lora(policy, folder)
         return policy
     _must_exist(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-        attn_implementation="eager" if device.type == "cpu" else "sdpa",
-    )  # fmt: skip
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    offline = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, **offline)
     # without it torch copies the head once for each prompt: the last positions are a slice with gaps
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
@@ -59,11 +59,17 @@ def _return_logits_only(model: PreTrainedModel) -> None:
 
 
 def init_policy(
-    folder: Path, device: torch.device, weights_device: torch.device | None = None, *, lora_rank: int = 0, lora_alpha: float = 1,
-    generator: torch.Generator | None = None, bfloat16: bool = False,
-) -> PreTrainedModel:  # fmt: skip
-    """The policy before its first update: the checkpoint, with new adapters drawn from `generator` if lora_rank > 0. With adapters
-    and bfloat16 its frozen weights are rounded. weights_device: see `load_policy`."""
+    folder: Path,
+    device: torch.device,
+    weights_device: torch.device | None = None,
+    *,
+    lora_rank: int = 0,
+    lora_alpha: float = 1,
+    generator: torch.Generator | None = None,
+    bfloat16: bool = False,
+) -> PreTrainedModel:
+    """The policy before its first update: the checkpoint, with new adapters drawn from `generator` if lora_rank > 0.
+    With adapters and bfloat16 its frozen weights are rounded. weights_device: see `load_policy`."""
     policy = load_policy(folder, device, weights_device)
     if lora_rank:
         assert generator is not None
@@ -74,8 +80,8 @@ def init_policy(
 
 
 def check_saving(policy: PreTrainedModel, key: str) -> None:
-    """Raises UserError if a policy that is saved would not load again as it was. `key` names the model in the message. Adapters are
-    saved and loaded; their weights are overwritten by numbers that all differ."""
+    """Raises UserError if a policy that is saved would not load again as it was. `key` names the model in the message.
+    Adapters are saved and loaded; their weights are overwritten by numbers that all differ."""
     kind = policy.config.model_type
     if not (saved := adapter_weights(policy)):
         if type(policy.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -94,14 +100,13 @@ def check_saving(policy: PreTrainedModel, key: str) -> None:
         except UserError:  # its message names a temporary folder
             loaded = {}
     if loaded.keys() != saved.keys() or not all(torch.equal(loaded[name], saved[name]) for name in saved):
-        raise UserError(
-            f"{key}: transformers does not load {kind}'s adapters as it saves them; train.lora_rank: 0 trains all weights"
-        )
+        wrong = f"transformers does not load {kind}'s adapters as it saves them"
+        raise UserError(f"{key}: {wrong}; train.lora_rank: 0 trains all weights")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, changed so that it appends nothing to a text and applies no BPE dropout. Raises UserError if it
-    has no EOS token: sampling could not end."""
+    """The tokenizer of a folder, changed to append nothing to texts and to apply no BPE dropout. Raises UserError if
+    it has no EOS token: sampling could not end."""
     _must_exist(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
@@ -112,8 +117,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Removes what the template puts behind a text, such as EOS: a prompt is to be continued. The tokenizer saved beside a policy
-    then feeds it what it was trained on. `encode_prompt` removes what other processors append."""
+    """Removes what the template puts behind a text, such as EOS: a prompt is to be continued. The tokenizer saved
+    beside a policy then feeds it what it was trained on. `encode_prompt` removes what other processors append."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
     processor = state.get("post_processor") or {}
@@ -131,8 +136,8 @@ def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     """Every id that ends a completion: the tokenizer's EOS first (it also pads), then those of config.json and
     generation_config.json.
 
-    Read from the files, since the defaults of a configuration class are ids of another model's vocabulary. An adapter has those
-    of the checkpoint that it names.
+    Read from the files, since the defaults of a configuration class are ids of another model's vocabulary. An adapter
+    has those of the checkpoint that it names.
     """
     folder = _checkpoint_of(folder)
     ids = [int(tokenizer.eos_token_id)]

@@ -12,8 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def bf16_copy(model: PreTrainedModel) -> Callable[..., Any]:
-    """A function that calls the model with its weights rounded to bfloat16. For sampling: autocast would round all weights again
-    at each token. Weights that are bfloat16 already are not copied."""
+    """A function that calls the model with its weights rounded to bfloat16. For sampling: autocast would round all
+    weights again at each token. Weights that are bfloat16 already are not copied."""
     weights = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
 
     @wraps(model.forward)
@@ -24,8 +24,8 @@ def bf16_copy(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 def cast_frozen_bf16(model: PreTrainedModel) -> None:
-    """Rounds the frozen linear layers to bfloat16, in place; autocast would round them to the same numbers at each use. The
-    embedding stays as it is, and so does a head tied to it."""
+    """Rounds the frozen linear layers to bfloat16, in place; autocast would round them to the same numbers at each use.
+    The embedding stays as it is, and so does a head tied to it."""
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad and module.weight is not embedding:
@@ -34,8 +34,8 @@ def cast_frozen_bf16(model: PreTrainedModel) -> None:
 
 @contextmanager
 def activation_checkpointing(model: PreTrainedModel, layers: bool) -> Iterator[None]:
-    """Inside, if `layers`, each layer keeps only its input and is computed again in the backward pass (gradient checkpointing;
-    Chen et al., arXiv 1604.06174).
+    """Inside, if `layers`, each layer keeps only its input and is computed again in the backward pass (gradient
+    checkpointing; Chen et al., arXiv 1604.06174).
 
     It wraps the layers' forward passes: transformers' own switch needs training mode, in which dropout is on.
     """

@@ -1,6 +1,7 @@
 """Several sequences in one row: a prompt once, then its completions, with little padding.
 
-The attention mask lets a position see its prompt and its own completion so far; its position id is that in its own sequence. n completions, R rows of at most L tokens.
+The attention mask lets a position see its prompt and its own completion so far; its position id is that in its own
+sequence. n completions, R rows of at most L tokens.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Rows:
     first: Tensor  # [n] flat index of the completion's first token; the others follow it
 
     def sources(self, completions: Tensor, tokens: Tensor, alignment: str) -> Tensor:
-        """Flat indices [K] of the positions whose predictions score these tokens: entry `tokens` [K] of `completions` [K].
+        """Flat indices [K] of the positions that predict these tokens: entry `tokens` [K] of `completions` [K].
 
         correct: the position before the token. shifted: the token itself, as in the notebook.
         """
@@ -60,8 +61,8 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
 
 
 def pad_right(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Rows:
-    """One sequence prompt + completion a row, padded on the right. A causal model needs neither mask nor positions for it: the
-    padding is in each token's future, so that the result is that of the sequence alone."""
+    """One sequence prompt + completion a row, padded on the right. A causal model needs neither mask nor positions for
+    it: the padding is in each token's future, so that the result is that of the sequence alone."""
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(map(len, sequences))
     ids = torch.tensor([sequence + sequence[:1] * (width - len(sequence)) for sequence in sequences], device=device)

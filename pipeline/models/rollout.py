@@ -28,7 +28,7 @@ def longest_sequence(prompt_tokens: list[int], max_tokens: int, length_limit: st
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The context length of a model in tokens; None if its configuration names none. Of a multi-modal model, its text part's."""
+    """The context length in tokens of a model, or of its text part; None if its configuration names none."""
     for part in (config.get_text_config(), config):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
             if type(size := getattr(part, name, None)) is int and size > 0:
@@ -39,11 +39,12 @@ def context_length(config: PretrainedConfig) -> int | None:
 def check_context(
     room: int | None, prompts: list[str], prompt_tokens: list[int], limits: list[int], table: str
 ) -> None:
-    """Raises UserError where a prompt and its completion need more positions than the model has (`room`), naming the first
-    such prompt and the key at fault. table: the key of the table that the prompts are of."""
+    """Raises UserError where a prompt and its completion need more positions than the model has (`room`), naming the
+    first such prompt and the key at fault. table: the key of the table that the prompts are of."""
     for prompt, tokens, limit in zip(prompts, prompt_tokens, limits, strict=False):
         if room is not None and tokens + limit > room:
-            needs = f"the prompt {shown(prompt)} has {tokens} tokens; with {limit} of a completion that is beyond the model's {room}"
+            needs = f"the prompt {shown(prompt)} has {tokens} tokens; with {limit} of a completion that is beyond"
+            needs += f" the model's {room}"
             shorter = f"a smaller {table}.max_characters leaves it out"
             if tokens >= room:
                 raise UserError(f"{table}: {needs}; {shorter}")
@@ -56,7 +57,8 @@ def completion_texts(
     """Texts [N] as the reward reads them.
 
     strip: without the token that ends them, one of `eos`, which need not be a special one, and without special tokens.
-    keep: with both, and with the EOS that fills up to the group's longest completion, which is what the notebook decodes.
+    keep: with both, and with the EOS that fills up to the group's longest completion, which is what the notebook
+    decodes.
     """
     if special_tokens == "strip":
         return tokenizer.batch_decode(completion_tokens(rollout, eos), skip_special_tokens=True)

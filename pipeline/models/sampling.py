@@ -75,7 +75,7 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The token i of each row with F(i - 1) <= u < F(i), where F is the cumulative softmax; and log sum exp of the row.
 
     Exact, with one uniform number a row; looks first for the block of CDF_BLOCK entries, then inside it, so that
-    nothing cumulative of the vocabulary's size is made. logits [N, V], uniforms [N] float64 in [0, 1) -> [N] int64, [N].
+    nothing cumulative of the vocabulary's size is made. logits [N, V], uniforms [N] float64 -> [N] int64, [N].
     """
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()
@@ -116,9 +116,9 @@ def sample(
 
     Prompts of like length go together, SAMPLED_AT_ONCE completions at a time: a larger batch takes no more memory.
 
-    layout: left_padding puts prompts of any lengths together. equal_lengths feeds the model nothing but tokens, as in its
-    plain forward pass; slower, for models whose masks or positions do not follow left padding. no_cache does without the
-    model's cache as well, and computes the whole sequence for each token.
+    layout: left_padding puts prompts of any lengths together. equal_lengths feeds the model nothing but tokens, as in
+    its plain forward pass; slower, for models whose masks or positions do not follow left padding. no_cache does
+    without the model's cache as well, and computes the whole sequence for each token.
     """
     group = len(uniforms) // len(prompt_ids)
     prompt_lengths = prompt_mask.sum(1)
@@ -149,9 +149,13 @@ def sample(
         for k, filler in enumerate((eos[0], 0.0, 0.0))
     )
     return Rollout(
-        prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0), completions,
-        lengths=torch.cat([part[3] for part in parts])[back], sampler_logprobs=sampled, logprobs=full,
-    )  # fmt: skip
+        prompt_ids.repeat_interleave(group, 0),
+        prompt_mask.repeat_interleave(group, 0),
+        completions,
+        lengths=torch.cat([part[3] for part in parts])[back],
+        sampler_logprobs=sampled,
+        logprobs=full,
+    )
 
 
 def _batches(limits: list[int], lengths: list[int], at_once: int, layout: SamplingLayout) -> Iterator[list[int]]:
@@ -169,7 +173,7 @@ def _batches(limits: list[int], lengths: list[int], at_once: int, layout: Sampli
 
 
 def sample_tokens(sampling_params: SamplingParams, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
-    """Tokens [n] by inverse CDF, their log-probabilities under what was sampled and under the full softmax. [n, V], [n].
+    """Tokens [n] by inverse CDF, their log-probabilities under the sampled distribution and under the full softmax.
 
     A few rows at a time, which stay in the processor's cache.
     """
@@ -186,15 +190,23 @@ def sample_tokens(sampling_params: SamplingParams, logits: Tensor, uniforms: Ten
 
 
 def _generate(
-    model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
-    eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    model: Callable[..., Any],
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    limits: Tensor,
+    uniforms: Tensor,
+    eos: Sequence[int],
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(completions, sampler_logprobs, logprobs [n, T], lengths [n]) of n = len(limits) completions, prompt-major."""
     group = len(limits) // len(prompt_ids)
     output = model(
-        input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask),
-        use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask.long(),
+        position_ids=positions(prompt_mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     cache = output.past_key_values
     cache.batch_repeat_interleave(group)
     logits, mask = output.logits[:, -1].repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0)
@@ -213,19 +225,29 @@ def _generate(
             found.keep(stay)
             token, mask = token[stay], mask[stay]
         output = model(
-            input_ids=token[:, None], attention_mask=mask.long(), position_ids=(position[found.present] + t)[:, None],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+            input_ids=token[:, None],
+            attention_mask=mask.long(),
+            position_ids=(position[found.present] + t)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         logits = output.logits[:, -1]
     return found.columns(t + 1)
 
 
 def _generate_each_row(
-    model: Callable[..., Any], prompt_ids: Tensor, prompt_mask: Tensor, limits: Tensor, uniforms: Tensor,
-    eos: Sequence[int], choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]], use_cache: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_generate`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches, or
-    all tokens each time.
+    model: Callable[..., Any],
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    limits: Tensor,
+    uniforms: Tensor,
+    eos: Sequence[int],
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    use_cache: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_generate`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches,
+    or all tokens each time.
 
     So each sample has a prefill of its own, and completions that have ended go on to the last step, unread.
     """

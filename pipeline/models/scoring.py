@@ -41,12 +41,12 @@ def score(
 ) -> Scores:
     """Scores completions. The gradient flows through both kinds of log-probabilities, through the entropy if asked.
 
-    alignment: shifted reads token t off the prediction made after it. sampling_params: the distribution of `scored`; in a
-    truncated one the sampled token always stays, since rounding may put it just outside.
+    alignment: shifted reads token t off the prediction made after it. sampling_params: the distribution of `scored`; in
+    a truncated one the sampled token always stays, since rounding may put it just outside.
 
     Completions of one prompt that follow each other are computed with the prompt once, tokens behind `lengths` not at
-    all, and logits only where a token is predicted. packing: False computes each sequence in a row of its own, for models
-    whose attention does not go by the mask and the positions that it is given.
+    all, and logits only where a token is predicted. packing: False computes each sequence in a row of its own, for
+    models whose attention does not go by the mask and the positions that it is given.
     """
     size = completions.shape
     counts = [size[1]] * size[0] if lengths is None else lengths.tolist()
@@ -128,10 +128,9 @@ def score_microbatched(
     parts = []
     for start in range(0, len(rollout.completions), micro_batch):
         rows = slice(start, start + micro_batch)
-        part = score(
-            model, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows], SamplingParams(temperature),
-            lengths=rollout.lengths[rows], packing=packing,
-        )  # fmt: skip
+        inputs = rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows]
+        lengths = rollout.lengths[rows]
+        part = score(model, *inputs, SamplingParams(temperature), lengths=lengths, packing=packing)
         parts.append((part.logprobs, part.scored, part.entropy))
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 

@@ -8,9 +8,9 @@ from pipeline.errors import UserError
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a text that is to be continued: with what the tokenizer puts before a text, without what it appends.
 
-    Many tokenizers are saved so that every text ends with EOS or [SEP]; a completion would then start behind an end. What
-    the text itself gives is kept, at its end too: an end that is written out, whichever of a model's, or a character that
-    the tokenizer does not know, where its unknown token is its EOS.
+    Many tokenizers are saved so that every text ends with EOS or [SEP]; a completion would then start behind an end.
+    What the text itself gives is kept, at its end too: an end that is written out, whichever of a model's, or a
+    character that the tokenizer does not know, where its unknown token is its EOS.
 
     Raises UserError for a text that has no token, and where the tokenizer changes a text's tokens at its ends.
     """
@@ -34,8 +34,8 @@ def check_vocabulary(prompt: str, ids: list[int], size: int) -> None:
 
 
 def end_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ends BPE dropout, which leaves out merges at random (Provilkov et al., arXiv 1910.13267), in place: it is for models
-    in training on texts. What is saved is without it too."""
+    """Ends BPE dropout, which leaves out merges at random (Provilkov et al., arXiv 1910.13267), in place: it is for
+    models in training on texts. What is saved is without it too."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if model is not None and getattr(model, "dropout", None):
         model.dropout = None

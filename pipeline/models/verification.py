@@ -47,11 +47,11 @@ class Layout:
 
 
 def probe_prompts(prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """A few prompts for `choose_layout`, of lengths from the shortest to the longest, and how much to sample of each. Among
-    them is the one that makes the longest sequence.
+    """A few prompts for `choose_layout`, of lengths from the shortest to the longest, and how much to sample of each.
+    Among them is the one that makes the longest sequence.
 
-    The shortest is as it is; the others, where a completion is longer than what is sampled, are prolonged to where the last
-    part of it begins. All tokens are the prompts' own.
+    The shortest is as it is; the others, where a completion is longer than what is sampled, are prolonged to where the
+    last part of it begins. All tokens are the prompts' own.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     chosen = [order[round(k * (len(order) - 1) / (PROBES - 1))] for k in range(PROBES)]
@@ -65,16 +65,23 @@ def probe_prompts(prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[
 
 
 def choose_layout(
-    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, *, eos: Sequence[int] = (),
-    special: Collection[int] = (), bfloat16: bool = False, gradient_checkpointing: bool = False,
-) -> tuple[Layout, str]:  # fmt: skip
-    """The fastest layout in which sampled and scored log-probabilities, and the gradient of the scored ones with respect to
-    what is trained, are those of the model's plain forward pass; and that in one line, with the largest difference.
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    limits: list[int],
+    key: str,
+    *,
+    eos: Sequence[int] = (),
+    special: Collection[int] = (),
+    bfloat16: bool = False,
+    gradient_checkpointing: bool = False,
+) -> tuple[Layout, str]:
+    """The fastest layout in which sampling, scoring and the gradient agree with the model's plain forward pass, and a
+    description with the largest difference.
 
-    policy: in float32, as training starts with it, its adapters included; with `bfloat16` the layout is compared in that
-    too, and the policy is left rounded as training rounds it. prompts and limits: of `probe_prompts`. key: names the model
-    in messages. eos: ids that end a completion, so that none stands inside one. special: others that may mean something to a
-    model, such as its padding: a quarter of what is sampled.
+    policy: in float32, as training starts with it, its adapters included; with `bfloat16` the layout is compared in
+    that too, and the policy is left rounded as training rounds it. prompts and limits: of `probe_prompts`. key: names
+    the model in messages. eos: ids that end a completion, never inside one. special: other special
+    tokens, such as padding: a quarter of what is sampled.
 
     Raises UserError where no layout agrees, naming the cause where it is known.
     """
@@ -83,9 +90,13 @@ def choose_layout(
 
 
 def _choose_layout(
-    policy: PreTrainedModel, prompts: list[list[int]], limits: list[int], key: str, bfloat16: bool,
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    limits: list[int],
+    key: str,
+    bfloat16: bool,
     gradient_checkpointing: bool,
-) -> tuple[Layout, str]:  # fmt: skip
+) -> tuple[Layout, str]:
     longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
 
     def refuse(what: str, failure: str) -> UserError:
@@ -143,14 +154,16 @@ class _Pass:
 
 @contextmanager
 def _probable(policy: PreTrainedModel, never: Sequence[int], often: Sequence[int]) -> Iterator[None]:
-    """Inside, whichever way the policy is called, the tokens `never` have no probability, and the tokens `often` a quarter of
-    it, in equal parts."""
+    """Inside, whichever way the policy is called, the tokens `never` have no probability, and the tokens `often` a
+    quarter of it, in equal parts."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
         logits = output.logits
-        # a file may name a token that the model has not
-        banned, raised = (torch.tensor([i for i in ids if 0 <= i < logits.shape[-1]], device=logits.device, dtype=torch.long)
-                          for ids in (never, often))  # fmt: skip
+        known = range(logits.shape[-1])  # a file may name a token that the model has not
+        banned, raised = (
+            torch.tensor([i for i in ids if i in known], device=logits.device, dtype=torch.long)
+            for ids in (never, often)
+        )
         logits = logits.index_fill(-1, banned, -1e4)
         if len(raised):
             rest = logits.index_fill(-1, raised, -1e4).float().logsumexp(-1, keepdim=True)
@@ -189,10 +202,9 @@ def _sample(
     numbers = torch.arange(SAMPLES * len(prompts) * max(limits), dtype=torch.float64) * 0.6180339887498949 % 1
     uniforms = numbers.view(-1, max(limits))
     ids, mask = pad_prompts(prompts, prompts[0][0], policy.device)
-    return sample(
-        bf16_copy(policy) if half else policy, ids, mask, torch.tensor(limits, device=policy.device),
-        uniforms.to(policy.device), (-1,), layout=way,  # no token is an end
-    )  # fmt: skip
+    model, never = bf16_copy(policy) if half else policy, (-1,)  # no token ends a completion
+    limit = torch.tensor(limits, device=policy.device)
+    return sample(model, ids, mask, limit, uniforms.to(policy.device), never, layout=way)
 
 
 def _plain(policy: PreTrainedModel, rollout: Rollout) -> _Pass:
@@ -212,9 +224,8 @@ def _scored(policy: PreTrainedModel, rollout: Rollout, packing: bool, gradient_c
     """All sequences as training scores them."""
     policy.zero_grad()
     with activation_checkpointing(policy, gradient_checkpointing):
-        logprobs = score(
-            policy, rollout.prompt_ids, rollout.prompt_mask, rollout.completions, lengths=rollout.lengths, packing=packing
-        ).logprobs  # fmt: skip
+        inputs = rollout.prompt_ids, rollout.prompt_mask, rollout.completions
+        logprobs = score(policy, *inputs, lengths=rollout.lengths, packing=packing).logprobs
         with torch.autocast(policy.device.type, enabled=False):
             (logprobs * _weights(rollout)).sum().backward()
     return _Pass(logprobs.detach(), _taken_gradient(policy))
@@ -233,11 +244,16 @@ def _taken_gradient(policy: PreTrainedModel) -> list[Tensor]:
 
 
 def _check_bfloat16(
-    policy: PreTrainedModel, rollout: Rollout, truth: _Pass, layout: Layout, prompts: list[list[int]], limits: list[int],
+    policy: PreTrainedModel,
+    rollout: Rollout,
+    truth: _Pass,
+    layout: Layout,
+    prompts: list[list[int]],
+    limits: list[int],
     gradient_checkpointing: bool,
-) -> None:  # fmt: skip
-    """Raises DisagreementError where the layout in bfloat16 is farther from the plain pass in float32 than rounding explains: by
-    HALF_FACTOR times what the plain pass in bfloat16 is. Leaves the policy rounded."""
+) -> None:
+    """Raises DisagreementError where the layout in bfloat16 is farther from the plain pass in float32 than rounding
+    explains: by HALF_FACTOR times what the plain pass in bfloat16 is. Leaves the policy rounded."""
     cast_frozen_bf16(policy)
     half = torch.autocast(policy.device.type, torch.bfloat16)
     with half:
@@ -262,17 +278,19 @@ def _compare(found: Tensor, truth: Tensor, rollout: Rollout, what: str) -> float
     if not (off <= allowed).all():  # NaN too
         worst = int((off - allowed).nan_to_num(torch.inf).argmax())
         raise DisagreementError(
-            f"log-probabilities {what} differ from its own forward pass by {off[worst]:.2g} nats (allowed: {allowed[worst]:.1g})"
+            f"log-probabilities {what} differ from its own forward pass by {off[worst]:.2g} nats "
+            f"(allowed: {allowed[worst]:.1g})"
         )
     return off.max().item()
 
 
 def _compare_means(found: Tensor, truth: Tensor, mask: Tensor, allowed: float, what: str) -> None:
-    """Raises DisagreementError where log-probabilities in bfloat16 are on average farther from the truth than allowed. On
-    average, since a token may go another way by rounding alone, as between experts."""
+    """Raises DisagreementError where log-probabilities in bfloat16 are on average farther from the truth than allowed.
+    On average, since a token may go another way by rounding alone, as between experts."""
     if not (off := _mean_gap(found, truth, mask)) <= allowed:
         raise DisagreementError(
-            f"log-probabilities {what} in bfloat16 differ from its own forward pass by {off:.2g} nats a token (allowed: {allowed:.2g})"
+            f"log-probabilities {what} in bfloat16 differ from its own forward pass by {off:.2g} nats a token "
+            f"(allowed: {allowed:.2g})"
         )
 
 

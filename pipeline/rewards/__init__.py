@@ -1,1 +1,1 @@
-"""Rewards: each scores a whole batch of completions at once. What a reward may do to its process is undone here too."""
+"""Rewards: each scores a batch of completions. A custom reward runs isolated: its changes to the process are undone."""

@@ -16,18 +16,18 @@ from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward
 
-# Gradients are float32, and Adam and their norm need the squares, which end at 3e38. A gradient is a reward times how much
-# the log-probability of a completion changes with a weight: this leaves seven digits for that.
+# Adam and the gradient norm square float32 gradients, and float32 ends at 3e38. A gradient is a reward times the
+# gradient of a log-probability: this leaves seven digits for the latter.
 LARGEST = 1e12
-NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but not over rewards in the order of the completions
+NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but not a list of rewards in the order of the completions
 Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completions [N]) -> rewards [N]
 
 
 def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> Reward:
-    """The reward that a table describes; what it returns is checked on every call.
+    """Build the reward that a table of params.yaml describes. `name` is used in messages.
 
-    Raises UserError, at once or on a call, for a custom reward that is missing or does not keep to its convention, and
-    for values beyond LARGEST.
+    Raises UserError for a custom reward that is missing or cannot be imported. The reward itself raises UserError
+    unless it returns one finite number per completion, of at most LARGEST in size.
     """
     if isinstance(table, SumReward):
         return _checked(name, _weighted_sum(name, table, encoder, device), LARGEST)
@@ -59,31 +59,31 @@ def _weighted_sum(name: str, table: SumReward, encoder: Path, device: torch.devi
 
 
 def _number(value: Any) -> float:
-    """A number or a boolean, also numpy's or torch's; NaN for anything else."""
+    """The float of a number or boolean (Python's, numpy's or torch's); NaN for anything else."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     try:
         return float(value) if isinstance(value, Real | np.bool_) else math.nan
-    except OverflowError:  # an integer beyond float's range
+    except OverflowError:  # an integer beyond the range of floats
         return math.inf
 
 
 def _shown(value: Any) -> str:
     try:
         return reprlib.repr(value)
-    except Exception:  # an integer of thousands of digits has no text
+    except Exception:  # Python does not print integers of thousands of digits
         return f"an unprintable {type(value).__name__}"
 
 
 def _checked(name: str, reward: Reward, largest: float = math.inf) -> Reward:
     def checked(prompts: list[str], completions: list[str]) -> list[float]:
-        values = reward(list(prompts), list(completions))  # copies: a user's function may edit what it is given
+        values = reward(list(prompts), list(completions))  # copies: a custom reward may edit its arguments
         kind = type(values).__name__
         if isinstance(values, NO_LISTS):
             raise UserError(f"reward {name} returned {kind}, not a list of numbers")
         try:
             values = list(values)
-        except Exception as error:  # what the iteration of a user's own class may raise, too
+        except Exception as error:  # iterating over a user's class may raise anything
             raise UserError(f"reward {name} returned {kind}, not a list of numbers: {error}") from error
         if len(values) != len(completions):
             raise UserError(f"reward {name} returned {len(values)} values for {len(completions)} completions")

@@ -1,4 +1,4 @@
-"""A reward of the user's: `reward(prompts, completions, **params) -> list[float]`, the convention of trl."""
+"""Custom rewards: `reward(prompts, completions, **params) -> list[float]` in custom/, trl's convention."""
 
 import ast
 import importlib
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from pipeline.rewards.isolation import OwnSettings
 
 FOLDER = "custom"
-ASYNC = "it is an async function, which nobody awaits here; call it in a plain one, by asyncio.run"
+ASYNC = "it is an async function, which is not awaited; call it from a plain function, by asyncio.run"
 
 
 class Loaded(NamedTuple):
-    """A file of custom/ as this process imported it. Rewards of one file share it: pickle wants one of each function."""
+    """An imported file of custom/. Rewards of one file share its module: pickle needs each function to exist once."""
 
     root: Path
     source: bytes
@@ -34,21 +34,20 @@ class Loaded(NamedTuple):
 
 
 _loaded: dict[str, Loaded] = {}  # by the module's name
-_dropped: list[ModuleType] = []  # never freed: a mode of torch's that one of them holds open would end with it, outside
+_dropped: list[ModuleType] = []  # never freed: a torch mode that one of them holds open would end during training
 
 
 def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str], list[str]], list[float]]:
-    """`custom/file.py:name` as a reward. Raises UserError where it is missing, cannot be imported, or, when called,
-    raises or returns other than one finite number a completion (checked by `build`).
+    """Import `custom/file.py:name` as a reward. Raises UserError if it is missing or its import fails; the reward
+    raises UserError if the function raises.
 
-    It may do what Python can. Its module has a name of its own, `custom.file`, by which child processes import it. It
-    has its own settings of the process (`isolation`). The global random numbers of random, numpy and torch are decided
-    by the call alone, its prompts, completions and parameters, and at the import by the file's name: they do not depend
-    on the calls before, so that a resumed run has the same.
+    The module is named `custom.file`, so child processes can import it. It has its own process settings (see
+    `isolation`). The global generators of random, numpy and torch are seeded before each call from its prompts,
+    completions and parameters, and before the import from the file's name: a resumed run sees the same random numbers.
     """
     file, _, name = function.partition(":")
     path = Path(file)
-    if not os.path.isfile(path):  # pathlib raises for a name that no file system takes
+    if not os.path.isfile(path):  # pathlib raises for names that are not valid, such as too long ones
         raise UserError(f"reward {function}: there is no file {file}")
     if reason := why_unwatched(path, [Path(FOLDER)]):
         raise UserError(f"reward {function}: the file must lie in {FOLDER}/: {reason}")
@@ -62,10 +61,10 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
             values = target(prompts=prompts, completions=completions, **params)
             if not isinstance(values, Iterator):
                 return values
-            # a generator raises only now, and may have no end
+            # a generator runs only now, and may be endless
             rewards = list(itertools.islice(values, len(completions) + 1))
             if isinstance(values, GeneratorType):
-                values.close()  # now: a `with` inside it would change settings whenever it is collected
+                values.close()  # else a `with` inside it would end, and change settings, when it is collected
             return rewards
 
         seed = json.dumps([function, params, prompts, completions])
@@ -79,8 +78,8 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
 
 
 def _load(function: str, path: Path) -> Loaded:
-    """The file as a module that any process can import by its name from the project's root."""
-    from pipeline.rewards.isolation import OwnSettings  # torch, which `check` does without
+    """Import the file as a module that every process can import by name from the project's root."""
+    from pipeline.rewards.isolation import OwnSettings  # imports torch, which `check` does not need
 
     root, source, name = Path.cwd(), path.read_bytes(), ".".join(path.with_suffix("").parts)
     known = _loaded.get(name)
@@ -91,7 +90,7 @@ def _load(function: str, path: Path) -> Loaded:
         ours = [module for module in sys.modules if module.partition(".")[0] == FOLDER]
         _dropped.extend(sys.modules.pop(module) for module in ours)
     importlib.invalidate_caches()
-    settings = OwnSettings(str(root), str(root / path.parent))  # its own folder last, for `import helper`
+    settings = OwnSettings(str(root), str(root / path.parent))  # the file's folder is for `import helper`
     module = _run(function, ": importing it raised", settings, name, root, lambda: importlib.import_module(name))
     if not module.__file__ or not os.path.samefile(module.__file__, path):
         other = module.__file__ or f"a folder {name}"
@@ -101,10 +100,8 @@ def _load(function: str, path: Path) -> Loaded:
     return _loaded[name]
 
 
-def _run(
-    function: str, what: str, settings: "OwnSettings", seed: str, root: Path, call: Callable[[], Any]
-) -> Any:  # fmt: skip
-    """Calls the user's code under its own settings. Raises UserError for whatever it raises."""
+def _run(function: str, what: str, settings: "OwnSettings", seed: str, root: Path, call: Callable[[], Any]) -> Any:
+    """Call the user's code under its own settings. Raises UserError for whatever it raises."""
 
     def place(frame: FrameType) -> str | None:
         return _place(root, frame.f_code.co_filename, frame.f_lineno)
@@ -114,13 +111,12 @@ def _run(
             return call()
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # SystemExit would end the stage as if it were done
+        except BaseException as error:  # SystemExit too: it would end the stage as if it had succeeded
             raise UserError(f"reward {function}{what} {_describe(error, root)}") from error
 
 
 def check_custom(function: str, params: dict[str, Any]) -> None:
-    """Raises UserError for what its text alone tells to be wrong: no such file or function, or a parameter that the
-    function does not take. Nothing of it is run."""
+    """Check a custom reward without running it. Raises UserError for a missing file, function or parameter."""
     file, _, name = function.partition(":")
     try:
         tree = ast.parse(Path(file).read_bytes(), file)
@@ -143,7 +139,7 @@ def check_custom(function: str, params: dict[str, Any]) -> None:
 
 
 def _bound(tree: ast.Module) -> Iterator[str]:
-    """Names that are defined, assigned or imported anywhere, `*` where all of a module's are."""
+    """Yield the names that are defined, assigned or imported anywhere; `*` for `from module import *`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
@@ -154,13 +150,13 @@ def _bound(tree: ast.Module) -> Iterator[str]:
 
 
 def _place(root: Path, filename: str | None, line: int | None) -> str | None:
-    """`line 3 of custom/x.py`; None where the file is not the user's."""
+    """`line 3 of custom/x.py`; None if the file is not in custom/."""
     file = os.path.join(root, filename or "")
     return f"line {line} of {file[len(str(root)) + 1 :]}" if file.startswith(f"{root}/{FOLDER}/") else None
 
 
 def _describe(error: BaseException, root: Path) -> str:
-    """`ValueError: text (line 3 of custom/x.py)`, the innermost line of the user's files."""
+    """`ValueError: text (line 3 of custom/x.py)`, with the innermost line in custom/."""
     places = [_place(root, frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         places.append(_place(root, error.filename, error.lineno))
@@ -168,5 +164,5 @@ def _describe(error: BaseException, root: Path) -> str:
     where = f" ({found[-1]})" if found else ""
     try:
         return f"{type(error).__name__}: {error}{where}"
-    except Exception:  # an exception of the user's whose text cannot be made
+    except Exception:  # the `__str__` of a user's exception class failed
         return f"{type(error).__name__}{where}"

@@ -1,4 +1,4 @@
-"""Nearness of meaning: minus the L2 distance of a completion's sentence embedding to a target's."""
+"""The embedding reward: minus the L2 distance between the sentence embeddings of a completion and a target."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +12,18 @@ from pipeline.models.tokenization import end_dropout
 def embedding_reward(
     target: str, encoder: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Callable[[list[str], list[str]], list[float]]:
-    """R(y) = -||e(y) - e(target)||_2, e the mean over all tokens of the encoder's last hidden state, not normalised.
+    """R(y) = -||e(y) - e(target)||_2, with e(y) the encoder's last hidden state, averaged over tokens, not normalised.
 
-    The notebook's reward. An empty completion is embedded like any text (its special tokens remain).
+    The notebook's reward. An empty completion is embedded like any text, by its special tokens.
     encoder: folder of a BERT-like model and its tokenizer. dtype: of its weights and activations; bfloat16 takes half
-    the time, and moves a reward by about a hundredth of what rewards differ by.
+    the time and changes rewards by about a hundredth of their spread. Raises UserError without sentence-transformers >=
+    5.
     """
-    try:  # heavy: only for who uses this reward
+    try:  # a slow import
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     except ImportError as error:
-        raise UserError(f"the embedding reward needs sentence-transformers >= 5, which is not here ({error})") from None
+        raise UserError(f"the embedding reward needs sentence-transformers >= 5: {error}") from None
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -31,10 +32,10 @@ def embedding_reward(
     pooling = Pooling(states.get_embedding_dimension(), pooling_mode="mean")
     model = SentenceTransformer(modules=[states, pooling], device=str(device))
 
-    at_once = 16 if device.type == "cpu" else 128  # on a CPU what stays in its cache is twice as fast
+    batch_size = 16 if device.type == "cpu" else 128  # 16 fit the cache of a CPU, which is twice as fast
 
     def embed(texts: list[str]) -> torch.Tensor:
-        embedded = model.encode(texts, batch_size=at_once, convert_to_tensor=True, show_progress_bar=False)
+        embedded = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
         return embedded.float()
 
     goal = embed([target])

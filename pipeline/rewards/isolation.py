@@ -1,15 +1,15 @@
-"""A custom reward may change any setting of its process. Training must not notice.
+"""Process settings of a custom reward, kept apart from those of training.
 
-Training's bytes depend on torch's settings; its files, messages and orderly end depend on those of Python and the system.
-So each reward has settings of its own. They are put in place before its module is imported and before each call, and
-training's are put back afterwards. What a reward sets stays set for it, as in a script: it may set up at its import, or at
-its first call, what later calls rely on.
+A custom reward may change any setting of its process. Training's numbers depend on torch's settings; its files,
+messages and signals depend on those of Python and the system. So each reward has its own settings: they are applied
+before its import and each call, and training's are restored afterwards. What a reward sets stays set for its later
+calls.
 
-Three things are put back and not kept for the reward: random numbers, timers, and the file descriptors of stdin, stdout and
+Restored for training, but not kept for the reward: random numbers, timers, the file descriptors of stdin, stdout and
 stderr.
 
-Not kept apart: what C code keeps to itself, torch's interop threads (which can be set once only), the default tensor type of
-CUDA (deprecated), functions of other modules that the reward replaces, files that it deletes, hard limits that it lowers, and
+Not isolated: state inside C code, torch's interop threads (they can be set only once), the default tensor type of CUDA
+(deprecated), functions of other modules that the reward replaces, files that it deletes, hard limits that it lowers,
 threads and processes that it leaves running.
 """
 
@@ -32,12 +32,12 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import torch
 
-UNREADABLE = object()  # a working directory that was deleted, precisions of which torch says that they contradict
+UNREADABLE = object()  # such as a deleted working directory, or precisions that contradict each other
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
 
 class Setting(NamedTuple):
-    """One setting of the process. What `read` gives, `write` puts back."""
+    """One setting of the process. `write` restores what `read` returned."""
 
     read: Callable[[], Any]
     write: Callable[[Any], object]
@@ -48,7 +48,7 @@ def _attribute(owner: Any, name: str) -> Setting:
 
 
 def _in_place(values: list[Any]) -> Setting:
-    """A list that others hold too, such as sys.path."""
+    """A list that other code holds too, such as sys.path: its content is replaced."""
     return Setting(lambda: list(values), lambda new: values.__setitem__(slice(None), new))
 
 
@@ -65,12 +65,12 @@ def _umask() -> int:
 
 
 def _set_warning_filters(filters: list[Any]) -> None:
-    warnings.resetwarnings()  # so that Python forgets what it decided by the former ones
+    warnings.resetwarnings()  # clears Python's cache of decisions
     warnings.filters[:] = filters  # type: ignore[index]  # typeshed has a Sequence; it is a list
 
 
 def _set_handler(number: int) -> Setting:
-    # None: a handler that was not set from Python, which Python cannot set either
+    # None: a handler that was not set from Python; Python cannot restore it
     return Setting(
         lambda: signal.getsignal(number),
         lambda handler: signal.signal(number, handler) if handler is not None else None,
@@ -78,7 +78,7 @@ def _set_handler(number: int) -> Setting:
 
 
 def _limit(which: int) -> Setting:
-    """A soft limit. A hard one that was lowered stays so, and the soft one cannot exceed it."""
+    """A soft limit, capped at the hard limit, which cannot be raised again."""
 
     def write(soft: int) -> None:
         hard = resource.getrlimit(which)[1]
@@ -90,13 +90,13 @@ def _limit(which: int) -> Setting:
 
 def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None)
-    while torch.get_default_device() != torch.device("cpu"):  # `with torch.device(...)` that was never left
+    while torch.get_default_device() != torch.device("cpu"):  # a `with torch.device(...)` that was not left
         torch.device("cpu").__exit__(None, None, None)
     if device != torch.device("cpu"):
         torch.set_default_device(device)
 
 
-_inference_modes: list[Any] = []  # a mode ends as soon as nothing holds it
+_inference_modes: list[Any] = []  # kept, since a mode ends when it is collected
 
 
 def _set_inference_mode(on: bool) -> None:
@@ -114,7 +114,7 @@ def _set_autocast_depth(depth: int) -> None:
         torch.autocast_increment_nesting()
     while _autocast_depth() > depth:
         torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()  # weights as they were when it was left open
+    torch.clear_autocast_cache()  # it may hold outdated weights
 
 
 def _flushes_denormals() -> bool:
@@ -123,7 +123,8 @@ def _flushes_denormals() -> bool:
 
 
 def _precision(backend: str, operation: str) -> Setting:
-    """torch.backends.*.fp32_precision, of which mkldnn's own attribute sets another (torch 2.13)."""
+    """torch.backends.*.fp32_precision, by private functions: torch 2.13 has no public setter for cuda's rnn, and the
+    one for all of mkldnn sets the generic precision."""
     return Setting(
         lambda: torch._C._get_fp32_precision_getter(backend, operation),
         lambda value: torch._C._set_fp32_precision_setter(backend, operation, value),
@@ -135,10 +136,10 @@ def _cuda_device() -> int | None:
 
 
 def _settings() -> dict[str, Setting]:
-    """What is kept apart, in the order in which it is put back."""
+    """The isolated settings, in the order in which they are restored."""
     root = logging.getLogger()
     system = {
-        # training's files have relative paths, and its stages read variables
+        # training uses relative paths and reads environment variables
         "working directory": Setting(os.getcwd, os.chdir),
         "environment": Setting(lambda: dict(os.environ), _set_environment),
         "umask": Setting(_umask, os.umask),
@@ -146,7 +147,7 @@ def _settings() -> dict[str, Setting]:
             lambda: locale.setlocale(locale.LC_ALL), lambda value: locale.setlocale(locale.LC_ALL, value)
         ),
         "socket timeout": Setting(socket.getdefaulttimeout, socket.setdefaulttimeout),  # MLflow's client
-        # SIGTERM and Ctrl-C end training in an orderly way
+        # training saves its state on SIGTERM and Ctrl-C
         "blocked signals": Setting(
             lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
             lambda blocked: signal.pthread_sigmask(signal.SIG_SETMASK, blocked),
@@ -156,7 +157,7 @@ def _settings() -> dict[str, Setting]:
             for number in map(signal.Signals, signal.valid_signals() & set(signal.Signals))
             if number not in (signal.SIGKILL, signal.SIGSTOP)
         },
-        # a sandbox's limits on memory, time or files
+        # a sandbox may limit memory, time or files
         **{name: _limit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
     }
     if hasattr(os, "sched_getaffinity"):
@@ -190,9 +191,9 @@ def _settings() -> dict[str, Setting]:
         "cuda device": Setting(_cuda_device, lambda device: None if device is None else torch.cuda.set_device(device)),
         "threads": Setting(torch.get_num_threads, torch.set_num_threads),
         "flush denormals": Setting(_flushes_denormals, torch.set_flush_denormal),
-        # before the gradient mode, which it sets too
+        # before the gradient mode, which it also sets
         "inference mode": Setting(torch.is_inference_mode_enabled, _set_inference_mode),
-        "gradient mode": Setting(torch.is_grad_enabled, torch._C._set_grad_enabled),
+        "gradient mode": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
         "anomaly mode": Setting(
             lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
             lambda mode: torch.set_anomaly_enabled(*mode),
@@ -240,13 +241,13 @@ def _read(setting: Setting) -> Any:
 
 
 class OwnSettings:
-    """The settings of one custom reward's module."""
+    """The settings of one custom reward module."""
 
     def __init__(self, first_path: str, last_path: str) -> None:
-        """Its sys.path: these folders before and behind all others."""
+        """first_path and last_path: folders to put at the start and the end of its sys.path."""
         self.own: dict[str, Any] = {
             "sys.path": [first_path, *sys.path, last_path],
-            # a child process imports its parent's __main__: it has no use for training, which takes seconds to import
+            # a child process imports its parent's __main__; that of training would take seconds
             "__main__": types.ModuleType("__main__"),
             "sys.stdout": _unclosable(sys.stdout),
             "sys.stderr": _unclosable(sys.stderr),
@@ -254,7 +255,7 @@ class OwnSettings:
 
     @contextlib.contextmanager
     def in_place(self, seed: str) -> Iterator[None]:
-        """Inside, these settings hold, and the global generators of random, numpy and torch start from `seed`."""
+        """Inside, these settings hold, and random, numpy and torch are seeded from `seed`."""
         outside = {name: _read(setting) for name, setting in SETTINGS.items()}
         timers = {timer: signal.getitimer(timer) for timer in TIMERS}
         _flush()
@@ -263,7 +264,7 @@ class OwnSettings:
             try:
                 yield
             finally:
-                for timer, values in timers.items():  # first: an alarm would find training's handler
+                for timer, values in timers.items():  # first, so that no alarm of the reward finds training's handler
                     signal.setitimer(timer, *values)
                 _flush()
                 inside = {name: _read(setting) for name, setting in SETTINGS.items()}
@@ -299,10 +300,11 @@ def _random_state(seed: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _file_descriptors() -> Iterator[None]:
-    """Those of stdin, stdout and stderr: closed, the next file that is opened would get what is printed."""
+    """Restore those of stdin, stdout and stderr. If one stayed closed, the next opened file would receive what is
+    printed."""
     kept = {}
     for number in (0, 1, 2):
-        with contextlib.suppress(OSError):  # closed already
+        with contextlib.suppress(OSError):  # already closed
             kept[number] = os.dup(number)
     try:
         yield
@@ -314,13 +316,13 @@ def _file_descriptors() -> Iterator[None]:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # closed, or of the reward's own kind
+        with contextlib.suppress(Exception):  # closed, or a class of the reward's
             stream.flush()
 
 
 def _unclosable(stream: TextIO) -> TextIO:
-    """Another one to the same place, which stays open when this one is closed."""
+    """A stream to the same file descriptor that stays open if the reward closes it."""
     try:
         return open(stream.fileno(), "w", 1, stream.encoding, stream.errors, closefd=False)
-    except (OSError, AttributeError, ValueError):  # none, or none of the system's
+    except (OSError, AttributeError, ValueError):  # None, or without a file descriptor
         return stream

@@ -1,4 +1,4 @@
-"""Rewards read off the text itself: its length, the words in it."""
+"""Rewards computed from the text alone: its length, the words in it."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,9 @@ def length_reward(target: int) -> Callable[[list[str], list[str]], list[float]]:
 
 
 def words_reward(words: tuple[str, ...]) -> Callable[[list[str], list[str]], list[float]]:
-    """R(y) = how many of `words` occur in y, each counted once; lower case, split at white space only.
+    """R(y) = the number of different `words` in y, in lower case and split at white space only.
 
-    The notebook's `sentence_contains_one_of`: a word with punctuation at its end does not count.
+    The notebook's `sentence_contains_one_of`: a word with punctuation at its end is not found.
     """
     required = set(words)
 

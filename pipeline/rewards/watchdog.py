@@ -1,4 +1,4 @@
-"""A reward that takes long says where it stands. It may hang: on a lock, a server, a regular expression."""
+"""Reports which line a slow reward is running: it may hang on a lock, a server or a regular expression."""
 
 import contextlib
 import faulthandler
@@ -10,26 +10,27 @@ from types import FrameType
 
 from tqdm import tqdm
 
-PATIENCE = 60.0  # seconds until the first line; each further one takes twice as long
-GRACE = 5.0  # seconds more, then C code holds the interpreter: no thread of Python's can say a line
+PATIENCE = 60.0  # seconds until the first report; each further one takes twice as long
+GRACE = 5.0  # seconds more without a report: C code holds the interpreter, so that no Python thread can run
 
 
 @contextlib.contextmanager
 def watchdog(name: str, place: Callable[[FrameType], str | None]) -> Iterator[None]:
-    """While the block runs on, says on stderr after PATIENCE s, and again after twice, four times as long, that `name`
-    is still running, and in which line. `place` names the line of a frame, or gives None where it is not the user's.
+    """While the block runs, report on stderr that `name` is still running and in which line: after PATIENCE seconds,
+    then after twice and four times as long. `place` describes the line of a frame, or returns None if it is not the
+    user's.
 
-    Where C code does not let go of the interpreter, faulthandler writes the stacks of all threads instead.
+    If C code holds the interpreter, faulthandler writes the stacks of all threads instead.
     """
     caller, done = threading.get_ident(), threading.Event()
-    stderr = sys.stderr  # the reward may put another one in its place
+    stderr = sys.stderr  # the reward may replace it
 
     def watch() -> None:
         started, delay = time.monotonic(), PATIENCE
         while not done.wait(delay):
             _dump_later(2 * delay + GRACE)
             where = _line(sys._current_frames().get(caller), place)
-            with contextlib.suppress(Exception):  # what cannot be printed must not end the watch
+            with contextlib.suppress(Exception):  # a failed print must not end the watch
                 tqdm.write(
                     f"{name} has been running for {time.monotonic() - started:.0f} s, now in {where}", file=stderr
                 )
@@ -52,7 +53,7 @@ def _dump_later(seconds: float) -> None:
 
 
 def _line(frame: FrameType | None, place: Callable[[FrameType], str | None]) -> str:
-    """The innermost line of the user's, else the innermost of all."""
+    """The innermost line of the user's files, else the innermost of all."""
     innermost = frame
     while frame is not None:
         if found := place(frame):

@@ -23,12 +23,12 @@ def batch_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
 
 
 def group_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
-    """b = mean over the prompt's samples, each itself included: the notebook's, exactly (G - 1) / G of `leave_one_out`."""
+    """b = mean over all of the prompt's samples, as in the notebook: its advantages are (G - 1) / G of RLOO's."""
     return rewards.mean(1, keepdim=True).expand_as(rewards)
 
 
 def leave_one_out(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
-    """b_i = mean over the prompt's other samples: unbiased (RLOO; Kool et al. 2019; Ahmadian et al., arXiv 2402.14740)."""
+    """b_i = mean over the prompt's other samples: unbiased (RLOO; Kool et al. 2019; Ahmadian et al. 2402.14740)."""
     group = rewards.shape[1]
     return (rewards.sum(1, keepdim=True) - rewards) / (group - 1)
 
@@ -44,7 +44,7 @@ def running_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
 
 
 def greedy_baseline(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
-    """b = `outside` [B], the reward of the prompt's greedy completion: unbiased (ReMax; Li et al., arXiv 2310.10505)."""
+    """b = `outside` [B], the reward of the prompt's greedy completion: unbiased (ReMax; Li et al. 2310.10505)."""
     if outside is None:
         raise ValueError("the greedy baseline needs the rewards of the greedy completions")
     return outside.to(rewards)[:, None].expand_as(rewards)

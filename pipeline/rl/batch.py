@@ -20,9 +20,12 @@ PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
 
 
 def sample_batch(
-    prompts: list[str], context: TrainContext, policy: PreTrainedModel, uniforms: Tensor,
+    prompts: list[str],
+    context: TrainContext,
+    policy: PreTrainedModel,
+    uniforms: Tensor,
     sampling_params: SamplingParams | None = None,
-) -> Rollout:  # fmt: skip
+) -> Rollout:
     """Completions of B prompts, as many of each as `uniforms` [N, T] has rows for it; each process samples its share.
     sampling_params: the recipe's if None."""
     params, device = context.params, context.device
@@ -43,10 +46,13 @@ def sample_batch(
     )
     gather = context.processes.gather
     return Rollout(
-        prompt_ids.repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0),
-        gather(rollout.completions, context.eos[0]), gather(rollout.lengths), gather(rollout.sampler_logprobs),
+        prompt_ids.repeat_interleave(group, 0),
+        prompt_mask.repeat_interleave(group, 0),
+        gather(rollout.completions, context.eos[0]),
+        gather(rollout.lengths),
+        gather(rollout.sampler_logprobs),
         gather(rollout.logprobs),
-    )  # fmt: skip
+    )
 
 
 def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) -> tuple[list[str], Tensor]:
@@ -98,9 +104,15 @@ def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
 
 
 def sample_records(
-    step: int, prompts: list[str], completions: list[str], rewards: Tensor, advantage: Tensor, rollout: Rollout,
-    logprobs: Tensor, context: TrainContext,
-) -> list[dict[str, Any]]:  # fmt: skip
+    step: int,
+    prompts: list[str],
+    completions: list[str],
+    rewards: Tensor,
+    advantage: Tensor,
+    rollout: Rollout,
+    logprobs: Tensor,
+    context: TrainContext,
+) -> list[dict[str, Any]]:
     """The first completions of the first prompts [B], as rows of samples.jsonl."""
     group, ended, rows = rewards.shape[1], rollout.ended(context.eos), []
     for b in range(min(PROMPTS_KEPT, len(prompts))):

@@ -23,7 +23,7 @@ def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
     sizes = params.train
     drawn = draw_prompts(
         params.seed, sizes.steps + batch, sizes.prompts_per_step, len(context.prompts), recipe.prompt_sampling
-    )  # fmt: skip
+    )
     prompts = [context.prompts[i] for i in drawn]
     noise = draw_uniforms(params.seed, batch, "calibration", len(prompts) * sizes.samples_per_prompt, sizes.max_tokens)
     with context.reference() as reference:

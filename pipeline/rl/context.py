@@ -46,9 +46,9 @@ class TrainContext:
 
 def build_context(
     params: Params, device: torch.device, processes: DistContext = SINGLE_PROCESS
-) -> tuple[TrainContext, PreTrainedModel]:  # fmt: skip
-    """The context of a run, from the files of `prepare` and `cache`, and the policy to train. Raises UserError where this run's
-    sequences are longer than those that `cache` compared."""
+) -> tuple[TrainContext, PreTrainedModel]:
+    """The context of a run, from the files of `prepare` and `cache`, and the policy to train. Raises UserError where
+    this run's sequences are longer than those that `cache` compared."""
     # a policy that is sharded may not fit into one device: it is loaded on the CPU
     policy = rollout_model = initial_policy(params, device, torch.device("cpu") if processes.sharded else device)
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -65,19 +65,31 @@ def build_context(
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
     context = TrainContext(
-        params, prompts, tokenizer, rollout_model, reference,
-        build_reward(params.reward, params.selected_reward, CHECKPOINT / "encoder", device), device,
-        end_of_text_ids(CHECKPOINT / "policy", tokenizer), load_layout(CHECKPOINT / "layout.json", longest), processes,
-    )  # fmt: skip
+        params,
+        prompts,
+        tokenizer,
+        rollout_model,
+        reference,
+        build_reward(params.reward, params.selected_reward, CHECKPOINT / "encoder", device),
+        device,
+        end_of_text_ids(CHECKPOINT / "policy", tokenizer),
+        load_layout(CHECKPOINT / "layout.json", longest),
+        processes,
+    )
     return context, policy
 
 
 def initial_policy(params: Params, device: torch.device, weights_device: torch.device) -> PreTrainedModel:
     """The policy before its first update, with this run's adapters."""
     return init_policy(
-        CHECKPOINT / "policy", device, weights_device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
-        generator=generator(params.seed, 0, "adapters"), bfloat16=params.selected_recipe.precision == "bfloat16",
-    )  # fmt: skip
+        CHECKPOINT / "policy",
+        device,
+        weights_device,
+        lora_rank=params.train.lora_rank,
+        lora_alpha=params.train.lora_alpha,
+        generator=generator(params.seed, 0, "adapters"),
+        bfloat16=params.selected_recipe.precision == "bfloat16",
+    )
 
 
 def load_reference(params: Params, device: torch.device) -> PreTrainedModel:

@@ -10,8 +10,8 @@ from pipeline.rl.advantages import zero_spread
 HISTORY_COLUMNS = (
     "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
     "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_se", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
-    "policy_logprob", "certain_run", "logprob_gap", "truncation_gap", "grad_norm", "grad_snr", "update_kl", "update_kl_se",
-    "relative_update", "lr", "kl_coef", "clip_share", "completion_tokens", "ended_share", "empty_share",
+    "policy_logprob", "certain_run", "logprob_gap", "truncation_gap", "grad_norm", "grad_snr", "update_kl",
+    "update_kl_se", "relative_update", "lr", "kl_coef", "clip_share", "completion_tokens", "ended_share", "empty_share",
     "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
     "nonfinite", "nonfinite_logprobs",
 )  # fmt: skip
@@ -47,8 +47,7 @@ def policy_metrics(
 
 
 def nonfinite_share(before: Tensor, after: Tensor) -> float:
-    """Share of the completions' logprobs, before and after an update, that are not finite. Those after it show that a run's last
-    update broke the policy."""
+    """Share of logprobs that are not finite, before or after an update: the latter show a last update that broke it."""
     return (~torch.isfinite(torch.cat([before, after]))).double().mean().item()
 
 

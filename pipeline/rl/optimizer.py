@@ -42,11 +42,14 @@ class Update:
 
 
 def optimizer_step(
-    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, lr: float, loss: float,
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    lr: float,
+    loss: float,
     processes: DistContext = SINGLE_PROCESS,
-) -> Update:  # fmt: skip
-    """Clips the gradient to `max_grad_norm` (0 = off) and steps; skips the step if loss or gradient are not finite. Frees the
-    gradient."""
+) -> Update:
+    """Clip the gradient to `max_grad_norm` (0 = off) and step, unless loss or gradient are not finite. Frees it."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None])
     if processes.sharded:
@@ -69,7 +72,7 @@ def optimizer_step(
 
 
 def _with_gradient_one_by_one(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
-    """Yields each parameter while it alone has its gradient, so that the optimizer updates it alone. Afterwards none has one."""
+    """Yield each parameter while only it has a gradient, so that the optimizer updates only it. Frees them."""
     gradients = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None

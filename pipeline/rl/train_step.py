@@ -27,7 +27,7 @@ from pipeline.timing import Stopwatch, timing_row
 
 def train_step(
     state: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> None:  # fmt: skip
+) -> None:
     """Appends the step's row, samples and timings to `state`."""
     params, recipe, sizes, step = context.params, context.params.selected_recipe, context.params.train, state.step
     group_size, watch = sizes.samples_per_prompt, Stopwatch()
@@ -66,14 +66,26 @@ def train_step(
     # update: ascend sum_it w_it A_i grad log pi(y_it | x_i, y_i<t), less the recipe's other terms
     loss_mask = make_loss_mask(rollout, group_size, recipe.padding)
     batch = Batch(
-        rollout, advantage.flatten(), loss_mask, None if recipe.kl == "none" else ref_logprobs,
-        LossNormalizers(len(loss_mask), int(loss_mask.sum()), sizes.max_tokens), kl_coef,
-    )  # fmt: skip
+        rollout,
+        advantage.flatten(),
+        loss_mask,
+        None if recipe.kl == "none" else ref_logprobs,
+        LossNormalizers(len(loss_mask), int(loss_mask.sum()), sizes.max_tokens),
+        kl_coef,
+    )
     lr = learning_rate(step, sizes.steps, recipe)
     gradient, updated = update_policy(
-        batch, policy, optimizer, recipe, lr, sizes.micro_batch, group_size, context.processes, sizes.gradient_checkpointing,
+        batch,
+        policy,
+        optimizer,
+        recipe,
+        lr,
+        sizes.micro_batch,
+        group_size,
+        context.processes,
+        sizes.gradient_checkpointing,
         context.layout.packing,
-    )  # fmt: skip
+    )
     sync_rollout_model(context, policy)
     watch.lap("update")
 
@@ -106,8 +118,8 @@ def train_step(
 
 
 def baseline_inputs(state: TrainState, context: TrainContext, prompts: list[str], kl_coef: float) -> Tensor | None:
-    """What the recipe's baseline needs beyond the batch's own rewards, for prompts [B]: the running mean of earlier rewards, or
-    the rewards [B] of a greedy completion of each prompt."""
+    """What the recipe's baseline needs beyond the batch's own rewards, for prompts [B]: the running mean of earlier
+    rewards, or the rewards [B] of a greedy completion of each prompt."""
     recipe = context.params.selected_recipe
     if recipe.baseline == "running" and state.running_mean is not None:
         return torch.tensor(state.running_mean, dtype=torch.float64, device=context.device)

@@ -58,15 +58,21 @@ def make_loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
 
 
 def backward(
-    policy: PreTrainedModel, batch: Batch, recipe: Recipe, micro_batch: int, group: int = 1,
-    processes: DistContext = SINGLE_PROCESS, gradient_checkpointing: bool = False, packing: bool = True,
-) -> BackwardResult:  # fmt: skip
-    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`, which should be empty: the signal-to-noise
-    ratio is computed from it.
+    policy: PreTrainedModel,
+    batch: Batch,
+    recipe: Recipe,
+    micro_batch: int,
+    group: int = 1,
+    processes: DistContext = SINGLE_PROCESS,
+    gradient_checkpointing: bool = False,
+    packing: bool = True,
+) -> BackwardResult:
+    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`, which should be empty: the
+    signal-to-noise ratio is computed from it.
 
-    Normalisers come from the whole batch: micro-batches change memory, not the gradient, and the gradients of the processes
-    add up to it. `group`: completions of a prompt; `gradient_checkpointing`: computes layers again in the backward pass;
-    `packing`: see `score`.
+    Normalisers come from the whole batch: micro-batches change memory, not the gradient, and the gradients of the
+    processes add up to it. `group`: completions of a prompt; `gradient_checkpointing`: computes layers again in the
+    backward pass; `packing`: see `score`.
     """
     rollout, total, clipped = batch.rollout, 0.0, 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -79,8 +85,8 @@ def backward(
         _record_microbatch_norms(policy) if track_microbatch_norms else nullcontext([])
     )
     device = weights.device
-    # one autocast context for all micro-batches rounds the weights once; it may not cache them where layers are gathered or
-    # computed again
+    # one autocast context for all micro-batches rounds the weights once; it may not cache them where layers are
+    # gathered or computed again
     keep = not (processes.sharded or gradient_checkpointing)
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=keep)
     starts = list(range(mine.start, mine.stop, micro_batch))
@@ -91,10 +97,16 @@ def backward(
             rows = slice(start, min(start + micro_batch, mine.stop))
             squares.append(0.0)
             scores = score(
-                policy, rollout.prompt_ids[rows], rollout.prompt_mask[rows], rollout.completions[rows],
-                recipe.loss_params, recipe.alignment, lengths=lengths[rows],
-                entropy_gradient=recipe.entropy_coef > 0, packing=packing,
-            )  # fmt: skip
+                policy,
+                rollout.prompt_ids[rows],
+                rollout.prompt_mask[rows],
+                rollout.completions[rows],
+                recipe.loss_params,
+                recipe.alignment,
+                lengths=lengths[rows],
+                entropy_gradient=recipe.entropy_coef > 0,
+                packing=packing,
+            )
             with torch.autocast(device.type, enabled=False):
                 loss, cut = microbatch_loss(scores, batch, rows, weights, recipe)
                 (loss * 0 if len(parts) == len(starts) else loss).backward()
@@ -134,7 +146,7 @@ def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, 
     loss = policy_loss(scores.scored, batch.advantages[rows], factors)
     if recipe.kl in KL_LOSSES:
         assert batch.ref_logprobs is not None
-        # the log-probabilities of what was sampled: not the shifted ones, and not the full softmax of a truncated sampler
+        # under the distribution that was sampled: neither shifted ones, nor the full softmax of a truncated sampler
         acting = scores.scored if recipe.loss_distribution == "sampler" else scores.logprobs
         kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.normalizers.samples)
         loss = loss + batch.kl_coef * kl
@@ -145,8 +157,8 @@ def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, 
 
 @contextmanager
 def _record_microbatch_norms(policy: PreTrainedModel) -> Iterator[list[Tensor | float]]:
-    """Inside, each backward pass also adds the squared L2 norm of its own gradient to the last entry of the list. Parameter by
-    parameter, as gradients arrive: no second copy of the whole gradient is held."""
+    """Inside, each backward pass also adds the squared L2 norm of its own gradient to the last entry of the list. It
+    adds parameter by parameter, as gradients arrive, and holds no second copy of the whole gradient."""
     sums: dict[Tensor, Tensor] = {}
     squares: list[Tensor | float] = []
 
@@ -173,10 +185,18 @@ def _record_microbatch_norms(policy: PreTrainedModel) -> Iterator[list[Tensor | 
 
 
 def update_policy(
-    batch: Batch, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float,
-    micro_batch: int, group: int, processes: DistContext = SINGLE_PROCESS, gradient_checkpointing: bool = False, packing: bool = True,
-) -> tuple[BackwardResult, dict[str, float]]:  # fmt: skip
-    """The recipe's `epochs` updates on one batch. Returns the first, on-policy result and the metrics of the updates."""
+    batch: Batch,
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    lr: float,
+    micro_batch: int,
+    group: int,
+    processes: DistContext = SINGLE_PROCESS,
+    gradient_checkpointing: bool = False,
+    packing: bool = True,
+) -> tuple[BackwardResult, dict[str, float]]:
+    """Run the recipe's `epochs` updates on one batch. Returns the first, on-policy result and the updates' metrics."""
     gradients: list[BackwardResult] = []
     updates: list[Update] = []
     while len(updates) < recipe.epochs and not (updates and updates[-1].skipped):

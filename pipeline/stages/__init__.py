@@ -1,3 +1,2 @@
-"""One module for each stage of dvc.yaml, named as it is. A stage reads files, calls the packages below and writes files. What
-two stages share, and what can be tested without files, belongs below.
-"""
+"""One module for each stage of dvc.yaml, of the same name. A stage reads files, calls the packages below and writes
+files. What two stages share, or what can be tested without files, belongs in those packages."""

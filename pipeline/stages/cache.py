@@ -1,10 +1,10 @@
-"""Stage 2: the policy's checkpoint and the reward's encoder -> data/checkpoint/, whole and usable offline from then on.
+"""Stage `cache`: the policy's checkpoint and the reward's encoder -> data/checkpoint/, complete and usable offline.
 
-Here a policy that cannot be trained as it is meant is refused, before anything long: its prompts must fit, and what is
-sampled, scored and differentiated must be what its own forward pass computes (pipeline/models/verification.py).
+A model that cannot be trained correctly is refused here, before hours of training: the prompts must fit its context,
+and sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py).
 
-Nothing here depends on the reward: the encoder is stored also where the chosen reward needs none, so that another
-reward never reruns this stage. Code that a repository ships is never run (`trust_remote_code` is off).
+The encoder is stored even if the reward needs none, so that another reward never reruns this stage. Code from a
+repository is never run (`trust_remote_code` is off).
 """
 
 import hashlib
@@ -23,15 +23,7 @@ from pipeline.data.hub import drop_damaged, from_hub
 from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
 from pipeline.data.token_ids import name_ends
 from pipeline.errors import UserError, run_stage
-from pipeline.file_io import (
-    atomic_folder,
-    folder_digests,
-    read_json,
-    read_jsonl,
-    sha256,
-    why_unwatched,
-    write_json,
-)
+from pipeline.file_io import atomic_folder, folder_digests, read_json, read_jsonl, sha256, why_unwatched, write_json
 
 CHECKPOINT, PROMPTS = Path("data/checkpoint"), Path("data/prompts")
 WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC hashes for this stage
@@ -40,7 +32,7 @@ WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC has
 def main() -> None:
     params = load_params()
     policy_key, encoder_key = f"models.{params.model}", f"encoders.{params.encoder}"
-    # Both are found before either is copied: a wrong key costs no time.
+    # find both before copying either: a wrong key is reported at once
     policy, policy_origin = find(policy_key, params.selected_model, "model: pocket")
     encoder, encoder_origin = find(encoder_key, params.selected_encoder, "encoder: minilm")
 
@@ -61,8 +53,8 @@ def main() -> None:
 
 
 def name_float32(file: Path) -> None:
-    """Has a configuration say float32, which is what is trained, whatever its weights are stored in: transformers loads
-    what the configuration says, and beside adapters rounded weights would be another policy than the trained one."""
+    """Set a configuration's dtype to float32, in which training computes. transformers loads the checkpoint of an
+    adapter in the configured dtype, and rounded weights would be another policy than the trained one."""
     config = read_json(file)
     changed = {**config, "dtype": "float32"}
     changed.pop("torch_dtype", None)  # its older name
@@ -74,8 +66,9 @@ def name_float32(file: Path) -> None:
 
 
 def check_run(params: Params, folder: Path, key: str) -> str:
-    """Writes layout.json: how sequences are laid out for the policy in `folder`, and how long the longest is. Gives it in one
-    line. Raises UserError where prompts, lengths and policy do not go together, or the policy cannot be trained."""
+    """Choose the layout of sequences for the policy in `folder` and write layout.json: the layout and the longest
+    sequence, in tokens. Returns a description. Raises UserError if the prompts do not fit the policy or it cannot be
+    trained."""
     import torch
 
     from pipeline.distributed.device import configure_torch
@@ -85,27 +78,36 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
     def compare(device: torch.device) -> tuple[Layout, str]:
         policy = init_policy(
-            folder / "policy", device, lora_rank=params.train.lora_rank, lora_alpha=params.train.lora_alpha,
-            generator=generator(0, 0, "adapters"),  # of any seed
-        )  # fmt: skip
+            folder / "policy",
+            device,
+            lora_rank=params.train.lora_rank,
+            lora_alpha=params.train.lora_alpha,
+            generator=generator(0, 0, "adapters"),  # any seed would do
+        )
         found = choose_layout(
-            policy, probes, sampled, key, eos=eos, special=special_ids(folder / "policy", tokenizer), bfloat16=bfloat16,
+            policy,
+            probes,
+            sampled,
+            key,
+            eos=eos,
+            special=special_ids(folder / "policy", tokenizer),
+            bfloat16=bfloat16,
             gradient_checkpointing=params.train.gradient_checkpointing,
-        )  # fmt: skip
+        )
         check_saving(policy, key)
         return found
 
     device = configure_torch(params.train.device, params.train.threads)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
-    name_ends(folder / "policy", eos)  # here too: an adapter is decoded as the checkpoint that it names
+    name_ends(folder / "policy", eos)  # decoding an adapter reads the files of its checkpoint
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     probes, sampled = probe_prompts(tokens, limits)
     bfloat16 = params.selected_recipe.precision == "bfloat16"
     print(f"{key}: comparing sampling, scoring and saving with what transformers does")
     try:
         layout, how = compare(device)
-    except torch.OutOfMemoryError:  # a policy that is sharded over several devices is compared in one piece
+    except torch.OutOfMemoryError:  # training may shard the policy over several devices, this comparison does not
         print(f"note: {key} is compared on the CPU: {device} has too little memory", file=sys.stderr)
         layout, how = compare(torch.device("cpu"))
     longest = max(len(ids) + limit for ids, limit in zip(tokens, limits, strict=True))
@@ -114,8 +116,9 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
 
 def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
-    """The tokens of all prompts that fit the policy's context, and how long their completions may be. Raises UserError naming
-    a prompt of the run that has no token, has one that the policy does not know, or is too long with its completion."""
+    """The token ids of all prompts that fit the policy's context, and the most tokens of their completions. Raises
+    UserError naming a prompt of the run without tokens, with an unknown token, or too long together with its
+    completion."""
     from transformers import AutoConfig
 
     from pipeline.models.rollout import check_context, completion_limits, context_length
@@ -140,7 +143,7 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         lengths = list(map(len, ids))
         allowed = completion_limits(lengths, params.train.max_tokens, params.selected_recipe.length_limit).tolist()
         check_context(room, prompts[: used or None], lengths, allowed, table)
-        # of held-out prompts that are not used some may not fit
+        # held-out prompts that are not used need not fit
         fits = [i for i, length in enumerate(lengths) if room is None or length + allowed[i] <= room]
         tokens += [ids[i] for i in fits]
         limits += [allowed[i] for i in fits]
@@ -148,9 +151,9 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
 
 
 def find(key: str, table: Model | Encoder, offline_choice: str) -> tuple[Path, dict[str, Any]]:
-    """The folder that holds what a table of params.yaml asks for, and where it came from.
+    """The folder with the model that a table of params.yaml names, and its origin for the manifest.
 
-    offline_choice: the selection that needs no hub, for the error of a hub that cannot be reached.
+    offline_choice: the selection in params.yaml that needs no hub, for error messages.
     """
     if isinstance(table, Encoder) and table.package:
         folder, origin = _in_package(key, table.package)
@@ -168,9 +171,8 @@ def find(key: str, table: Model | Encoder, offline_choice: str) -> tuple[Path, d
 
 
 def _fetch(key: str, repo: str, revision: str) -> Path:
-    """The folder in the user's Hugging Face cache that holds the needed files of a repository, named by the commit that
-    the revision stands for. Only what is missing there is downloaded; with HF_HUB_OFFLINE nothing is.
-    """
+    """The folder of a repository's needed files in the user's Hugging Face cache; its name is the commit of the
+    revision. Missing files are downloaded, unless HF_HUB_OFFLINE is set."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -178,13 +180,13 @@ def _fetch(key: str, repo: str, revision: str) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # the client's word on names that lead out of its folder
-        raise UserError(f"{key}: {repo} names a file as none may be named: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # the client refuses paths that lead out of its folder
+        raise UserError(f"{key}: {repo} has a file with a forbidden name: {str(error).splitlines()[0]}") from None
     drop_damaged(folder)
-    commit = folder.name  # from here on, in case a branch moves meanwhile
+    commit = folder.name  # a branch may move meanwhile
     try:
         names = {file.path for file in get_cached_repo_tree(repo, revision=commit)}
-    except CachedRepoTreeNotFoundError:  # offline, and cached by an older client that kept no listing
+    except CachedRepoTreeNotFoundError:  # offline, and cached by an older client that stored no listing
         names = {path.name for path in folder.iterdir()}
     weights = weight_files(names, lambda index: read_index(folder / index, key))
     snapshot_download(repo, revision=commit, allow_patterns=weights)
@@ -193,7 +195,7 @@ def _fetch(key: str, repo: str, revision: str) -> Path:
 
 
 def _in_package(key: str, package: str) -> tuple[Path, dict[str, Any]]:
-    """The `model` folder of an installed Python package, found without importing it."""
+    """The `model` folder of an installed Python package, which is not imported."""
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -205,11 +207,11 @@ def _in_package(key: str, package: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _in_directory(key: str, table: Model | Encoder) -> tuple[Path, dict[str, Any]]:
-    """A directory that DVC watches, or any other one whose content the digest in params.yaml fixes."""
+    """A directory that DVC watches, or any other whose digest is in params.yaml."""
     folder = Path(str(table.source))
-    if not os.path.isdir(folder):  # pathlib raises for a name that no file system takes
+    if not os.path.isdir(folder):  # pathlib raises for names that are not valid, such as too long ones
         raise UserError(f"{key}.source = {table.source!r}: no such directory")
-    name = folder.name if folder.is_absolute() else folder.as_posix()  # the manifest is the same on every machine
+    name = folder.name if folder.is_absolute() else folder.as_posix()  # the same on every machine
     expected = table.manifest_sha256 if isinstance(table, Model) else None
     reason = why_unwatched(folder, WATCHED)
     if expected is None and reason is None:
@@ -229,7 +231,7 @@ def _in_directory(key: str, table: Model | Encoder) -> tuple[Path, dict[str, Any
 
 
 def listing_digest(folder: Path, names: list[str]) -> str:
-    """sha256 of the lines `<sha256>  <name>` that the command sha256sum prints for the needed files, sorted by name."""
+    """sha256 of the lines `<sha256>  <name>` that the command sha256sum prints for these files, sorted by name."""
     lines = (f"{sha256(folder / name)}  {name}\n" for name in sorted(names))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -1,6 +1,8 @@
-"""Stage `check`: the whole of params.yaml is valid, and the custom rewards that it names are there. The other stages read
-only what they depend on, so that a key that none of them knows (`-S +rewrad=length`) would change nothing and go
-unnoticed. It also comes first in the folder of an experiment that DVC would run and then lose."""
+"""Stage `check`: all of params.yaml is valid, and the custom rewards that it names exist.
+
+The other stages depend on parts of the file only: a misspelt new key (`-S +rewrad=length`) would change nothing and go
+unnoticed. For an experiment it also checks, before anything runs, that DVC can save the result.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stage `diagnose`: whether, how and from when on the run collapsed, and what to try (reports/diagnosis.json)."""
+"""Stage `diagnose`: whether and how the run collapsed, from which step on, and what to try (reports/diagnosis.json)."""
 
 import math
 import shlex
@@ -22,7 +22,7 @@ SHOWN = 3  # completions a finding
 
 
 def main() -> None:
-    """Raises UserError where a file of the stage `train` is missing, is not what it writes, or is of another run."""
+    """Raises UserError if a file of the stage `train` is missing, malformed, or of another run."""
     params = load_params()
     files = [REPORTS / "history.csv", REPORTS / "calibration.csv", REPORTS / "samples.jsonl", HEALTHY]
     files += [REPORTS / "summary.json", REPORTS / "run.json"]
@@ -48,7 +48,7 @@ def main() -> None:
 def diagnose(
     params: Params, rows: list[dict[str, float]], calibration: list[dict[str, float]], samples: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of diagnosis.json but for the healthy policy's step and the digest of the history that it is of."""
+    """The content of diagnosis.json, without the step of the healthy policy and the digest of the history."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
     found = findings(rows, spreads, params.train.steps)
     summaries = [summary(finding, rows, spreads) for finding in found]
@@ -89,7 +89,7 @@ def evidence(shown: Evidence) -> dict[str, Any]:
 
 
 def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Completions of the step that shows the finding, the clearest first; a misaligned loss does not show in texts."""
+    """Completions of the step that shows the finding, the clearest first. No text shows a misaligned loss."""
     if finding.kind == "misaligned":
         return []
     of_step = [sample for sample in samples if sample["step"] == finding.shown_at]
@@ -101,7 +101,7 @@ def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def command(params: Params, changes: dict[str, Any]) -> str:
-    """What runs the experiment: the selectors as they are and the changes."""
+    """The command that runs the experiment: the present selectors and the changes."""
     chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")} | changes
     return " ".join(["dvc exp run", *(f"-S {shlex.quote(f'{key}={value}')}" for key, value in chosen.items())])
 

@@ -1,6 +1,6 @@
-"""Stage `evaluate`: the trained policy against the untouched checkpoint, on held-out prompts and the same random numbers.
+"""Stage `evaluate`: the trained policy against the reference model, with the same held-out prompts and random numbers.
 
-Every reward of params.yaml is measured, not only the trained one.
+All rewards of params.yaml are measured, not only the trained one.
 """
 
 import sys
@@ -31,7 +31,7 @@ from pipeline.runs.progress import progress
 PROMPTS, CHECKPOINT, POLICY = Path("data/prompts/heldout.jsonl"), Path("data/checkpoint"), Path("data/policy")
 REPORTS = Path("reports/evaluate")
 PROMPT_BATCH = 32  # prompts sampled at once
-NAMES = ("checkpoint", "policy")
+NAMES = ("checkpoint", "policy")  # in metrics.json: the reference model and the trained policy
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         prompts = prompts[: params.evaluate.prompts]
     device = configure_torch(params.train.device, params.train.threads)
     metrics, rows = evaluate(params, prompts, device)
-    if depends_on(load_params()) != depends_on(params):  # DVC would record what is there now
+    if depends_on(load_params()) != depends_on(params):  # DVC would record the new values
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(REPORTS / "completions.jsonl", rows)
     write_json(REPORTS / "metrics.json", metrics)
@@ -51,7 +51,7 @@ def main() -> None:
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
     sure = "one prompt, no interval" if low is None else f"95% interval {low:+.4f} to {high:+.4f}"
-    print(f"held-out {params.reward}: {mean:+.4f} ({sure}) over the untouched checkpoint")
+    print(f"held-out {params.reward}: {mean:+.4f} ({sure}) over the reference model")
 
 
 def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -65,12 +65,10 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
     longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected_recipe.length_limit)
     layout = load_layout(CHECKPOINT / "layout.json", longest)
     eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
-    # one model at a time: two may be more than the device held in training
+    # one model at a time: training held no more
     rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout, "policy")}
     if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
-        print(
-            "warning: the policy's log-probabilities are not finite; what it says here is not its own", file=sys.stderr
-        )
+        print("warning: the policy's log-probabilities are not finite; its texts mean nothing", file=sys.stderr)
     reference = load_policy(CHECKPOINT / "policy", device)
     rollouts["checkpoint"] = sample_all(params, ids, reference, eos, layout, "reference")
     texts: dict[str, list[str]] = {}
@@ -96,21 +94,14 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
 
 
 def depends_on(params: Params) -> tuple[Any, ...]:
-    """The parameters that dvc.yaml names for this stage."""
-    return (
-        params.evaluate,
-        params.selected_recipe,
-        params.recipe,
-        params.reward,
-        params.rewards,
-        params.seed,
-        params.train,
-    )
+    """The parameters that this stage depends on, as dvc.yaml lists them."""
+    p = params
+    return p.evaluate, p.selected_recipe, p.recipe, p.reward, p.rewards, p.seed, p.train
 
 
 def evaluation_identity(params: Params) -> dict[str, Any]:
-    """Which policy, how, and what came of it: numbers of other prompts or another number of samples are not those of the same
-    quantity, and those of another policy are not this one's."""
+    """What was evaluated and how, and the digests of the results. Only evaluations with the same prompts and parameters
+    are comparable."""
     files = {name: sha256(REPORTS / name) for name in ("completions.jsonl", "metrics.json")}
     policy = folder_digests(POLICY)
     return {"policy": policy, "prompts": sha256(PROMPTS), "params": params.evaluate.model_dump(), **files}
@@ -119,27 +110,38 @@ def evaluation_identity(params: Params) -> dict[str, Any]:
 def sample_all(
     params: Params, prompts: list[list[int]], policy: PreTrainedModel, eos: tuple[int, ...], layout: Layout, name: str
 ) -> list[Rollout]:
-    """What a policy samples for the prompts, given as tokens, PROMPT_BATCH of them at a time. `name` is shown meanwhile."""
+    """Sample completions for the prompts (token ids), PROMPT_BATCH prompts at a time. `name` is shown meanwhile."""
     recipe, group, size = params.selected_recipe, params.evaluate.samples_per_prompt, params.train.max_tokens
     device, rollouts = policy.device, []
     for start in progress(range(0, len(prompts), PROMPT_BATCH), f"sampling from the {name}, in batches"):
         ids = prompts[start : start + PROMPT_BATCH]
-        # a stream of numbers for each prompt, the same for both policies and for any number of prompts before it
+        # each prompt has its own stream: the same for both models, whatever the other prompts
         noise = torch.cat([draw_uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
-        rollouts.append(sample(
-            policy, *pad_prompts(ids, eos[0], device), limits, noise.to(device), eos, recipe.sampling_params,
-            layout.sampling,
-        ))  # fmt: skip
+        rollouts.append(
+            sample(
+                policy,
+                *pad_prompts(ids, eos[0], device),
+                limits,
+                noise.to(device),
+                eos,
+                recipe.sampling_params,
+                layout.sampling,
+            )
+        )
     return rollouts
 
 
 def measure(
-    params: Params, rollouts: list[Rollout], reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    eos: tuple[int, ...], packing: bool,
-) -> tuple[list[str], dict[str, float | None], float]:  # fmt: skip
-    """Texts [B * G] as the reward reads them, their statistics, and their log-likelihood a token under the untouched
-    checkpoint."""
+    params: Params,
+    rollouts: list[Rollout],
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: tuple[int, ...],
+    packing: bool,
+) -> tuple[list[str], dict[str, float | None], float]:
+    """Texts [B * G] as the reward reads them, their statistics, and their mean log-probability per token under the
+    reference model, in nats."""
     recipe, group = params.selected_recipe, params.evaluate.samples_per_prompt
     texts: list[str] = []
     plain: list[str] = []  # without special tokens
@@ -159,10 +161,10 @@ def measure(
 
 
 def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
-    """Means with 95% intervals of both policies and of the paired difference; prompts are the unit that is resampled;
-    of one prompt there is no interval.
+    """Means with 95% intervals of both models and of the paired difference. The bootstrap resamples prompts.
 
-    rewards [2, B, G]: checkpoint, policy. win_rate: share of pairs in which the policy's reward is higher, ties half.
+    rewards [2, B, G]: reference, policy. win_rate: share of pairs in which the policy's reward is higher, ties count
+    half.
     """
     checkpoint, policy = rewards.mean(2)  # [B]
     wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()

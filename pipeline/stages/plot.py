@@ -1,4 +1,4 @@
-"""Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/page/report.html), from files alone."""
+"""Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/page/report.html)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ REPORTS, PAGE = Path("reports"), Path("reports/page/report.html")
 
 
 def draw(data: Inputs) -> "dict[str, Figure]":
-    """Every figure by the name of its file, in the order of the page."""
+    """All figures by file name, in the order of the page."""
     history, run, held_out = data.history, data.run, data.rewards[data.trained]
     drawn = {
         "overview": figures.overview(history, held_out, run),
@@ -30,7 +30,7 @@ def draw(data: Inputs) -> "dict[str, Figure]":
 
 
 def main() -> None:
-    """Everything is rendered before anything is written. Raises UserError for missing or broken inputs."""
+    """Render everything, then write it. Raises UserError for missing or malformed inputs."""
     data = load(REPORTS)
     pictures = {name: style.png(figure) for name, figure in draw(data).items()}
     report = page.render(data, pictures)
@@ -38,7 +38,7 @@ def main() -> None:
         for name, content in pictures.items():
             (folder / f"{name}.png").write_bytes(content)
     write_text(PAGE, report)
-    make_all_readable(REPORTS)  # the last stage that reads what DVC has committed meanwhile
+    make_all_readable(REPORTS)  # the last stage that reads outputs which DVC has committed
     print(f"{len(pictures)} figures in {REPORTS / 'figures'}, page {PAGE}")
 
 

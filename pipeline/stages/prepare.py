@@ -1,4 +1,4 @@
-"""Stage 1: messages -> filtered prompts, one set to train on and one held out (the source's validation split)."""
+"""Stage `prepare`: messages -> filtered prompts, for training and held out (the source's validation split)."""
 
 import gzip
 import json
@@ -19,10 +19,7 @@ from pipeline.file_io import atomic_path, why_unwatched, write_json, write_jsonl
 TRAIN = Path("data/prompts/train.jsonl")
 HELDOUT = Path("data/prompts/heldout.jsonl")
 REPORT = Path("reports/prepare.json")
-WATCHED = (
-    Path("data/pocket/prompts"),
-    Path("data/local"),
-)  # what DVC hashes for this stage: an edit elsewhere goes unnoticed
+WATCHED = (Path("data/pocket/prompts"), Path("data/local"))  # DVC hashes these: it would not notice edits elsewhere
 COLUMNS = {"text": (str,), "lang": (str,), "message_id": (str, type(None))}
 OPTIONAL = {"message_id"}
 
@@ -42,7 +39,7 @@ def main() -> None:
     heldout, heldout_counts = select(rows, rules, train_texts={row["prompt"] for row in train})
     _refuse_empty(heldout, heldout_counts, where, key)
 
-    # Everything is written before anything is renamed into place: a full disk leaves the earlier files.
+    # write everything before renaming anything: a full disk leaves the earlier files
     with atomic_path(TRAIN) as train_file, atomic_path(HELDOUT) as heldout_file, atomic_path(REPORT) as report_file:
         write_jsonl(train_file, train)
         write_jsonl(heldout_file, heldout)
@@ -53,9 +50,9 @@ def main() -> None:
 def select(
     rows: Iterable[Located], rules: PromptSet, train_texts: Collection[str] = frozenset()
 ) -> tuple[list[Row], dict[str, Any]]:
-    """The prompts that pass the filter, and counts: rows read and kept, dropped by the first rule broken, duplicates.
+    """The prompts that pass the filter, and counts: rows read, kept, dropped by the first broken rule, duplicates.
 
-    A text in `train_texts` is dropped as leaked. Duplicates are counted also where the rules keep them.
+    Texts in `train_texts` are dropped as leaked. Duplicates are counted even if the rules keep them.
     """
     prompts: list[Row] = []
     reasons = ("language", "too_short", "too_long", "first_character", "leaked", "duplicate")
@@ -94,7 +91,7 @@ def _first_broken_rule(text: str, lang: str, rules: PromptSet) -> str | None:
 
 
 def _check(where: str, row: Any) -> None:
-    """Raises UserError where a row is not an object with a text and a language."""
+    """Raises UserError unless a row is an object with a text and a language."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row should be an object with text and lang, not {_kind(row)}")
     for column, kinds in COLUMNS.items():
@@ -127,13 +124,13 @@ def _refuse_empty(prompts: list[Row], counts: dict[str, Any], where: str, key: s
         raise UserError(f"{where}: none of its {counts['read']} rows is left as a prompt{because}")
 
 
-# --- sources: each gives a function from split to (name, rows) ---------------------------------------------------
+# --- sources: each returns a function from split to (name, rows)
 
 
 def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterable[Located]]]:
     """The splits of a directory that holds train.* and validation.* as .jsonl, .jsonl.gz or .parquet."""
     source = Path(str(rules.source))
-    if not os.path.isdir(source):  # pathlib raises for a name that no file system takes
+    if not os.path.isdir(source):  # pathlib raises for names that are not valid, such as too long ones
         raise UserError(f"{key}.source = {rules.source!r}: no such directory")
     if reason := why_unwatched(source, WATCHED):
         folders = " or ".join(f"{folder}/" for folder in WATCHED)
@@ -146,12 +143,12 @@ def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Itera
             raise UserError(f"{source}: should hold one of {', '.join(names)}; it holds {len(found) or 'none'} of them")
         return str(found[0]), read_parquet(found[0]) if found[0].suffix == ".parquet" else read_jsonl(found[0])
 
-    read_split("validation")  # a missing file is said before minutes are spent on the other one
+    read_split("validation")  # a missing file is reported before minutes are spent on the other one
     return read_split
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
-    """Rows of a JSONL file, gzipped or not. Blank lines are skipped; anything else malformed is a UserError."""
+    """Yield the rows of a JSONL file, gzipped or not. Skips blank lines; raises UserError for malformed ones."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -166,26 +163,26 @@ def read_jsonl(path: Path) -> Iterator[Located]:
 
 def _parse(where: str, line: bytes) -> Any:
     try:
-        # without the newline errors name the right column
+        # stripped, so that errors name the right column
         return json.loads(line.decode().rstrip(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
         raise UserError(f"{where}: malformed JSON: {error}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
-    if len(row) < len(pairs):  # which of the two was meant?
+    if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
     return row
 
 
 def read_parquet(path: Path) -> Iterator[Located]:
-    """Rows of a Parquet file, the needed columns only. Raises UserError where it is none or lacks a column."""
+    """Yield the rows of a Parquet file, needed columns only. Raises UserError if it is damaged or lacks one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -209,8 +206,7 @@ def read_parquet(path: Path) -> Iterator[Located]:
 
 
 def _values(where: str, cells: dict[str, Any]) -> Row:
-    """A row of Arrow scalars as Python's values. Raises UserError where one has none: bytes that are no text, a date in
-    the year 300000."""
+    """A row of Arrow scalars as Python values. Raises UserError if one has none, such as a date in the year 300000."""
     row = {}
     for column, cell in cells.items():
         try:
@@ -221,7 +217,7 @@ def _values(where: str, cells: dict[str, Any]) -> Row:
 
 
 def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterable[Located]]]:
-    """The splits of a dataset of the hub at its pinned revision; it lands in the user's ordinary Hugging Face cache."""
+    """The splits of a dataset from the hub at its pinned revision. Downloads go to the user's Hugging Face cache."""
     name = f"{rules.repo}@{rules.revision}"
     if not re.fullmatch("[0-9a-f]{40}", rules.revision or ""):
         raise UserError(f"{key}.revision = {rules.revision!r}: pin a full commit of {rules.repo} (40 hex digits)")
@@ -251,15 +247,15 @@ def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterabl
 
 
 def _fetch(repo: str, revision: str) -> Any:
-    """The dataset, from the cache where it is there. Whatever was made of a file that is not what the hub announced is
-    deleted with it: DamagedError."""
+    """The dataset, from the cache if it is there. If a downloaded file is damaged, what was prepared from it is deleted
+    too. Raises DamagedError."""
     import datasets
     from huggingface_hub import constants
 
     prepared = None
     try:
         builder = datasets.load_dataset_builder(repo, revision=revision)
-        # Where the hub cannot be reached, `datasets` takes any revision that it finds in its cache.
+        # If the hub cannot be reached, `datasets` takes any revision in its cache.
         if builder.hash != revision:
             raise ConnectionError("only another revision is in the local cache")
         prepared = Path(builder.cache_dir)

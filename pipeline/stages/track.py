@@ -1,8 +1,8 @@
-"""Stage `track`: the complete record of the run in MLflow, made from the files of the earlier stages.
+"""Stage `track`: the complete run in MLflow, from the files of the earlier stages.
 
-The files are the record and MLflow is a view of them, so running this again changes nothing, and running it by hand
-(`reinforce track`) repairs a lost database and ends runs whose process has died. One content key is one run:
-evaluating the same policy with other `evaluate` parameters adds newer values to the same metrics of the same run.
+The files are the truth and MLflow mirrors them: running this again changes nothing, and running it by hand (`reinforce
+track`) repairs a lost database and ends runs whose process has died. One train_key is one run: evaluating the same
+policy with other `evaluate` parameters adds newer values to the metrics of that run.
 """
 
 import os
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Raises UserError when a file is missing, or when the store cannot be reached or written."""
+    """Raises UserError if a file is missing, or the store cannot be reached or written."""
     record = read_record()
     mlflow_store.defaults(timeout=30, retries=3)
     try:
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def end_dead_runs(client: "MlflowClient", experiment: str) -> None:
-    """Ends as KILLED the RUNNING runs of this host whose process is gone; says how many it cannot judge."""
+    """Mark RUNNING runs of this host as KILLED if their process is gone. Prints how many runs are on other hosts."""
     elsewhere = 0
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
         if run.data.tags.get("host") != socket.gethostname():
@@ -70,14 +70,14 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> None:
 
 
 def drop_resume_state(train_key: str) -> None:
-    """Deletes the resume state once dvc.lock says that the outputs of this training are committed. The timings stay:
-    they are nowhere else but in MLflow."""
+    """Delete the resume states once dvc.lock says that the run's outputs are committed. Keeps the timings, which are
+    only here and in MLflow."""
     folder = workspace.root() / ".checkpoints" / train_key
     if not folder.is_dir() or not workspace.is_committed(RUN.read_text(encoding="utf-8")):
         return
     try:
-        with FileLock(folder.with_suffix(".lock"), timeout=0):  # the trainer's
-            for state in sorted(folder.glob("state-*.pt")):  # the oldest first: a kill leaves the newest, whole
+        with FileLock(folder.with_suffix(".lock"), timeout=0):  # `train` holds it
+            for state in sorted(folder.glob("state-*.pt")):  # oldest first: a kill leaves the newest one
                 state.unlink()
     except Timeout:
         print("note: this very run is being trained again; its resume state is left alone", file=sys.stderr)

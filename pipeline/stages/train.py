@@ -1,7 +1,7 @@
-"""Stage `train`: REINFORCE. Sample, score, compare with the baseline, step.
+"""Stage `train`: REINFORCE. Sample, compute rewards, subtract the baseline, step.
 
-Left out of what the field's trainers have: a value network and a replay buffer. Each batch is sampled from the policy
-that it updates, and used for one update, or for several where the recipe weighs them by importance (`epochs`).
+Left out: a value network and a replay buffer. Each batch is sampled from the policy that it updates, and used for one
+update, or for several with importance weights (`epochs`).
 """
 
 import dataclasses
@@ -25,15 +25,7 @@ from pipeline.distributed.device import configure_torch
 from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.weights import load_optimizer_state, load_weights, optimizer_state, trained_weights
 from pipeline.errors import UserError, run_stage
-from pipeline.file_io import (
-    atomic_folder,
-    folder_digests,
-    sha256,
-    to_json,
-    write_csv,
-    write_json,
-    write_jsonl,
-)
+from pipeline.file_io import atomic_folder, folder_digests, sha256, to_json, write_csv, write_json, write_jsonl
 from pipeline.models.load import end_of_text_ids, load_layout
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
@@ -58,7 +50,7 @@ from pipeline.runs.workspace import is_committed, root
 
 POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
 IN_FOLDER = Path(".locks/train")
-UNDO = "undo that and repeat the command, which only writes the result; or, for what is there now, just repeat it"
+UNDO = "undo that and repeat the command, which then only writes the result; to train with the change, just repeat it"
 
 
 def main() -> None:
@@ -73,7 +65,7 @@ def main() -> None:
     with ExitStack() as locks:
         if processes.is_main_process:
             locks.enter_context(checkpoints.exclusive_lock(folder, "this very run"))
-            # a trainer that outlived its dvc must not write its outputs between those of other parameters
+            # an earlier `train` that outlived its `dvc` must not write among the outputs of this one
             locks.enter_context(checkpoints.exclusive_lock(IN_FOLDER, "in this folder"))
             discard_committed_state(folder, identity, params)
         processes.barrier()
@@ -82,7 +74,7 @@ def main() -> None:
 
 
 def discard_committed_state(folder: Path, identity: dict[str, Any], params: Params) -> None:
-    """Where DVC has the very result of the finished states, it wants it made anew: `dvc repro -f`."""
+    """Delete the saved states of a finished run that DVC has committed: the stage runs again because of `-f`."""
     state = checkpoints.load(folder)
     if state is None:
         return
@@ -92,24 +84,19 @@ def discard_committed_state(folder: Path, identity: dict[str, Any], params: Para
 
 
 def run_record(identity: dict[str, Any], run: TrainState) -> dict[str, Any]:
-    """run.json: what the result depends on, and how many processes made it, on which its last digits depend."""
+    """The content of run.json: what the result depends on. The number of processes moves its last digits."""
     return {**identity, "processes": run.processes}
 
 
 def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
-    """What the result depends on, and its digest, the train_key."""
+    """What the result depends on, and the digest of that, the train_key."""
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
     chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
-    digests = provenance.params_digests(
-        chosen, {**{name: params.selected(name) for name in SELECTORS}, "train": params.train}
-    )
+    selected = {name: params.selected(name) for name in SELECTORS}
+    digests = provenance.params_digests(chosen, {**selected, "train": params.train})
+    libraries = provenance.library_versions(*["peft"] if params.train.lora_rank else [])
     parts = {
-        "code": provenance.digest(
-            [
-                provenance.code_digest("pipeline.stages.train"),
-                provenance.library_versions(*["peft"] if params.train.lora_rank else []),
-            ]
-        ),
+        "code": provenance.digest([provenance.code_digest("pipeline.stages.train"), libraries]),
         "custom": provenance.digest(custom_digests([params.selected_reward])),
         "prompts": sha256(PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
@@ -118,29 +105,30 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "device": device.type,
         **digests,
     }
-    # the tables once more as they are: flattening shows them to people and may blur a difference
+    # the tables too: flattened, different ones may look alike
     return {"train_key": provenance.digest([parts, tables]), **parts}
 
 
 def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> None:
-    """Raises UserError where what the run depends on was changed while it trained: DVC would record, once the stage has
-    ended, that its result is of what is there now."""
+    """Raises UserError if inputs changed during training: DVC would take the result for that of the new inputs."""
     try:
         now = run_identity(load_params(), device)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} was removed while this run trained; {UNDO}") from None
     names = {
-        "code": "pipeline/", "custom": "custom/", "prompts": PROMPTS, "checkpoint": CHECKPOINT, "layout": CHECKPOINT
-    }  # fmt: skip
+        "code": "pipeline/",
+        "custom": "custom/",
+        "prompts": PROMPTS,
+        "checkpoint": CHECKPOINT,
+        "layout": CHECKPOINT,
+    }
     if now["train_key"] != identity["train_key"]:
         changed = [str(name) for part, name in names.items() if now[part] != identity[part]] or ["params.yaml"]
         raise UserError(f"{', '.join(changed)} changed while this run trained; {UNDO}")
 
 
-def train(
-    params: Params, identity: dict[str, Any], folder: Path, device: torch.device, processes: DistContext
-) -> None:  # fmt: skip
-    """The loop. Writes the stage's outputs when it ends; saves a resume state every `checkpoint_every` steps."""
+def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.device, processes: DistContext) -> None:
+    """Train from the newest resume state in `folder`, or from the start, and write the stage's outputs."""
     context, policy = build_context(params, device, processes)
     optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
     run = resume(folder, policy, optimizer)
@@ -151,7 +139,7 @@ def train(
         run.calibration = calibrate(context, batches)
     if run.processes[-1:] != [processes.description] and not is_finished(run, params):
         run.processes.append(processes.description)
-    if run.step and processes.is_main_process:  # a kill may have come between the state and these
+    if run.step and processes.is_main_process:  # a kill may have come after the state and before these files
         write_progress(folder, run)
     with follower(folder, run_record(identity, run)) if processes.is_main_process else nullcontext():
         loop(run, context, policy, optimizer, folder)
@@ -163,9 +151,9 @@ def train(
 
 def loop(
     run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path
-) -> None:  # fmt: skip
-    """Steps until the last one, a non-finite number, a collapse where that is to end the run, or a signal, which ends
-    the process after the step in progress. Of several processes one writes."""
+) -> None:
+    """Run steps until the last one, a non-finite number, a collapse if `on_collapse` is stop, or a signal, which ends
+    the process after the current step. Saves a resume state every `checkpoint_every` steps."""
     steps, every, processes = context.params.train.steps, context.params.train.checkpoint_every, context.processes
     spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
     announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
@@ -186,15 +174,8 @@ def loop(
             bar.update()
             signal = processes.all_reduce_max(signals[0] if signals else 0, context.device)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
-                save_checkpoint(
-                    folder,
-                    run,
-                    policy,
-                    optimizer,
-                    processes,
-                    judged=confirmed_healthy_steps(found, run.step),
-                    every=every,
-                )
+                judged = confirmed_healthy_steps(found, run.step)
+                save_checkpoint(folder, run, policy, optimizer, processes, judged, every)
             if signal and run.step < steps:
                 if processes.is_main_process:
                     print(
@@ -220,7 +201,7 @@ def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimiz
 
 
 def check_ranks_in_sync(train_key: str, step: int, processes: DistContext, device: torch.device) -> None:
-    """Raises UserError where the processes are not at the same step of the same run, as without a common folder."""
+    """Raises UserError unless all processes are at the same step of the same run: they need one shared folder."""
     mine = torch.tensor([[int(train_key[:15], 16), step]], device=device)
     first, *others = processes.gather(mine).tolist()
     for rank, other in enumerate(others, 1):
@@ -232,11 +213,17 @@ def check_ranks_in_sync(train_key: str, step: int, processes: DistContext, devic
 
 
 def save_checkpoint(
-    folder: Path, run: TrainState, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, processes: DistContext,
-    judged: int, every: int,
-) -> None:  # fmt: skip
-    """Saves the resume state, and the progress beside it; one process of several does. The policies after fewer than
-    `judged` updates are known to be healthy: the last of them is kept too."""
+    folder: Path,
+    run: TrainState,
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    processes: DistContext,
+    judged: int,
+    every: int,
+) -> None:
+    """Collective call: rank 0 saves the resume state and the progress. The policies of fewer than `judged` updates are
+    known to
+    be healthy: the last of them is kept too."""
     here = processes.is_main_process
     weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
     if not here:
@@ -246,30 +233,32 @@ def save_checkpoint(
 
 
 def write_progress(folder: Path, run: TrainState) -> None:
-    """What MLflow shows of the steps: read by the follower, and the timings by `track` too."""
+    """Write the steps' metrics and timings for MLflow: the follower and `track` read them."""
     write_csv(folder / "history.csv", run.rows)
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
 
 def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, folder: Path, onset: int) -> int:
-    """Puts the last policy before the onset in the place of the present one; gives its step. Raises UserError where its
-    state is damaged, after which the same command trains anew."""
+    """Restore the last weights from before the collapse and return their step. Raises UserError if their state is
+    damaged; the same command then trains from the start."""
     path = checkpoints.last_before(folder, onset, context.params.train.checkpoint_every)
     if path is None:
         load_weights(policy, trained_weights(initial_policy(context.params, context.device, policy.device)))
         return 0
     if (state := checkpoints.read(path)) is None:
         checkpoints.delete_checkpoints(folder)
-        raise UserError(f"{path} is damaged, the policy before the collapse; the same command trains anew, from zero")
+        raise UserError(
+            f"{path}, the policy before the collapse, is damaged; the same command trains again from step 0"
+        )
     load_weights(policy, state["policy"])
     return len(state["run"]["rows"])
 
 
 def write_outputs(
     run: TrainState, identity: dict[str, Any], context: TrainContext, policy: PreTrainedModel, folder: Path
-) -> None:  # fmt: skip
-    """data/policy is the last policy, its numbers finite; data/healthy the last one before a collapse, at the steps that
-    were saved, and only a note where there was none."""
+) -> None:
+    """Write the last policy to data/policy, the last saved one before a collapse to data/healthy (without a collapse
+    only a note), and the reports."""
     sizes, tokenizer = context.params.train, context.tokenizer
     found = findings(run.rows, null_statistics(run.calibration, sizes.prompts_per_step), sizes.steps)
     with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside:
@@ -279,7 +268,7 @@ def write_outputs(
             step = restore_before_collapse(policy, context, folder, found[0].onset)
             save_policy(policy, tokenizer, beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
-    # once more: git may have put an older one in the place of the growing one
+    # again: git may have replaced the growing file by an older one
     write_csv(REPORTS / "history.csv", run.rows)
     write_csv(REPORTS / "calibration.csv", run.calibration)
     write_jsonl(REPORTS / "samples.jsonl", run.samples)
@@ -288,7 +277,7 @@ def write_outputs(
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights or adapter, tokenizer, and the checkpoint's own say on how it is decoded, which training does not touch."""
+    """Save weights or adapter, the tokenizer, and the checkpoint's settings for decoding."""
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     checkpoint = CHECKPOINT / "policy"
@@ -296,8 +285,8 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:
-    """Of which run the outputs are, and what each holds: summary.json is in git, and whatever reads the files checks them.
-    It keeps them in a list, which `dvc metrics show` leaves out."""
+    """The digests of a run and its outputs. summary.json, which is in git, holds them in a list, which `dvc metrics
+    show` leaves out; readers of the outputs compare them."""
     own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params")}
     files = {name: sha256(REPORTS / name) for name in ("calibration.csv", "history.csv", "samples.jsonl")}
     files["healthy.json"] = sha256(HEALTHY / "healthy.json")
