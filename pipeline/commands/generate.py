@@ -1,7 +1,6 @@
 """`reinforce generate`: continues prompts with the checkpoint and with the trained policy, greedily, as the notebook's does."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,8 +11,9 @@ from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
 from pipeline.models.tokenization import check_vocabulary, encode_prompt
+from pipeline.paths import CHECKPOINT, POLICY
 
-FOLDERS = {"checkpoint": Path("data/checkpoint/policy"), "policy": Path("data/policy")}
+FOLDERS = {"checkpoint": CHECKPOINT / "policy", "policy": POLICY}
 
 
 def continuation(

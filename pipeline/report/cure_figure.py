@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.paths import RUN_FILES
 from pipeline.report.figures import reward_label
 from pipeline.report.inputs import Inputs
 from pipeline.report.style import (
@@ -40,7 +41,7 @@ def overlay(
     names: tuple[str, str] = ("without the change", "with the change"),
 ) -> Figure:  # fmt: skip
     """Five columns of history.csv over the steps of both runs; vertical lines where findings set in."""
-    source = f"reports/train/history.csv, and that of train key {after.run['train_key'][:8]}"
+    source = f"{RUN_FILES.history}, and that of train key {after.run['train_key'][:8]}"
     figure = canvas(1400, 800, title, footer(collapsed.run, source))
     grid = figure.subplots(2, 3)
     runs = [(after, BLUE, False), (collapsed, RED, True)]  # dashes on top: what coincides shows both

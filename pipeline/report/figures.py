@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from pipeline.paths import RUN_FILES
 from pipeline.report.style import (
     BLUE,
     GREEN,
@@ -59,7 +60,7 @@ def reward_label(run: dict[str, Any]) -> str:
 @figure_function
 def reward(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any]) -> Figure:
     """Mean reward with error and spread, the baseline, and the held-out means before and after beside it."""
-    figure = canvas(1400, 800, "Reward of the sampled completions", footer(run, "reports/train/history.csv"))
+    figure = canvas(1400, 800, "Reward of the sampled completions", footer(run, RUN_FILES.history))
     axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[11, 2.2])
     _legend(axes, _reward_lines(axes, history, run))
     _held_out_points(axes, side, held_out)
@@ -128,7 +129,7 @@ def _untouched(axes: Axes, mean: float) -> Line2D:
 @figure_function
 def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     """Reward variance within and between prompts, and how many prompts give no signal at all."""
-    figure = canvas(1400, 800, "Reward variance: what there is to learn from", footer(run, "reports/train/history.csv"))
+    figure = canvas(1400, 800, "Reward variance: what there is to learn from", footer(run, RUN_FILES.history))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     steps, within, between, starved = _columns(
         history, "step", "reward_std_within", "reward_std_between", "zero_spread_share"
@@ -150,7 +151,7 @@ def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
 def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     """Small multiples: each panel shows one way in which a policy can fall apart."""
     title = "Collapse diagnostics  (dotted: step 0, the untouched checkpoint)"
-    figure = canvas(1400, 800, title, footer(run, "reports/train/history.csv"))
+    figure = canvas(1400, 800, title, footer(run, RUN_FILES.history))
     panels = figure.subplots(3, 3, sharex=True).ravel()
     for panel, (label, series, zero) in zip(panels, PANELS, strict=False):
         _panel(panel, history, label, series, zero)
@@ -202,7 +203,7 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
     """The run on one picture: reward and baseline beside what collapses first."""
     params = run["params"]
     title = f"REINFORCE on {params['model']}: reward and signs of collapse"
-    figure = canvas(1600, 700, title, footer(run, "reports/train/history.csv"))
+    figure = canvas(1600, 700, title, footer(run, RUN_FILES.history))
     grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
     left = figure.add_subplot(grid[:, 0])
     handles = _reward_lines(left, history, run, spread=False)

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.file_io import read_json, read_jsonl
+from pipeline.paths import REPORTS, RunFiles
 from pipeline.report.schema import Comparison, Completion, Diagnosis, Sample, Sides, Train
 from pipeline.runs.consistency import how_to_remake, raise_if_mixed, sources
 
@@ -38,7 +39,7 @@ class Inputs(NamedTuple):
     sources: str  # digest over the files that all this is from
 
 
-def load(reports: Path) -> Inputs:
+def load(reports: Path = REPORTS) -> Inputs:
     """Reads the reports folder. Raises UserError (one line) for what is missing or is not what a stage writes, or is of another
     run than the rest."""
     run = _checked(reports / "train/run.json", Train, "train")
@@ -67,9 +68,9 @@ def load(reports: Path) -> Inputs:
         prepare=_checked(reports / "prepare.json", dict[str, Any], "prepare"),
         diagnosis=_checked(reports / "diagnosis.json", Diagnosis, "diagnose"),
         trained=trained,
-        sources=sources(reports),
+        sources=sources(RunFiles(reports)),
     )
-    raise_if_mixed("train", "diagnose", "evaluate", reports=reports)
+    raise_if_mixed("train", "diagnose", "evaluate", files=RunFiles(reports))
     return found
 
 

@@ -5,6 +5,7 @@ import functools
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -213,7 +214,7 @@ def signed(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{value:#.{digits}g}".removesuffix(".").replace("-", "−")
 
 
-def footer(run: dict[str, Any], source: str) -> str:
+def footer(run: dict[str, Any], source: Path | str) -> str:
     """From a figure back to stage, parameters, seed and run."""
     params = run["params"]
     names = ("recipe", "reward", "model", "seed")

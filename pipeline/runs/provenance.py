@@ -26,6 +26,7 @@ UNRELATED = (
     "pipeline.config.messages",
     "pipeline.distributed.launch",
     "pipeline.errors",
+    "pipeline.paths",
     "pipeline.runs.follower",
     "pipeline.runs.provenance",
     "pipeline.runs.signals",

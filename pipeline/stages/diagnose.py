@@ -2,7 +2,6 @@
 
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import load_params
@@ -14,18 +13,17 @@ from pipeline.diagnosis.text import repeated_ngrams
 from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import finite_or_none, read_csv, read_json, read_jsonl, sha256, write_json
+from pipeline.paths import RUN_FILES
 from pipeline.runs.consistency import how_to_remake, raise_if_mixed
 
-REPORTS, TARGET = Path("reports/train"), Path("reports/diagnosis.json")
-HEALTHY = Path("data/healthy/healthy.json")
 SHOWN = 3  # completions a finding
 
 
 def main() -> None:
     """Raises UserError where a file of the stage `train` is missing, is not what it writes, or is of another run."""
     params = load_params()
-    files = [REPORTS / "history.csv", REPORTS / "calibration.csv", REPORTS / "samples.jsonl", HEALTHY]
-    files += [REPORTS / "summary.json", REPORTS / "run.json"]
+    files = [RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy]
+    files += [RUN_FILES.summary, RUN_FILES.run]
     readers = [read_csv, read_csv, read_jsonl, read_json, read_json, read_json]
     contents: list[Any] = []
     for file, read in zip(files, readers, strict=True):
@@ -38,8 +36,8 @@ def main() -> None:
     rows, calibration, samples, healthy, *_ = contents
     raise_if_mixed("train")
     diagnosis = diagnose(params, rows, calibration, samples)
-    diagnosis |= {"healthy_step": healthy["step"], "history": sha256(REPORTS / "history.csv")}
-    write_json(TARGET, diagnosis)
+    diagnosis |= {"healthy_step": healthy["step"], "history": sha256(RUN_FILES.history)}
+    write_json(RUN_FILES.diagnosis, diagnosis)
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
     if diagnosis["cure"]:
         print(f"to try: {diagnosis['cure']['command']}")

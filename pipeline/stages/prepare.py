@@ -15,14 +15,10 @@ from pipeline.config.schema import PromptSet
 from pipeline.data.hub import DamagedError, drop_damaged, from_hub
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_path, why_unwatched, write_json, write_jsonl
+from pipeline.paths import HELDOUT_PROMPTS, RUN_FILES, TRAIN_PROMPTS
 
-TRAIN = Path("data/prompts/train.jsonl")
-HELDOUT = Path("data/prompts/heldout.jsonl")
-REPORT = Path("reports/prepare.json")
-WATCHED = (
-    Path("data/pocket/prompts"),
-    Path("data/local"),
-)  # what DVC hashes for this stage: an edit elsewhere goes unnoticed
+# what DVC hashes for this stage: an edit elsewhere goes unnoticed
+WATCHED = (Path("data/pocket/prompts"), Path("data/local"))
 COLUMNS = {"text": (str,), "lang": (str,), "message_id": (str, type(None))}
 OPTIONAL = {"message_id"}
 
@@ -43,7 +39,11 @@ def main() -> None:
     _refuse_empty(heldout, heldout_counts, where, key)
 
     # Everything is written before anything is renamed into place: a full disk leaves the earlier files.
-    with atomic_path(TRAIN) as train_file, atomic_path(HELDOUT) as heldout_file, atomic_path(REPORT) as report_file:
+    with (
+        atomic_path(TRAIN_PROMPTS) as train_file,
+        atomic_path(HELDOUT_PROMPTS) as heldout_file,
+        atomic_path(RUN_FILES.prepare) as report_file,
+    ):
         write_jsonl(train_file, train)
         write_jsonl(heldout_file, heldout)
         write_json(report_file, {"train": train_counts, "heldout": heldout_counts})

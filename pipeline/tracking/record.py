@@ -1,7 +1,6 @@
 """The record of one run, read from the files that `train` and the other stages wrote: what MLflow shows of it."""
 
 import base64
-import csv
 import math
 import os
 import re
@@ -13,18 +12,15 @@ from typing import Any
 
 from pipeline import file_io
 from pipeline.errors import UserError
+from pipeline.paths import CHECKPOINT, REPORTS, RUN_FILES, TRAIN_PROMPTS
 from pipeline.runs import consistency, provenance, workspace
 from pipeline.runs.dvc_git import git
 from pipeline.tracking.mlflow_store import Point, Scalar
 
-REPORTS = Path("reports")
-RUN, HISTORY = REPORTS / "train/run.json", REPORTS / "train/history.csv"
-EVALUATION, PREPARE = REPORTS / "evaluate/metrics.json", REPORTS / "prepare.json"
-DIAGNOSIS, MEASURED = REPORTS / "diagnosis.json", REPORTS / "evaluate/measured.json"
-SUMMARY = REPORTS / "train/summary.json"
-REPORT = REPORTS / "page/report.html"
-TABLES = [RUN, HISTORY, SUMMARY, REPORTS / "train/samples.jsonl",
-          REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, MEASURED, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
+TABLES = [
+    RUN_FILES.run, RUN_FILES.history, RUN_FILES.summary, RUN_FILES.samples, RUN_FILES.calibration, RUN_FILES.diagnosis,
+    RUN_FILES.metrics, RUN_FILES.measured, RUN_FILES.completions,
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,34 +54,41 @@ def read_growing(folder: Path, pid: int, status: str) -> Record:
 def read_record() -> Record:
     """The record of a finished run. Reads every file before anything is written. Raises UserError naming a file that is missing, broken, or of another
     run than the others: `dvc repro train` alone leaves those of the stages behind it as they were."""
-    figures = sorted((REPORTS / "figures").glob("*.png"))
-    files = {"tables": TABLES, "figures": figures, "": [REPORT]}
-    for file in [*TABLES, PREPARE, REPORT]:
+    figures = sorted(RUN_FILES.figures.glob("*.png"))
+    files = {"tables": TABLES, "figures": figures, "": [RUN_FILES.page]}
+    for file in [*TABLES, RUN_FILES.prepare, RUN_FILES.page]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; `dvc repro` makes it")
-    run, prompts, evaluation, summary = _json(RUN), _json(PREPARE), _json(EVALUATION), _json(SUMMARY)
+    run, prompts, evaluation, summary = (
+        _json(RUN_FILES.run),
+        _json(RUN_FILES.prepare),
+        _json(RUN_FILES.metrics),
+        _json(RUN_FILES.summary),
+    )
     key, params = str(run.get("train_key")), run.get("params")
     if not re.fullmatch("[0-9a-f]{64}", key) or not isinstance(params, dict):
         raise UserError(
-            f"{RUN}: should hold train_key, 64 hexadecimal digits, and params; {consistency.how_to_remake('train')}"
+            f"{RUN_FILES.run}: should hold train_key, 64 hexadecimal digits, and params; {consistency.how_to_remake('train')}"
         )
-    timings_file = workspace.root() / ".checkpoints" / key / "timings.csv"
+    timings_file = workspace.resume_folder(key) / "timings.csv"
     timings = _timings(timings_file)
-    written_ms = HISTORY.stat().st_mtime_ns // 1_000_000
-    history, diagnosis = _rows(HISTORY), _json(DIAGNOSIS)
+    written_ms = RUN_FILES.history.stat().st_mtime_ns // 1_000_000
+    history, diagnosis = _rows(RUN_FILES.history), _json(RUN_FILES.diagnosis)
     if (steps := summary.get("steps")) != len(history):
         raise UserError(
-            f"{HISTORY}: {len(history)} rows, and {SUMMARY} says {steps} steps; {consistency.how_to_remake('train')}"
+            f"{RUN_FILES.history}: {len(history)} rows, and {RUN_FILES.summary} says {steps} steps; {consistency.how_to_remake('train')}"
         )
     if missing := {"verdict", "onset", "findings", "cure", "history"} - diagnosis.keys():
-        raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; {consistency.how_to_remake('diagnose')}")
-    measured = consistency.measured_in(_read(MEASURED))
+        raise UserError(f"{RUN_FILES.diagnosis}: has no {min(missing)}; {consistency.how_to_remake('diagnose')}")
+    measured = consistency.measured_in(_read(RUN_FILES.measured))
     if not measured:
-        raise UserError(f"{MEASURED}: does not say what was evaluated; {consistency.how_to_remake('evaluate')}")
+        raise UserError(
+            f"{RUN_FILES.measured}: does not say what was evaluated; {consistency.how_to_remake('evaluate')}"
+        )
     consistency.raise_if_mixed("train", "diagnose", "evaluate", "plot")
-    page = REPORT.read_text(encoding="utf-8", errors="replace")
+    page = RUN_FILES.page.read_text(encoding="utf-8", errors="replace")
     if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
-        raise UserError(f"{wrong[0]}: is not the figure in {REPORT}; {consistency.how_to_remake('plot')}")
+        raise UserError(f"{wrong[0]}: is not the figure in {RUN_FILES.page}; {consistency.how_to_remake('plot')}")
     name, model = f"prompts-{params.get('prompts')}", f"checkpoint-{params.get('model')}"
     return Record(
         train_key=key,
@@ -96,8 +99,8 @@ def read_record() -> Record:
         tags=_tags(run, diagnosis, provenance.digest([measured["prompts"], measured["params"]])),
         evaluation=_flat("evaluate", evaluation),
         datasets=[
-            (name, str(run["prompts"]), "data/prompts/train.jsonl", prompts, "training"),
-            (model, str(run["checkpoint"]), "data/checkpoint/policy", {}, "checkpoint"),
+            (name, str(run["prompts"]), TRAIN_PROMPTS.as_posix(), prompts, "training"),
+            (model, str(run["checkpoint"]), (CHECKPOINT / "policy").as_posix(), {}, "checkpoint"),
         ],
         artifacts=files,
     )
@@ -121,25 +124,18 @@ def _again(file: Path) -> str:
     """The advice for a file in reports/, whose folders are named as the stages; nothing for others."""
     if REPORTS not in file.parents:
         return ""
-    stage = {PREPARE: "prepare", DIAGNOSIS: "diagnose", REPORT: "plot"}.get(file, file.parent.name)
+    stage = {RUN_FILES.prepare: "prepare", RUN_FILES.diagnosis: "diagnose", RUN_FILES.page: "plot"}.get(
+        file, file.parent.name
+    )
     return f"; {consistency.how_to_remake(stage)}"
 
 
 def _rows(file: Path) -> dict[int, dict[str, float]]:
     """Rows of a CSV file by step; an empty cell is left out. The last row of a step counts."""
-    rows = {}
-    with file.open(encoding="utf-8", newline="") as lines:
-        for number, cells in enumerate(csv.DictReader(lines), start=2):
-            try:
-                row = {name: float(cell) for name, cell in cells.items() if cell}
-                rows[int(row.pop("step"))] = row
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{file} line {number}: should hold a step and numbers: {error!r}{_again(file)}"
-                ) from None
-    if not rows:
-        raise UserError(f"{file}: no rows{_again(file)}")
-    return rows
+    try:
+        return {int(row.pop("step")): row for row in file_io.read_csv(file)}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file}: should hold a step and numbers: {error!r}{_again(file)}") from None
 
 
 def _timings(file: Path) -> dict[int, dict[str, float]]:
@@ -186,7 +182,7 @@ def _tags(run: dict[str, Any], diagnosis: dict[str, Any], measured: str) -> dict
     """Where the run came from, as of now; what is unknown (no git, no experiment) keeps its earlier value."""
     commit, changes = _commit()
     tags = {
-        "evaluate_key": file_io.sha256(EVALUATION),
+        "evaluate_key": file_io.sha256(RUN_FILES.metrics),
         "measured": measured,  # what was evaluated on, and how
         **_digests(run),
         "git_commit": commit,
