@@ -159,6 +159,14 @@ def read_jsonl(source: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line]
 
 
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested tables by their dotted path. A list is a leaf."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    below = (flatten(value, f"{path}.{name}" if path else str(name)) for name, value in tree.items())
+    return {place: leaf for leaves in below for place, leaf in leaves.items()}
+
+
 def finite_or_none(value: float) -> float | None:
     """JSON and DVC metrics have no NaN: what is undefined is null."""
     return value if math.isfinite(value) else None

@@ -10,12 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pipeline.config.overrides import override
 from pipeline.errors import UserError
 from pipeline.file_io import write_text
 from pipeline.paths import REPORTS, RUN_FILES
 from pipeline.report import cure_figure, cure_page, style
 from pipeline.report.inputs import Inputs, load
-from pipeline.report.page import setting
 from pipeline.runs.dvc_git import check_folder, dvc, environment, git
 from pipeline.runs.provenance import digest
 
@@ -37,7 +37,7 @@ def main() -> None:
     changes = diagnosis["cure"]["changes"]
     name = experiment_name(collapsed)
     command = ["dvc", "exp", "run", "--temp", "--name", name]
-    command += [part for key, value in changes.items() for part in ("-S", setting(key, value))]
+    command += [part for key, value in changes.items() for part in ("-S", override(key, value))]
     revision = find(name)
     if revision:
         print(f"{name} has been tried: `dvc exp remove {name}` makes it anew", flush=True)

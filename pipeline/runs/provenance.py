@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.file_io import flatten
+
 PACKAGE = Path(__file__).parent.parent
 DIGESTS = (
     "code",
@@ -105,11 +107,10 @@ def params_digests(chosen: dict[str, Any], tables: dict[str, Any]) -> dict[str, 
     }
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested tables as dotted keys; a list becomes one string, null is left out."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
-    if value is None:
-        return {}
-    scalar = value if isinstance(value, str | int | float | bool) else json.dumps(value)
-    return {prefix[:-1]: scalar}
+def flat_params(tables: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """Tables of params.yaml as run.json and MLflow have them: dotted keys; a list as one string, null left out."""
+    return {
+        key: value if isinstance(value, str | int | float) else json.dumps(value)
+        for key, value in flatten(tables).items()
+        if value is not None
+    }

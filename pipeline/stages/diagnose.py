@@ -1,11 +1,11 @@
 """Stage `diagnose`: whether, how and from when on the run collapsed, and what to try (reports/diagnosis.json)."""
 
 import math
-import shlex
 from typing import Any
 
 from pipeline.config.load import load_params
-from pipeline.config.schema import SELECTORS, Params
+from pipeline.config.overrides import experiment_command
+from pipeline.config.schema import Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import headline, summary
@@ -62,7 +62,7 @@ def diagnose(
         "findings": [
             report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
         ],
-        "cure": {"changes": changes, "command": command(params, changes)} if changes else None,
+        "cure": {"changes": changes, "command": experiment_command(dict(params), changes)} if changes else None,
     }
 
 
@@ -96,12 +96,6 @@ def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, 
     elif finding.passes("repeated_3grams"):
         of_step.sort(key=lambda sample: _or_zero(repeated_ngrams([sample["tokens"]], 3)), reverse=True)
     return [{key: sample[key] for key in ("step", "prompt", "completion", "reward")} for sample in of_step[:SHOWN]]
-
-
-def command(params: Params, changes: dict[str, Any]) -> str:
-    """What runs the experiment: the selectors as they are and the changes."""
-    chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")} | changes
-    return " ".join(["dvc exp run", *(f"-S {shlex.quote(f'{key}={value}')}" for key, value in chosen.items())])
 
 
 def _or_zero(value: float) -> float:

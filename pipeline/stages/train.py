@@ -95,7 +95,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "prompts": sha256(TRAIN_PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
         "layout": asdict(load_layout(CHECKPOINT / "layout.json")),
-        "params": chosen | provenance.flatten({**tables, "train": params.train.model_dump()}),
+        "params": chosen | provenance.flat_params({**tables, "train": params.train.model_dump()}),
         "device": device.type,
         **digests,
     }

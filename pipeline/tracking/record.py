@@ -97,7 +97,11 @@ def read_record() -> Record:
         steps=len(history),
         points=_points(history, timings, written_ms),
         tags=_tags(run, diagnosis, provenance.digest([measured["prompts"], measured["params"]])),
-        evaluation=_flat("evaluate", evaluation),
+        evaluation={
+            f"evaluate/{path.replace('.', '/')}": float(value)
+            for path, value in file_io.flatten(evaluation).items()
+            if value is not None
+        },
         datasets=[
             (name, str(run["prompts"]), TRAIN_PROMPTS.as_posix(), prompts, "training"),
             (model, str(run["checkpoint"]), (CHECKPOINT / "policy").as_posix(), {}, "checkpoint"),
@@ -160,18 +164,6 @@ def _points(
         for name, value in rows.get(step, {}).items()
         if name != "timestamp_ms" and math.isfinite(value)
     ]
-
-
-def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, float]:
-    """Nested numbers by path, such as evaluate/embedding/policy/mean; null is left out."""
-    flat: dict[str, float] = {}
-    for name, value in tree.items():
-        path = prefix + "/" + re.sub(r"[^\w. :-]", "_", name)
-        if isinstance(value, dict):
-            flat |= _flat(path, value)
-        elif isinstance(value, int | float) and math.isfinite(value):
-            flat[path] = float(value)
-    return flat
 
 
 def _digests(run: dict[str, Any]) -> dict[str, str]:

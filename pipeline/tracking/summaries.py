@@ -26,7 +26,7 @@ from pipeline.file_io import parse_csv
 from pipeline.paths import RUN_FILES
 from pipeline.runs.consistency import digests_in, evaluates, measured_in
 from pipeline.runs.dvc_git import git, git_bytes, head_commit
-from pipeline.runs.provenance import digest, flatten, params_digests
+from pipeline.runs.provenance import digest, flat_params, params_digests
 from pipeline.tracking import mlflow_store
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
     rows = parse_csv(history)
     return RunSummary(
         name=name,
-        params=mlflow_store.param_texts(chosen | flatten(tables)),
+        params=mlflow_store.param_texts(chosen | flat_params(tables)),
         config=run.get("config") or digest([names, tables]),
         code=digest(
             [run["code"], run["custom"]] if run else [used for used in deps if not used[0].startswith("data/")]
