@@ -12,11 +12,7 @@ from pipeline.errors import UserError
 from pipeline.file_io import read_json, sha256
 from pipeline.paths import RUN_FILES, RunFiles
 from pipeline.runs.provenance import digest
-
-
-def how_to_remake(stage: str) -> str:
-    """The advice for a file of a stage that is missing or broken."""
-    return f"run `dvc repro {stage}`, or `dvc repro -f -s {stage}` where that does nothing"
+from pipeline.runs.results import how_to_remake
 
 
 def raise_if_mixed(*stages: str, files: RunFiles = RUN_FILES) -> None:

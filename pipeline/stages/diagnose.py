@@ -11,10 +11,11 @@ from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import headline, summary
 from pipeline.diagnosis.text import repeated_ngrams
 from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings
-from pipeline.errors import UserError, run_stage
-from pipeline.file_io import finite_or_none, read_csv, read_json, read_jsonl, sha256, write_json
+from pipeline.errors import run_stage
+from pipeline.file_io import finite_or_none, sha256, write_json
 from pipeline.paths import RUN_FILES
-from pipeline.runs.consistency import how_to_remake, raise_if_mixed
+from pipeline.runs.consistency import raise_if_mixed
+from pipeline.runs.results import read_result
 
 SHOWN = 3  # completions a finding
 
@@ -22,18 +23,11 @@ SHOWN = 3  # completions a finding
 def main() -> None:
     """Raises UserError where a file of the stage `train` is missing, is not what it writes, or is of another run."""
     params = load_params()
-    files = [RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy]
-    files += [RUN_FILES.summary, RUN_FILES.run]
-    readers = [read_csv, read_csv, read_jsonl, read_json, read_json, read_json]
-    contents: list[Any] = []
-    for file, read in zip(files, readers, strict=True):
-        try:
-            contents.append(read(file))
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; {how_to_remake('train')}") from None
-        except ValueError as error:
-            raise UserError(f"{file}: not what the stage writes: {error}; {how_to_remake('train')}") from None
-    rows, calibration, samples, healthy, *_ = contents
+    rows, calibration, samples, healthy = map(
+        read_result, (RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy)
+    )
+    for file in (RUN_FILES.summary, RUN_FILES.run):
+        read_result(file)
     raise_if_mixed("train")
     diagnosis = diagnose(params, rows, calibration, samples)
     diagnosis |= {"healthy_step": healthy["step"], "history": sha256(RUN_FILES.history)}
