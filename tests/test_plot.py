@@ -266,7 +266,3 @@ def test_every_metric_has_an_entry(name: str) -> None:
     cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", entries[0])[1:-1]]
     assert len(cells) in (5, 8)
     assert all(cells)
-
-
-def test_figures_use_only_known_columns() -> None:
-    assert set(inputs.COLUMNS) <= set(COLUMNS)

@@ -31,6 +31,7 @@ from pipeline.report.style import (
     steps_axis,
     value_axis,
 )  # fmt: skip
+from pipeline.rl.metrics import METRICS
 
 UNITS = {
     "embedding": "minus L2 distance to the target",
@@ -40,15 +41,15 @@ UNITS = {
 GAP_FLOOR = 1e-8  # what a log scale shows for equal logprobs
 GAP_ROUNDING = 1e-3  # float32 keeps the gap below this; a shifted objective is off by nats
 Series = list[tuple[str, str, str]]  # column, its name in the panel, colour
-PANELS: list[tuple[str, Series, bool]] = [  # unit, series, whether zero must be in sight
-    ("nats / token", [("entropy", "entropy", BLUE)], True),
-    ("nats / token", [("ref_kl_k1", "KL to checkpoint, k1", BLUE), ("ref_kl_k3", "k3", ORANGE)], True),
-    ("nats / token", [("ref_logprob", "logprob by checkpoint", INK), ("policy_logprob", "policy", BLUE)], False),
-    ("share", [("distinct_completions", "distinct texts", BLUE), ("distinct_2", "2-grams", GREEN)], False),
-    ("share", [("repeated_3grams", "repeated 3-grams", RED), ("top_token_share", "top token", PURPLE)], False),
-    ("share", [("ended_share", "ended by EOS", GREEN), ("empty_share", "empty", RED)], False),
-    ("tokens", [("completion_tokens", "completion length", BLUE)], True),
-    ("L2 norm", [("grad_norm", "gradient norm before clipping", BLUE)], True),
+PANELS: list[tuple[Series, bool]] = [  # and whether zero must be in sight
+    ([("entropy", "entropy", BLUE)], True),
+    ([("ref_kl_k1", "KL to checkpoint, k1", BLUE), ("ref_kl_k3", "k3", ORANGE)], True),
+    ([("ref_logprob", "logprob by checkpoint", INK), ("policy_logprob", "policy", BLUE)], False),
+    ([("distinct_completions", "distinct texts", BLUE), ("distinct_2", "2-grams", GREEN)], False),
+    ([("repeated_3grams", "repeated 3-grams", RED), ("top_token_share", "top token", PURPLE)], False),
+    ([("ended_share", "ended by EOS", GREEN), ("empty_share", "empty", RED)], False),
+    ([("completion_tokens", "completion length", BLUE)], True),
+    ([("grad_norm", "gradient norm before clipping", BLUE)], True),
 ]
 
 
@@ -153,8 +154,8 @@ def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     title = "Collapse diagnostics  (dotted: step 0, the untouched checkpoint)"
     figure = canvas(1400, 800, title, footer(run, RUN_FILES.history))
     panels = figure.subplots(3, 3, sharex=True).ravel()
-    for panel, (label, series, zero) in zip(panels, PANELS, strict=False):
-        _panel(panel, history, label, series, zero)
+    for panel, (series, zero) in zip(panels, PANELS, strict=False):
+        _panel(panel, history, series, zero)
     _gap_panel(panels[8], history)
     steps = _columns(history, "step")[0]
     for panel in panels:
@@ -166,20 +167,26 @@ def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, history: pd.DataFrame, label: str, series: Series, zero: bool = False) -> None:
-    """One small multiple: one or two columns on a common axis, shares on 0 to 100 percent."""
+def unit_axis(axes: Axes, column: str, *values: np.ndarray) -> None:
+    """The axis of a metric: shares on 0 to 100 percent, others in their unit."""
+    unit = "L2 norm" if column == "grad_norm" else METRICS[column].unit.replace(" per ", " / ")
+    if unit == "share":
+        share_axis(axes, unit)
+    else:
+        value_axis(axes, unit, *values, typical=1.0 if unit.startswith("nats") else 0.0)
+
+
+def _panel(axes: Axes, history: pd.DataFrame, series: Series, zero: bool = False) -> None:
+    """One small multiple: one or two columns on a common axis."""
     steps = _columns(history, "step")[0]
     values = _columns(history, *(column for column, _, _ in series))
     for place, (y, (_, _, colour)) in enumerate(zip(values, series, strict=True)):
         line(axes, steps, y, colour, dashes=place > 0)
         start_line(axes, steps, y, colour)
     inline_legend(axes, [(name, colour) for _, name, colour in series])
-    if label == "share":
-        share_axis(axes, label)
-        return
     if zero:
         _from_zero(axes)
-    value_axis(axes, label, *values, typical=1.0 if label.startswith("nats") else 0.0)
+    unit_axis(axes, series[0][0], *values)
 
 
 def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
@@ -213,9 +220,9 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
     _legend(left, handles)
     value_axis(left, reward_label(run), *_columns(history, "reward_mean", "baseline"))
     right = [figure.add_subplot(grid[row, 1]) for row in range(3)]
-    _panel(right[0], history, "nats / token", [("entropy", "entropy", BLUE)], zero=True)
-    _panel(right[1], history, "nats / token", [("ref_kl_k1", "KL to the checkpoint (k1)", BLUE)], zero=True)
-    _panel(right[2], history, "share", [("distinct_completions", "distinct completions", BLUE)])
+    _panel(right[0], history, [("entropy", "entropy", BLUE)], zero=True)
+    _panel(right[1], history, [("ref_kl_k1", "KL to the checkpoint (k1)", BLUE)], zero=True)
+    _panel(right[2], history, [("distinct_completions", "distinct completions", BLUE)])
     for panel in right:
         steps_axis(panel, _columns(history, "step")[0], label=panel is right[2])
         panel.tick_params(labelbottom=panel is right[2])

@@ -7,15 +7,9 @@ import pandas as pd
 
 from pipeline.errors import UserError
 from pipeline.paths import REPORTS, RunFiles
+from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs.consistency import raise_if_mixed, sources
 from pipeline.runs.results import Evaluation, how_to_remake, read_result
-
-COLUMNS = (  # of history.csv, as far as the figures use them
-    "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "zero_spread_share", "baseline",
-    "entropy", "ref_kl_k1", "ref_kl_k3", "ref_logprob", "policy_logprob", "logprob_gap", "grad_norm",
-    "completion_tokens", "ended_share", "empty_share", "distinct_completions", "distinct_2", "repeated_3grams",
-    "top_token_share", "nonfinite",
-)  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -46,7 +40,7 @@ def load(reports: Path = REPORTS) -> Inputs:
         raise UserError(
             f"{files.metrics}: has no reward {trained!r}, which run.json names; {how_to_remake('evaluate')}"
         )
-    if missing := [name for name in COLUMNS if name not in history[0]]:
+    if missing := [name for name in HISTORY_COLUMNS if name not in history[0]]:
         raise UserError(f"{files.history}: has no column {missing[0]}; {how_to_remake('train')}")
     found = Inputs(
         history=pd.DataFrame(history),
