@@ -1,4 +1,4 @@
-"""What the untouched policy does by itself: batches sampled before training, and the limits that they set."""
+"""Each metric's mean and spread over batches that the reference samples before training, and the limits that they set."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -101,7 +101,7 @@ def _legend(axes: Axes, handles: dict[str, Any]) -> None:
 
 
 def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
-    """Both held-out means with their intervals in a narrow panel; the untouched one as a line through the run."""
+    """Both held-out means with their intervals in a narrow panel; the reference's as a line through the run."""
     for place, (who, colour) in enumerate((("checkpoint", INK), ("policy", BLUE))):
         mean, low, high = (held_out[who][name] for name in ("mean", "low", "high"))
         if mean is None:
@@ -113,7 +113,7 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
         side.annotate(signed(mean), (place, above), (0, 9), textcoords="offset points", ha="center", color=colour)
     if held_out["checkpoint"]["mean"] is not None:
         for panel in (axes, side):
-            _untouched(panel, held_out["checkpoint"]["mean"])
+            _reference_line(panel, held_out["checkpoint"]["mean"])
     side.set_xlim(-0.6, 1.6)
     side.set_xticks([0, 1], ["untouched", "trained"], color=INK)
     one_prompt = held_out["policy"]["mean"] is not None and held_out["policy"]["low"] is None
@@ -123,7 +123,7 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
     side.spines.left.set_visible(False)
 
 
-def _untouched(axes: Axes, mean: float) -> Line2D:
+def _reference_line(axes: Axes, mean: float) -> Line2D:
     return axes.axhline(mean, color=INK, linewidth=1.4, linestyle=(0, (6, 4)), zorder=1)
 
 
@@ -216,7 +216,7 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
     handles = _reward_lines(left, history, run, spread=False)
     start = held_out["checkpoint"]["mean"]
     if start is not None:
-        handles["untouched, held-out"] = _untouched(left, start)
+        handles["untouched, held-out"] = _reference_line(left, start)
     _legend(left, handles)
     value_axis(left, reward_label(run), *_columns(history, "reward_mean", "baseline"))
     right = [figure.add_subplot(grid[row, 1]) for row in range(3)]

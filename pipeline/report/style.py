@@ -204,7 +204,7 @@ def power_of_ten(value: float, _: int = 0) -> str:
 
 
 def start_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """Where the untouched checkpoint was: the batch of step 0 is drawn before the first update."""
+    """The reference's value: the batch of step 0 is sampled before the first update."""
     if steps[0] == 0 and len(steps) > 1 and np.isfinite(values[0]):
         axes.axhline(values[0], color=colour, linewidth=1.3, linestyle=":", alpha=0.8, zorder=1)
 

@@ -36,7 +36,7 @@ def is_committed(run_json: str, lock: Path = LOCK) -> bool:
 
 
 def _in_cache(md5: str) -> bool:
-    """Whether DVC's cache holds an output; True if DVC does not say where its cache is."""
+    """Whether DVC's cache holds an output; True where DVC does not say where its cache is."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode != 0 or (Path(done.stdout.strip()) / "files/md5" / md5[:2] / md5[2:]).exists()

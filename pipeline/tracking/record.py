@@ -36,8 +36,8 @@ class Record:
 
 
 def read_growing(folder: Path, pid: int, status: str) -> Record:
-    """What a run at work in `.checkpoints/<train_key>/` has come to: the steps up to its last state. Its process is in the
-    tags, so that `track` can tell whether it is still there."""
+    """The record of a run that is training, from `.checkpoints/<train_key>/`: the steps up to its last state. The tags name
+    its process, so that `track` can tell whether it is alive."""
     run = read_result(folder / "run.json")
     files = folder / "history.csv", folder / "timings.csv"
     history, timings = (_by_step(read_csv(file)) if file.exists() else {} for file in files)
