@@ -1,7 +1,6 @@
 """Atomic files and folders: written beside their place, then renamed into it."""
 
 import contextlib
-import csv
 import errno
 import hashlib
 import json
@@ -128,23 +127,29 @@ def write_jsonl(target: Path, rows: Iterable[dict[str, Any]]) -> None:
 def write_csv(target: Path, rows: list[dict[str, float]]) -> None:
     """A header from the first row's keys; undefined values are `nan`."""
     columns = list(rows[0])
-    lines = [",".join(columns), *(",".join(repr(row[column]) for column in columns) for row in rows)]
-    write_text(target, "\n".join(lines) + "\n")
+    write_text(target, ",".join(columns) + "\n" + "".join(csv_line(row, columns) for row in rows))
 
 
-def read_csv(source: Path) -> list[dict[str, float]]:
-    """Rows of numbers. Raises ValueError for anything else, naming the line."""
-    with source.open(encoding="utf-8", newline="") as lines:
-        reader, rows = csv.reader(lines), []
-        columns = next(reader, [])
-        for number, cells in enumerate(reader, start=2):
-            try:
-                rows.append({name: float(cell) for name, cell in zip(columns, cells, strict=True)})
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
+def csv_line(row: dict[str, float], columns: Iterable[str]) -> str:
+    return ",".join(repr(row[column]) for column in columns) + "\n"
+
+
+def parse_csv(text: str) -> list[dict[str, float]]:
+    """Rows of numbers; an empty cell is undefined. Raises ValueError for anything else, naming the line."""
+    columns, *lines = [line.split(",") for line in text.splitlines()] or [[]]
+    rows = []
+    for number, cells in enumerate(lines, start=2):
+        try:
+            rows.append({name: float(cell or "nan") for name, cell in zip(columns, cells, strict=True)})
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
     if not rows:
         raise ValueError("no rows")
     return rows
+
+
+def read_csv(source: Path) -> list[dict[str, float]]:
+    return parse_csv(source.read_text(encoding="utf-8"))
 
 
 def read_json(source: Path) -> Any:
@@ -154,6 +159,14 @@ def read_json(source: Path) -> Any:
 def read_jsonl(source: Path) -> list[dict[str, Any]]:
     """Rows of a file that this pipeline wrote. Text may hold U+2028 and the like: only newlines end a row."""
     return [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line]
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested tables by their dotted path. A list is a leaf."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    below = (flatten(value, f"{path}.{name}" if path else str(name)) for name, value in tree.items())
+    return {place: leaf for leaves in below for place, leaf in leaves.items()}
 
 
 def finite_or_none(value: float) -> float | None:

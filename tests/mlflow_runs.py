@@ -21,6 +21,7 @@ PARAMS = {
     "recipe": "stable",
     "model": "pocket",
     "prompts": "pocket",
+    "encoder": "minilm",
     "seed": 0,
     "recipe.lr": 1e-4,
 }
@@ -48,15 +49,13 @@ def write(path, text):
 
 def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     """The files of the earlier stages in the current directory, as the stages write them."""
-    run = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
-    write(Path("reports/train/run.json"), json.dumps({**run, "processes": [1]}))
+    write(Path("reports/train/run.json"), json.dumps(identity(key, params)))
     rows = [",".join("" if cell != cell else repr(cell) for cell in row(step).values()) for step in range(steps)]
     lines = [",".join(["step", *COLUMNS]), *(f"{step},{cells}" for step, cells in enumerate(rows))]
     write(Path("reports/train/history.csv"), "\n".join(lines) + "\n")
     write(Path("reports/train/summary.json"), json.dumps({"steps": steps, "first": {}, "last": {}}))
     write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
-    score = {"mean": -6.5, "low": -6.75, "high": -6.25}
-    write(Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": score, "win_rate": 0.75}}))
+    write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-6.5)))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
     write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.5\n")
     write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
@@ -67,8 +66,27 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
         write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(lines) + "\n")
 
 
+def evaluation(mean, reward="embedding"):
+    """metrics.json of one reward: four defined numbers."""
+    nothing, sides = {"mean": None, "low": None, "high": None}, {"checkpoint": None, "policy": None}
+    policy = {"mean": mean, "low": mean - 0.25, "high": mean + 0.25}
+    of_reward = {"checkpoint": nothing, "policy": policy, "difference": nothing, "win_rate": 0.75}
+    return {reward: of_reward, "text": sides, "ref_logprob_per_token": sides}
+
+
 def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
-    diagnosis = {"verdict": verdict, "onset": onset, "findings": [{"kind": kind} for kind in kinds]}
+    finding = {
+        "title": "",
+        "onset": 8,
+        "summary": "",
+        "evidence": [],
+        "completions": [],
+        "changes": {},
+        "reason": "",
+        "source": "",
+    }
+    diagnosis = {"verdict": verdict, "onset": onset, "headline": "", "steps": STEPS, "healthy_step": 0,
+                 "findings": [{"kind": kind, **finding} for kind in kinds]}  # fmt: skip
     diagnosis["cure"] = {"changes": {"seed": 1}, "command": command} if command else None
     write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
     belong_together()
@@ -82,7 +100,8 @@ def belong_together(title="Report", **measured):
 
 
 def identity(key=KEY, params=PARAMS):
-    return {"train_key": key, "code": "c0" * 32, "params": params, "processes": [1]}
+    own = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
+    return {**own, "processes": [1]}
 
 
 def grow(steps, key=KEY, params=PARAMS):

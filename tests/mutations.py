@@ -121,7 +121,6 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (".sum(1).view_as(rewards)", ".mean(1).view_as(rewards)"),
         ("1 + 0.1 * min", "1 - 0.1 * min"),
         ("kl / target - 1, -0.2), 0.2", "kl / target - 1, -0.2), 2"),
-        (".all(1)", ".any(1)"),
     ]),
     "rl/loss.py": ("objective", [
         ("return -((weights", "return ((weights"),
@@ -243,7 +242,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if not (math.isfinite(loss) and torch.isfinite(norm)):", "if not math.isfinite(loss):"),
     ]),
     "rl/metrics.py": ("diagnostics", [
-        ("torch.expm1(-log_ratio) + log_ratio", "torch.expm1(log_ratio) - log_ratio"),
+        ("(-log_ratio).expm1() + log_ratio", "log_ratio.expm1() - log_ratio"),
         ("between / len(rewards) ** 0.5", "between / rewards.numel() ** 0.5"),
         ("rewards.var(1).mean().sqrt()", "rewards.std(1).mean()"),
         ("log_ratio = (logprobs - ref_logprobs)", "log_ratio = (ref_logprobs - logprobs)"),
@@ -251,11 +250,12 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("totals = values.masked_fill(~mask, 0)", "totals = values"),
         (".view(-1, group).sum(1).double()\n    tokens", ".double()\n    tokens"),
         ("prompts / (prompts - 1) * rest", "rest"),
-        ("torch.expm1(log_ratio) - log_ratio", "torch.expm1(-log_ratio) + log_ratio"),
-        ("torch.where(mask, logprobs, -torch.inf) > CERTAIN", "logprobs > CERTAIN"),
+        ("log_ratio.expm1() - log_ratio", "(-log_ratio).expm1() + log_ratio"),
+        ("logprobs.masked_fill(~mask, -math.inf) > CERTAIN", "logprobs > CERTAIN"),
         ("(current + 1) * column", "current + column"),
-        ("~torch.isfinite(torch.cat([before, after]))", "torch.isnan(torch.cat([before, after]))"),
+        ("~part.isfinite()", "part.isnan()"),
         ("[mask].abs().max()", ".abs().max()"),
+        (".all(1)", ".any(1)"),
         ("advantages.std(correction=0)", "advantages.std()"),
     ]),
     "diagnosis/text.py": ("diagnostics", [

@@ -133,7 +133,7 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
         (folder / name).mkdir(parents=True)
     history(steps, collapsed).to_csv(folder / "train/history.csv", index=False)
     run = {**digests, "params": params, "processes": [1]}
-    files = {"train/run.json": run, "evaluate/metrics.json": metrics, "diagnosis.json": diagnosis(steps, collapsed),
+    files = {"train/run.json": run, "train/summary.json": {"steps": steps}, "evaluate/metrics.json": metrics, "diagnosis.json": diagnosis(steps, collapsed),
              "prepare.json": {"train": {"read": 600, "kept": 410, "dropped": {"language": 80}}}}  # fmt: skip
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")

@@ -99,7 +99,7 @@ def test_files_that_are_missing_or_broken(clone: Clone) -> None:
         if committed:  # DVC takes it for right
             clone("dvc", "commit", "-q", "-f", "diagnose")
         message, commands = refused(clone, "pipeline.stages.track")
-        assert message.startswith("error: reports/diagnosis.json: has no cure")
+        assert message.startswith("error: reports/diagnosis.json: has no verdict")
         clone("bash", "-c", commands[place])
         clone(sys.executable, "-m", "pipeline", "track")
     clone.restore()

@@ -30,6 +30,7 @@ from pipeline.rl.metrics import (
     reward_metrics,
     token_mean_error,
     update_metrics,
+    zero_spread,
 )
 from tests.models import mask_of
 
@@ -43,6 +44,10 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 # --- rewards
+
+
+def test_a_prompt_teaches_nothing_where_all_its_samples_score_alike() -> None:
+    assert zero_spread(torch.tensor([[1.0, 1.0], [1.0, 1.1]])).tolist() == [True, False]
 
 
 def test_reward_metrics_are_pandas_s() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.config.schema import Recipe
-from pipeline.rl.advantages import BASELINES, advantages, next_running_mean, zero_spread
+from pipeline.rl.advantages import BASELINES, advantages, next_running_mean
 from pipeline.rl.update import Batch, backward
 from tests.enumeration import COEF, random, reinforce, size_of, world
 from tests.models import (
@@ -83,7 +83,6 @@ def test_baselines_by_hand() -> None:
     assert BASELINES["greedy"](rewards, torch.tensor([4.0, -1.0])).tolist() == [[4.0] * 3, [-1.0] * 3]
     with pytest.raises(ValueError, match="greedy completions"):
         BASELINES["greedy"](rewards)
-    assert zero_spread(torch.tensor([[1.0, 1.0], [1.0, 1.1]])).tolist() == [True, False]
 
 
 def test_normalised_advantages_by_hand() -> None:

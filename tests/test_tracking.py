@@ -29,6 +29,7 @@ from tests.mlflow_runs import (
     STEPS,
     assert_complete,
     belong_together,
+    evaluation,
     grow,
     identity,
     lose_database,
@@ -189,9 +190,7 @@ def test_new_evaluation_updates_the_run(tracking_folder):
     make_reports()
     track.main()
     earlier = stored_runs()[1][0].data.tags["evaluate_key"]
-    write(
-        Path("reports/evaluate/metrics.json"), json.dumps({"embedding": {"policy": {"mean": -7.0}, "win_rate": 0.75}})
-    )
+    write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-7.0)))
     belong_together()
     track.main()
     client, run = assert_complete()
@@ -239,7 +238,7 @@ def test_the_verdict_is_in_the_tags_and_follows_the_file(tracking_folder):
 def test_a_diagnosis_of_another_make_is_refused(tracking_folder):
     make_reports()
     write(Path("reports/diagnosis.json"), '{"verdict": "healthy"}')
-    with pytest.raises(UserError, match=r"reports/diagnosis\.json: has no cure"):
+    with pytest.raises(UserError, match=r"reports/diagnosis\.json: has no onset"):
         track.main()
 
 
@@ -431,7 +430,7 @@ def test_files_of_another_run_are_refused(tracking_folder):
     edit(Path("reports/diagnosis.json"), history="77" * 32)
     # what the page shows is not what is there
     refused("reports/diagnosis.json, reports/page/report.html", "diagnose plot")
-    write(Path("reports/evaluate/metrics.json"), '{"embedding": {"policy": {"mean": -9}}}')
+    write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-9.0)))
     refused("reports/evaluate/metrics.json", "evaluate")
     write(Path("reports/evaluate/completions.jsonl"), "{}\n")
     refused("reports/evaluate/completions.jsonl", "evaluate")

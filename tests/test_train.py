@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.__main__ import build_parser
 from pipeline.commands import generate
-from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS, null_statistics
+from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import TITLES, Finding, findings
 from pipeline.errors import UserError
 from pipeline.file_io import read_csv
 from pipeline.models.sampling import Rollout
 from pipeline.rewards.build import LARGEST
+from pipeline.rl.metrics import CALIBRATION_COLUMNS
 from pipeline.runs import checkpoints
 from pipeline.stages import evaluate, train
 from tests.faults import fault, rounds

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.stages import track
 from pipeline.tracking import mlflow_store
 from tests.browser import CHROMIUM, FLAGS
-from tests.mlflow_runs import belong_together, write
+from tests.mlflow_runs import belong_together, evaluation, write
 from tests.project import ROOT
 
 pytestmark = [
@@ -46,6 +46,7 @@ def make_reports(number, reward, recipe):
         "recipe": recipe,
         "model": "pocket",
         "prompts": "pocket",
+        "encoder": "minilm",
         "seed": 0,
         "train.steps": STEPS,
     }
@@ -62,10 +63,10 @@ def make_reports(number, reward, recipe):
     write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
     write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.0\n")
     verdict = "healthy" if sign > 0 else "mode"
-    diagnosis = {"verdict": verdict, "onset": None if sign > 0 else 12, "findings": [], "cure": None}
+    diagnosis = {"verdict": verdict, "onset": None if sign > 0 else 12, "findings": [], "cure": None,
+                 "headline": "", "steps": STEPS, "healthy_step": STEPS if sign > 0 else 0}  # fmt: skip
     write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
-    difference = {"mean": 0.5 * sign, "low": 0.4 * sign, "high": 0.6 * sign}
-    write(Path("reports/evaluate/metrics.json"), json.dumps({reward: {"difference": difference, "win_rate": 0.8}}))
+    write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(0.5 * sign, reward)))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
     write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
     write(Path("reports/figures/reward.png"), "png")

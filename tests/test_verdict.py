@@ -17,7 +17,6 @@ from pipeline.config.load import validate_params
 from pipeline.config.schema import Params
 from pipeline.diagnosis import verdict
 from pipeline.diagnosis.calibration import (
-    CALIBRATION_COLUMNS,
     Limit,
     Spread,
     null_statistics,
@@ -35,7 +34,7 @@ from pipeline.diagnosis.verdict import (
     limits_of_run,
 )
 from pipeline.errors import UserError
-from pipeline.rl.metrics import HISTORY_COLUMNS
+from pipeline.rl.metrics import CALIBRATION_COLUMNS, HISTORY_COLUMNS
 from pipeline.runs import checkpoints
 from pipeline.stages import diagnose
 from tests.models import PARAMS

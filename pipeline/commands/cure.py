@@ -11,23 +11,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pipeline.config.overrides import override
 from pipeline.errors import UserError
 from pipeline.file_io import write_text
+from pipeline.paths import REPORTS, RUN_FILES
 from pipeline.report import cure_figure, cure_page, style
 from pipeline.report.inputs import Inputs, load
-from pipeline.report.page import setting
 from pipeline.runs.dvc_git import check_folder, dvc, environment, git
 from pipeline.runs.provenance import digest
 
-REPORTS = Path("reports")
 PAGE = REPORTS / "cure.html"
 
 
 def main() -> None:
     """Raises UserError where there is no up-to-date run to cure, no change to try, or where DVC fails."""
-    if not (REPORTS / "diagnosis.json").is_file():
-        raise UserError(f"{REPORTS}/diagnosis.json: no such file; run `dvc repro` first")
-    collapsed = load(REPORTS)
+    if not RUN_FILES.diagnosis.is_file():
+        raise UserError(f"{RUN_FILES.diagnosis}: no such file; run `dvc repro` first")
+    collapsed = load()
     refuse_stale()
     diagnosis = collapsed.diagnosis
     if diagnosis["verdict"] == "healthy":
@@ -38,7 +38,7 @@ def main() -> None:
     changes = diagnosis["cure"]["changes"]
     name = experiment_name(collapsed)
     command = ["dvc", "exp", "run", "--temp", "--name", name]
-    command += [part for key, value in changes.items() for part in ("-S", setting(key, value))]
+    command += [part for key, value in changes.items() for part in ("-S", override(key, value))]
     revision = find(name)
     if revision:
         print(f"{name} has been tried: `dvc exp remove {name}` makes it anew", flush=True)
@@ -46,7 +46,7 @@ def main() -> None:
         print(f"to be tried, in a folder of its own: {shlex.join(command)}", flush=True)
         revision = run(command, name)
     with tempfile.TemporaryDirectory() as folder:
-        after = fetch(revision, name, Path(folder) / "reports")
+        after = fetch(revision, name, Path(folder) / REPORTS)
     figure = style.png(cure_figure.overlay(collapsed, after))
     write_text(PAGE, cure_page.render(collapsed, after, figure, name, shlex.join(command)))
     answer = cure_page.answer(collapsed, after)
@@ -93,7 +93,7 @@ def fetch(revision: str, name: str, folder: Path) -> Inputs:
     from dvc.api import DVCFileSystem  # takes its time, and only this needs it
 
     try:
-        DVCFileSystem(rev=revision).get("reports", str(folder), recursive=True)
+        DVCFileSystem(rev=revision).get(str(REPORTS), str(folder), recursive=True)
         return load(folder)
     except (OSError, UserError) as error:
         said = (

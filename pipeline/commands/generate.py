@@ -3,7 +3,6 @@ does."""
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,11 +15,11 @@ from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
 from pipeline.models.tokenization import check_vocabulary, encode_prompt
+from pipeline.paths import CHECKPOINT, POLICY, RUN_FILES
 from pipeline.runs.consistency import run_digests
 from pipeline.runs.provenance import chosen_params, digest
 
-POLICY, RUN, SUMMARY = Path("data/policy"), Path("reports/train/run.json"), Path("reports/train/summary.json")
-FOLDERS = {"reference": Path("data/checkpoint/policy"), "policy": POLICY}
+FOLDERS = {"reference": CHECKPOINT / "policy", "policy": POLICY}
 
 
 def continuation(
@@ -48,12 +47,15 @@ def continuation(
 def print_origin() -> None:
     """Says which run trained data/policy, and on stderr where nothing tells or params.yaml selects another run."""
     try:
-        trained, digests = read_json(RUN), run_digests(SUMMARY)
+        trained, digests = read_json(RUN_FILES.run), run_digests(RUN_FILES.summary)
         known = digests["policy"] == digest(folder_digests(POLICY)) and digests["train_key"] == trained["train_key"]
     except (FileNotFoundError, UserError):
         known = False
     if not known:
-        print(f"warning: {POLICY} is not of the run in {RUN.parent}; `dvc checkout` brings back both", file=sys.stderr)
+        print(
+            f"warning: {POLICY} is not of the run in {RUN_FILES.run.parent}; `dvc checkout` brings back both",
+            file=sys.stderr,
+        )
         return
     params, selected = trained["params"], chosen_params(load_params())
     chosen = ", ".join(f"{name} {params[name]}" for name in ("model", "prompts", "reward", "recipe", "seed"))

@@ -1,4 +1,4 @@
-"""What the untouched policy does by itself: batches sampled before training, and the limits that they set."""
+"""Each metric's mean and spread over batches that the reference samples before training, and the limits that they set."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 FALSE_ALARMS = 0.01  # a run, over all of its steps and metrics
-CALIBRATION_COLUMNS = (
-    "batch", "reward_mean", "reward_se", "reward_std_within", "zero_spread_share", "entropy", "ref_logprob",
-    "completion_tokens", "ended_share", "empty_share", "distinct_completions", "distinct_within", "repeated_3grams",
-    "top_token_share",
-)  # fmt: skip
 
 Row = Mapping[str, float]
 
@@ -55,7 +50,7 @@ def null_statistics(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
     The reward's comes from the prompts inside the batches (`reward_se`), which are many more than the batches.
     """
     spreads = {}
-    for name in CALIBRATION_COLUMNS[1:]:
+    for name in [column for column in rows[0] if column != "batch"]:
         values = [row[name] for row in rows if math.isfinite(row[name])]
         if len(values) >= 2:
             mean = sum(values) / len(values)

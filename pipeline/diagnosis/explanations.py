@@ -8,7 +8,7 @@ from pipeline.diagnosis.verdict import THRESHOLDS, Finding
 
 
 def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -> str:
-    """One sentence: what happened, with the numbers of the step that shows it beside the untouched policy's."""
+    """One sentence: what happened, with the numbers of the step that shows it beside the reference's."""
     row, step = rows[finding.shown_at], finding.shown_at
     since = f"From step {finding.onset} on" if step == len(rows) - 1 else f"From step {finding.onset} to step {step}"
 
@@ -64,8 +64,8 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
 
 
 def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int) -> str:
-    """The verdict in one or two sentences: the first finding, and of the later ones what the run has come to: seen last,
-    and of those the earliest."""
+    """The verdict in one or two sentences: the first finding, and of the later ones the one that is visible last; ties go
+    to the earliest onset."""
     if not found and steps < THRESHOLDS.patience:
         return f"Too short to tell: a collapse has to last {THRESHOLDS.patience} steps to count."
     if not found:

@@ -1,4 +1,4 @@
-"""Whether, how and from when on a run has collapsed: pure functions of its history and of the untouched batches.
+"""Whether, how and from when on a run has collapsed: pure functions of its history and of batches of the reference.
 
 docs/DETECTOR.md measures them and says how the thresholds were chosen.
 """
@@ -37,9 +37,9 @@ class Thresholds:
     no_signal_steps: int = 10  # before this is said: a rare reward may still be found
     empty: float = 0.5  # share of completions
     repeated: float = 0.5  # share of 3-grams
-    distinct: float = 0.5  # of the untouched policy's share of different completions
-    entropy: float = 0.2  # of the untouched policy's
-    unlikely: float = 2.0  # nats a token below the untouched policy's own texts
+    distinct: float = 0.5  # of the reference's share of different completions
+    entropy: float = 0.2  # of the reference's
+    unlikely: float = 2.0  # nats a token below the reference's own texts
     reward: float = 0.5  # of the spread of rewards within a prompt
     certain: float = 0.9  # where chance alone could reach any share, this one counts all the same
 
@@ -90,8 +90,8 @@ def findings(
 
 
 def confirmed_healthy_steps(found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS) -> int:
-    """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `zero_reward_variance` is no
-    judgement yet: rewards may still begin to differ, and then it is gone."""
+    """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `zero_reward_variance` does
+    not count: rewards may still begin to differ."""
     onsets = [finding.onset for finding in found if finding.kind != "starved"]
     return min([*onsets, done - thresholds.patience + 1])
 
@@ -101,7 +101,7 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
     tail = FALSE_ALARMS / (steps * COMPARISONS)
 
     def limit(metric: str, side: Literal["above", "below"], effect: float) -> Limit:
-        """`effect` away from the untouched mean, or farther where chance goes farther."""
+        """`effect` away from the reference's mean, or farther where chance goes farther."""
         spread = spreads.get(metric)
         if spread is None:
             return Limit(metric, side, math.nan)
@@ -109,13 +109,13 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         return Limit(metric, side, spread.mean + (distance if side == "above" else -distance), spread)
 
     def share(metric: str, least: float) -> Limit:
-        """At least `least`, whatever the untouched policy does, and beyond chance as far as a share can be."""
+        """At least `least`, whatever the reference does, and beyond chance as far as a share can be."""
         spread = spreads.get(metric)
         chance = 0.0 if spread is None else spread.mean + spread.margin(tail)
         return Limit(metric, "above", max(least, min(thresholds.certain, chance)), spread)
 
     def ratio(metric: str, least: float) -> Limit:
-        """At most `least` of the untouched mean."""
+        """At most `least` of the reference's mean."""
         spread = spreads.get(metric)
         return limit(metric, "below", (1 - least) * spread.mean if spread else math.nan)
 

@@ -1,4 +1,4 @@
-"""Many trainings by configuration: which parameters tell them apart, and mean ± std over seeds of what became of them."""
+"""Many runs by configuration: which parameters tell them apart, and mean ± std over seeds of what became of them."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ LEGEND = (
 
 
 class Configuration(NamedTuple):
-    """Trainings that differ in their seed alone."""
+    """Runs that differ in their seed alone."""
 
     shown: dict[str, str]  # the parameters that differ between the configurations
     params: dict[str, str]

@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.report.figures import reward_label
+from pipeline.paths import RUN_FILES
+from pipeline.report.figures import reward_label, unit_axis
 from pipeline.report.inputs import Inputs
 from pipeline.report.style import (
     BLUE,
@@ -19,19 +20,18 @@ from pipeline.report.style import (
     footer,
     inline_legend,
     line,
-    share_axis,
     start_line,
     steps_axis,
     value_axis,
 )  # fmt: skip
 
-PANELS = [  # column, its name; the reward's unit comes from the run
-    ("reward_mean", "mean reward", None),
-    ("entropy", "entropy", "nats / token"),
-    ("ref_logprob", "checkpoint's log-likelihood", "nats / token"),
-    ("distinct_completions", "different completions", "share"),
-    ("empty_share", "empty completions", "share"),
-]
+PANELS = {  # column -> its name
+    "reward_mean": "mean reward",
+    "entropy": "entropy",
+    "ref_logprob": "checkpoint's log-likelihood",
+    "distinct_completions": "different completions",
+    "empty_share": "empty completions",
+}
 
 
 @figure_function
@@ -40,11 +40,11 @@ def overlay(
     names: tuple[str, str] = ("without the change", "with the change"),
 ) -> Figure:  # fmt: skip
     """Five columns of history.csv over the steps of both runs; vertical lines where findings set in."""
-    source = f"reports/train/history.csv, and that of train key {after.run['train_key'][:8]}"
+    source = f"{RUN_FILES.history}, and that of train key {after.run['train_key'][:8]}"
     figure = canvas(1400, 800, title, footer(collapsed.run, source))
     grid = figure.subplots(2, 3)
     runs = [(after, BLUE, False), (collapsed, RED, True)]  # dashes on top: what coincides shows both
-    for place, (panel, (column, name, unit)) in enumerate(zip(grid.flat, PANELS, strict=False)):
+    for place, (panel, (column, name)) in enumerate(zip(grid.flat, PANELS.items(), strict=False)):
         values = []
         for run, colour, dashes in runs:
             steps, y = (run.history[each].to_numpy(dtype=float) for each in ("step", column))
@@ -55,11 +55,10 @@ def overlay(
                 panel.axvline(onset, color=colour, linewidth=1.1, alpha=0.75, zorder=1.5)
             values.append(y)
         inline_legend(panel, [(name, INK)])
-        if unit == "share":
-            share_axis(panel, unit)
+        if column == "reward_mean":
+            value_axis(panel, textwrap.fill(reward_label(collapsed.run), 30), *values)
         else:
-            label = unit or textwrap.fill(reward_label(collapsed.run), 30)
-            value_axis(panel, label, *values, typical=1.0 if unit else 0.0)
+            unit_axis(panel, column, *values)
         longest = max((run.history["step"].to_numpy(dtype=float) for run, _, _ in runs), key=lambda steps: steps[-1])
         steps_axis(panel, longest, label=place > 1)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))

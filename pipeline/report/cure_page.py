@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from pipeline.config.overrides import experiment_command
 from pipeline.report.browser import NUMBERS, key_numbers
 from pipeline.report.inputs import Inputs
 from pipeline.report.labels import MEANING
 from pipeline.report.page import (
     OPEN_EXAMPLES,
-    command_of,
     environment,
     examples,
     has_intervals,
@@ -84,9 +84,9 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str, command: 
             open_examples=OPEN_EXAMPLES,
             name=name,
             command=command,
-            original=command_of(params),
+            original=experiment_command(params, {}),
             # the further cure is meant for the run with the change, which the workspace does not have
-            further=further and command_of(params, diagnosis["cure"]["changes"] | further["changes"]),
+            further=further and experiment_command(params, diagnosis["cure"]["changes"] | further["changes"]),
             further_treated=treated(after.diagnosis) if further else [],
         )
     )

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from pipeline.paths import RUN_FILES
 from pipeline.report.style import (
     BLUE,
     GREEN,
@@ -30,6 +31,7 @@ from pipeline.report.style import (
     steps_axis,
     value_axis,
 )  # fmt: skip
+from pipeline.rl.metrics import METRICS
 
 UNITS = {
     "embedding": "minus L2 distance to the target",
@@ -39,15 +41,15 @@ UNITS = {
 GAP_FLOOR = 1e-8  # what a log scale shows for equal logprobs
 GAP_ROUNDING = 1e-3  # float32 keeps the gap below this; a shifted objective is off by nats
 Series = list[tuple[str, str, str]]  # column, its name in the panel, colour
-PANELS: list[tuple[str, Series, bool]] = [  # unit, series, whether zero must be in sight
-    ("nats / token", [("entropy", "entropy", BLUE)], True),
-    ("nats / token", [("ref_kl_k1", "KL to checkpoint, k1", BLUE), ("ref_kl_k3", "k3", ORANGE)], True),
-    ("nats / token", [("ref_logprob", "logprob by checkpoint", INK), ("policy_logprob", "policy", BLUE)], False),
-    ("share", [("distinct_completions", "distinct texts", BLUE), ("distinct_2", "2-grams", GREEN)], False),
-    ("share", [("repeated_3grams", "repeated 3-grams", RED), ("top_token_share", "top token", PURPLE)], False),
-    ("share", [("ended_share", "ended by EOS", GREEN), ("empty_share", "empty", RED)], False),
-    ("tokens", [("completion_tokens", "completion length", BLUE)], True),
-    ("L2 norm", [("grad_norm", "gradient norm before clipping", BLUE)], True),
+PANELS: list[tuple[Series, bool]] = [  # and whether zero must be in sight
+    ([("entropy", "entropy", BLUE)], True),
+    ([("ref_kl_k1", "KL to checkpoint, k1", BLUE), ("ref_kl_k3", "k3", ORANGE)], True),
+    ([("ref_logprob", "logprob by checkpoint", INK), ("policy_logprob", "policy", BLUE)], False),
+    ([("distinct_completions", "distinct texts", BLUE), ("distinct_2", "2-grams", GREEN)], False),
+    ([("repeated_3grams", "repeated 3-grams", RED), ("top_token_share", "top token", PURPLE)], False),
+    ([("ended_share", "ended by EOS", GREEN), ("empty_share", "empty", RED)], False),
+    ([("completion_tokens", "completion length", BLUE)], True),
+    ([("grad_norm", "gradient norm before clipping", BLUE)], True),
 ]
 
 
@@ -59,7 +61,7 @@ def reward_label(run: dict[str, Any]) -> str:
 @figure_function
 def reward(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any]) -> Figure:
     """Mean reward with error and spread, the baseline, and the held-out means before and after beside it."""
-    figure = canvas(1400, 800, "Reward of the sampled completions", footer(run, "reports/train/history.csv"))
+    figure = canvas(1400, 800, "Reward of the sampled completions", footer(run, RUN_FILES.history))
     axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[11, 2.2])
     _legend(axes, _reward_lines(axes, history, run))
     _held_out_points(axes, side, held_out)
@@ -99,7 +101,7 @@ def _legend(axes: Axes, handles: dict[str, Any]) -> None:
 
 
 def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
-    """Both held-out means with their intervals in a narrow panel; the untouched one as a line through the run."""
+    """Both held-out means with their intervals in a narrow panel; the reference's as a line through the run."""
     for place, (who, colour) in enumerate((("checkpoint", INK), ("policy", BLUE))):
         mean, low, high = (held_out[who][name] for name in ("mean", "low", "high"))
         if mean is None:
@@ -111,7 +113,7 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
         side.annotate(signed(mean), (place, above), (0, 9), textcoords="offset points", ha="center", color=colour)
     if held_out["checkpoint"]["mean"] is not None:
         for panel in (axes, side):
-            _untouched(panel, held_out["checkpoint"]["mean"])
+            _reference_line(panel, held_out["checkpoint"]["mean"])
     side.set_xlim(-0.6, 1.6)
     side.set_xticks([0, 1], ["untouched", "trained"], color=INK)
     one_prompt = held_out["policy"]["mean"] is not None and held_out["policy"]["low"] is None
@@ -121,14 +123,14 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
     side.spines.left.set_visible(False)
 
 
-def _untouched(axes: Axes, mean: float) -> Line2D:
+def _reference_line(axes: Axes, mean: float) -> Line2D:
     return axes.axhline(mean, color=INK, linewidth=1.4, linestyle=(0, (6, 4)), zorder=1)
 
 
 @figure_function
 def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     """Reward variance within and between prompts, and how many prompts give no signal at all."""
-    figure = canvas(1400, 800, "Reward variance: what there is to learn from", footer(run, "reports/train/history.csv"))
+    figure = canvas(1400, 800, "Reward variance: what there is to learn from", footer(run, RUN_FILES.history))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     steps, within, between, starved = _columns(
         history, "step", "reward_std_within", "reward_std_between", "zero_spread_share"
@@ -150,10 +152,10 @@ def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
 def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     """Small multiples: each panel shows one way in which a policy can fall apart."""
     title = "Collapse diagnostics  (dotted: step 0, the untouched checkpoint)"
-    figure = canvas(1400, 800, title, footer(run, "reports/train/history.csv"))
+    figure = canvas(1400, 800, title, footer(run, RUN_FILES.history))
     panels = figure.subplots(3, 3, sharex=True).ravel()
-    for panel, (label, series, zero) in zip(panels, PANELS, strict=False):
-        _panel(panel, history, label, series, zero)
+    for panel, (series, zero) in zip(panels, PANELS, strict=False):
+        _panel(panel, history, series, zero)
     _gap_panel(panels[8], history)
     steps = _columns(history, "step")[0]
     for panel in panels:
@@ -165,20 +167,26 @@ def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, history: pd.DataFrame, label: str, series: Series, zero: bool = False) -> None:
-    """One small multiple: one or two columns on a common axis, shares on 0 to 100 percent."""
+def unit_axis(axes: Axes, column: str, *values: np.ndarray) -> None:
+    """The axis of a metric: shares on 0 to 100 percent, others in their unit."""
+    unit = "L2 norm" if column == "grad_norm" else METRICS[column].unit.replace(" per ", " / ")
+    if unit == "share":
+        share_axis(axes, unit)
+    else:
+        value_axis(axes, unit, *values, typical=1.0 if unit.startswith("nats") else 0.0)
+
+
+def _panel(axes: Axes, history: pd.DataFrame, series: Series, zero: bool = False) -> None:
+    """One small multiple: one or two columns on a common axis."""
     steps = _columns(history, "step")[0]
     values = _columns(history, *(column for column, _, _ in series))
     for place, (y, (_, _, colour)) in enumerate(zip(values, series, strict=True)):
         line(axes, steps, y, colour, dashes=place > 0)
         start_line(axes, steps, y, colour)
     inline_legend(axes, [(name, colour) for _, name, colour in series])
-    if label == "share":
-        share_axis(axes, label)
-        return
     if zero:
         _from_zero(axes)
-    value_axis(axes, label, *values, typical=1.0 if label.startswith("nats") else 0.0)
+    unit_axis(axes, series[0][0], *values)
 
 
 def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
@@ -202,19 +210,19 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
     """The run on one picture: reward and baseline beside what collapses first."""
     params = run["params"]
     title = f"REINFORCE on {params['model']}: reward and signs of collapse"
-    figure = canvas(1600, 700, title, footer(run, "reports/train/history.csv"))
+    figure = canvas(1600, 700, title, footer(run, RUN_FILES.history))
     grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
     left = figure.add_subplot(grid[:, 0])
     handles = _reward_lines(left, history, run, spread=False)
     start = held_out["checkpoint"]["mean"]
     if start is not None:
-        handles["untouched, held-out"] = _untouched(left, start)
+        handles["untouched, held-out"] = _reference_line(left, start)
     _legend(left, handles)
     value_axis(left, reward_label(run), *_columns(history, "reward_mean", "baseline"))
     right = [figure.add_subplot(grid[row, 1]) for row in range(3)]
-    _panel(right[0], history, "nats / token", [("entropy", "entropy", BLUE)], zero=True)
-    _panel(right[1], history, "nats / token", [("ref_kl_k1", "KL to the checkpoint (k1)", BLUE)], zero=True)
-    _panel(right[2], history, "share", [("distinct_completions", "distinct completions", BLUE)])
+    _panel(right[0], history, [("entropy", "entropy", BLUE)], zero=True)
+    _panel(right[1], history, [("ref_kl_k1", "KL to the checkpoint (k1)", BLUE)], zero=True)
+    _panel(right[2], history, [("distinct_completions", "distinct completions", BLUE)])
     for panel in right:
         steps_axis(panel, _columns(history, "step")[0], label=panel is right[2])
         panel.tick_params(labelbottom=panel is right[2])

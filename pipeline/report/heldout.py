@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator
 
+from pipeline.paths import RUN_FILES
 from pipeline.report.style import BLUE, GREY, INK, RED, canvas, figure_function, footer, signed
 
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # readable across the line at zero
@@ -17,7 +18,7 @@ def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any]) -> Figu
     names = sorted(metrics, key=lambda name: (name != trained, name))
     height = max(800, 190 + 116 * len(names))
     title = "Held-out rewards: trained policy minus untouched checkpoint"
-    figure = canvas(1400, height, title, footer(run, "reports/evaluate/metrics.json"))
+    figure = canvas(1400, height, title, footer(run, RUN_FILES.metrics))
     grid = figure.subplots(len(names), 2, width_ratios=[5, 2], squeeze=False)
     for (left, right), name in zip(grid, names, strict=True):
         _difference(left, metrics[name], name + (" (trained)" if name == trained else ""))

@@ -2,16 +2,15 @@
 
 import base64
 import hashlib
-import json
 import re
-import shlex
-from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from pipeline.config.overrides import experiment_command, override
+from pipeline.file_io import flatten
 from pipeline.report.browser import NUMBERS, browser_data, key_numbers, script_json
 from pipeline.report.inputs import Inputs
 from pipeline.report.labels import MEANING, measured, percent
@@ -20,7 +19,6 @@ from pipeline.report.text import visible
 
 EXAMPLES, OPEN_EXAMPLES = 12, 4  # held-out prompts shown, and how many of them at once
 SAMPLES = 4  # completions shown of a training step
-CHOICES = ("model", "prompts", "reward", "encoder", "recipe", "seed")  # of params.yaml
 CAPTIONS = {
     "overview": "Left, the mean reward of each step with its standard error and the baseline that is subtracted; "
     "right, three signs of collapse.",
@@ -59,7 +57,7 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             policy=policy_for(style, script),
             style=Markup(style),  # ours, as is the script
             script=Markup(script),
-            command=command_of(params),
+            command=experiment_command(params, {}),
             diagnosis=inputs.diagnosis,
             treated=treated(inputs.diagnosis) if inputs.diagnosis["cure"] else [],
             data=script_json(browser),
@@ -73,7 +71,7 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             trained=inputs.trained,
             intervals=intervals,
             text=text_rows(inputs),
-            prepare=list(flatten(inputs.prepare)),
+            prepare=list(flatten(inputs.prepare).items()),
             examples=[(row["prompt"], sides(row, inputs.trained)) for row in examples(inputs.completions)],
             open_examples=OPEN_EXAMPLES,
             samples=samples(inputs.samples),
@@ -101,7 +99,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters.update(visible=visible, number=signed, percent=percent, measured=measured, command_line=command_line)
-    made.globals.update(setting=setting)
+    made.globals.update(override=override)
     return made
 
 
@@ -115,37 +113,17 @@ def policy_for(style: str, script: str | None = None) -> str:
     return f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
 
 
-def command_of(params: dict[str, Any], changes: dict[str, Any] | None = None) -> str:
-    """What runs an experiment: the selectors of a run, its seed, and the changes."""
-    chosen = {name: params[name] for name in CHOICES if name in params} | (changes or {})
-    return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting(key, value))}" for key, value in chosen.items())])
-
-
 def command_line(command: str) -> Markup:
     """A command that breaks between its options only, wherever the page is too narrow; copied, it is one line."""
     return Markup(" ").join(Markup("<span>{}</span>").format(visible(part)) for part in re.split(r" (?=-S )", command))
 
 
-def setting(key: str, value: Any) -> str:
-    """key=value as `-S` takes it."""
-    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-
-
 def text_rows(inputs: Inputs) -> list[tuple[str, Any, Any]]:
     """(statistic, checkpoint, policy) of the held-out texts, in the order of the file."""
-    before, after = dict(flatten(inputs.text["checkpoint"])), dict(flatten(inputs.text["policy"]))
+    before, after = flatten(inputs.text["checkpoint"]), flatten(inputs.text["policy"])
     rows = [(name, value, after.get(name)) for name, value in before.items()]
     score = inputs.ref_logprob
     return [*rows, ("logprob by the checkpoint, nats a token", score["checkpoint"], score["policy"])]
-
-
-def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts with their dotted path."""
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for name, value in tree.items():
-        yield from flatten(value, f"{path}.{name}" if path else str(name))
 
 
 def examples(completions: list[dict[str, Any]]) -> list[dict[str, Any]]:

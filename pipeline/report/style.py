@@ -5,6 +5,7 @@ import functools
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -203,7 +204,7 @@ def power_of_ten(value: float, _: int = 0) -> str:
 
 
 def start_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """Where the untouched checkpoint was: the batch of step 0 is drawn before the first update."""
+    """The reference's value: the batch of step 0 is sampled before the first update."""
     if steps[0] == 0 and len(steps) > 1 and np.isfinite(values[0]):
         axes.axhline(values[0], color=colour, linewidth=1.3, linestyle=":", alpha=0.8, zorder=1)
 
@@ -213,7 +214,7 @@ def signed(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{value:#.{digits}g}".removesuffix(".").replace("-", "−")
 
 
-def footer(run: dict[str, Any], source: str) -> str:
+def footer(run: dict[str, Any], source: Path | str) -> str:
     """From a figure back to stage, parameters, seed and run."""
     params = run["params"]
     names = ("recipe", "reward", "model", "seed")

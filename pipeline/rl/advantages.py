@@ -103,8 +103,3 @@ def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
     if target == 0 or math.isnan(kl):
         return coef
     return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
-
-
-def zero_spread(rewards: Tensor) -> Tensor:
-    """[B] True = all samples of the prompt have one reward, so that it teaches nothing under a group baseline."""
-    return torch.eq(rewards, rewards[:, :1]).all(1)

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 
 import torch
 
-from pipeline.diagnosis.calibration import CALIBRATION_COLUMNS
 from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, score_batch
 from pipeline.rl.context import TrainContext
-from pipeline.rl.metrics import policy_metrics, reward_metrics
+from pipeline.rl.metrics import CALIBRATION_COLUMNS, policy_metrics, reward_metrics
 from pipeline.rl.seeding import draw_prompts, draw_uniforms
 
 

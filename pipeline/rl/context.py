@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,10 +20,9 @@ from pipeline.models.memory import cast_frozen_bf16
 from pipeline.models.rollout import longest_sequence
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
+from pipeline.paths import CHECKPOINT, TRAIN_PROMPTS
 from pipeline.rewards.build import Reward, build_reward
 from pipeline.rl.seeding import generator
-
-PROMPTS, CHECKPOINT = Path("data/prompts/train.jsonl"), Path("data/checkpoint")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def build_context(
     if processes.sharded:
         rollout_model = load_reference(params, device)
         shard(policy, device, processes.world_size)
-    tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(PROMPTS)]
+    tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(TRAIN_PROMPTS)]
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
     context = TrainContext(

@@ -1,20 +1,71 @@
-"""Numbers of one training step. docs/METRICS.md defines each; its columns are HISTORY_COLUMNS, in this order."""
+"""The metrics of a training step: what each is, and how it is computed. Imports no torch, since reports read what they are."""
+
+from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from pipeline.rl.advantages import zero_spread
 
-HISTORY_COLUMNS = (
-    "step", "reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline", "advantage_std",
-    "zero_spread_share", "loss", "entropy", "ref_kl_k1", "ref_kl_se", "ref_kl_k3", "ref_kl_sequence", "ref_logprob",
-    "policy_logprob", "certain_run", "logprob_gap", "truncation_gap", "grad_norm", "grad_snr", "update_kl",
-    "update_kl_se", "relative_update", "lr", "kl_coef", "clip_share", "completion_tokens", "ended_share", "empty_share",
-    "distinct_completions", "distinct_within", "distinct_1", "distinct_2", "repeated_3grams", "top_token_share",
-    "nonfinite", "nonfinite_logprobs",
-)  # fmt: skip
+class Metric(NamedTuple):
+    """A column of history.csv. docs/METRICS.md has its formula and what to expect of it."""
+
+    name: str
+    unit: str  # a share is shown in percent
+    label: str
+    calibrated: bool = False  # also measured without learning: a column of calibration.csv
+
+    @property
+    def title(self) -> str:
+        """The label, with the unit where the label does not imply it."""
+        shown = self.unit.startswith(("nats", "tokens"))
+        return f"{self.label}, {self.unit.replace(' per ', ' a ')}" if shown else self.label
+
+
+METRICS = {metric.name: metric for metric in (
+    Metric("step", "steps", "training step"),
+    Metric("reward_mean", "reward units", "mean reward", calibrated=True),
+    Metric("reward_se", "reward units", "standard error of the mean reward", calibrated=True),
+    Metric("reward_std_within", "reward units", "spread of the reward within a prompt", calibrated=True),
+    Metric("reward_std_between", "reward units", "spread of the reward between prompts"),
+    Metric("baseline", "reward units", "baseline"),
+    Metric("advantage_std", "reward units (1 where advantages are normalised)", "spread of the advantages"),
+    Metric("zero_spread_share", "share", "prompts whose samples all have the same reward", calibrated=True),
+    Metric("loss", "reward units · nats", "loss"),
+    Metric("entropy", "nats per token", "entropy of the policy", calibrated=True),
+    Metric("ref_kl_k1", "nats per token", "KL to the checkpoint"),
+    Metric("ref_kl_se", "nats per token", "standard error of the KL to the checkpoint"),
+    Metric("ref_kl_k3", "nats per token", "KL to the checkpoint (k3)"),
+    Metric("ref_kl_sequence", "nats per completion", "KL to the checkpoint"),
+    Metric("ref_logprob", "nats per token", "logprob by the checkpoint", calibrated=True),
+    Metric("policy_logprob", "nats per token", "logprob by the policy"),
+    Metric("certain_run", "tokens", "longest certain run"),
+    Metric("logprob_gap", "nats", "largest |sampled − scored| logprob"),
+    Metric("truncation_gap", "nats", "largest |sampled − full softmax| logprob"),
+    Metric("grad_norm", "reward units · nats per unit of parameter", "gradient norm before clipping"),
+    Metric("grad_snr", "ratio", "signal over noise of the gradient"),
+    Metric("update_kl", "nats per token", "change by one update"),
+    Metric("update_kl_se", "nats per token", "standard error of the change by one update"),
+    Metric("relative_update", "ratio", "change of the weights by one update, relative"),
+    Metric("lr", "per step", "learning rate"),
+    Metric("kl_coef", "reward units per nat", "factor of the KL term"),
+    Metric("clip_share", "share", "tokens whose importance ratio was clipped"),
+    Metric("completion_tokens", "tokens", "length of a completion", calibrated=True),
+    Metric("ended_share", "share", "completions that end by themselves", calibrated=True),
+    Metric("empty_share", "share", "empty completions", calibrated=True),
+    Metric("distinct_completions", "share", "different completions", calibrated=True),
+    Metric("distinct_within", "share", "different completions of a prompt", calibrated=True),
+    Metric("distinct_1", "share", "different tokens"),
+    Metric("distinct_2", "share", "different token pairs"),
+    Metric("repeated_3grams", "share", "repeated 3-grams", calibrated=True),
+    Metric("top_token_share", "share", "share of the most frequent token", calibrated=True),
+    Metric("nonfinite", "0 or 1", "loss or gradient not finite (1 = yes)"),
+    Metric("nonfinite_logprobs", "share", "tokens whose logprob is not finite"),
+)}  # fmt: skip
+HISTORY_COLUMNS = tuple(METRICS)
+CALIBRATION_COLUMNS = ("batch", *(metric.name for metric in METRICS.values() if metric.calibrated))
 CERTAIN = math.log(0.99)  # a token above this log-probability is near-certain
 
 
@@ -22,7 +73,7 @@ def reward_metrics(rewards: Tensor, baseline: Tensor, advantages: Tensor) -> dic
     """rewards, baseline, advantages: [B, G], B prompts and G samples of each."""
     means = rewards.mean(1)
     one = len(rewards) == 1  # the spread between prompts needs two of them
-    between = torch.tensor(torch.nan) if one else means.std()
+    between = means.new_tensor(math.nan) if one else means.std()
     return {
         "reward_mean": rewards.mean().item(),
         "reward_se": (between / len(rewards) ** 0.5).item(),
@@ -34,6 +85,11 @@ def reward_metrics(rewards: Tensor, baseline: Tensor, advantages: Tensor) -> dic
     }
 
 
+def zero_spread(rewards: Tensor) -> Tensor:
+    """[B] True = all samples of the prompt have one reward, so that it teaches nothing under a group baseline."""
+    return rewards.eq(rewards[:, :1]).all(1)
+
+
 def policy_metrics(
     logprobs: Tensor,  # [N, T] of the policy that sampled
     entropy: Tensor,  # [N, T] of the policy
@@ -42,13 +98,14 @@ def policy_metrics(
     return {
         "entropy": entropy[mask].mean().item(),
         "policy_logprob": logprobs[mask].mean().item(),
-        "certain_run": longest_runs(torch.where(mask, logprobs, -torch.inf) > CERTAIN).double().mean().item(),
+        "certain_run": longest_runs(logprobs.masked_fill(~mask, -math.inf) > CERTAIN).double().mean().item(),
     }
 
 
 def nonfinite_share(before: Tensor, after: Tensor) -> float:
-    """Share of logprobs that are not finite, before or after an update: the latter show a last update that broke it."""
-    return (~torch.isfinite(torch.cat([before, after]))).double().mean().item()
+    """Share of the completions' logprobs, before and after an update, that are not finite. Those after it show that a run's last
+    update broke the policy."""
+    return sum(int((~part.isfinite()).sum()) for part in (before, after)) / (len(before) + len(after))
 
 
 def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, group: int) -> dict[str, float]:
@@ -57,7 +114,7 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, grou
     logprobs, ref_logprobs, mask: [n, T] of whole prompts, `group` completions of each.
     """
     log_ratio = (logprobs - ref_logprobs).double()
-    k3 = torch.expm1(-log_ratio) + log_ratio
+    k3 = (-log_ratio).expm1() + log_ratio
     return {
         "ref_kl_k1": log_ratio[mask].mean().item(),
         "ref_kl_se": token_mean_error(log_ratio, mask, group),
@@ -73,7 +130,7 @@ def update_metrics(before: Tensor, after: Tensor, mask: Tensor, group: int) -> d
     before, after, mask: [n, T] of whole prompts, `group` completions of each.
     """
     log_ratio = (after - before).double()
-    k3 = torch.expm1(log_ratio) - log_ratio
+    k3 = log_ratio.expm1() - log_ratio
     return {"update_kl": k3[mask].mean().item(), "update_kl_se": token_mean_error(k3, mask, group)}
 
 
@@ -94,10 +151,10 @@ def token_mean_error(values: Tensor, mask: Tensor, group: int) -> float:
 
 def longest_runs(marked: Tensor) -> Tensor:
     """[N] the longest run of True in each row of [N, T]."""
-    current = longest = torch.zeros(len(marked), dtype=torch.int64, device=marked.device)
+    current = longest = marked.new_zeros(len(marked)).long()
     for column in marked.T:
         current = (current + 1) * column
-        longest = torch.maximum(longest, current)
+        longest = longest.maximum(current)
     return longest
 
 

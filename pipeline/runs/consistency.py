@@ -10,28 +10,22 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.file_io import read_json, sha256
+from pipeline.paths import RUN_FILES, RunFiles
 from pipeline.runs.provenance import digest
-
-REPORTS = Path("reports")
-
-
-def how_to_remake(stage: str) -> str:
-    """The advice for a file of a stage that is missing or broken."""
-    return f"run `dvc repro {stage}`, or `dvc repro -f -s {stage}` where that does nothing"
+from pipeline.runs.results import how_to_remake
 
 
-def raise_if_mixed(*stages: str, reports: Path = REPORTS) -> None:
+def raise_if_mixed(*stages: str, files: RunFiles = RUN_FILES) -> None:
     """Raises UserError naming the files of these stages (train, diagnose, evaluate, plot) that are of another run than
     train/summary.json, and what makes them anew. Files that are missing or no JSON are the caller's to find first."""
-    summary = reports / "train/summary.json"
-    run = run_digests(summary)
-    wrong = {stage: found for stage in stages if (found := _mismatches(stage, run, reports))}
+    run = run_digests(files.summary)
+    wrong = {stage: found for stage in stages if (found := _mismatches(stage, run, files))}
     if wrong:
-        files = ", ".join(str(file) for found in wrong.values() for file in found)
+        names = ", ".join(str(file) for found in wrong.values() for file in found)
         advice = f"`dvc repro -f -s {' '.join(wrong)} && dvc repro` makes them anew"
         if "train" in wrong:  # which takes its time
             advice = f"`dvc checkout` brings back those of dvc.lock; where that does not help, {advice}"
-        raise UserError(f"{files}: of another run than {summary}; {advice}")
+        raise UserError(f"{names}: of another run than {files.summary}; {advice}")
 
 
 def run_digests(summary: Path) -> dict[str, str]:
@@ -62,27 +56,25 @@ def evaluates(measured: dict[str, Any], run: dict[str, str]) -> bool:
     return bool(measured) and digest(measured["policy"]) == run.get("policy")
 
 
-def sources(reports: Path = REPORTS) -> str:
+def sources(files: RunFiles = RUN_FILES) -> str:
     """Digest over what report.html shows. summary.json and measured.json stand for the files that they have digests of."""
-    names = ("prepare.json", "train/summary.json", "diagnosis.json", "evaluate/measured.json")
-    return digest([sha256(reports / name) for name in names])
+    return digest([sha256(file) for file in (files.prepare, files.summary, files.diagnosis, files.measured)])
 
 
-def _mismatches(stage: str, run: dict[str, str], reports: Path) -> list[Path]:
+def _mismatches(stage: str, run: dict[str, str], files: RunFiles) -> list[Path]:
     if stage == "train":
-        files = [reports / "train" / name for name in ("calibration.csv", "history.csv", "samples.jsonl")]
-        files += [healthy] if (healthy := reports.parent / "data/healthy/healthy.json").is_file() else []
-        wrong = [file for file in files if sha256(file) != run.get(file.name)]
-        of_run = read_json(reports / "train/run.json")
-        return wrong + ([] if of_run.get("train_key") == run.get("train_key") else [reports / "train/run.json"])
+        written = [
+            files.calibration,
+            files.history,
+            files.samples,
+            *([files.healthy] if files.healthy.is_file() else []),
+        ]
+        wrong = [file for file in written if sha256(file) != run.get(file.name)]
+        return wrong + ([] if read_json(files.run).get("train_key") == run.get("train_key") else [files.run])
     if stage == "diagnose":
-        diagnosis = reports / "diagnosis.json"
-        return [] if read_json(diagnosis).get("history") == run.get("history.csv") else [diagnosis]
+        return [] if read_json(files.diagnosis).get("history") == run.get("history.csv") else [files.diagnosis]
     if stage == "evaluate":
-        measured = measured_in(read_json(reports / "evaluate/measured.json"))
-        names = ["metrics.json", "completions.jsonl"]
+        measured = measured_in(read_json(files.measured))
         same = evaluates(measured, run)
-        return [reports / "evaluate" / name for name in names
-                if not same or sha256(reports / "evaluate" / name) != measured[name]]  # fmt: skip
-    page = reports / "page/report.html"
-    return [] if f'"{sources(reports)}"' in page.read_text(encoding="utf-8", errors="replace") else [page]
+        return [file for file in (files.metrics, files.completions) if not same or sha256(file) != measured[file.name]]
+    return [] if f'"{sources(files)}"' in files.page.read_text(encoding="utf-8", errors="replace") else [files.page]

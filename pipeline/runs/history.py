@@ -1,11 +1,10 @@
 """history.csv, written step by step."""
 
 import contextlib
-import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.file_io import translate_write_errors
+from pipeline.file_io import csv_line, translate_write_errors
 from pipeline.rl.metrics import HISTORY_COLUMNS
 
 
@@ -20,15 +19,14 @@ def history_file(path: Path, rows: list[dict[str, float]]) -> Iterator[Callable[
     with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w", encoding="utf-8", newline="\n")
-    writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
 
     def append(row: dict[str, float]) -> None:
         with translate_write_errors(path):
-            writer.writerow({column: repr(row[column]) for column in HISTORY_COLUMNS})
+            file.write(csv_line(row, HISTORY_COLUMNS))
             file.flush()
 
     try:
-        writer.writeheader()
+        file.write(",".join(HISTORY_COLUMNS) + "\n")
         for row in rows:
             append(row)
         yield append

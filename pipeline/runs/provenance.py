@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import SELECTORS, Params
+from pipeline.file_io import flatten
 
 PACKAGE = Path(__file__).parent.parent
 DIGESTS = (
@@ -28,6 +29,7 @@ UNRELATED = (
     "pipeline.config.messages",
     "pipeline.distributed.launch",
     "pipeline.errors",
+    "pipeline.paths",
     "pipeline.runs.follower",
     "pipeline.runs.progress",
     "pipeline.runs.provenance",
@@ -111,14 +113,13 @@ def chosen_params(params: Params) -> dict[str, str | int | float | bool]:
     """What a run was told: selectors and seed, and the values of the selected tables and of `train` as dotted keys."""
     chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")}
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
-    return chosen | flatten({**tables, "train": params.train.model_dump()})
+    return chosen | flat_params({**tables, "train": params.train.model_dump()})
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested tables as dotted keys; a list becomes one string, null is left out."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
-    if value is None:
-        return {}
-    scalar = value if isinstance(value, str | int | float | bool) else json.dumps(value)
-    return {prefix[:-1]: scalar}
+def flat_params(tables: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """Tables of params.yaml as run.json and MLflow have them: dotted keys; a list as one string, null left out."""
+    return {
+        key: value if isinstance(value, str | int | float) else json.dumps(value)
+        for key, value in flatten(tables).items()
+        if value is not None
+    }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from pipeline.paths import LOCK, POLICY, RUN_FILES
+
 
 def root() -> Path:
     """The main workspace: $DVC_ROOT, which DVC sets for stages also inside --temp and --queue experiments, whose own
@@ -16,7 +18,12 @@ def root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
-def is_committed(run_json: str, lock: Path = Path("dvc.lock")) -> bool:
+def resume_folder(train_key: str) -> Path:
+    """Where a run keeps its resume states and the times of its steps."""
+    return root() / ".checkpoints" / train_key
+
+
+def is_committed(run_json: str, lock: Path = LOCK) -> bool:
     """Whether DVC has committed this run: dvc.lock has this run.json and a policy as outputs of `train`, and DVC's cache has the
     policy (a fresh clone has the lock alone)."""
     if not lock.is_file():
@@ -24,12 +31,12 @@ def is_committed(run_json: str, lock: Path = Path("dvc.lock")) -> bool:
     stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     recorded = {out["path"]: str(out.get("md5")) for out in stages.get("train", {}).get("outs", [])}
     digest = hashlib.md5(run_json.encode(), usedforsecurity=False).hexdigest()
-    policy = recorded.get("data/policy", "")
-    return recorded.get("reports/train/run.json") == digest and policy.endswith(".dir") and _in_cache(policy)
+    policy = recorded.get(POLICY.as_posix(), "")
+    return recorded.get(RUN_FILES.run.as_posix()) == digest and policy.endswith(".dir") and _in_cache(policy)
 
 
 def _in_cache(md5: str) -> bool:
-    """Whether DVC's cache holds an output; True if DVC does not say where its cache is."""
+    """Whether DVC's cache holds an output; True where DVC does not say where its cache is."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode != 0 or (Path(done.stdout.strip()) / "files/md5" / md5[:2] / md5[2:]).exists()

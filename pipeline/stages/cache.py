@@ -24,8 +24,8 @@ from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, 
 from pipeline.data.token_ids import name_ends
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_folder, folder_digests, read_json, read_jsonl, sha256, why_unwatched, write_json
+from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, TRAIN_PROMPTS
 
-CHECKPOINT, PROMPTS = Path("data/checkpoint"), Path("data/prompts")
 WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC hashes for this stage
 
 
@@ -129,17 +129,17 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
     room = context_length(config)
     tokens: list[list[int]] = []
     limits: list[int] = []
-    for file, used in (("train.jsonl", 0), ("heldout.jsonl", params.evaluate.prompts)):
-        if not (PROMPTS / file).is_file():
-            raise UserError(f"{PROMPTS / file}: no such file; `dvc repro prepare` makes it")
-        prompts = [row["prompt"] for row in read_jsonl(PROMPTS / file)]
+    for file, used in ((TRAIN_PROMPTS, 0), (HELDOUT_PROMPTS, params.evaluate.prompts)):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
+        prompts = [row["prompt"] for row in read_jsonl(file)]
         check_certain(tokenizer, prompts, f"models.{params.model}")
         try:
             ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
             for prompt, own in zip(prompts, ids, strict=True):
                 check_vocabulary(prompt, own, config.get_text_config().vocab_size)
         except UserError as error:
-            raise UserError(f"{table}, {PROMPTS / file}: {error}; take it out of its source") from None
+            raise UserError(f"{table}, {file}: {error}; take it out of its source") from None
         lengths = list(map(len, ids))
         allowed = completion_limits(lengths, params.train.max_tokens, params.selected_recipe.length_limit).tolist()
         check_context(room, prompts[: used or None], lengths, allowed, table)

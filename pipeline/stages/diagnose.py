@@ -1,45 +1,37 @@
 """Stage `diagnose`: whether and how the run collapsed, from which step on, and what to try (reports/diagnosis.json)."""
 
 import math
-import shlex
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import load_params
-from pipeline.config.schema import SELECTORS, Params
+from pipeline.config.overrides import experiment_command
+from pipeline.config.schema import Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import headline, summary
 from pipeline.diagnosis.text import repeated_ngrams
 from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings
-from pipeline.errors import UserError, run_stage
-from pipeline.file_io import finite_or_none, read_csv, read_json, read_jsonl, sha256, write_json
-from pipeline.runs.consistency import how_to_remake, raise_if_mixed
+from pipeline.errors import run_stage
+from pipeline.file_io import finite_or_none, sha256, write_json
+from pipeline.paths import RUN_FILES
+from pipeline.runs.consistency import raise_if_mixed
+from pipeline.runs.results import read_result
 
-REPORTS, TARGET = Path("reports/train"), Path("reports/diagnosis.json")
-HEALTHY = Path("data/healthy/healthy.json")
 SHOWN = 3  # completions a finding
 
 
 def main() -> None:
     """Raises UserError if a file of the stage `train` is missing, malformed, or of another run."""
     params = load_params()
-    files = [REPORTS / "history.csv", REPORTS / "calibration.csv", REPORTS / "samples.jsonl", HEALTHY]
-    files += [REPORTS / "summary.json", REPORTS / "run.json"]
-    readers = [read_csv, read_csv, read_jsonl, read_json, read_json, read_json]
-    contents: list[Any] = []
-    for file, read in zip(files, readers, strict=True):
-        try:
-            contents.append(read(file))
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; {how_to_remake('train')}") from None
-        except ValueError as error:
-            raise UserError(f"{file}: not what the stage writes: {error}; {how_to_remake('train')}") from None
-    rows, calibration, samples, healthy, *_ = contents
+    rows, calibration, samples, healthy = map(
+        read_result, (RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy)
+    )
+    for file in (RUN_FILES.summary, RUN_FILES.run):
+        read_result(file)
     raise_if_mixed("train")
     diagnosis = diagnose(params, rows, calibration, samples)
-    diagnosis |= {"healthy_step": healthy["step"], "history": sha256(REPORTS / "history.csv")}
-    write_json(TARGET, diagnosis)
+    diagnosis |= {"healthy_step": healthy["step"], "history": sha256(RUN_FILES.history)}
+    write_json(RUN_FILES.diagnosis, diagnosis)
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
     if diagnosis["cure"]:
         print(f"to try: {diagnosis['cure']['command']}")
@@ -64,7 +56,7 @@ def diagnose(
         "findings": [
             report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
         ],
-        "cure": {"changes": changes, "command": command(params, changes)} if changes else None,
+        "cure": {"changes": changes, "command": experiment_command(dict(params), changes)} if changes else None,
     }
 
 
@@ -98,12 +90,6 @@ def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, 
     elif finding.passes("repeated_3grams"):
         of_step.sort(key=lambda sample: _or_zero(repeated_ngrams([sample["tokens"]], 3)), reverse=True)
     return [{key: sample[key] for key in ("step", "prompt", "completion", "reward")} for sample in of_step[:SHOWN]]
-
-
-def command(params: Params, changes: dict[str, Any]) -> str:
-    """The command that runs the experiment: the present selectors and the changes."""
-    chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")} | changes
-    return " ".join(["dvc exp run", *(f"-S {shlex.quote(f'{key}={value}')}" for key, value in chosen.items())])
 
 
 def _or_zero(value: float) -> float:

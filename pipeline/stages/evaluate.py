@@ -4,7 +4,6 @@ All rewards of params.yaml are measured, not only the trained one.
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,30 +23,29 @@ from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.models.scoring import score_rollout
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
+from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, POLICY, RUN_FILES
 from pipeline.rewards.build import build_reward
 from pipeline.rl.seeding import draw_uniforms, generator
 from pipeline.runs.progress import progress
 
-PROMPTS, CHECKPOINT, POLICY = Path("data/prompts/heldout.jsonl"), Path("data/checkpoint"), Path("data/policy")
-REPORTS = Path("reports/evaluate")
 PROMPT_BATCH = 32  # prompts sampled at once
 NAMES = ("checkpoint", "policy")  # in metrics.json: the reference model and the trained policy
 
 
 def main() -> None:
     params = load_params()
-    prompts = [row["prompt"] for row in read_jsonl(PROMPTS)] if PROMPTS.exists() else []
+    prompts = [row["prompt"] for row in read_jsonl(HELDOUT_PROMPTS)] if HELDOUT_PROMPTS.exists() else []
     if not prompts:
-        raise UserError(f"{PROMPTS} holds no prompts; run `dvc repro`, which makes it")
+        raise UserError(f"{HELDOUT_PROMPTS} holds no prompts; run `dvc repro`, which makes it")
     if params.evaluate.prompts:
         prompts = prompts[: params.evaluate.prompts]
     device = configure_torch(params.train.device, params.train.threads)
     metrics, rows = evaluate(params, prompts, device)
     if depends_on(load_params()) != depends_on(params):  # DVC would record the new values
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
-    write_jsonl(REPORTS / "completions.jsonl", rows)
-    write_json(REPORTS / "metrics.json", metrics)
-    write_json(REPORTS / "measured.json", [evaluation_identity(params)])  # a list: `dvc metrics show` leaves it out
+    write_jsonl(RUN_FILES.completions, rows)
+    write_json(RUN_FILES.metrics, metrics)
+    write_json(RUN_FILES.measured, [evaluation_identity(params)])  # a list: `dvc metrics show` leaves it out
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
     sure = "one prompt, no interval" if low is None else f"95% interval {low:+.4f} to {high:+.4f}"
@@ -102,9 +100,9 @@ def depends_on(params: Params) -> tuple[Any, ...]:
 def evaluation_identity(params: Params) -> dict[str, Any]:
     """What was evaluated and how, and the digests of the results. Only evaluations with the same prompts and parameters
     are comparable."""
-    files = {name: sha256(REPORTS / name) for name in ("completions.jsonl", "metrics.json")}
+    files = {file.name: sha256(file) for file in (RUN_FILES.completions, RUN_FILES.metrics)}
     policy = folder_digests(POLICY)
-    return {"policy": policy, "prompts": sha256(PROMPTS), "params": params.evaluate.model_dump(), **files}
+    return {"policy": policy, "prompts": sha256(HELDOUT_PROMPTS), "params": params.evaluate.model_dump(), **files}
 
 
 def sample_all(

@@ -1,17 +1,15 @@
 """Stage `plot`: the run's figures (reports/figures/*.png) and its page (reports/page/report.html)."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import run_stage
 from pipeline.file_io import atomic_folder, make_all_readable, write_text
+from pipeline.paths import REPORTS, RUN_FILES
 from pipeline.report import figures, heldout, page, style
 from pipeline.report.inputs import Inputs, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-REPORTS, PAGE = Path("reports"), Path("reports/page/report.html")
 
 
 def draw(data: Inputs) -> "dict[str, Figure]":
@@ -31,15 +29,15 @@ def draw(data: Inputs) -> "dict[str, Figure]":
 
 def main() -> None:
     """Render everything, then write it. Raises UserError for missing or malformed inputs."""
-    data = load(REPORTS)
+    data = load()
     pictures = {name: style.png(figure) for name, figure in draw(data).items()}
     report = page.render(data, pictures)
-    with atomic_folder(REPORTS / "figures") as folder:
+    with atomic_folder(RUN_FILES.figures) as folder:
         for name, content in pictures.items():
             (folder / f"{name}.png").write_bytes(content)
-    write_text(PAGE, report)
+    write_text(RUN_FILES.page, report)
     make_all_readable(REPORTS)  # the last stage that reads outputs which DVC has committed
-    print(f"{len(pictures)} figures in {REPORTS / 'figures'}, page {PAGE}")
+    print(f"{len(pictures)} figures in {RUN_FILES.figures}, page {RUN_FILES.page}")
 
 
 if __name__ == "__main__":

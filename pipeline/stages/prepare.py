@@ -15,10 +15,8 @@ from pipeline.config.schema import PromptSet
 from pipeline.data.hub import DamagedError, drop_damaged, from_hub
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_path, why_unwatched, write_json, write_jsonl
+from pipeline.paths import HELDOUT_PROMPTS, RUN_FILES, TRAIN_PROMPTS
 
-TRAIN = Path("data/prompts/train.jsonl")
-HELDOUT = Path("data/prompts/heldout.jsonl")
-REPORT = Path("reports/prepare.json")
 WATCHED = (Path("data/pocket/prompts"), Path("data/local"))  # DVC hashes these: it would not notice edits elsewhere
 COLUMNS = {"text": (str,), "lang": (str,), "message_id": (str, type(None))}
 OPTIONAL = {"message_id"}
@@ -40,7 +38,11 @@ def main() -> None:
     _refuse_empty(heldout, heldout_counts, where, key)
 
     # write everything before renaming anything: a full disk leaves the earlier files
-    with atomic_path(TRAIN) as train_file, atomic_path(HELDOUT) as heldout_file, atomic_path(REPORT) as report_file:
+    with (
+        atomic_path(TRAIN_PROMPTS) as train_file,
+        atomic_path(HELDOUT_PROMPTS) as heldout_file,
+        atomic_path(RUN_FILES.prepare) as report_file,
+    ):
         write_jsonl(train_file, train)
         write_jsonl(heldout_file, heldout)
         write_json(report_file, {"train": train_counts, "heldout": heldout_counts})

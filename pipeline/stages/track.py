@@ -15,9 +15,10 @@ from filelock import FileLock, Timeout
 
 from pipeline import file_io
 from pipeline.errors import UserError, run_stage
+from pipeline.paths import RUN_FILES
 from pipeline.runs import workspace
 from pipeline.tracking import mlflow_store
-from pipeline.tracking.record import REPORTS, RUN, read_record
+from pipeline.tracking.record import read_record
 from pipeline.tracking.sync import sync
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main() -> None:
         (Path(folder) / file.name).as_posix() for folder, files in record.artifacts.items() for file in files
     )
     file_io.write_json(
-        REPORTS / "track/track.json",
+        RUN_FILES.track,
         {
             "train_key": record.train_key,
             "metrics_logged": sum(point.key.startswith("train/") for point in record.points) + len(record.evaluation),
@@ -72,8 +73,8 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> None:
 def drop_resume_state(train_key: str) -> None:
     """Delete the resume states once dvc.lock says that the run's outputs are committed. Keeps the timings, which are
     only here and in MLflow."""
-    folder = workspace.root() / ".checkpoints" / train_key
-    if not folder.is_dir() or not workspace.is_committed(RUN.read_text(encoding="utf-8")):
+    folder = workspace.resume_folder(train_key)
+    if not folder.is_dir() or not workspace.is_committed(RUN_FILES.run.read_text(encoding="utf-8")):
         return
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=0):  # `train` holds it

@@ -27,40 +27,31 @@ from pipeline.distributed.weights import load_optimizer_state, load_weights, opt
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_folder, folder_digests, sha256, to_json, write_csv, write_json, write_jsonl
 from pipeline.models.load import end_of_text_ids, load_layout
+from pipeline.paths import CHECKPOINT, HEALTHY, POLICY, RUN_FILES, TRAIN_PROMPTS
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
-from pipeline.rl.context import (
-    CHECKPOINT,
-    PROMPTS,
-    TrainContext,
-    build_context,
-    gather_full_policy,
-    initial_policy,
-    sync_rollout_model,
-)
+from pipeline.rl.context import TrainContext, build_context, gather_full_policy, initial_policy, sync_rollout_model
 from pipeline.rl.optimizer import make_optimizer
 from pipeline.rl.state import TrainState
 from pipeline.rl.train_step import train_step
-from pipeline.runs import checkpoints, provenance
+from pipeline.runs import checkpoints, provenance, workspace
 from pipeline.runs.follower import follower
 from pipeline.runs.history import history_file
 from pipeline.runs.progress import progress
 from pipeline.runs.signals import caught_signals
-from pipeline.runs.workspace import is_committed, root
 
-POLICY, HEALTHY, REPORTS = Path("data/policy"), Path("data/healthy"), Path("reports/train")
 IN_FOLDER = Path(".locks/train")
 UNDO = "undo that and repeat the command, which then only writes the result; to train with the change, just repeat it"
 
 
 def main() -> None:
     params = load_params()
-    launch.relaunch_with_accelerate("pipeline.stages.train", root())
-    if not PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
-        raise UserError(f"{PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
+    launch.relaunch_with_accelerate("pipeline.stages.train", workspace.root())
+    if not TRAIN_PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
+        raise UserError(f"{TRAIN_PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
     device = configure_torch(params.train.device, params.train.threads)
     identity = run_identity(params, device)
-    folder = root() / ".checkpoints" / identity["train_key"]
+    folder = workspace.resume_folder(identity["train_key"])
     processes = launch.init_process_group(device, params.train.prompts_per_step)
     with ExitStack() as locks:
         if processes.is_main_process:
@@ -79,7 +70,7 @@ def discard_committed_state(folder: Path, identity: dict[str, Any], params: Para
     if state is None:
         return
     run = TrainState(**state["run"])
-    if is_finished(run, params) and is_committed(to_json(run_record(identity, run))):
+    if is_finished(run, params) and workspace.is_committed(to_json(run_record(identity, run))):
         checkpoints.delete_checkpoints(folder)
 
 
@@ -98,7 +89,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     parts = {
         "code": provenance.digest([provenance.code_digest("pipeline.stages.train"), libraries]),
         "custom": provenance.digest(custom_digests([params.selected_reward])),
-        "prompts": sha256(PROMPTS),
+        "prompts": sha256(TRAIN_PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
         "layout": asdict(load_layout(CHECKPOINT / "layout.json")),
         "params": provenance.chosen_params(params),
@@ -118,7 +109,7 @@ def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> N
     names = {
         "code": "pipeline/",
         "custom": "custom/",
-        "prompts": PROMPTS,
+        "prompts": TRAIN_PROMPTS,
         "checkpoint": CHECKPOINT,
         "layout": CHECKPOINT,
     }
@@ -158,7 +149,7 @@ def loop(
     spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
     announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
     bar = tqdm(total=steps, initial=run.step, disable=None if processes.is_main_process else True, unit="step")
-    history = history_file(REPORTS / "history.csv", run.rows) if processes.is_main_process else nullcontext()
+    history = history_file(RUN_FILES.history, run.rows) if processes.is_main_process else nullcontext()
     with bar, caught_signals() as signals, history as record:
         while not is_finished(run, context.params):
             train_step(run, context, policy, optimizer)
@@ -180,7 +171,7 @@ def loop(
                 if processes.is_main_process:
                     print(
                         f"stopped by a signal after step {run.step - 1}; the same command goes on; until it ends, git shows "
-                        f"{REPORTS} as deleted",
+                        f"{RUN_FILES.history.parent} as deleted",
                         file=sys.stderr,
                     )
                 processes.barrier()  # a launcher ends the others as soon as one has gone
@@ -269,11 +260,11 @@ def write_outputs(
             save_policy(policy, tokenizer, beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
     # again: git may have replaced the growing file by an older one
-    write_csv(REPORTS / "history.csv", run.rows)
-    write_csv(REPORTS / "calibration.csv", run.calibration)
-    write_jsonl(REPORTS / "samples.jsonl", run.samples)
-    write_json(REPORTS / "summary.json", run.summary() | {"digests": [output_digests(identity)]})
-    write_json(REPORTS / "run.json", run_record(identity, run))
+    write_csv(RUN_FILES.history, run.rows)
+    write_csv(RUN_FILES.calibration, run.calibration)
+    write_jsonl(RUN_FILES.samples, run.samples)
+    write_json(RUN_FILES.summary, run.summary() | {"digests": [output_digests(identity)]})
+    write_json(RUN_FILES.run, run_record(identity, run))
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -288,8 +279,8 @@ def output_digests(identity: dict[str, Any]) -> dict[str, str]:
     """The digests of a run and its outputs. summary.json, which is in git, holds them in a list, which `dvc metrics
     show` leaves out; readers of the outputs compare them."""
     own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params")}
-    files = {name: sha256(REPORTS / name) for name in ("calibration.csv", "history.csv", "samples.jsonl")}
-    files["healthy.json"] = sha256(HEALTHY / "healthy.json")
+    written = (RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.healthy)
+    files = {file.name: sha256(file) for file in written}
     return {**own, **files, "policy": provenance.digest(folder_digests(POLICY))}
 
 

@@ -1,4 +1,4 @@
-"""`python -m pipeline.tracking.follow FOLDER PID`: MLflow's run follows the files of a training that is at work.
+"""`python -m pipeline.tracking.follow FOLDER PID`: MLflow's run follows the files of a run that is training.
 
 `train` starts it beside itself, so that no server can hold training up, and writes the end to its standard input. After a
 failure the next state of the files is the next try; `track` completes what is left.

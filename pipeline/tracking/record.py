@@ -1,30 +1,21 @@
 """The record of one run, read from the files that `train` and the other stages wrote: what MLflow shows of it."""
 
 import base64
-import csv
 import math
 import os
-import re
 import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import file_io
 from pipeline.errors import UserError
+from pipeline.file_io import flatten, read_csv, sha256
+from pipeline.paths import CHECKPOINT, RUN_FILES, TRAIN_PROMPTS, RunFiles
 from pipeline.runs import consistency, provenance, workspace
 from pipeline.runs.dvc_git import git
+from pipeline.runs.results import how_to_remake, read_result
 from pipeline.tracking.mlflow_store import Point, Scalar
-
-REPORTS = Path("reports")
-RUN, HISTORY = REPORTS / "train/run.json", REPORTS / "train/history.csv"
-EVALUATION, PREPARE = REPORTS / "evaluate/metrics.json", REPORTS / "prepare.json"
-DIAGNOSIS, MEASURED = REPORTS / "diagnosis.json", REPORTS / "evaluate/measured.json"
-SUMMARY = REPORTS / "train/summary.json"
-REPORT = REPORTS / "page/report.html"
-TABLES = [RUN, HISTORY, SUMMARY, REPORTS / "train/samples.jsonl",
-          REPORTS / "train/calibration.csv", DIAGNOSIS, EVALUATION, MEASURED, REPORTS / "evaluate/completions.jsonl"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,109 +36,71 @@ class Record:
 
 
 def read_growing(folder: Path, pid: int, status: str) -> Record:
-    """What a run at work in `.checkpoints/<train_key>/` has come to: the steps up to its last state. Its process is in the
-    tags, so that `track` can tell whether it is still there."""
-    run = _json(folder / "run.json")
+    """The record of a run that is training, from `.checkpoints/<train_key>/`: the steps up to its last state. The tags name
+    its process, so that `track` can tell whether it is alive."""
+    run = read_result(folder / "run.json")
     files = folder / "history.csv", folder / "timings.csv"
-    history, timings = (_rows(file) if file.exists() else {} for file in files)
+    history, timings = (_by_step(read_csv(file)) if file.exists() else {} for file in files)
     history = {step: row for step, row in history.items() if step in timings}  # written one after the other
     tags = _digests(run) | {"host": socket.gethostname(), "pid": str(pid)}
     return Record(run["train_key"], status, run["params"], len(history), _points(history, timings, 0), tags)
 
 
-def read_record() -> Record:
-    """The record of a finished run. Reads every file before anything is written. Raises UserError naming a file that is missing, broken, or of another
-    run than the others: `dvc repro train` alone leaves those of the stages behind it as they were."""
-    figures = sorted((REPORTS / "figures").glob("*.png"))
-    files = {"tables": TABLES, "figures": figures, "": [REPORT]}
-    for file in [*TABLES, PREPARE, REPORT]:
+def read_record(files: RunFiles = RUN_FILES) -> Record:
+    """The record of a finished run. Raises UserError naming a file that is missing, broken, or of another run than the
+    others: `dvc repro train` alone leaves those of the stages behind it as they were."""
+    figures = sorted(files.figures.glob("*.png"))
+    tables = [files.run, files.history, files.summary, files.samples, files.calibration, files.diagnosis, files.metrics,
+              files.measured, files.completions]  # fmt: skip
+    for file in [*tables, files.page]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; `dvc repro` makes it")
-    run, prompts, evaluation, summary = _json(RUN), _json(PREPARE), _json(EVALUATION), _json(SUMMARY)
-    key, params = str(run.get("train_key")), run.get("params")
-    if not re.fullmatch("[0-9a-f]{64}", key) or not isinstance(params, dict):
+    run, prompts, evaluation = read_result(files.run), read_result(files.prepare), read_result(files.metrics)
+    summary, diagnosis, (measured,) = (
+        read_result(files.summary),
+        read_result(files.diagnosis),
+        read_result(files.measured),
+    )
+    key, params, history = run["train_key"], run["params"], _by_step(read_result(files.history))
+    if (steps := summary["steps"]) != len(history):
         raise UserError(
-            f"{RUN}: should hold train_key, 64 hexadecimal digits, and params; {consistency.how_to_remake('train')}"
+            f"{files.history}: {len(history)} rows, and {files.summary} says {steps} steps; {how_to_remake('train')}"
         )
-    timings_file = workspace.root() / ".checkpoints" / key / "timings.csv"
-    timings = _timings(timings_file)
-    written_ms = HISTORY.stat().st_mtime_ns // 1_000_000
-    history, diagnosis = _rows(HISTORY), _json(DIAGNOSIS)
-    if (steps := summary.get("steps")) != len(history):
-        raise UserError(
-            f"{HISTORY}: {len(history)} rows, and {SUMMARY} says {steps} steps; {consistency.how_to_remake('train')}"
-        )
-    if missing := {"verdict", "onset", "findings", "cure", "history"} - diagnosis.keys():
-        raise UserError(f"{DIAGNOSIS}: has no {min(missing)}; {consistency.how_to_remake('diagnose')}")
-    measured = consistency.measured_in(_read(MEASURED))
-    if not measured:
-        raise UserError(f"{MEASURED}: does not say what was evaluated; {consistency.how_to_remake('evaluate')}")
     consistency.raise_if_mixed("train", "diagnose", "evaluate", "plot")
-    page = REPORT.read_text(encoding="utf-8", errors="replace")
+    page = files.page.read_text(encoding="utf-8", errors="replace")
     if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
-        raise UserError(f"{wrong[0]}: is not the figure in {REPORT}; {consistency.how_to_remake('plot')}")
-    name, model = f"prompts-{params.get('prompts')}", f"checkpoint-{params.get('model')}"
+        raise UserError(f"{wrong[0]}: is not the figure in {files.page}; {how_to_remake('plot')}")
     return Record(
         train_key=key,
         status="FINISHED",
         params={**params, "processes": ", then ".join(map(str, run.get("processes", [1])))},
         steps=len(history),
-        points=_points(history, timings, written_ms),
-        tags=_tags(run, diagnosis, provenance.digest([measured["prompts"], measured["params"]])),
-        evaluation=_flat("evaluate", evaluation),
+        points=_points(history, _timings(workspace.resume_folder(key)), files.history.stat().st_mtime_ns // 1_000_000),
+        tags=_tags(run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]])),
+        evaluation={
+            f"evaluate/{path.replace('.', '/')}": float(value)
+            for path, value in flatten(evaluation).items()
+            if value is not None
+        },
         datasets=[
-            (name, str(run["prompts"]), "data/prompts/train.jsonl", prompts, "training"),
-            (model, str(run["checkpoint"]), "data/checkpoint/policy", {}, "checkpoint"),
+            (f"prompts-{params['prompts']}", run["prompts"], TRAIN_PROMPTS.as_posix(), prompts, "training"),
+            (f"checkpoint-{params['model']}", run["checkpoint"], f"{CHECKPOINT}/policy", {}, "checkpoint"),
         ],
-        artifacts=files,
+        artifacts={"tables": tables, "figures": figures, "": [files.page]},
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    value = _read(file)
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: should hold a JSON object, not {type(value).__name__}{_again(file)}")
-    return value
+def _by_step(rows: list[dict[str, float]]) -> dict[int, dict[str, float]]:
+    return {int(row["step"]): {name: value for name, value in row.items() if name != "step"} for row in rows}
 
 
-def _read(file: Path) -> Any:
-    try:
-        return file_io.read_json(file)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}{_again(file)}") from None
-
-
-def _again(file: Path) -> str:
-    """The advice for a file in reports/, whose folders are named as the stages; nothing for others."""
-    if REPORTS not in file.parents:
-        return ""
-    stage = {PREPARE: "prepare", DIAGNOSIS: "diagnose", REPORT: "plot"}.get(file, file.parent.name)
-    return f"; {consistency.how_to_remake(stage)}"
-
-
-def _rows(file: Path) -> dict[int, dict[str, float]]:
-    """Rows of a CSV file by step; an empty cell is left out. The last row of a step counts."""
-    rows = {}
-    with file.open(encoding="utf-8", newline="") as lines:
-        for number, cells in enumerate(csv.DictReader(lines), start=2):
-            try:
-                row = {name: float(cell) for name, cell in cells.items() if cell}
-                rows[int(row.pop("step"))] = row
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{file} line {number}: should hold a step and numbers: {error!r}{_again(file)}"
-                ) from None
-    if not rows:
-        raise UserError(f"{file}: no rows{_again(file)}")
-    return rows
-
-
-def _timings(file: Path) -> dict[int, dict[str, float]]:
+def _timings(folder: Path) -> dict[int, dict[str, float]]:
     """Clock times of the steps, as far as they are known: nothing that is right depends on them."""
+    file = folder / "timings.csv"
     try:
-        return _rows(file) if file.is_file() else {}
-    except UserError as error:
-        print(f"warning: {error}; the times of the steps are left out", file=sys.stderr)
+        return _by_step(read_csv(file)) if file.is_file() else {}
+    except (KeyError, ValueError) as error:
+        print(f"warning: {file}: {error}; the times of the steps are left out", file=sys.stderr)
         return {}
 
 
@@ -166,27 +119,15 @@ def _points(
     ]
 
 
-def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, float]:
-    """Nested numbers by path, such as evaluate/embedding/policy/mean; null is left out."""
-    flat: dict[str, float] = {}
-    for name, value in tree.items():
-        path = prefix + "/" + re.sub(r"[^\w. :-]", "_", name)
-        if isinstance(value, dict):
-            flat |= _flat(path, value)
-        elif isinstance(value, int | float) and math.isfinite(value):
-            flat[path] = float(value)
-    return flat
-
-
 def _digests(run: dict[str, Any]) -> dict[str, str]:
     return {name: str(run.get(name, "")) for name in provenance.DIGESTS}
 
 
-def _tags(run: dict[str, Any], diagnosis: dict[str, Any], measured: str) -> dict[str, str]:
+def _tags(run: dict[str, Any], diagnosis: dict[str, Any], evaluate_key: str, measured: str) -> dict[str, str]:
     """Where the run came from, as of now; what is unknown (no git, no experiment) keeps its earlier value."""
     commit, changes = _commit()
     tags = {
-        "evaluate_key": file_io.sha256(EVALUATION),
+        "evaluate_key": evaluate_key,
         "measured": measured,  # what was evaluated on, and how
         **_digests(run),
         "git_commit": commit,

@@ -6,10 +6,8 @@ may not be installed, so it is imported inside functions.
 """
 
 import contextlib
-import csv
 import functools
 import hashlib
-import io
 import json
 import math
 import re
@@ -21,23 +19,26 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline import paths
 from pipeline.config.schema import SELECTORS, Params
 from pipeline.errors import UserError
+from pipeline.file_io import parse_csv
+from pipeline.paths import RUN_FILES
 from pipeline.runs.consistency import digests_in, evaluates, measured_in
 from pipeline.runs.dvc_git import git, git_bytes, head_commit
-from pipeline.runs.provenance import digest, flatten, params_digests
+from pipeline.runs.provenance import digest, flat_params, params_digests
 from pipeline.tracking import mlflow_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-LOCK, HISTORY, SUMMARY = "dvc.lock", "reports/train/history.csv", "reports/train/summary.json"
-DIAGNOSIS, EVALUATION, MEASURED = (
-    "reports/diagnosis.json",
-    "reports/evaluate/metrics.json",
-    "reports/evaluate/measured.json",
-)
+LOCK, HISTORY, SUMMARY, DIAGNOSIS, EVALUATION, MEASURED = (
+    file.as_posix()
+    for file in (
+        paths.LOCK, RUN_FILES.history, RUN_FILES.summary, RUN_FILES.diagnosis, RUN_FILES.metrics, RUN_FILES.measured
+    )
+)  # fmt: skip
 EXPERIMENT = re.compile(r"(\w+) (\d+) refs/exps/([0-9a-f]{2}/[0-9a-f]{38})/(.+)")
 Curve = dict[int, float]  # value by step; undefined ones are left out
 
@@ -204,10 +205,10 @@ def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
     tables |= {name: table.model_dump() for name, table in models.items()}
     names = {name: chosen[name] for name in SELECTORS}
     evaluation, diagnosis = _evaluation(files, stages, recorded, run), _diagnosis(files, stages, recorded, run)
-    rows = list(csv.DictReader(io.StringIO(history)))
+    rows = parse_csv(history)
     return RunSummary(
         name=name,
-        params=mlflow_store.param_texts(chosen | flatten(tables)),
+        params=mlflow_store.param_texts(chosen | flat_params(tables)),
         config=run.get("config") or digest([names, tables]),
         code=digest(
             [run["code"], run["custom"]] if run else [used for used in deps if not used[0].startswith("data/")]
@@ -216,9 +217,9 @@ def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
             [run["prompts"], run["checkpoint"]] if run else [used for used in deps if used[0].startswith("data/")]
         ),
         made=made,
-        columns=frozenset(rows[0]) - {"step"} if rows else frozenset(),
+        columns=frozenset(rows[0]) - {"step"},
         curve=lambda column: {
-            int(row["step"]): value for row in rows if math.isfinite(value := float(row.get(column) or "nan"))
+            int(row["step"]): row[column] for row in rows if math.isfinite(row.get(column, math.nan))
         },
         gain=evaluation[0].get(chosen["reward"], {}).get("difference", {}).get("mean") if evaluation else None,
         measured=evaluation[1] if evaluation else None,

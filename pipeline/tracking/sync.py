@@ -7,9 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.paths import RUN_FILES
 from pipeline.tracking import mlflow_store
 from pipeline.tracking.mlflow_store import Point
-from pipeline.tracking.record import HISTORY, Record
+from pipeline.tracking.record import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,7 +57,10 @@ def _find(client: "MlflowClient", experiment: str, record: Record) -> "tuple[Run
     logged = mlflow_store.logged_points(client, run) if run else []
     if run and record.artifacts and _contradict(logged, record.points):
         # Points cannot be corrected. Rounding on another type of CPU, or a run edited by hand.
-        print(f"note: MLflow run {run.info.run_name} differs from {HISTORY}; deleted and made anew", file=sys.stderr)
+        print(
+            f"note: MLflow run {run.info.run_name} differs from {RUN_FILES.history}; deleted and made anew",
+            file=sys.stderr,
+        )
         client.delete_run(run.info.run_id)
         run, logged = None, []
     if run is None:

@@ -1,0 +1,28 @@
+"""Where the files of a run lie, from the project's root; dvc.yaml says which stage makes which. No number depends on a path."""
+
+from pathlib import Path
+
+TRAIN_PROMPTS, HELDOUT_PROMPTS = Path("data/prompts/train.jsonl"), Path("data/prompts/heldout.jsonl")
+CHECKPOINT = Path("data/checkpoint")  # policy/, encoder/, layout.json, manifest.json
+POLICY, HEALTHY = Path("data/policy"), Path("data/healthy")
+REPORTS, LOCK = Path("reports"), Path("dvc.lock")
+
+
+class RunFiles:
+    """What the stages write of one run below a folder of reports, and beside it."""
+
+    def __init__(self, reports: Path = REPORTS) -> None:
+        self.reports = reports
+        self.prepare, self.diagnosis = reports / "prepare.json", reports / "diagnosis.json"
+        train, evaluate = reports / "train", reports / "evaluate"
+        self.run, self.summary = train / "run.json", train / "summary.json"
+        self.history, self.calibration = train / "history.csv", train / "calibration.csv"
+        self.samples = train / "samples.jsonl"
+        self.healthy = reports.parent / HEALTHY / "healthy.json"
+        self.metrics, self.measured = evaluate / "metrics.json", evaluate / "measured.json"
+        self.completions = evaluate / "completions.jsonl"
+        self.figures, self.page = reports / "figures", reports / "page/report.html"
+        self.track = reports / "track/track.json"
+
+
+RUN_FILES = RunFiles()

@@ -1,0 +1,188 @@
+"""What the stages write of a run: the shape of each file, and one reader for all of them."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
+
+from pipeline.errors import UserError
+from pipeline.file_io import read_csv, read_json, read_jsonl
+
+
+class RunParams(TypedDict):
+    """What was chosen. The selected tables stand beside it as dotted keys: recipe.lr."""
+
+    model: str
+    prompts: str
+    reward: str
+    encoder: str
+    recipe: str
+    seed: int
+
+
+class Run(TypedDict):
+    train_key: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    code: str
+    prompts: str
+    checkpoint: str
+    params: RunParams
+
+
+class Summary(TypedDict):
+    steps: int
+
+
+class Sample(TypedDict):
+    step: int
+    prompt: str
+    completion: str
+    reward: float
+    advantage: float | None  # null where it was not finite
+    tokens: list[int]
+    pieces: list[str]  # the text of each token
+    token_logprobs: list[float | None]
+    ended: bool
+
+
+def check_tokens(sample: Sample) -> Sample:
+    if not len(sample["tokens"]) == len(sample["pieces"]) == len(sample["token_logprobs"]):
+        raise ValueError("tokens, pieces and token_logprobs differ in length")
+    return sample
+
+
+class Healthy(TypedDict):
+    step: int
+
+
+class Interval(TypedDict):
+    """A mean with its bootstrap 95% interval; None is undefined, as the interval of one prompt."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class Comparison(TypedDict):
+    """One reward on held-out prompts: the reference, the trained policy, their difference."""
+
+    checkpoint: Interval
+    policy: Interval
+    difference: Interval
+    win_rate: float | None
+
+
+class Sides(TypedDict):
+    checkpoint: Any
+    policy: Any
+
+
+class Evaluation(TypedDict, extra_items=Comparison):  # type: ignore[call-arg]  # mypy does not know it yet
+    """The rewards by name, and beside them:"""
+
+    text: Sides
+    ref_logprob_per_token: Sides
+
+
+Measured = TypedDict(
+    "Measured",
+    {"policy": dict[str, str], "prompts": str, "params": Any, "metrics.json": str, "completions.jsonl": str},
+)
+
+
+class Completion(TypedDict):
+    prompt: str
+    sample: int
+    checkpoint: str
+    policy: str
+    rewards: dict[str, tuple[float, float]]
+
+
+class Evidence(TypedDict):
+    """A metric whose value at a step lies on one side of a threshold; untouched: of the reference, before training."""
+
+    metric: str
+    step: int
+    value: float | None
+    untouched: float | None
+    spread: float | None
+    threshold: float | None
+    side: Literal["above", "below"]
+
+
+class Shown(TypedDict):
+    """A completion that shows what a finding says."""
+
+    step: int
+    prompt: str
+    completion: str
+    reward: float | None
+
+
+class Finding(TypedDict):
+    kind: str
+    title: str
+    onset: int
+    summary: str
+    evidence: list[Evidence]
+    completions: list[Shown]
+    changes: dict[str, Any]
+    reason: str
+    source: str
+
+
+class Cure(TypedDict):
+    changes: dict[str, Any]
+    command: str
+
+
+class Diagnosis(TypedDict):
+    """The verdict on a run: `healthy`, or the kind of its earliest finding."""
+
+    verdict: str
+    onset: int | None
+    headline: str
+    steps: int
+    findings: list[Finding]
+    cure: Cure | None
+    healthy_step: int
+
+
+# file -> the stage that writes it, its shape
+RESULTS: dict[str, tuple[str, Any]] = {
+    "prepare.json": ("prepare", dict[str, Any]),
+    "run.json": ("train", Run),
+    "summary.json": ("train", Summary),
+    "history.csv": ("train", list[dict[str, float]]),
+    "calibration.csv": ("train", list[dict[str, float]]),
+    "samples.jsonl": ("train", list[Annotated[Sample, AfterValidator(check_tokens)]]),
+    "healthy.json": ("train", Healthy),
+    "diagnosis.json": ("diagnose", Diagnosis),
+    "metrics.json": ("evaluate", Evaluation),
+    "measured.json": ("evaluate", Annotated[list[Measured], Field(min_length=1)]),
+    "completions.jsonl": ("evaluate", list[Completion]),
+}
+READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv}
+
+
+def read_result(file: Path) -> Any:
+    """The content of a file as it is. Raises UserError where it is missing or not what its stage writes."""
+    stage, shape = RESULTS[file.name]
+    try:
+        content = READERS[file.suffix](file)
+        TypeAdapter(shape).validate_python(content)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {how_to_remake(stage)}") from None
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        wrong = f"has no {where}" if first["type"] == "missing" else f"{where}: {first['msg'].lower()}"
+        raise UserError(f"{file}: {wrong}; {how_to_remake(stage)}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not what the stage writes: {error}; {how_to_remake(stage)}") from None
+    return content
+
+
+def how_to_remake(stage: str) -> str:
+    """The advice for a file of a stage that is missing or broken."""
+    return f"run `dvc repro {stage}`, or `dvc repro -f -s {stage}` where that does nothing"
