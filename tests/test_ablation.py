@@ -31,9 +31,13 @@ def test_every_experiment_is_recognised_as_itself(experiment: Experiment) -> Non
     tree = with_overrides(experiment)
     assert tree != COMMITTED
     assert identify(tree, COMMITTED) == experiment
+
+
+def test_a_run_with_other_changes_is_no_experiment() -> None:
+    tree = with_overrides(EXPERIMENTS[0])
+    assert identify(tree | {"reward": "length"}, COMMITTED) is None
     tree["train"]["max_tokens"] += 1
     assert identify(tree, COMMITTED) is None
-    assert identify(with_overrides(experiment) | {"reward": "length"}, COMMITTED) is None
     assert identify(COMMITTED, COMMITTED) is None
 
 
