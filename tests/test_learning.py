@@ -1,4 +1,4 @@
-"""It learns: the rewards `length` and `words` rise on the pocket model, on each of five seeds. All but one are exhaustive."""
+"""It learns: the rewards `length` and `words` rise on the pocket model, on each of five seeds."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ STEPS = {"length": 8, "words": 20}  # a required word has to be said by chance f
 
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The pocket model and its prompts, cached. A few steps suffice for `stable` at ten times its rate with half its KL."""
+    """The pocket model, cached. A few steps suffice for `stable` at ten times its rate with half its KL."""
     project = copy_of_project(tmp_path_factory.mktemp("pocket"))
     for stage in ("prepare", "cache"):
         done = project.run(stage)
