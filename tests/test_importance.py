@@ -53,6 +53,7 @@ def test_the_gradient_is_that_of_ppo_s_clipped_surrogate(seed: int, level: str, 
     truth = torch.autograd.grad(loss, new)[0]
     factors, cut = importance_weights(new, old, mask, advantage, level, clip_range)
     assert not factors.requires_grad
+    assert not importance_weights(new, old, mask, torch.zeros(3), level, clip_range)[1].any()  # it pulls nowhere
     weights = token_weights(mask, "sequence_sum", size_of(mask)) * factors.masked_fill(cut, 0.0)
     measured = torch.autograd.grad(policy_loss(new, advantage, weights), new, allow_unused=True)[0]
     torch.testing.assert_close(measured, truth, rtol=1e-10, atol=1e-12)

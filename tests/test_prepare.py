@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -173,9 +175,6 @@ def test_the_settings_of_a_set_change_its_filter() -> None:
 
 
 def test_jsonl_gzip_and_parquet_give_the_same_bytes(place: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     rows = [
         {"message_id": "1", "text": "Line\u2028separator", "lang": "en"},
         {"message_id": None, "text": "Ünïcode \U0001f40d", "lang": "en"},
@@ -276,9 +275,6 @@ TEXTS = [f"Message number {number}" for number in range(40)]
 
 def write_texts(path: Path) -> None:
     """TEXTS in a file of the kind that its name says; nothing but its checksums would notice a changed letter."""
-    import pyarrow
-    import pyarrow.parquet
-
     if path.suffix == ".parquet":
         table = pyarrow.table({"text": TEXTS, "lang": ["en"] * len(TEXTS)})
         pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
@@ -326,37 +322,27 @@ def test_a_damaged_file_is_refused_or_does_no_harm(place: Path, suffix: str) -> 
                 assert prompts(place) == [row["text"] for row in rows if notebook_keeps(row)]
 
 
-def parquet(columns: Any) -> Callable[[Path], None]:
+def parquet(**columns: Any) -> Callable[[Path], None]:
     """Writes a table in the place of train.jsonl."""
 
     def write(folder: Path) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
         (folder / "train.jsonl").unlink()
-        table = pyarrow.Table.from_arrays(*columns()) if callable(columns) else pyarrow.table(columns)
-        pyarrow.parquet.write_table(table, folder / "train.parquet")
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "train.parquet")
 
     return write
 
 
-def column(kind: str) -> Callable[[], tuple[list[Any], list[str]]]:
-    """A column of texts that Python cannot read, beside its language."""
+def column_twice(folder: Path) -> None:
+    (folder / "train.jsonl").unlink()
+    table = pyarrow.Table.from_arrays([pyarrow.array(["en"])] * 3, ["text", "text", "lang"])
+    pyarrow.parquet.write_table(table, folder / "train.parquet")
 
-    def columns() -> tuple[list[Any], list[str]]:
-        import pyarrow
 
-        en = pyarrow.array(["en"])
-        text = {
-            "no UTF-8": lambda: pyarrow.Array.from_buffers(
-                pyarrow.string(), 1, pyarrow.array([b"\xff\xfe"]).buffers()),
-            "two fields of a name": lambda: pyarrow.StructArray.from_arrays([pyarrow.array([1])] * 2, ["a", "a"]),
-            "year 1000000": lambda: pyarrow.array([2**45], pyarrow.timestamp("s")),
-            "endless time": lambda: pyarrow.array([2**62], pyarrow.duration("s")),
-        }  # fmt: skip
-        return ([en, en, en], ["text", "text", "lang"]) if kind == "twice" else ([text[kind](), en], ["text", "lang"])
-
-    return columns
+# texts that Python cannot read
+NO_UTF8 = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff\xfe"]).buffers())
+YEAR_1000000 = pyarrow.array([2**45], pyarrow.timestamp("s"))
+ENDLESS_TIME = pyarrow.array([2**62], pyarrow.duration("s"))
+TWO_FIELDS_OF_A_NAME = pyarrow.StructArray.from_arrays([pyarrow.array([1])] * 2, ["a", "a"])
 
 
 def link_to_itself(folder: Path) -> None:
@@ -395,16 +381,16 @@ def cut_gzip(folder: Path) -> None:
          "set/train.jsonl: none of its 0 rows is left as a prompt; it should hold messages"),
         (lambda folder: shutil.copy(folder / "train.jsonl", folder / "validation.jsonl"),
          "set/validation.jsonl: none of its 1 rows is left as a prompt (dropped: leaked 1)"),
-        (parquet({"lang": ["en"]}), "train.parquet: column 'text' is missing (there are: lang)"),
-        (parquet({"text": ["Hi", None], "lang": ["en", "en"]}), "train.parquet row 2: text should be a string"),
-        (parquet({"text": [1], "lang": ["en"]}), "train.parquet row 1: text should be a string, not the number 1"),
-        (parquet({"text": [b"Hi"], "lang": ["en"]}), "train.parquet row 1: text should be a string, not bytes"),
-        (parquet({"text": [], "lang": []}), "train.parquet: none of its 0 rows is left as a prompt"),
-        (parquet(column("no UTF-8")), "train.parquet row 1: text should be a string: 'utf-8' codec"),
-        (parquet(column("year 1000000")), "train.parquet row 1: text should be a string: date value"),
-        (parquet(column("endless time")), "train.parquet row 1: text should be a string: Python int"),
-        (parquet(column("two fields of a name")), "train.parquet row 1: text should be a string: "),
-        (parquet(column("twice")), "train.parquet: there are 2 columns 'text'; keep one"),
+        (parquet(lang=["en"]), "train.parquet: column 'text' is missing (there are: lang)"),
+        (parquet(text=["Hi", None], lang=["en", "en"]), "train.parquet row 2: text should be a string"),
+        (parquet(text=[1], lang=["en"]), "train.parquet row 1: text should be a string, not the number 1"),
+        (parquet(text=[b"Hi"], lang=["en"]), "train.parquet row 1: text should be a string, not bytes"),
+        (parquet(text=[], lang=[]), "train.parquet: none of its 0 rows is left as a prompt"),
+        (parquet(text=NO_UTF8, lang=["en"]), "train.parquet row 1: text should be a string: 'utf-8' codec"),
+        (parquet(text=YEAR_1000000, lang=["en"]), "train.parquet row 1: text should be a string: date value"),
+        (parquet(text=ENDLESS_TIME, lang=["en"]), "train.parquet row 1: text should be a string: Python int"),
+        (parquet(text=TWO_FIELDS_OF_A_NAME, lang=["en"]), "train.parquet row 1: text should be a string: "),
+        (column_twice, "train.parquet: there are 2 columns 'text'; keep one"),
     ],
 )  # fmt: skip
 def test_bad_folders_leave_earlier_outputs_alone(place: Path, spoil: Callable[[Path], None], message: str) -> None:
