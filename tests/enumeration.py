@@ -1,7 +1,7 @@
 """Truth by enumeration: policies so small that every batch can be written down.
 
-J = E[R(y)] and KL(pi || ref) are sums over all completions, their gradients autograd's. A loss is right if its gradient,
-averaged over every batch that can be sampled, is that of -J or of the KL. All in float64.
+J = E[R(y)] and KL(pi || ref) are sums over all completions; autograd gives their gradients. A loss is right if its
+gradient, averaged over every batch that can be sampled, is that of -J or of the KL. All in float64.
 """
 
 import functools
@@ -40,6 +40,7 @@ class World:
         self.entropies = -(rows.exp() * rows).sum(3)  # [B, K, T]
         self.log_p, self.log_q = ((x * self.mask).sum(2) for x in (self.logprobs, self.ref_logprobs))  # [B, K]
         self.p = self.log_p.exp()
+        torch.testing.assert_close(self.p.sum(1), torch.ones(prompts, dtype=torch.float64))  # no completion is missing
 
     def grad(self, scalar: Tensor) -> Tensor:
         return torch.autograd.grad(scalar, self.table, retain_graph=True)[0].flatten()

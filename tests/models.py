@@ -97,13 +97,19 @@ def plain_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[i
     return torch.stack([row[token] for row, token in zip(table, completion, strict=True)])
 
 
-def rollout_of(prompts: list[list[int]], completions: Tensor, lengths: Tensor) -> Rollout:
-    """A rollout of given tokens, prompts [N] one a completion; the sampler's log-probabilities are not known."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[EOS] * (width - len(p)) + p for p in prompts])
+def rollout_of(
+    prompts: list[list[int]], completions: list[list[int]], wider: int = 0, longer: int = 0, filler: int = EOS
+) -> Rollout:
+    """A rollout of given tokens, a prompt for each completion; the sampler's logprobs are not known.
+
+    wider, longer: more columns of padding before the prompts and behind the completions. filler: what stands in it.
+    """
+    width, columns = max(map(len, prompts)) + wider, max(map(len, completions)) + longer
+    ids = torch.tensor([[filler] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    unknown = torch.full(completions.shape, torch.nan, dtype=torch.float64)
-    return Rollout(ids, mask, completions, lengths, unknown, unknown)
+    tokens = torch.tensor([c + [filler] * (columns - len(c)) for c in completions])
+    unknown = torch.full(tokens.shape, torch.nan, dtype=torch.float64)
+    return Rollout(ids, mask, tokens, torch.tensor(list(map(len, completions))), unknown, unknown)
 
 
 def gradient(model: torch.nn.Module) -> Tensor:

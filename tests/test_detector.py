@@ -11,65 +11,48 @@ from benchmarks.detector import PLANS, params_of
 from benchmarks.labels import LASTING, bad, labels
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST = {"rewards": [[-1.0, 1.0], [0.0, 2.0], [-2.0, 0.0], [1.0, 3.0]], "entropy": 3.5, "ref_logprob": -3.6, "empty": 0.02,
-         "repeated": 0.02, "distinct": 0.98}  # fmt: skip
+FIRST = {
+    "rewards": [[-1.0, 1.0], [0.0, 2.0], [-2.0, 0.0], [1.0, 3.0]], "entropy": 3.5, "ref_logprob": -3.6, "empty": 0.02,
+    "repeated": 0.02, "distinct": 0.98,
+}  # fmt: skip
 
 
 def evaluation(shift: float = 0.0, **changes: Any) -> dict[str, Any]:
     return {**FIRST, "rewards": [[reward + shift for reward in pair] for pair in FIRST["rewards"]], **changes}
 
 
-def run(*evaluations: dict[str, Any], stopped: bool = False, alignment: str = "correct") -> dict[str, Any]:
-    return {
-        "held_out": [FIRST, *evaluations],
-        "stopped": stopped,
-        "alignment": alignment,
-        "rows": [{}] * len(evaluations),
-    }
+@pytest.mark.parametrize(("changes", "kinds"), [
+    ({"empty": 0.6}, {"empty"}),
+    ({"repeated": 0.6}, {"repetition"}),
+    ({"ref_logprob": -5.7}, {"gibberish"}),
+    ({"distinct": 0.4}, {"mode"}),
+    ({"entropy": 0.5}, {"mode"}),  # certainty is mode collapse
+    ({"entropy": 0.5, "distinct": 0.1, "empty": 0.9}, {"empty"}),  # silence is not
+    ({"empty": 0.4, "repeated": 0.4, "ref_logprob": -5.5, "distinct": 0.5, "entropy": 0.8}, set()),
+    ({"shift": -0.8}, {"step-size"}),
+    ({"shift": -0.6}, set()),  # less than half the spread, sqrt(2), within a prompt
+    ({"shift": 5.0}, set()),  # a higher reward alone
+    ({"shift": 2.0, "repeated": 0.9}, {"hacking", "repetition"}),  # a higher reward for broken text
+    ({"shift": 2.0, "distinct": 0.1}, {"mode"}),
+])  # fmt: skip
+def test_what_is_bad(changes: dict[str, float], kinds: set[str]) -> None:
+    assert bad(evaluation(**changes), FIRST) == kinds
 
 
-WAYS = {
-    "empty": {"empty": 0.6}, "repetition": {"repeated": 0.6}, "gibberish": {"ref_logprob": -5.7},
-    "mode": {"distinct": 0.4}, "step-size": {"shift": -1.0},
-}  # fmt: skip
+def labels_of(*evaluations: dict[str, Any], stopped: bool = False, alignment: str = "correct") -> dict[str, int]:
+    rows: list[Any] = [{}] * (len(evaluations) - 1)
+    return labels({"held_out": evaluations, "stopped": stopped, "alignment": alignment, "rows": rows})
 
 
-@pytest.mark.parametrize("kind", WAYS)
-def test_each_way_of_being_bad(kind: str) -> None:
-    assert bad(evaluation(**WAYS[kind]), FIRST) == {kind}
-
-
-def test_what_is_not_bad() -> None:
-    near = evaluation(empty=0.4, repeated=0.4, ref_logprob=-5.5, distinct=0.5, entropy=0.8)
-    assert bad(near, FIRST) == set()
-    assert bad(evaluation(shift=5.0), FIRST) == set()  # a higher reward alone
-    assert bad(evaluation(shift=-0.6), FIRST) == set()  # less than half the spread, sqrt(2), within a prompt
-    assert bad(evaluation(shift=-0.8), FIRST) == {"step-size"}
-
-
-def test_hacking_is_a_higher_reward_for_broken_text() -> None:
-    assert bad(evaluation(shift=2.0, repeated=0.9), FIRST) == {"hacking", "repetition"}
-    assert bad(evaluation(shift=2.0, distinct=0.1), FIRST) == {"mode"}
-
-
-def test_certainty_is_mode_collapse_and_silence_is_not() -> None:
-    assert bad(evaluation(entropy=0.5), FIRST) == {"mode"}
-    assert bad(evaluation(entropy=0.5, distinct=0.1, empty=0.9), FIRST) == {"empty"}
-
-
-def test_a_label_needs_evaluations_in_a_row() -> None:
-    fine, broken = evaluation(), evaluation(empty=0.9)
-    assert labels(run(*[fine] * 3, *[broken] * (LASTING - 1), fine)) == {}
-    assert labels(run(*[fine] * 3, *[broken] * LASTING, fine)) == {"empty": 4}
-    assert labels(run(*[fine] * 5)) == {}
-
-
-def test_kinds_with_rules_of_their_own() -> None:
-    fine = evaluation()
-    assert labels(run(fine, alignment="shifted")) == {"misaligned": 0}
-    assert labels(run(fine, fine, fine, stopped=True)) == {"numeric": 2}
-    same = {**FIRST, "rewards": [[0.0, 0.0]] * 4}
-    assert labels({**run(same, same), "held_out": [same, same, same]}) == {"starved": 0}
+def test_labels_of_runs() -> None:
+    """Most kinds need several evaluations in a row; some have rules of their own."""
+    fine, broken, same = evaluation(), evaluation(empty=0.9), {**FIRST, "rewards": [[0.0, 0.0]] * 4}
+    assert labels_of(FIRST, *[fine] * 3, *[broken] * (LASTING - 1), fine) == {}
+    assert labels_of(FIRST, *[fine] * 3, *[broken] * LASTING, fine) == {"empty": 4}
+    assert labels_of(FIRST, *[fine] * 5) == {}
+    assert labels_of(FIRST, fine, alignment="shifted") == {"misaligned": 0}
+    assert labels_of(FIRST, fine, fine, fine, stopped=True) == {"numeric": 2}
+    assert labels_of(same, same, same) == {"starved": 0}
 
 
 def test_seeds_to_choose_on_are_not_measured_on() -> None:

@@ -35,16 +35,19 @@ def greedy(ends: list[int]) -> str:
     return tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"do_sample": True, "temperature": 5.0, "top_k": 3},
-        {"num_beams": 4, "early_stopping": True, "no_repeat_ngram_size": 2},
-        {"repetition_penalty": 1.8, "suppress_tokens": [12, 14, 200], "forced_eos_token_id": 0},
-        {"max_length": 3, "min_new_tokens": 2, "bad_words_ids": [[5]], "prompt_lookup_num_tokens": 2},
-        {"do_sample": False, "temperature": 0.3, "top_p": 0.2},
-    ],
-)
+def said(folder: Path) -> str:
+    tokenizer, policy = load_tokenizer(folder), load_policy(folder, torch.device("cpu"))
+    ends = end_of_text_ids(folder, tokenizer)
+    return continuation(policy, tokenizer, encode_prompt(tokenizer, PROMPT), ends, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("settings", [
+    {"do_sample": True, "temperature": 5.0, "top_k": 3},
+    {"num_beams": 4, "early_stopping": True, "no_repeat_ngram_size": 2},
+    {"repetition_penalty": 1.8, "suppress_tokens": [12, 14, 200], "forced_eos_token_id": 0},
+    {"max_length": 3, "min_new_tokens": 2, "bad_words_ids": [[5]], "prompt_lookup_num_tokens": 2},
+    {"do_sample": False, "temperature": 0.3, "top_p": 0.2},
+])  # fmt: skip
 def test_greedy_is_greedy_whatever_the_checkpoint_says(folder: Path, settings: dict[str, object]) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **settings}))
     assert said(folder) == greedy([0])
@@ -89,11 +92,3 @@ def test_it_says_whose_policy_it_is(small_run: Any, small: Project, monkeypatch:
         assert "data/policy is not of the run in reports/train" in said()[1]
     finally:
         (small.root / "run.json").rename(small.root / "reports/train/run.json")
-
-
-def said(folder: Path) -> str:
-    tokenizer = load_tokenizer(folder)
-    model = load_policy(folder, torch.device("cpu"))
-    return continuation(
-        model, tokenizer, encode_prompt(tokenizer, PROMPT), end_of_text_ids(folder, tokenizer), MAX_TOKENS
-    )

@@ -1,4 +1,4 @@
-"""A custom reward may do what Python can: start processes, change its process, hang. Training's settings stay as they are."""
+"""A custom reward may do what Python can: start processes, change its process, hang. Training's settings stay."""
 
 import ctypes
 import gc
@@ -76,8 +76,11 @@ class Scorer:
             scores = asyncio.run(every())
         else:  # a program that imports the module by its name
             program = "import pickle, sys; sys.path[:0] = [sys.argv[1]]; print(pickle.load(sys.stdin.buffer).value)"
-            said = [subprocess.run([sys.executable, "-c", program, ROOT + "/custom/my-games"], input=pickle.dumps(one(completion)), cwd=ROOT, capture_output=True, check=True).stdout for completion in completions]
-            scores = [Score(float(text)) for text in said]
+            scores = []
+            for completion in completions:
+                command = [sys.executable, "-c", program, ROOT + "/custom/my-games"]
+                said = subprocess.check_output(command, input=pickle.dumps(one(completion)), cwd=ROOT)
+                scores.append(Score(float(said)))
         thread = threading.Thread(target=sys.exit)
         thread.start()
         thread.join()
@@ -144,8 +147,8 @@ def test_ctrl_c_leaves_the_processes_of_a_reward_to_training(monkeypatch: pytest
 
 
 def test_what_is_no_plain_function(custom: Callable[..., Score]) -> None:
-    partial = "import functools\ndef f(prompts, completions, by): return [by] * len(completions)\nreward = functools.partial(f, by=2)"
-    assert custom(partial)(["", ""], ["a", "b"]) == [2, 2]
+    function = "import functools\ndef f(prompts, completions, by): return [by] * len(completions)\n"
+    assert custom(function + "reward = functools.partial(f, by=2)")(["", ""], ["a", "b"]) == [2, 2]
     code = "async def reward(prompts, completions):\n    return [1.0]\n"
     with pytest.raises(UserError, match=r"^reward custom/mine.py:reward: it is an async function.*asyncio.run$"):
         custom(code)([""], ["a"])
@@ -155,10 +158,9 @@ def test_a_file_that_python_would_not_import_is_refused(custom: Callable[..., Sc
     """A package of the same name comes before it: child processes would import that one."""
     (tmp_path / "custom/mine").mkdir(parents=True)
     (tmp_path / "custom/mine/__init__.py").write_text("")
-    with pytest.raises(
-        UserError, match=r"Python imports .*mine/__init__.py as custom.mine, not custom/mine.py; rename"
-    ):
-        custom("def reward(prompts, completions): return [1.0]")
+    message = r"Python imports .*mine/__init__.py as custom.mine, not custom/mine.py; rename"
+    with pytest.raises(UserError, match=message):
+        custom(does())
 
 
 # --- settings: what a reward does -> what tells that it did
@@ -167,17 +169,24 @@ CHANGES = {
     "folder": ("os.chdir('/')", "os.getcwd()"),
     "environment": ("os.environ['ANOTHER'] = 'x'; del os.environ['PATH']", "dict(os.environ)"),
     "umask": ("os.umask(0o777)", "(mask := os.umask(0), os.umask(mask))[0]"),
-    "locale": ("locale.setlocale(locale.LC_ALL, 'C.UTF-8' if locale.setlocale(locale.LC_ALL) == 'C' else 'C')", "locale.setlocale(locale.LC_ALL)"),
+    "locale": (
+        "locale.setlocale(locale.LC_ALL, 'C.UTF-8' if locale.setlocale(locale.LC_ALL) == 'C' else 'C')",
+        "locale.setlocale(locale.LC_ALL)"),
     "signal": ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "signal.getsignal(signal.SIGTERM)"),
-    "blocked": ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])", "signal.pthread_sigmask(signal.SIG_BLOCK, [])"),
-    "limit": ("resource.setrlimit(resource.RLIMIT_NOFILE, (99, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))", "resource.getrlimit(resource.RLIMIT_NOFILE)"),
+    "blocked": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])", "signal.pthread_sigmask(signal.SIG_BLOCK, [])"),
+    "limit": (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (99, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))",
+        "resource.getrlimit(resource.RLIMIT_NOFILE)"),
     "sockets": ("socket.setdefaulttimeout(1)", "socket.getdefaulttimeout()"),
     "path": ("sys.path.insert(0, '/nowhere')", "'/nowhere' in sys.path"),
     "arguments": ("sys.argv[:] = ['x']", "list(sys.argv)"),
     "recursion": ("sys.setrecursionlimit(4321)", "sys.getrecursionlimit()"),
     "output": ("sys.stdout = sys.stderr = io.StringIO()", "(type(sys.stdout).__name__, type(sys.stderr).__name__)"),
     "warnings": ("warnings.simplefilter('ignore')", "list(warnings.filters)"),
-    "logging": ("logging.disable(); logging.basicConfig(force=True, level=1)", "(logging.root.manager.disable, logging.root.level)"),
+    "logging": (
+        "logging.disable(); logging.basicConfig(force=True, level=1)",
+        "(logging.root.manager.disable, logging.root.level)"),
     "collector": ("gc.disable()", "gc.isenabled()"),
     "numpy": ("np.seterr(all='ignore')", "np.geterr()"),
     "threads": ("torch.set_num_threads(torch.get_num_threads() + 1)", "torch.get_num_threads()"),
@@ -185,19 +194,38 @@ CHANGES = {
     "device": ("torch.set_default_device('meta')", "torch.zeros(1).device"),
     "device left open": ("torch.device('meta').__enter__()", "torch.zeros(1).device"),
     "gradient": ("torch.set_grad_enabled(not torch.is_grad_enabled())", "torch.is_grad_enabled()"),
-    "inference": ("global mode; mode = torch.inference_mode(); mode.__enter__()", "(torch.is_inference_mode_enabled(), torch.is_grad_enabled())"),
+    "inference": (
+        "global mode; mode = torch.inference_mode(); mode.__enter__()",
+        "(torch.is_inference_mode_enabled(), torch.is_grad_enabled())"),
     "anomaly": ("torch.autograd.set_detect_anomaly(True)", "torch.is_anomaly_enabled()"),
-    "deterministic": ("torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled())", "torch.are_deterministic_algorithms_enabled()"),
-    "precision": ("torch.set_float32_matmul_precision('medium')", "(torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision)"),
-    "precision of all": ("torch.backends.fp32_precision = 'tf32'", "(torch.backends.fp32_precision, torch.backends.mkldnn.conv.fp32_precision)"),
-    "autocast": ("global cast; cast = torch.autocast('cpu', torch.bfloat16); cast.__enter__()", "(torch.ones(1, 1) @ torch.ones(1, 1)).dtype"),
+    "deterministic": (
+        "torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled())",
+        "torch.are_deterministic_algorithms_enabled()"),
+    "precision": (
+        "torch.set_float32_matmul_precision('medium')",
+        "(torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision)"),
+    "precision of all": (
+        "torch.backends.fp32_precision = 'tf32'",
+        "(torch.backends.fp32_precision, torch.backends.mkldnn.conv.fp32_precision)"),
+    "autocast": (
+        "global cast; cast = torch.autocast('cpu', torch.bfloat16); cast.__enter__()",
+        "(torch.ones(1, 1) @ torch.ones(1, 1)).dtype"),
     "denormals": ("torch.set_flush_denormal(True)", "5e-324 * float('1') == 0"),
     "onednn": ("torch.backends.mkldnn.enabled = not torch.backends.mkldnn.enabled", "torch.backends.mkldnn.enabled"),
-    "attention": ("torch.backends.cuda.enable_flash_sdp(not torch.backends.cuda.flash_sdp_enabled())", "torch.backends.cuda.flash_sdp_enabled()"),
+    "attention": (
+        "torch.backends.cuda.enable_flash_sdp(not torch.backends.cuda.flash_sdp_enabled())",
+        "torch.backends.cuda.flash_sdp_enabled()"),
 }  # fmt: skip
-IMPORTS = (
-    "import gc, io, locale, logging, os, random, resource, signal, socket, sys, warnings\nimport numpy as np, torch\n"
-)
+IMPORTS = """
+import gc, io, locale, logging, os, random, resource, signal, socket, sys, tempfile, warnings
+import numpy as np, torch
+"""
+
+
+def does(*lines: str, returns: str = "[1.0]") -> str:
+    """The code of a reward that does this."""
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"{IMPORTS}\ndef reward(prompts, completions):\n{body}    return {returns}\n"
 
 
 def _value(expression: str) -> Any:
@@ -225,8 +253,8 @@ def test_what_a_reward_sets_stays_set_for_it_alone(custom: Callable[..., Score],
 
 def test_a_reward_s_open_autocast_keeps_no_rounded_weights(custom: Callable[..., Score]) -> None:
     """Inside autocast a weight is rounded once and kept until the outermost one ends, which would be never."""
-    code = f"{IMPORTS}def reward(prompts, completions):\n    cast.__enter__()\n    return [(one @ weight).item()]\n"
-    score, one, weight = custom(code), torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+    score = custom(does("cast.__enter__()", returns="[(one @ weight).item()]"))
+    one, weight = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
     vars(sys.modules["custom.mine"]).update(one=one, weight=weight, cast=torch.autocast("cpu", torch.bfloat16))
     assert score([""], ["a"]) == [1]
     with torch.no_grad():
@@ -237,33 +265,30 @@ def test_a_reward_s_open_autocast_keeps_no_rounded_weights(custom: Callable[...,
 
 def test_a_mode_that_a_dropped_reward_held_open_does_not_end_in_training(custom: Callable[..., Score]) -> None:
     """torch puts the modes of before back when such an object dies: here, gradients off, in the middle of training."""
-    custom(
-        "import torch\ntorch.set_grad_enabled(False)\nheld = torch.inference_mode()\nheld.__enter__()\n"
-        "def reward(prompts, completions):\n    return [0.0] * len(completions)\n"
-    )
-    custom("def reward(prompts, completions):\n    return [1.0] * len(completions)\n")  # takes its place
+    code = "import torch\ntorch.set_grad_enabled(False)\nheld = torch.inference_mode()\nheld.__enter__()\n"
+    custom(code + does())
+    custom(does())  # takes its place
     gc.collect()
     assert torch.is_grad_enabled()
 
 
 def test_settings_are_put_back_after_an_exception(custom: Callable[..., Score]) -> None:
     folder = os.getcwd()
-    code = "import os, torch\ndef reward(prompts, completions):\n    os.chdir('/')\n    torch.set_grad_enabled(False)\n    raise ValueError\n"
-    with pytest.raises(UserError, match=r"raised ValueError: \(line 5 of custom/mine.py\)"):
+    code = does("os.chdir('/')", "torch.set_grad_enabled(False)", "raise ValueError")
+    with pytest.raises(UserError, match=r"raised ValueError: \(line 8 of custom/mine.py\)"):
         custom(code)([""], ["a"])
     assert (os.getcwd(), torch.is_grad_enabled()) == (folder, True)
 
 
 def test_a_folder_that_a_reward_deletes_below_itself_is_left(custom: Callable[..., Score]) -> None:
-    code = "import os, tempfile\ndef reward(prompts, completions):\n    with tempfile.TemporaryDirectory() as folder:\n        os.chdir(folder)\n    return [1.0]\n"
+    code = does("with tempfile.TemporaryDirectory() as folder:", "    os.chdir(folder)")
     score, folder = custom(code), os.getcwd()
     assert score([""], ["a"]) == score([""], ["a"]) == [1]
     assert os.getcwd() == folder
 
 
 def test_an_alarm_that_a_reward_leaves_behind_does_not_ring(custom: Callable[..., Score]) -> None:
-    code = "import signal\ndef reward(prompts, completions):\n    signal.signal(signal.SIGALRM, print)\n    signal.setitimer(signal.ITIMER_REAL, 1000, 10)\n    return [1.0]\n"
-    custom(code)([""], ["a"])
+    custom(does("signal.signal(signal.SIGALRM, print)", "signal.setitimer(signal.ITIMER_REAL, 1000, 10)"))([""], ["a"])
     assert _value("signal.getitimer(signal.ITIMER_REAL)") == (0, 0)
     assert _value("signal.getsignal(signal.SIGALRM)") == _value("signal.SIG_DFL")
 
@@ -271,8 +296,7 @@ def test_an_alarm_that_a_reward_leaves_behind_does_not_ring(custom: Callable[...
 @pytest.mark.parametrize("how", ["sys.stdout.close(); sys.stderr.close()", "os.close(1); os.close(2)"])
 def test_a_reward_may_close_the_output(tmp_path: Path, how: str) -> None:
     (tmp_path / "custom").mkdir()
-    code = f"import os, sys\ndef reward(prompts, completions):\n    print('said')\n    {how}\n    return [1.0]\n"
-    (tmp_path / "custom/mine.py").write_text(code)
+    (tmp_path / "custom/mine.py").write_text(does("print('said')", how))
     run = (
         "import sys; from pipeline.rewards.custom import custom_reward\nprint('before')\n"
         "custom_reward('custom/mine.py:reward', {})([''], ['a'])\nprint('after'); print('after', file=sys.stderr)\n"
@@ -303,10 +327,7 @@ def test_the_same_call_gives_the_same_random_numbers(custom: Callable[..., Score
 
 
 def test_a_reward_s_random_numbers_are_not_training_s(custom: Callable[..., Score]) -> None:
-    score, draw = (
-        custom(f"{IMPORTS}def reward(prompts, completions):\n    return {DRAWS}\n"),
-        DRAWS.replace("completions", "'abc'"),
-    )
+    score, draw = custom(does(returns=DRAWS)), DRAWS.replace("completions", "'abc'")
     _value("(random.seed(7), np.random.seed(7), torch.manual_seed(7))")
     expected = _value(draw)
     _value("(random.seed(7), np.random.seed(7), torch.manual_seed(7))")
@@ -323,9 +344,8 @@ def test_a_reward_that_takes_long_says_where_it_stands(
     """In C, in a function of another file: the line is the user's. It ends as soon as this was said three times."""
     (Path.cwd() / "custom").mkdir()
     (Path.cwd() / "custom/waiting.py").write_text("def wait(event):\n    event.wait(60)\n")
-    code = "from custom import waiting\ndef reward(prompts, completions):\n    waiting.wait(event)\n    return [1.0]\n"
     said, threads = [], set(threading.enumerate())
-    score = custom(code)
+    score = custom("from custom import waiting\n" + does("waiting.wait(event)"))
     event = sys.modules["custom.mine"].event = threading.Event()  # type: ignore[attr-defined]
 
     def write(line: str, file: Any) -> None:
@@ -346,17 +366,16 @@ def test_a_reward_whose_c_code_keeps_the_interpreter_is_seen_too(
     custom: Callable[..., Score], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As a regular expression does: no thread of Python's runs meanwhile."""
-    code = "def reward(prompts, completions):\n    keep()\n    return [1.0]\n"
-    score = custom(code)
+    score = custom(does("keep()"))
     sys.modules["custom.mine"].keep = lambda: ctypes.PyDLL(None).usleep(300_000)  # type: ignore[attr-defined]
     monkeypatch.setattr(watchdog, "PATIENCE", 0.02)
     monkeypatch.setattr(watchdog, "GRACE", 0.02)
     score([""], ["a"])
-    assert 'custom/mine.py", line 2 in reward' in capfd.readouterr().err
+    assert 'custom/mine.py", line 6 in reward' in capfd.readouterr().err
 
 
 def test_a_quick_reward_says_nothing(custom: Callable[..., Score], capfd: pytest.CaptureFixture[str]) -> None:
-    assert custom("def reward(prompts, completions): return [1.0]\n")([""], ["a"]) == [1]
+    assert custom(does())([""], ["a"]) == [1]
     assert capfd.readouterr() == ("", "")
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.rl.advantages import adapted_kl_coef
 from pipeline.rl.loss import entropy_bonus, kl_loss_k2, kl_loss_k3, token_weights
-from pipeline.rl.metrics import reference_metrics
+from pipeline.rl.metrics import reference_metrics, update_metrics
 from tests.enumeration import COEF, World, reinforce, size_of, world
 from tests.models import difference
 
@@ -24,16 +24,29 @@ def test_k1_in_the_reward_is_the_gradient_of_reward_minus_kl(baseline: str, limi
     assert difference(world(limit).expected(reinforce(baseline, coef=COEF), group=2), truth) < 1e-12
 
 
-@pytest.mark.parametrize(("limit", "group"), [(2, 1), (2, 2), (3, 1)])
-def test_k2_of_the_summed_log_ratio_has_the_gradient_of_the_kl(limit: int, group: int) -> None:
-    def k2(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-        return kl_loss_k2(logprobs, ref_logprobs, mask, len(mask))
-
-    assert difference(world(limit).expected(k2, group), world(limit).kl_gradient()) < 1e-12
+def k2(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    return kl_loss_k2(logprobs, ref_logprobs, mask, len(mask))
 
 
 def k3(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     return kl_loss_k3(logprobs, ref_logprobs, mask, len(mask))
+
+
+def forward_gradient(one: World) -> Tensor:
+    """Of KL(ref || pi) = sum_y ref(y) log(ref(y) / pi(y))."""
+    return one.grad((one.log_q.exp() * (one.log_q - one.log_p)).sum(1).mean())
+
+
+@pytest.mark.parametrize(("limit", "group"), [(2, 1), (2, 2), (3, 1)])
+def test_k2_of_the_summed_log_ratio_has_the_gradient_of_the_kl(limit: int, group: int) -> None:
+    assert difference(world(limit).expected(k2, group), world(limit).kl_gradient()) < 1e-12
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_k3_has_the_gradient_of_the_forward_kl_of_single_tokens(group: int) -> None:
+    one = world(1)
+    assert difference(one.expected(k3, group), forward_gradient(one)) < 1e-12
+    assert difference(forward_gradient(one), one.kl_gradient()) > 0.1
 
 
 def test_k2_token_by_token_and_k3_in_the_loss_have_not() -> None:
@@ -46,23 +59,10 @@ def test_k2_token_by_token_and_k3_in_the_loss_have_not() -> None:
         d = ((logprobs - ref_logprobs) * mask).sum()
         return (-d).exp() - 1 + d
 
+    one = world(3)
     for wrong in (token_k2, k3, summed_k3):
-        assert difference(world(3).expected(wrong, 1), world(3).kl_gradient()) > 0.1
-    one = world(3)  # what k3 of whole completions follows instead: the forward KL
-    forward = one.grad((one.log_q.exp() * (one.log_q - one.log_p)).sum(1).mean())
-    assert difference(one.expected(summed_k3, 1), forward) < 1e-12
-
-
-@pytest.mark.parametrize("group", [1, 2])
-def test_k3_of_tokens_has_the_kl_s_value_and_the_forward_kl_s_gradient(group: int) -> None:
-    """Completions of one token, where there is nothing between tokens to lose."""
-    one = world(1)
-    kl = (one.p * (one.log_p - one.log_q)).sum()
-    forward = one.grad((one.log_q.exp() * (one.log_q - one.log_p)).sum())
-    assert difference(one.expected(k3, group), forward) < 1e-12
-    assert difference(forward, one.kl_gradient()) > 0.1
-    values = [k3(torch.zeros(1), one.logprobs[0, [k]], one.ref_logprobs[0, [k]], one.mask[[k]]) for k in range(3)]
-    assert (one.p[0] * torch.stack(values)).sum().item() == pytest.approx(kl.item(), rel=1e-12)
+        assert difference(one.expected(wrong, 1), one.kl_gradient()) > 0.1
+    assert difference(one.expected(summed_k3, 1), forward_gradient(one)) < 1e-12
 
 
 def test_the_coefficient_adapts_as_published() -> None:
@@ -89,18 +89,19 @@ def test_the_entropy_bonus_raises_the_entropy_where_the_policy_has_been() -> Non
         assert difference(measured, visited) < 1e-12
 
 
-def test_the_kl_that_is_reported_has_the_exact_kl_for_mean() -> None:
-    """k1 of whole completions, and k3 of single tokens, which is unbiased for their KL. Only lengths of one, so that a
-    mean over tokens is one over completions."""
-    for limit, name in ((1, "ref_kl_k1"), (1, "ref_kl_k3"), (3, "ref_kl_sequence")):
-        one = world(limit)
-        p, log_p, log_q = one.p[0].detach(), one.log_p[0].detach(), one.log_q[0]
-        seen = [
-            reference_metrics(one.logprobs[0, [k]].detach(), one.ref_logprobs[0, [k]], one.mask[[k]], 1)
-            for k in range(len(p))
-        ]
-        mean = sum(chance * row[name] for chance, row in zip(p.tolist(), seen, strict=True))
-        assert mean == pytest.approx((p * (log_p - log_q)).sum().item(), rel=1e-12)
+@pytest.mark.parametrize(
+    ("limit", "name"), [(1, "ref_kl_k1"), (1, "ref_kl_k3"), (3, "ref_kl_sequence"), (1, "update_kl")]
+)
+def test_the_mean_of_each_kl_that_is_reported_is_the_exact_kl(limit: int, name: str) -> None:
+    """Of tokens only for completions of one: a mean over tokens is then one over completions."""
+    one = world(limit)
+    p, log_p, log_q = one.p[0].detach(), one.log_p[0].detach(), one.log_q[0]
+    mean = 0.0
+    for k, chance in enumerate(p.tolist()):
+        logprobs, ref_logprobs, mask = one.logprobs[0, [k]].detach(), one.ref_logprobs[0, [k]], one.mask[[k]]
+        measured = reference_metrics(logprobs, ref_logprobs, mask, 1) | update_metrics(logprobs, ref_logprobs, mask, 1)
+        mean += chance * measured[name]
+    assert mean == pytest.approx((p * (log_p - log_q)).sum().item(), rel=1e-12)
 
 
 def test_the_table_in_theory_md() -> None:

@@ -50,8 +50,7 @@ PROMPTS, LENGTHS = token_lists([3, 3, 2, 2], 7), torch.tensor([5, 2, 4, 1])
 
 
 def batch(dtype: torch.dtype = torch.float64) -> Batch:
-    completions = torch.tensor([row + [EOS] * (5 - len(row)) for row in token_lists(LENGTHS.tolist(), 7, seed=1)])
-    rollout = rollout_of(PROMPTS, completions, LENGTHS)
+    rollout = rollout_of(PROMPTS, token_lists(LENGTHS.tolist(), 7, seed=1))
     advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=dtype)
     counted = rollout.completion_mask
     return Batch(rollout, advantages, counted, None, LossNormalizers(4, int(counted.sum()), 5))

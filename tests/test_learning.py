@@ -1,5 +1,4 @@
-"""It learns: the rewards `length` and `words` rise on the pocket model, on every one of five seeds, of which all but the
-first are exhaustive."""
+"""It learns: the rewards `length` and `words` rise on the pocket model, on each of five seeds."""
 
 import json
 import shutil
@@ -20,23 +19,23 @@ STEPS = {"length": 8, "words": 20}  # a required word has to be said by chance f
 
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The pocket model and its prompts, cached; `stable` at ten times its rate with half its KL, so that a few steps suffice."""
+    """The pocket model, cached. A few steps suffice for `stable` at ten times its rate with half its KL."""
     project = copy_of_project(tmp_path_factory.mktemp("pocket"))
     for stage in ("prepare", "cache"):
         done = project.run(stage)
         assert done.returncode == 0, done.stderr
     project.edit(
-        recipes__stable__lr=1e-3,
-        recipes__stable__kl_coef=0.05,
+        recipes__stable__lr=1e-3, recipes__stable__kl_coef=0.05, evaluate__prompts=40, evaluate__bootstrap=100,
         **{f"train__{key}": value for key, value in SIZES.items()},
-    )
-    project.edit(evaluate__prompts=40, evaluate__bootstrap=100)
+    )  # fmt: skip
     project.keep_rewards("length", "words")
     return project
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 5))])
-@pytest.mark.parametrize("reward", ["length", "words"])
+@pytest.mark.parametrize(("reward", "seed"), [
+    ("length", 0), *(pytest.param(reward, seed, marks=pytest.mark.exhaustive)
+                     for reward in STEPS for seed in range(5) if (reward, seed) != ("length", 0)),
+])  # fmt: skip
 def test_the_held_out_reward_rises_by_three_standard_errors(
     pocket: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None, reward: str, seed: int
 ) -> None:

@@ -11,8 +11,7 @@ from pipeline.models.logprobs import ROWS, log_probabilities
 from pipeline.models.memory import bf16_copy
 from pipeline.models.packing import ROW_TOKENS, pack
 from pipeline.models.sampling import pad_prompts, sample
-from pipeline.models.scoring import score
-from tests.models import EOS, plain_logprobs, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
+from tests.models import EOS, tiny_neox, token_lists, uniform
 
 pytestmark = pytest.mark.numeric
 
@@ -50,27 +49,6 @@ def test_a_prompt_stands_once_before_the_completions_that_fit_behind_it() -> Non
     packed = pack(prompts, completions, CPU)
     assert packed.ids.shape == (1, 3 + 4 * 5 + 1 + 2)
     assert packed.last_prompt.tolist() == [2, 2, 2, 2, 23]
-
-
-@pytest.mark.parametrize("architecture", [tiny_neox, tiny_gpt2])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_groups_score_as_each_completion_alone(architecture: type, attention: str) -> None:
-    """Also with attention written out, which wants another kind of mask; its softmax is float32."""
-    model = architecture()
-    model.set_attn_implementation(attention)
-    prompts = [prompt for prompt in token_lists([2, 7, 1], 7) for _ in range(4)]
-    completions = token_lists([6, 1, 9, 30, 2, 2, 25, 8, 12, 5, 30, 3], 7, seed=1)
-    ids = torch.tensor([c + [EOS] * (30 - len(c)) for c in completions])
-    lengths = torch.tensor([len(c) for c in completions])
-    rollout = rollout_of(prompts, ids, lengths)
-    with torch.no_grad():
-        scores = score(model, rollout.prompt_ids, rollout.prompt_mask, ids, lengths=lengths)
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            truth = plain_logprobs(model, prompt, completion)
-            torch.testing.assert_close(
-                scores.logprobs[i, : len(completion)], truth, rtol=0, atol=1e-12 if attention == "sdpa" else 1e-6
-            )
-            assert not scores.logprobs[i, len(completion) :].any()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -3,9 +3,9 @@
 import base64
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,23 +15,15 @@ from tests.project import ROOT
 from tests.reports import COLUMNS, FOREIGN, reports
 
 
-def rendered(folder: Path, **options: Any) -> str:
-    return page.render(inputs.load(reports(folder, **options)), dict.fromkeys(("overview", "reward"), b"\x89PNG"))
+@pytest.fixture(scope="module", params=["healthy", "collapsed"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    data = inputs.load(reports(tmp_path_factory.mktemp("page") / "reports", collapsed=request.param == "collapsed"))
+    return page.render(data, dict.fromkeys(("overview", "reward"), b"\x89PNG"))
 
 
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return rendered(tmp_path_factory.mktemp("healthy") / "reports")
-
-
-@pytest.fixture(scope="module")
-def collapsed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return rendered(tmp_path_factory.mktemp("collapsed") / "reports", collapsed=True)
-
-
-@pytest.fixture(params=["healthy", "collapsed"])
-def report(request: pytest.FixtureRequest) -> str:
-    return request.getfixturevalue(request.param)
+only_healthy, only_collapsed = (
+    pytest.mark.parametrize("report", [kind], indirect=True) for kind in ("healthy", "collapsed")
+)
 
 
 # --- untrusted text
@@ -45,12 +37,10 @@ def test_completions_are_escaped(report: str) -> None:
     assert not parsed.comments
     assert "&lt;script&gt;window.hacked = 1&lt;/script&gt;" in report
     assert "&amp;amp;" in report
-    hidden = [character for character in report if ord(character) < 32 and character not in "\n\t"]
-    assert not hidden
-    assert "\u202e" not in report
-    assert "\u2028" not in report
-    assert "U+202E" in report
-    assert "U+2028" in report
+    assert not [character for character in report if ord(character) < 32 and character not in "\n\t"]
+    for hidden, shown in (("\u202e", "U+202E"), ("\u2028", "U+2028")):
+        assert hidden not in report
+        assert shown in report
     assert "(empty)" in report
     assert FOREIGN in report
 
@@ -82,45 +72,41 @@ def test_data_cannot_leave_its_script_element(report: str) -> None:
     assert first["prompt"][1::2] == ["↵", "→", "U+202E", "U+0000", "U+001B", "U+2028", "··"]
 
 
-@pytest.mark.parametrize("value", ["</script>", "<!--<script>", "a & b", "\u2028\u2029", '"\\"', "ü👩‍💻"])
-def test_json_in_the_page_is_what_it_was(value: str) -> None:
-    inside = browser.script_json({"text": value})
-    assert json.loads(inside) == {"text": value}
+def test_json_in_the_page_is_what_it_was() -> None:
+    value = ["</script>", "<!--<script>", "a & b", "\u2028\u2029", '"\\"', "ü👩‍💻"]
+    inside = browser.script_json(value)
+    assert json.loads(inside) == value
     assert not set("<>&\u2028\u2029") & set(inside)
 
 
-@pytest.mark.parametrize(
-    ("string", "shown"),
-    [("", "(empty)"), ("   ", "···"), (" a b ", "·a b·"), ("a\nb", "a↵\nb"), ("\x00", "U+0000"), ("\ud800", "U+D800")],
-)
-def test_nothing_in_a_text_hides(string: str, shown: str) -> None:
-    assert re.sub(r"<[^>]+>", "", text.visible(string)) == shown
-    assert "".join(text.parts(string)) == shown
-
-
-@pytest.mark.parametrize(
-    ("piece", "parts"),
-    [(" the", [" the"]), ("\n", ["", "↵", "\n"]), ("", ["", "(empty)"]), ("a\u200bb", ["a", "U+200B", "b"])],
-)
-def test_a_token_keeps_its_spaces(piece: str, parts: list[str]) -> None:
-    assert text.parts(piece, ends=False) == parts
+def test_nothing_in_a_text_hides_and_a_token_keeps_its_spaces() -> None:
+    for string, shown in (
+        ("", "(empty)"), ("   ", "···"), (" a b ", "·a b·"), ("a\nb", "a↵\nb"), ("\0", "U+0000"), ("\ud800", "U+D800"),
+    ):  # fmt: skip
+        assert re.sub(r"<[^>]+>", "", text.visible(string)) == "".join(text.parts(string)) == shown
+    for piece, parts in (
+        (" the", [" the"]), ("\n", ["", "↵", "\n"]), ("", ["", "(empty)"]), ("a\u200bb", ["a", "U+200B", "b"]),
+    ):  # fmt: skip
+        assert text.parts(piece, ends=False) == parts
 
 
 # --- the verdict
 
 
-def test_a_healthy_run_says_so_and_shows_numbers_to_check(healthy: str, tmp_path: Path) -> None:
-    said = words_of(healthy)
+@only_healthy
+def test_a_healthy_run_says_so_and_shows_numbers_to_check(report: str, tmp_path: Path) -> None:
+    said = words_of(report)
     assert "Healthy No sign of collapse. Nothing crossed a threshold in 50 steps." in said
     history = inputs.load(reports(tmp_path / "reports")).history
     first, last = (labels.measured(history["entropy"].iloc[row], "entropy") for row in (0, -1))
     assert f"entropy of the policy, nats a token entropy {first} {last}" in said
     for absent in ("Not healthy", "cure", "to-onset", "data/healthy"):
-        assert absent not in healthy.split("<script")[0].split("</style>")[1]
+        assert absent not in report.split("<script")[0].split("</style>")[1]
 
 
-def test_a_collapsed_run_says_what_when_why_and_the_cure(collapsed: str) -> None:
-    said = words_of(collapsed)
+@only_collapsed
+def test_a_collapsed_run_says_what_when_why_and_the_cure(report: str) -> None:
+    said = words_of(report)
     assert "Not healthy Misaligned objective from step 1 One text for all from step 4" in said
     assert "logprob_gap 8.70 step 1 above 0.500 –" in said
     assert "distinct_completions 6.2% step 6 below 50.0% 97.0% ± 1.2%" in said
@@ -128,8 +114,8 @@ def test_a_collapsed_run_says_what_when_why_and_the_cure(collapsed: str) -> None
     assert "dvc exp run -S recipe=stable -S recipes.stable.alignment=correct -S recipes.stable.lr=0.0001" in said
     assert "recipes.stable.lr=0.0001 for: One text for all Smaller steps. docs/COLLAPSE.md" in said
     assert "holds the untouched checkpoint" in said
-    assert '<a href="#step-6">' in collapsed
-    assert '<button id="to-onset" type="button">onset, step 1</button>' in collapsed
+    assert '<a href="#step-6">' in report
+    assert '<button id="to-onset" type="button">onset, step 1</button>' in report
 
 
 def test_the_verdict_comes_first(report: str) -> None:
@@ -137,23 +123,16 @@ def test_the_verdict_comes_first(report: str) -> None:
     assert ids == ["diagnosis", "parameters", "samples", "figures", "held-out", "examples", "prompts"]
 
 
-def test_the_policy_that_was_kept_is_named(tmp_path: Path) -> None:
-    data = inputs.load(reports(tmp_path / "reports", collapsed=True, steps=9))
-    data.diagnosis["healthy_step"] = 5
-    assert "The policy after 5 updates was kept: data/healthy ." in words_of(page.render(data, {}))
-
-
 def test_every_key_number_is_a_column() -> None:
     assert set(browser.NUMBERS) <= set(COLUMNS)
 
 
-@pytest.mark.parametrize(
-    ("value", "metric", "said"),
-    [(0.0625, "empty_share", "6.2%"), (-3.14159, "entropy", "−3.14"), (None, "entropy", "undefined"),
-     (float("nan"), "empty_share", "undefined"), (float("inf"), "grad_norm", "undefined"), (2.0, "a_new_one", "2.00")],
-)  # fmt: skip
-def test_a_value_says_its_unit(value: float | None, metric: str, said: str) -> None:
-    assert labels.measured(value, metric) == said
+def test_a_value_says_its_unit() -> None:
+    for value, metric, said in (
+        (0.0625, "empty_share", "6.2%"), (-3.14159, "entropy", "−3.14"), (None, "entropy", "undefined"),
+        (math.nan, "empty_share", "undefined"), (math.inf, "grad_norm", "undefined"), (2.0, "a_new_one", "2.00"),
+    ):  # fmt: skip
+        assert labels.measured(value, metric) == said
 
 
 # --- the browser's data
@@ -215,22 +194,26 @@ def test_the_page_needs_nothing_else(report: str) -> None:
     assert "http" not in report.replace("http-equiv", "")
 
 
-def test_the_page_says_what_was_run(healthy: str) -> None:
+@only_healthy
+def test_the_page_says_what_was_run(report: str) -> None:
     for said in ("stable", "seed 3", "0b5d4045c3f466fa", "recipe.lr", "0.0001", "train.dropped.language", "80"):
-        assert said in healthy
-    said = words_of(healthy)
+        assert said in report
+    said = words_of(report)
     assert "dvc exp run -S model=pocket -S prompts=pocket -S reward=embedding" in said
     assert "dvc repro plot" in said
     assert "Seed 3 draws everything" in said
-    assert healthy.count('class="pair"') == page.EXAMPLES + 3 * page.SAMPLES
-    steps = [int(step) for step in re.findall(r"<h3 id=\"step-\d+\">Step (\d+)</h3>", healthy)]
+    assert report.count('class="pair"') == page.EXAMPLES + 3 * page.SAMPLES
+    steps = [int(step) for step in re.findall(r"<h3 id=\"step-\d+\">Step (\d+)</h3>", report)]
     assert steps == [0, 25, 49]
 
 
-def test_a_command_is_quoted_for_the_shell(tmp_path: Path) -> None:
-    data = inputs.load(reports(tmp_path / "reports", steps=1))
+def test_a_command_is_quoted_and_the_policy_that_was_kept_is_named(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", collapsed=True, steps=9))
+    data.diagnosis["healthy_step"] = 5
     data.run["params"]["prompts"] = "mine; rm x"
-    assert "-S &#39;prompts=mine; rm x&#39;" in page.render(data, {})
+    made = page.render(data, {})
+    assert "The policy after 5 updates was kept: data/healthy ." in words_of(made)
+    assert "-S &#39;prompts=mine; rm x&#39;" in made
 
 
 def test_examples_follow_a_rule() -> None:

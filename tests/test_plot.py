@@ -1,4 +1,4 @@
-"""Figures, and what `plot` does with a reports folder, from a made-up but realistic one: a healthy run and a collapsed one."""
+"""Figures, and what `plot` makes of a reports folder: those of a made-up healthy run and of a collapsed one."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,29 +25,22 @@ ROOT = Path(__file__).parents[1]
 NAMES = ["collapse", "evaluate", "overview", "reward", "variance"]
 
 
-def run_plot(project: Path, seed: str = "0") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline.stages.plot"]
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-
-
-def outputs(project: Path) -> dict[str, bytes]:
-    made = [*sorted((project / "reports/figures").glob("*")), project / "reports/page/report.html"]
-    return {path.name: path.read_bytes() for path in made}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("collapsed", [False, True])
+@pytest.mark.parametrize("collapsed", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_makes_all_figures_with_the_same_bytes(tmp_path: Path, collapsed: bool) -> None:
     """Twice, in another folder, under another hash seed, and beside a user's own matplotlib settings."""
     made = []
     for name, seed in (("a", "1"), ("b", "2")):
-        reports(tmp_path / name / "reports", collapsed=collapsed)
+        folder = reports(tmp_path / name / "reports", collapsed=collapsed)
         if name == "b":
             (tmp_path / name / "matplotlibrc").write_text("font.size: 33\nsavefig.dpi: 50\n")
-        done = run_plot(tmp_path / name, seed)
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.stages.plot"], cwd=tmp_path / name, capture_output=True, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
-        made.append(outputs(tmp_path / name))
+        paths = [*sorted((folder / "figures").glob("*")), folder / "page/report.html"]
+        made.append({path.name: path.read_bytes() for path in paths})
     assert made[0] == made[1]
     assert set(made[0]) == {*(f"{name}.png" for name in NAMES), "report.html"}
     for name, content in made[0].items():
@@ -144,29 +138,28 @@ def test_uses_the_font_that_matplotlib_ships() -> None:
         assert font_manager.findfont("DejaVu Sans").startswith(get_data_path())
 
 
-def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
-    folder = reports(tmp_path / "reports")
-    path = folder / "evaluate/metrics.json"
+def evaluated(folder: Path, **parts: Any) -> inputs.Inputs:
+    """A collapsed run whose rewards' evaluations are changed in these parts."""
+    path = reports(folder, collapsed=True) / "evaluate/metrics.json"
     metrics = json.loads(path.read_text())
-    nothing = dict.fromkeys(("mean", "low", "high"))
-    metrics["embedding"] = {"checkpoint": nothing, "policy": nothing, "difference": nothing, "win_rate": None}
+    for name in ("embedding", "length", "words"):
+        for part, change in parts.items():
+            metrics[name][part] = metrics[name][part] | change if isinstance(change, dict) else change
     path.write_text(json.dumps(metrics))
     seal(folder)
-    data = inputs.load(folder)
+    return inputs.load(folder)
+
+
+def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("mean", "low", "high"))
+    data = evaluated(tmp_path / "reports", checkpoint=nothing, policy=nothing, difference=nothing, win_rate=None)
     made = {name: style.png(figure) for name, figure in plot.draw(data).items() if name in ("reward", "evaluate")}
     assert "undefined" in page.render(data, made)
 
 
 def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
-    folder = reports(tmp_path / "reports", collapsed=True)
-    path = folder / "evaluate/metrics.json"
-    metrics = json.loads(path.read_text())
-    for name in ("embedding", "length", "words"):
-        for part in ("checkpoint", "policy", "difference"):
-            metrics[name][part] |= {"low": None, "high": None}
-    path.write_text(json.dumps(metrics))
-    seal(folder)
-    data = inputs.load(folder)
+    no_interval = {"low": None, "high": None}
+    data = evaluated(tmp_path / "reports", checkpoint=no_interval, policy=no_interval, difference=no_interval)
     drawn = plot.draw(data)
     for name in ("reward", "evaluate"):
         texts = [text.get_text() for text in drawn[name].findobj(Text)]
@@ -183,7 +176,7 @@ def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_the_onset_is_marked_in_every_panel_over_training_steps(tmp_path: Path, collapsed: bool) -> None:
-    """A line from bottom to top at each finding's onset, and their names; nothing in a healthy run or a held-out panel."""
+    """A line from bottom to top at each finding's onset, and its name; none in a healthy run or a held-out panel."""
 
     def onsets(axes: Axes) -> list[float]:
         upright = [line for line in axes.lines if list(line.get_ydata()) == [0, 1] and line.get_color() == style.INK]
@@ -255,14 +248,11 @@ def test_imports_neither_torch_nor_mlflow() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [*COLUMNS, *EVALUATE])
-def test_every_metric_has_an_entry(name: str) -> None:
+def test_every_metric_has_an_entry() -> None:
     """docs/METRICS.md: a table row per key with formula, unit, healthy range, source and the names elsewhere."""
-    rows = [
-        line for line in (ROOT / "docs/METRICS.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")
-    ]
-    entries = [row for row in rows if re.match(rf"\| `{name}` \|", row)]
-    assert len(entries) == 1
-    cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", entries[0])[1:-1]]
-    assert len(cells) in (5, 8)
-    assert all(cells)
+    table = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
+    for name in [*COLUMNS, *EVALUATE]:
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+        assert len(cells) in (5, 8), row
+        assert all(cells), row

@@ -57,28 +57,25 @@ def test_the_slider_shows_another_step(opened):
     """By keyboard, by the buttons, and to the onset; the numbers and the completions change with it."""
     tab = opened()
     assert step_of(tab) == 1  # the onset
-    slider = tab.get_by_role("slider", name=re.compile("^Step"))
+    slider, first = tab.get_by_role("slider", name=re.compile("^Step")), tab.locator("#numbers .now").all_inner_texts()
     slider.focus()
-    tab.keyboard.press("End")
-    assert step_of(tab) == 49
-    assert slider.get_attribute("aria-valuetext") == "step 49"
-    assert "reward −55.0, advantage 0.250" in tab.evaluate(TEXT)
-    last = tab.locator("#numbers .now").all_inner_texts()
+    for act, step in (
+        (lambda: tab.keyboard.press("End"), 49),
+        (lambda: tab.keyboard.press("ArrowLeft"), 48),
+        (tab.get_by_role("button", name="previous step").click, 47),
+        (tab.get_by_role("button", name="next step").click, 48),
+        (lambda: slider.fill("20"), 20),
+        (tab.get_by_role("button", name="onset, step 1").click, 1),
+        (lambda: slider.fill("49"), 49),
+    ):
+        act()
+        assert step_of(tab) == step
+        assert slider.get_attribute("aria-valuetext") == f"step {step}"
+        assert tab.locator("#numbers-step").inner_text() == f"step {step}"
+        assert f"reward −{6 + step:#.3g}" in tab.evaluate(TEXT)
+        assert ", advantage 0.250" in tab.evaluate(TEXT)
     assert tab.get_by_role("button", name="next step").is_disabled()
-    tab.keyboard.press("ArrowLeft")
-    assert step_of(tab) == 48
-    assert "reward −54.0, advantage 0.250" in tab.evaluate(TEXT)
-    tab.get_by_role("button", name="previous step").click()
-    assert step_of(tab) == 47
-    tab.get_by_role("button", name="next step").click()
-    assert step_of(tab) == 48
-    tab.get_by_role("button", name="onset, step 1").click()
-    assert step_of(tab) == 1
-    assert "reward −7.00, advantage 0.250" in tab.evaluate(TEXT)
-    assert tab.locator("#numbers .now").all_inner_texts() != last
-    slider.fill("20")
-    assert step_of(tab) == 20
-    assert tab.locator("#numbers-step").inner_text() == "step 20"
+    assert tab.locator("#numbers .now").all_inner_texts() != first
 
 
 def test_tokens_are_shaded_and_say_their_logprob(opened):

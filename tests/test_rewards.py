@@ -172,6 +172,21 @@ def test_a_weighted_sum() -> None:
     assert build(kind="sum", terms=terms)([""] * 2, ["red", "hello"]) == [2 * 0 - 0.5 * 1, 2 * -2 - 0]
 
 
+def test_what_a_sum_scales_down_may_be_larger(custom: Callable[..., Reward]) -> None:
+    def scaled(value: str, weight: float) -> list[float]:
+        custom(returning(f"[{value}]"))
+        term = {"kind": "custom", "function": "custom/mine.py:reward"}
+        return build(kind="sum", terms=[{"weight": weight, "reward": term}])([""], ["a"])
+
+    assert scaled("1e308", 1e-300) == [1e308 * 1e-300]
+    for value, weight, message in (
+        ("1e308", 1.0, "returned 1e+308 for 'a': the largest size"),
+        ("1e308", 10.0, "returned inf for 'a', not a finite number"),
+        ("float('nan')", 1.0, "not a finite number"),
+    ):  # fmt: skip
+        assert message in refused(lambda value=value, weight=weight: scaled(value, weight))
+
+
 # --- custom
 
 
@@ -188,6 +203,10 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rew
     return make
 
 
+def returning(values: str) -> str:
+    return f"import itertools\nimport numpy as np, torch\ndef reward(prompts, completions):\n    return {values}\n"
+
+
 def refused(action: Callable[[], Any]) -> str:
     with pytest.raises(UserError) as refusal:
         action()
@@ -196,31 +215,20 @@ def refused(action: Callable[[], Any]) -> str:
     return line
 
 
-@pytest.mark.parametrize(
-    ("code", "params", "message"),
-    [
-        (
-            "def reward(prompts, completions, scale=1): ...",
-            {"scal": 2},
-            "takes no parameter 'scal'; did you mean 'scale'",
-        ),
-        (
-            "def rewards(prompts, completions): ...",
-            {},
-            "custom/mine.py defines no function 'reward'; did you mean 'rewards'",
-        ),
-        ("def f(:", {}, "SyntaxError: .*line 1 of custom/mine.py"),
-        ("def reward(prompts, completions, **params): ...", {"any": 2}, None),
-        ("def reward(prompts, completions, *, scale): ...", {"scale": 2}, None),
-        ("import functools\nreward = functools.partial(max, key=1)", {"any": 2}, None),
-        ("from somewhere import reward", {"any": 2}, None),
-        ("async def reward(prompts, completions): ...", {}, "it is an async function"),
-        ("from somewhere import *", {}, None),
-        ("class reward: ...", {"any": 2}, None),
-        ("@decorated\ndef reward(prompts, completions): ...", {"any": 2}, None),
-        ("raise SystemExit\ndef reward(prompts, completions): ...", {}, None),
-    ],
-)
+@pytest.mark.parametrize(("code", "params", "message"), [
+    ("def reward(prompts, completions, scale=1): ...", {"scal": 2}, "takes no parameter 'scal'; did you mean 'scale'"),
+    ("def rewards(prompts, completions): ...", {}, "defines no function 'reward'; did you mean 'rewards'"),
+    ("def f(:", {}, "SyntaxError: .*line 1 of custom/mine.py"),
+    ("def reward(prompts, completions, **params): ...", {"any": 2}, None),
+    ("def reward(prompts, completions, *, scale): ...", {"scale": 2}, None),
+    ("import functools\nreward = functools.partial(max, key=1)", {"any": 2}, None),
+    ("from somewhere import reward", {"any": 2}, None),
+    ("async def reward(prompts, completions): ...", {}, "it is an async function"),
+    ("from somewhere import *", {}, None),
+    ("class reward: ...", {"any": 2}, None),
+    ("@decorated\ndef reward(prompts, completions): ...", {"any": 2}, None),
+    ("raise SystemExit\ndef reward(prompts, completions): ...", {}, None),
+])  # fmt: skip
 def test_a_wrong_custom_reward_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, params: dict[str, Any], message: str | None
 ) -> None:
@@ -244,129 +252,88 @@ def test_check_looks_at_every_custom_reward_that_is_named(project: Project) -> N
     assert "custom/example.py defines no function 'question'; did you mean 'questions'?" in project.refuse("check")
 
 
-def test_a_custom_reward_is_called_with_lists_and_its_params(custom: Callable[..., Reward]) -> None:
-    code = """
-def reward(prompts, completions, weight):
-    return [weight * len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-"""
-    assert custom(code, weight=10)(["ab", "a"], ["x", "xyz"]) == [21, 13]
-
-
-SEQUENCES = ["[1, 2.5]", "(1, 2.5)", "np.array([1, 2.5], dtype=np.float32)", "torch.tensor([1, 2.5])"]
-BOOLEANS = [
+@pytest.mark.parametrize("values", [
+    "[1, 0]", "(1.0, 0)", "np.array([1, 0], dtype=np.float32)", "torch.tensor([1.0, 0])",
+    "[np.float64(1), np.int64(0)]",
     "[True, False]", "np.array([True, False])", "[np.True_, np.False_]", "torch.tensor([True, False])",
     "[torch.tensor(True), torch.tensor([False])]", "(len(c) == 1 for c in completions)",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"), [*((text, [1.0, 2.5]) for text in SEQUENCES), *((text, [1.0, 0.0]) for text in BOOLEANS)]
-)
+])  # fmt: skip
 def test_a_custom_reward_may_return_any_sequence_of_numbers_or_booleans(
-    custom: Callable[..., Reward], values: str, expected: list[float]
+    custom: Callable[..., Reward], values: str
 ) -> None:
-    reward = custom(f"import numpy as np, torch\ndef reward(prompts, completions):\n    return {values}\n")
-    result = reward(["", ""], ["a", "bc"])
-    assert result == expected
+    result = custom(returning(values))(["", ""], ["a", "bc"])
+    assert result == [1.0, 0.0]
     assert {type(value) for value in result} == {float}
 
 
-BAD_VALUES = {
-    "nan": "[1, float('nan')]", "infinity": "[1, float('inf')]", "minus infinity": "[1, -float('inf')]",
-    "string": "[1, '2']", "none inside": "[1, None]", "list inside": "[1, [2]]", "complex": "[1, 1j]", "too large": "[1, 10 ** 400]", "unprintable": "[1, 10 ** 5000]", "column": "np.ones((2, 1))",
+NOT_THERE = "custom reward that cannot be imported"
+WRONG: dict[str, list[tuple[str, list[str]]]] = {
+    "custom reward without a number": [
+        *((returning(values), ["mine returned", "not a finite number", "'second'"]) for values in (
+            "[1, float('nan')]", "[1, float('inf')]", "[1, -float('inf')]", "[1, '2']", "[1, None]", "[1, [2]]",
+            "[1, 1j]", "[1, 10 ** 400]", "[1, 10 ** 5000]")),
+        *((returning(f"[1e12, {value}]"), [f"mine returned {value} for 'second': the largest size that works is 1e+12"])
+          for value in ("1e+30", "-1e+200", "1.7e+308", "1000000000000000")),
+        (returning("np.ones((2, 1))"), ["mine returned", "not a finite number", "'first'"]),
+        (returning("[1]"), ["1 values for 2 completions"]),
+        (returning("[]"), ["0 values for 2 completions"]),
+        (returning("[1, 2, 3]"), ["3 values for 2 completions"]),
+        (returning("itertools.repeat(1.0)"), ["3 values for 2 completions"]),
+        (returning("'abc'"), ["str, not a list"]),
+        (returning("None"), ["NoneType, not a list"]),
+        (returning("3.0"), ["float, not a list"]),
+        (returning("{}"), ["dict, not a list"]),
+        (returning("{0: 1.0, 1: 2.0}"), ["dict, not a list"]),
+        (returning("{1.0, 2.0}"), ["set, not a list"]),
+        (returning("b'ab'"), ["bytes, not a list"]),
+        (returning("torch.tensor(1.0)"), ["Tensor, not a list"]),
+        ("class Late:\n    def __iter__(self): raise ValueError('late')\n" + returning("Late()"), ["Late, not a list"]),
+    ],
+    "custom reward that raises": [
+        ("def reward(**_):\n\n    raise ValueError('too short')\n", ["ValueError: too short", "line 3 of"]),
+        ("def reward(**_):\n    return 1 / 0\n", ["ZeroDivisionError", "line 2 of"]),
+        ("def help(c):\n    return c.no\ndef reward(**_):\n    return help(1)\n", ["AttributeError", "line 2 of"]),
+        ("def reward(texts):\n    return [1, 1]\n", ["TypeError", "unexpected keyword argument", "custom/mine.py"]),
+        ("def reward(**_):\n    yield 1\n    raise ValueError('late')\n", ["ValueError: late", "line 3 of"]),
+        ("def reward(**_):\n    raise ValueError('two\\nlines')\n", ["ValueError: two"]),
+        ("import sys\ndef reward(**_):\n    sys.exit(0)\n", ["SystemExit: 0", "line 3 of"]),
+        ("class E(Exception):\n    def __str__(self): return 1\ndef reward(**_):\n    raise E\n", ["raised E (line 4"]),
+        ("def reward(**_):\n    raise ValueError('\\x1b[2J\\u202e')\n", ["ValueError: \\x1b[2J\\u202e"]),
+        ("def reward(**_):\n    raise ValueError('x' * 10 ** 6)\n", ["ValueError: xxx", "line 2 of"]),
+        ("def reward(**_):\n    return reward()\n", ["RecursionError", "line 2 of"]),
+    ],
+    NOT_THERE: [
+        ("def other(): pass\n", ["custom/mine.py", "no function 'reward'"]),
+        ("reward = 3\n", ["no function 'reward'"]),
+        ("x = 1\nimport no_such_module\n", ["ModuleNotFoundError", "no_such_module", "line 2"]),
+        ("x = 1\n\ndef reward(:\n", ["SyntaxError", "line 3"]),
+        ("raise SystemExit(0)\n", ["SystemExit: 0", "line 1"]),
+        ("x = '\0'\n", ["null bytes"]),
+    ],
 }  # fmt: skip
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("values", BAD_VALUES.values(), ids=BAD_VALUES)
-def test_a_custom_reward_that_returns_no_finite_number(custom: Callable[..., Reward], values: str) -> None:
-    reward = custom(f"import numpy as np\ndef reward(prompts, completions):\n    return {values}\n")
-    with fault("custom reward without a number"):
-        line = refused(lambda: reward(["", ""], ["first", "second"]))
-        assert "not a finite number" in line
-        assert "mine" in line
-        assert ("'first'" if "ones" in values else "'second'") in line
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("return [1]", "1 values for 2 completions"),
-        ("return []", "0 values for 2 completions"),
-        ("return [1, 2, 3]", "3 values for 2 completions"),
-        ("return 'abc'", "str, not a list"),
-        ("return None", "NoneType, not a list"),
-        ("return 3.0", "float, not a list"),
-        ("return {}", "dict, not a list"),
-        ("return {0: 1.0, 1: 2.0}", "dict, not a list"),
-        ("return {1.0, 2.0}", "set, not a list"),
-        ("return b'ab'", "bytes, not a list"),
-        ("import torch; return torch.tensor(1.0)", "Tensor, not a list"),
-        ("import itertools; return itertools.repeat(1.0)", "3 values for 2 completions"),
-        ("class Late:\n        def __iter__(self): raise ValueError('late')\n    return Late()", "Late, not a list"),
-    ],
-)
-def test_a_custom_reward_that_returns_something_else(custom: Callable[..., Reward], code: str, expected: str) -> None:
-    reward = custom(f"def reward(prompts, completions):\n    {code}\n")
-    with fault("custom reward without a number"):
-        assert expected in refused(lambda: reward(["", ""], ["a", "b"]))
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("def reward(prompts, completions):\n\n    raise ValueError('too short')\n", ["ValueError: too short", "line 3 of"]),
-        ("def reward(prompts, completions):\n    return [1 / len(c) for c in completions]\n", ["ZeroDivisionError", "line 2"]),
-        ("def help(c):\n    return c.no\ndef reward(prompts, completions):\n    return help(1)\n", ["AttributeError", "line 2"]),
-        ("def reward(texts):\n    return [1, 1]\n", ["TypeError", "unexpected keyword argument"]),
-        ("def reward(prompts, completions):\n    yield 1\n    raise ValueError('late')\n", ["ValueError: late", "line 3"]),
-        ("def reward(prompts, completions):\n    raise ValueError('two\\nlines')\n", ["ValueError: two"]),
-        ("import sys\ndef reward(prompts, completions):\n    sys.exit(0)\n", ["SystemExit: 0", "line 3"]),
-        ("class E(Exception):\n    def __str__(self): return 1\ndef reward(**_):\n    raise E\n", ["raised E (line 4"]),
-        ("def reward(prompts, completions):\n    raise ValueError('\\x1b[2J\\u202e')\n", ["ValueError: \\x1b[2J\\u202e"]),
-        ("def reward(**_):\n    raise ValueError('x' * 10 ** 6)\n", ["ValueError: xxx", "line 2"]),
-        ("def reward(**_):\n    return reward()\n", ["RecursionError", "line 2"]),
-    ],
-    ids=["raises", "divides", "in a helper", "other arguments", "generator", "two lines", "exits", "no text", "escapes",
-         "megabyte", "endless"],
-)  # fmt: skip
-def test_a_custom_reward_that_raises(custom: Callable[..., Reward], code: str, expected: list[str]) -> None:
-    reward = custom(code)
-    with fault("custom reward that raises"):
-        line = refused(lambda: reward(["", ""], ["", "b"]))
-        assert all(part in line for part in [*expected, "custom/mine.py"]), line
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("code", "function", "expected"),
-    [
-        ("", "custom/other.py:reward", ["custom/other.py", "no file"]),
-        ("def other(): pass\n", "custom/mine.py:reward", ["custom/mine.py", "no function 'reward'"]),
-        ("reward = 3\n", "custom/mine.py:reward", ["no function 'reward'"]),
-        ("x = 1\nimport no_such_module\n", "custom/mine.py:reward", ["ModuleNotFoundError", "no_such_module", "line 2"]),
-        ("x = 1\n\ndef reward(:\n", "custom/mine.py:reward", ["SyntaxError", "line 3"]),
-        ("raise SystemExit(0)\n", "custom/mine.py:reward", ["SystemExit: 0", "line 1"]),
-        ("x = '\0'\n", "custom/mine.py:reward", ["null bytes"]),
-        ("", f"custom/{'a' * 300}.py:reward", ["there is no file custom/aaa"]),
-    ],
-    ids=["missing file", "missing function", "no function", "broken import", "broken syntax", "exits", "null byte",
-         "endless name"],
-)  # fmt: skip
-def test_a_custom_reward_that_is_not_there(
-    custom: Callable[..., Reward], code: str, function: str, expected: list[str]
+@pytest.mark.parametrize(("kind", "code", "expected"), [(kind, *case) for kind in WRONG for case in WRONG[kind]])
+def test_what_is_wrong_with_a_custom_reward_is_one_line(
+    custom: Callable[..., Reward], kind: str, code: str, expected: list[str]
 ) -> None:
-    with fault("custom reward that cannot be imported"):
-        line = refused(lambda: custom(code, function))
+    with fault(kind):
+        line = refused(lambda: custom(code)(["", ""], ["first", "second"]))
         assert all(part in line for part in expected), line
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["other", "a" * 300])
+def test_a_custom_reward_that_is_not_there(custom: Callable[..., Reward], name: str) -> None:
+    with fault(NOT_THERE):
+        assert f"there is no file custom/{name[:3]}" in refused(lambda: custom("", f"custom/{name}.py:reward"))
 
 
 @pytest.mark.parametrize("place", ["custom/mine.py", "custom"])
 def test_a_link_in_its_folder_is_as_good_as_a_file(tmp_path: Path, custom: Callable[..., Reward], place: str) -> None:
-    """`dvc add` with cache.type symlink makes links; DVC reads through those to files, and through its own dependency."""
-    custom("def reward(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
+    """`dvc add` with cache.type symlink makes links; DVC reads through links to files, and to its own dependency."""
+    custom(returning("[float(len(c)) for c in completions]"))
     (tmp_path / place).rename(tmp_path / "elsewhere")
     (tmp_path / place).symlink_to(tmp_path / "elsewhere")
     assert build(kind="custom", function="custom/mine.py:reward", params={})([""], ["abc"]) == [3]
@@ -434,32 +401,3 @@ def reward(prompts, completions):
     return [Weight().value for _ in completions]
 """
     assert custom(code)([""], ["a"]) == [2.0]
-
-
-def test_a_bad_custom_term_of_a_sum_is_refused_too(custom: Callable[..., Reward]) -> None:
-    custom("def reward(prompts, completions):\n    return [float('nan')]\n")
-    term = {"kind": "custom", "function": "custom/mine.py:reward"}
-    reward = build(kind="sum", terms=[{"weight": 1.0, "reward": term}])
-    assert "not a finite number" in refused(lambda: reward([""], ["a"]))
-
-
-@pytest.mark.parametrize("value", [1e30, -1e200, 1.7e308, 10**15])
-def test_a_reward_that_is_too_large_is_refused_with_the_largest(custom: Callable[..., Reward], value: float) -> None:
-    reward = custom(f"def reward(prompts, completions):\n    return [1e12, {value!r}]\n")
-    line = refused(lambda: reward(["", ""], ["first", "second"]))
-    assert line == f"reward mine returned {value!r} for 'second': the largest size that works is 1e+12; scale it down"
-
-
-def test_what_a_sum_scales_down_may_be_larger(custom: Callable[..., Reward]) -> None:
-    custom("def reward(prompts, completions):\n    return [1e308]\n")
-    term = {"kind": "custom", "function": "custom/mine.py:reward"}
-    assert build(kind="sum", terms=[{"weight": 1e-300, "reward": term}])([""], ["a"]) == [1e308 * 1e-300]
-    with pytest.raises(UserError, match="returned 1e\\+308 for 'a': the largest size"):
-        build(kind="sum", terms=[{"weight": 1.0, "reward": term}])([""], ["a"])
-    with pytest.raises(UserError, match="returned inf for 'a', not a finite number"):
-        build(kind="sum", terms=[{"weight": 10.0, "reward": term}])([""], ["a"])
-
-
-def test_numpy_scalars_are_numbers(custom: Callable[..., Reward]) -> None:
-    code = "import numpy as np\ndef reward(prompts, completions):\n    return [np.float64(1), np.int64(2)]\n"
-    assert custom(code)(["", ""], ["a", "b"]) == [np.float64(1), 2]

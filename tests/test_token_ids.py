@@ -61,7 +61,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def checkpoint_of(source: Path, config: Any, text: Any, decoding: Any) -> None:
-    """data/checkpoint/policy, whose files name these ends; decoding: generation_config.json's content, None without one."""
+    """data/checkpoint/policy, whose files name these ends; decoding: generation_config.json, None without one."""
     shutil.copytree(source, CHECKPOINT)
     written = json.loads((CHECKPOINT / "config.json").read_text())
     if config is not None:
@@ -78,9 +78,8 @@ def ends_of_generate(folder: Path) -> set[int]:
     model, ends = AutoModelForCausalLM.from_pretrained(folder), set()
     for end in range(12):
         third = LogitsProcessorList([lambda ids, scores, end=end: forced(scores, end if ids.shape[1] == 4 else 11)])
-        found = model.generate(
-            input_ids=torch.tensor([[4, 5]]), max_length=7, do_sample=False, logits_processor=third, pad_token_id=0
-        )  # fmt: skip
+        settings = {"max_length": 7, "do_sample": False, "pad_token_id": 0}
+        found = model.generate(input_ids=torch.tensor([[4, 5]]), logits_processor=third, **settings)
         assert found[0, 4] == end
         ends |= {end} if found.shape[1] == 5 else set()
     return ends

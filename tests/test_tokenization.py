@@ -17,10 +17,10 @@ from tests.models import tiny_neox, token_lists, uniform
 from tests.word_tokenizer import WORDS, tokenizer, write
 
 
-@pytest.mark.parametrize(
-    ("template", "before"),
-    [("", []), ("$A <eos>", []), ("<bos> $A", [1]), ("<bos> $A <eos>", [1]), ("<bos> $A <sep>", [1]), ("$A <sep> <eos>", [])],
-)  # fmt: skip
+@pytest.mark.parametrize(("template", "before"), [
+    ("", []), ("$A <eos>", []), ("$A <sep> <eos>", []),
+    ("<bos> $A", [1]), ("<bos> $A <eos>", [1]), ("<bos> $A <sep>", [1]),
+])  # fmt: skip
 def test_what_a_tokenizer_appends_is_taken_off(template: str, before: list[int]) -> None:
     assert encode_prompt(tokenizer(template), "say a word") == [*before, 4, 5, 6]
 
@@ -152,11 +152,11 @@ class Nested:
         return self.text or self
 
 
-@pytest.mark.parametrize(
-    ("text", "own", "room"),
-    [({}, {"max_position_embeddings": 64}, 64), ({"max_position_embeddings": 32}, {}, 32), ({}, {"n_positions": 16}, 16),
-     ({"max_position_embeddings": 8}, {"max_position_embeddings": 99}, 8), ({}, {"max_seq_len": 4}, 4), ({}, {}, None)],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "own", "room"), [
+    ({}, {"max_position_embeddings": 64}, 64), ({}, {"n_positions": 16}, 16), ({}, {"max_seq_len": 4}, 4),
+    ({"max_position_embeddings": 32}, {}, 32), ({"max_position_embeddings": 8}, {"max_position_embeddings": 99}, 8),
+    ({}, {}, None),
+])  # fmt: skip
 def test_the_context_is_that_of_the_text_part(text: dict[str, int], own: dict[str, int], room: int | None) -> None:
     config: Any = Nested(Nested(None, **text) if text else None, **own)
     assert context_length(config) == room
@@ -165,11 +165,9 @@ def test_the_context_is_that_of_the_text_part(text: dict[str, int], own: dict[st
 def test_a_prompt_that_does_not_fit_is_named_with_the_key_at_fault() -> None:
     check_context(None, ["hi"], [10_000], [20], "prompt_sets.mine")
     check_context(30, ["hi"], [10], [20], "prompt_sets.mine")
-    with pytest.raises(
-        UserError, match=r"^train\.max_tokens: the prompt 'so long' has 11 tokens; .* the model's 30; at most 19"
+    for length, message in (
+        (11, r"^train\.max_tokens: the prompt 'so long' has 11 tokens; .* the model's 30; at most 19"),
+        (30, r"^prompt_sets\.mine: the prompt 'so long' has 30 tokens; .* prompt_sets\.mine\.max_char"),
     ):
-        check_context(30, ["hi", "so long"], [10, 11], [20, 20], "prompt_sets.mine")
-    with pytest.raises(
-        UserError, match=r"^prompt_sets\.mine: the prompt 'so long' has 30 tokens; .* prompt_sets\.mine\.max_char"
-    ):
-        check_context(30, ["hi", "so long"], [10, 30], [20, 20], "prompt_sets.mine")
+        with pytest.raises(UserError, match=message):
+            check_context(30, ["hi", "so long"], [10, length], [20, 20], "prompt_sets.mine")

@@ -45,8 +45,7 @@ NORMAL = {  # of the untouched policy: mean and spread of a batch
     "reward_mean": (-6.5, 0.06), "entropy": (3.7, 0.05), "ref_logprob": (-3.6, 0.08), "empty_share": (0.03, 0.02),
     "distinct_completions": (0.97, 0.02), "repeated_3grams": (0.02, 0.01), "reward_std_within": (0.45, 0.03),
 }  # fmt: skip
-REST = {"logprob_gap": 1e-5, "truncation_gap": 0.0, "zero_spread_share": 0.0, "nonfinite": 0.0, "nonfinite_logprobs": 0.0,
-        "update_kl": 1e-3, "reward_se": 0.06}  # fmt: skip
+REST = {"logprob_gap": 1e-5, "update_kl": 1e-3, "reward_se": 0.06}  # the other columns are zero
 
 
 def batch(draw: random.Random) -> dict[str, float]:
@@ -55,7 +54,7 @@ def batch(draw: random.Random) -> dict[str, float]:
 
 
 def history(**changes: Any) -> list[dict[str, float]]:
-    """A run that does not learn, and from a step on (a list of values by step, None = as it was) does something else."""
+    """A run that does not learn, with some columns changed: lists of a value per step, None = as it was."""
     draw = random.Random(1)
     rows = [batch(draw) | {"step": float(step)} for step in range(STEPS)]
     for name, values in changes.items():
@@ -124,8 +123,8 @@ def test_undefined_metrics_have_no_spread() -> None:
 
 
 def test_false_alarms_are_as_rare_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the effect sizes taken away and one step enough, at a rate that can be counted: of runs without learning at
-    most a fifth may pass any limit; that Bonferroni's inequality gives little away shows in at least a tenth that do."""
+    """Without effect sizes and with one step enough, at a rate that can be counted: at most a fifth of the runs without
+    learning may pass any limit. At least a tenth do: Bonferroni's inequality gives little away."""
     monkeypatch.setattr(verdict, "FALSE_ALARMS", 0.2)
     only_chance = replace(
         THRESHOLDS, patience=1, empty=0, repeated=0, distinct=1, entropy=1, unlikely=0, reward=1e-9, certain=9
@@ -149,53 +148,72 @@ def test_rewards_too_large_to_square_are_no_error() -> None:
 
 # --- verdict
 
-COLLAPSES: dict[str, dict[str, Any]] = {
-    "misaligned": {"logprob_gap": since(0, 16.0)},
-    "numeric": {"nonfinite": since(7, 1.0)},
-    "starved": {"zero_spread_share": since(0, 1.0)},
-    "empty": {"empty_share": since(2, 0.7)},
-    "repetition": {"repeated_3grams": since(4, 0.8)},
-    "gibberish": {"ref_logprob": since(5, -9.0)},
-    "mode": {"distinct_completions": since(6, 0.2)},
-    "step-size": {"reward_mean": since(3, -7.4)},
-    "hacking": {"repeated_3grams": since(4, 0.8), "reward_mean": since(4, -5.0)},
-}
-ONSETS = {"misaligned": 0, "numeric": 7, "starved": 0, "empty": 2, "repetition": 4, "gibberish": 5, "mode": 6,
-          "step-size": 3, "hacking": 4}  # fmt: skip
+# what a run shows, and the findings: kind and onset. First each kind by itself.
+RUNS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
+    "misaligned": ({"logprob_gap": since(0, 16.0)}, [("misaligned", 0)]),
+    "numeric": ({"nonfinite": since(7, 1.0)}, [("numeric", 7)]),
+    "starved": ({"zero_spread_share": since(0, 1.0)}, [("starved", 0)]),
+    "empty": ({"empty_share": since(2, 0.7)}, [("empty", 2)]),
+    "repetition": ({"repeated_3grams": since(4, 0.8)}, [("repetition", 4)]),
+    "gibberish": ({"ref_logprob": since(5, -9.0)}, [("gibberish", 5)]),
+    "mode": ({"distinct_completions": since(6, 0.2)}, [("mode", 6)]),
+    "step-size": ({"reward_mean": since(3, -7.4)}, [("step-size", 3)]),
+    "hacking": (
+        {"repeated_3grams": since(4, 0.8), "reward_mean": since(4, -5.0)}, [("hacking", 4), ("repetition", 4)]),
+    "no learning": ({}, []),
+    "a certain policy": ({"entropy": since(4, 0.3)}, [("mode", 4)]),
+    "silence is no mode collapse": (
+        {"empty_share": since(4, 0.9), "distinct_completions": since(4, 0.1), "entropy": since(4, 0.1)},
+        [("empty", 4)]),
+    "a rising reward alone": ({"reward_mean": since(2, -3.0)}, []),
+    "one batch that strays": ({"empty_share": since(5, 0.9, 6)}, []),
+    "two batches that stray": ({"empty_share": since(5, 0.9, 7)}, [("empty", 5)]),
+    "a truncated sampler": ({"logprob_gap": since(0, 1.4), "truncation_gap": since(0, 1.4)}, []),
+    "as large a gap without truncation": ({"logprob_gap": since(0, 1.4)}, [("misaligned", 0)]),
+    "a gap that appears later": ({"logprob_gap": since(3, 20.0)}, []),
+    "a collapse at once, with signal before": (
+        {"zero_spread_share": since(1, 1.0), "empty_share": since(1, 1.0)}, [("empty", 1)]),
+    "undefined values": ({"repeated_3grams": since(2, math.nan), "entropy": since(2, math.nan)}, []),
+    "a large update alone": ({"update_kl": since(1, 5.0)}, []),
+    "several, by onset": (
+        {"logprob_gap": since(0, 9.0), "empty_share": since(6, 0.9), "reward_mean": since(9, -8.0)},
+        [("misaligned", 0), ("empty", 6), ("step-size", 9)]),
+}  # fmt: skip
 
 
-def test_a_run_without_learning_is_healthy(spreads: dict[str, Spread]) -> None:
-    assert findings(history(), spreads, STEPS) == []
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_is_found_to_be_what_it_is(case: str, calibration: list[dict[str, float]]) -> None:
+    """The evidence holds at the onset and at the step that is shown, and not before the onset."""
+    changes, expected = RUNS[case]
+    before = without_signal(calibration) if case == "starved" else calibration
+    rows = history(**changes)
+    found = findings(rows, null_statistics(before, PROMPTS), STEPS)
+    assert [(finding.kind, finding.onset) for finding in found] == expected
+    for finding in found:
+        limits = [shown.limit for shown in finding.evidence]
+        assert limits
+        assert all(limit.passed(rows[step]) for limit in limits for step in (finding.onset, finding.shown_at))
+        assert finding.onset == 0 or not all(limit.passed(rows[finding.onset - 1]) for limit in limits)
+        assert all(shown.value == rows[shown.step][shown.limit.metric] for shown in finding.evidence)
+    content = diagnose.diagnose(changed(), rows, before, [])
+    assert content["verdict"] == (expected[0][0] if expected else "healthy")
+    assert content["headline"].endswith(".")
+    assert "nan" not in content["headline"]
 
 
-@pytest.mark.parametrize("kind", ORDER)
-def test_each_kind_is_seen_at_its_onset(kind: Kind, calibration: list[dict[str, float]]) -> None:
-    spreads = null_statistics(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
-    found = findings(history(**COLLAPSES[kind]), spreads, STEPS)
-    assert (found[0].kind, found[0].onset) == (kind, ONSETS[kind])
-    assert {finding.kind for finding in found} == {kind} | ({"repetition"} if kind == "hacking" else set())
+@pytest.mark.parametrize(("changes", "kinds"), [
+    (RUNS["several, by onset"][0], ["misaligned", "empty"]),
+    ({"empty_share": since(2, 0.9), "nonfinite": since(7, 1.0)}, ["numeric", "empty"]),
+])  # fmt: skip
+def test_causes_are_treated_first(changes: dict[str, Any], kinds: list[str], spreads: dict[str, Spread]) -> None:
+    assert [f.kind for f in root_causes(findings(history(**changes), spreads, STEPS))] == kinds
 
 
-@pytest.mark.parametrize("kind", ORDER)
-def test_the_evidence_passes_at_the_step_shown_not_before_the_onset(
-    kind: Kind, calibration: list[dict[str, float]]
-) -> None:
-    spreads = null_statistics(without_signal(calibration) if kind == "starved" else calibration, PROMPTS)
-    rows = history(**COLLAPSES[kind])
-    finding = findings(rows, spreads, STEPS)[0]
-    limits = [shown.limit for shown in finding.evidence]
-    assert limits
-    assert all(limit.passed(rows[finding.shown_at]) for limit in limits)
-    assert all(limit.passed(rows[finding.onset]) for limit in limits)
-    assert finding.onset == 0 or not all(limit.passed(rows[finding.onset - 1]) for limit in limits)
-    assert all(shown.value == rows[shown.step][shown.limit.metric] for shown in finding.evidence)
-
-
-@settings(max_examples=30, deadline=None)  # each writes twenty files
+@settings(max_examples=20, deadline=None)  # each writes twenty files
 @given(st.data())
 def test_what_is_kept_on_the_way_is_the_state_before_the_collapse(data: st.DataObject) -> None:
-    """Whatever a run shows on its way, and wherever a signal had it save: at its end the newest state of the grid from
-    before the onset is there, as if all had been kept. Rewards without a spread are no collapse as long as that may end."""
+    """Whatever a run shows on its way, and at whichever steps a signal has it save: in the end it has the newest
+    regular state from before the onset. Rewards without a spread are no collapse as long as that may end."""
     draw = random.Random(2)
     spreads = null_statistics(without_signal([batch(draw) for _ in range(8)]), PROMPTS)
     empty = data.draw(st.lists(st.sampled_from([0.03, 0.8]), min_size=STEPS, max_size=STEPS))
@@ -213,24 +231,6 @@ def test_what_is_kept_on_the_way_is_the_state_before_the_collapse(data: st.DataO
         kept = checkpoints.last_before(Path(folder), onset, every)
     truth = max((done for done in range(every, onset, every)), default=None)
     assert (kept and int(kept.stem.partition("-")[2])) == truth
-
-
-def test_a_certain_policy_is_mode_collapse(spreads: dict[str, Spread]) -> None:
-    assert [f.kind for f in findings(history(entropy=since(4, 0.3)), spreads, STEPS)] == ["mode"]
-
-
-def test_silence_is_empty_and_not_mode_collapse(spreads: dict[str, Spread]) -> None:
-    rows = history(empty_share=since(4, 0.9), distinct_completions=since(4, 0.1), entropy=since(4, 0.1))
-    assert [f.kind for f in findings(rows, spreads, STEPS)] == ["empty"]
-
-
-def test_a_rising_reward_alone_is_healthy(spreads: dict[str, Spread]) -> None:
-    assert findings(history(reward_mean=since(2, -3.0)), spreads, STEPS) == []
-
-
-def test_one_batch_that_strays_is_no_collapse(spreads: dict[str, Spread]) -> None:
-    assert findings(history(empty_share=since(5, 0.9, 6)), spreads, STEPS) == []
-    assert [f.onset for f in findings(history(empty_share=since(5, 0.9, 7)), spreads, STEPS)] == [5]
 
 
 def test_what_comes_again_is_shown_where_it_was_last_seen(spreads: dict[str, Spread]) -> None:
@@ -254,27 +254,12 @@ def test_a_collapse_is_confirmed_as_soon_as_its_second_step_is_in(spreads: dict[
     assert [f.onset for f in findings(rows[:4], spreads, STEPS)] == [2]
 
 
-def test_the_truncated_sampler_is_not_misaligned(spreads: dict[str, Spread]) -> None:
-    rows = history(logprob_gap=since(0, 1.4), truncation_gap=since(0, 1.4))
-    assert findings(rows, spreads, STEPS) == []
-    assert findings(history(logprob_gap=since(0, 1.4)), spreads, STEPS)[0].kind == "misaligned"
-
-
-def test_a_gap_that_appears_later_is_not_called_misaligned(spreads: dict[str, Spread]) -> None:
-    assert findings(history(logprob_gap=since(3, 20.0)), spreads, STEPS) == []
-
-
 def test_signal_that_comes_later_is_not_starved(calibration: list[dict[str, float]]) -> None:
     spreads = null_statistics(without_signal(calibration), PROMPTS)
     rows = history(zero_spread_share=since(0, 1.0, 10))
     assert findings(rows[: THRESHOLDS.no_signal_steps - 1], spreads, STEPS) == []
     assert findings(rows[: THRESHOLDS.no_signal_steps], spreads, STEPS)[0].kind == "starved"
     assert findings(rows, spreads, STEPS) == []
-
-
-def test_a_policy_that_collapses_at_once_was_not_starved(spreads: dict[str, Spread]) -> None:
-    rows = history(zero_spread_share=since(1, 1.0), empty_share=since(1, 1.0))
-    assert [f.kind for f in findings(rows, spreads, STEPS)] == ["empty"]
 
 
 def test_rewards_without_any_spread_neither_rise_nor_fall() -> None:
@@ -292,27 +277,6 @@ def test_a_loud_untouched_policy_moves_the_limits() -> None:
     limits = limits_of_run(null_statistics(rows, PROMPTS), STEPS, THRESHOLDS)
     assert limits["empty"].threshold == THRESHOLDS.certain
     assert limits["unlikely"].threshold < -3 - 2 * THRESHOLDS.unlikely
-
-
-def test_undefined_values_are_no_sign(spreads: dict[str, Spread]) -> None:
-    assert findings(history(repeated_3grams=since(2, math.nan), entropy=since(2, math.nan)), spreads, STEPS) == []
-
-
-def test_findings_come_by_onset_and_causes_first(spreads: dict[str, Spread]) -> None:
-    rows = history(logprob_gap=since(0, 9.0), empty_share=since(6, 0.9), reward_mean=since(9, -8.0))
-    found = findings(rows, spreads, STEPS)
-    assert [(f.kind, f.onset) for f in found] == [("misaligned", 0), ("empty", 6), ("step-size", 9)]
-    assert [f.kind for f in root_causes(found)] == ["misaligned", "empty"]
-
-
-def test_causes_are_treated_first(spreads: dict[str, Spread]) -> None:
-    found = findings(history(empty_share=since(2, 0.9), nonfinite=since(7, 1.0)), spreads, STEPS)
-    assert [f.kind for f in found] == ["empty", "numeric"]
-    assert [f.kind for f in root_causes(found)] == ["numeric", "empty"]
-
-
-def test_an_empty_history_is_healthy(spreads: dict[str, Spread]) -> None:
-    assert findings([], spreads, STEPS) == []
 
 
 # --- cures
@@ -353,42 +317,28 @@ def test_each_cure_changes_something_and_gives_valid_parameters(
     assert validate_params(tree) != params
 
 
-def test_the_cure_of_the_notebook_is_what_the_ablation_found(spreads: dict[str, Spread]) -> None:
-    params = changed(recipe="notebook")
-    assert cure(found("misaligned"), params, spreads).changes == {"recipes.notebook.alignment": "correct"}
-    assert cure(found("empty", metric="empty_share"), params, spreads).changes == {
-        "recipes.notebook.special_tokens": "strip",
-        "recipes.notebook.kl": "reward_k1",
-        "recipes.notebook.kl_coef": 0.04,  # a tenth of the spread of rewards, 0.45, to one digit
-        "recipes.notebook.lr": 1e-4,
-        "recipes.notebook.max_grad_norm": 1.0,
-        "recipes.notebook.warmup_steps": 10,
-    }
+NOTEBOOK_EMPTY = {
+    "special_tokens": "strip", "kl": "reward_k1",
+    "kl_coef": 0.04,  # a tenth of the spread of rewards, 0.45, to one digit
+    "lr": 1e-4, "max_grad_norm": 1.0, "warmup_steps": 10,
+}  # fmt: skip
 
 
-def test_a_leash_that_did_not_hold_is_tightened(spreads: dict[str, Spread]) -> None:
-    changes = cure(found("mode"), changed(recipe="stable"), spreads).changes
-    stable = PARAMS.recipes["stable"]
-    assert changes["recipes.stable.kl_coef"] == pytest.approx(3 * stable.kl_coef, rel=0.1)
-    assert changes["recipes.stable.lr"] == pytest.approx(stable.lr / 3, rel=0.2)
-
-
-def test_an_adapting_leash_gets_a_nearer_target(spreads: dict[str, Spread]) -> None:
-    changes = cure(found("mode"), changed(recipe="stable", kl_target=3.0), spreads).changes
-    assert changes["recipes.stable.kl_target"] == 1.0
-    assert "recipes.stable.kl_coef" not in changes
-
-
-@pytest.mark.parametrize("kind", ["gibberish", "step-size"])
-def test_a_bonus_for_noise_goes_first(kind: Kind, spreads: dict[str, Spread]) -> None:
-    params = changed(recipe="stable", entropy_coef=0.1)
-    assert cure(found(kind), params, spreads).changes == {"recipes.stable.entropy_coef": 0.0}
-
-
-def test_overflow_before_any_update_is_not_blamed_on_the_updates(spreads: dict[str, Spread]) -> None:
-    params = changed(recipe="stable")
-    assert cure(found("numeric", 0), params, spreads).changes == {"recipes.stable.advantage_norm": "batch"}
-    assert cure(found("numeric", 1), params, spreads).changes["recipes.stable.lr"] == pytest.approx(1e-5)
+@pytest.mark.parametrize(("finding", "recipe", "settings", "changes"), [
+    (found("misaligned"), "notebook", {}, {"alignment": "correct"}),
+    (found("empty", metric="empty_share"), "notebook", {}, NOTEBOOK_EMPTY),
+    (found("mode"), "stable", {}, {"kl_coef": 0.3, "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {"kl_target": 3.0}, {"kl_target": 1.0, "lr": 3e-5, "warmup_steps": 10}),
+    (found("gibberish"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
+    (found("step-size"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
+    (found("numeric", 0), "stable", {}, {"advantage_norm": "batch"}),  # before any update
+    (found("numeric", 1), "stable", {}, {"lr": 1e-5, "warmup_steps": 10}),
+])  # fmt: skip
+def test_cures_are_what_the_ablation_found(
+    finding: Finding, recipe: str, settings: dict[str, Any], changes: dict[str, Any], spreads: dict[str, Spread]
+) -> None:
+    measured = cure(finding, changed(recipe=recipe, **settings), spreads).changes
+    assert {key.removeprefix(f"recipes.{recipe}."): value for key, value in measured.items()} == changes
 
 
 def test_a_short_run_gets_a_short_warm_up(spreads: dict[str, Spread]) -> None:
@@ -434,18 +384,16 @@ def test_the_headline_ends_with_what_the_run_has_come_to(calibration: list[dict[
     assert "higher" not in content["headline"]
 
 
-def test_a_healthy_run_has_no_cure(calibration: list[dict[str, float]]) -> None:
-    content = diagnose.diagnose(PARAMS, history(), calibration, [])
+@pytest.mark.parametrize(("steps", "headline"), [
+    (STEPS, f"No sign of collapse in {STEPS} steps."),
+    (1, "Too short to tell: a collapse has to last 2 steps to count."),
+    (0, "Too short to tell: a collapse has to last 2 steps to count."),
+])  # fmt: skip
+def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[dict[str, float]]) -> None:
+    content = diagnose.diagnose(PARAMS, history()[:steps], calibration, [])
     assert content == {
-        "verdict": "healthy", "onset": None, "headline": f"No sign of collapse in {STEPS} steps.", "steps": STEPS,
-        "findings": [], "cure": None,
+        "verdict": "healthy", "onset": None, "headline": headline, "steps": steps, "findings": [], "cure": None,
     }  # fmt: skip
-
-
-def test_one_step_is_too_short_to_tell(calibration: list[dict[str, float]]) -> None:
-    content = diagnose.diagnose(PARAMS, history()[:1], calibration, [])
-    assert content["verdict"] == "healthy"
-    assert content["headline"] == "Too short to tell: a collapse has to last 2 steps to count."
 
 
 def test_the_words_blame_an_update_from_before_the_fall(calibration: list[dict[str, float]]) -> None:
@@ -456,29 +404,10 @@ def test_the_words_blame_an_update_from_before_the_fall(calibration: list[dict[s
     assert (update["metric"], update["step"], update["value"]) == ("update_kl", 1, 0.5)
 
 
-def test_a_large_update_alone_is_no_collapse(spreads: dict[str, Spread]) -> None:
-    assert findings(history(update_kl=since(1, 5.0)), spreads, STEPS) == []
-    (finding,) = findings(history(empty_share=since(3, 0.9)), spreads, STEPS)
-    assert not finding.passes("update_kl")
-
-
-@pytest.mark.parametrize("kind", ORDER)
-def test_every_kind_has_words_without_undefined_numbers(kind: Kind, calibration: list[dict[str, float]]) -> None:
-    before = without_signal(calibration) if kind == "starved" else calibration
-    content = diagnose.diagnose(changed(), history(**COLLAPSES[kind]), before, [])
-    assert content["verdict"] == kind
-    assert content["headline"].endswith(".")
-    assert "nan" not in content["headline"]
-
-
-def test_a_missing_file_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_and_a_broken_file_are_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project.root)
     with pytest.raises(UserError, match=r"reports/train/history\.csv: no such file; run `dvc repro train`"):
         diagnose.main()
-
-
-def test_a_broken_file_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(project.root)
     file = project.root / "reports/train/history.csv"
     file.parent.mkdir(parents=True)
     file.write_text("step,entropy\n0,3.5\n1,many\n")

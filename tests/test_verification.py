@@ -1,4 +1,4 @@
-"""What a model's plain forward pass says of one sequence is the truth: layouts that agree with it, and models refused."""
+"""A model's plain forward pass of one sequence is the truth: layouts that agree with it, and models refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,34 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertLMHeadModel,
-    BloomConfig,
-    BloomForCausalLM,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    MptConfig,
-    MptForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForCausalLM,
-)
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.models import packing, verification
@@ -47,43 +21,56 @@ from tests import families
 from tests.models import EOS, plain_logprobs, token_lists, uniform
 
 VOCABULARY = 40
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 0,
-         "bos_token_id": 0, "initializer_range": 0.3, "max_position_embeddings": 128}  # fmt: skip
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 0,
+    "bos_token_id": 0, "initializer_range": 0.3, "max_position_embeddings": 128,
+}  # fmt: skip
 KV = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 PROMPTS, LIMITS = token_lists([3, 5, 12, 20], VOCABULARY), [20] * 4
 PACKED, ROWS = Layout(), Layout(packing=False)
 
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "window": lambda: MistralForCausalLM(MistralConfig(**KV, head_dim=8, sliding_window=16)),
-    "long_window": lambda: MistralForCausalLM(MistralConfig(**KV, head_dim=8, sliding_window=64)),
-    "local": lambda: GPTNeoForCausalLM(GPTNeoConfig(
-        **{k: v for k, v in SIZES.items() if "num" not in k}, num_layers=2, num_heads=4,
-        attention_types=[[["global", "local"], 1]], window_size=16)),
-    "chunked": lambda: Llama4ForCausalLM(Llama4TextConfig(
-        **KV, intermediate_size_mlp=48, head_dim=8, num_local_experts=2, attention_chunk_size=16, pad_token_id=0)),
-    "alibi": lambda: MptForCausalLM(MptConfig(
-        vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, max_seq_len=128, initializer_range=0.3)),
-    "alibi_by_mask": lambda: BloomForCausalLM(BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)),
-    "positions": lambda: RobertaForCausalLM(RobertaConfig(**{**SIZES, "vocab_size": 2000}, intermediate_size=48, is_decoder=True)),
-    "convolution": lambda: Lfm2ForCausalLM(Lfm2Config(
-        **KV, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
-    "recurrent": lambda: MambaForCausalLM(MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=0.3)),
-    "experts": lambda: MixtralForCausalLM(MixtralConfig(**KV, num_local_experts=4, sliding_window=None)),
-    "dropout": lambda: OPTForCausalLM(OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=128, init_std=0.3, dropout=0.1, attention_dropout=0.1)),
-    "not_causal": lambda: BertLMHeadModel(BertConfig(**SIZES, intermediate_size=48)),
+# of a kind: transformers' class of the model, without the ending of its name, and its configuration
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "window": ("Mistral", {**KV, "head_dim": 8, "sliding_window": 16}),
+    "long_window": ("Mistral", {**KV, "head_dim": 8, "sliding_window": 64}),
+    "local": ("GPTNeo", {
+        **{k: v for k, v in SIZES.items() if "num" not in k}, "num_layers": 2, "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]], "window_size": 16}),
+    "chunked": ("Llama4", {
+        **KV, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 16,
+        "pad_token_id": 0}),
+    "alibi": ("Mpt", {
+        "vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "initializer_range": 0.3}),
+    "alibi_by_mask": ("Bloom", {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}),
+    "positions": ("Roberta", {**SIZES, "vocab_size": 2000, "intermediate_size": 48, "is_decoder": True}),
+    "convolution": ("Lfm2", {**KV, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "recurrent": ("Mamba", {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2,
+        "initializer_range": 0.3}),
+    "experts": ("Mixtral", {**KV, "num_local_experts": 4, "sliding_window": None}),
+    "dropout": ("OPT", {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "init_std": 0.3, "dropout": 0.1,
+        "attention_dropout": 0.1}),
+    "not_causal": ("Bert", {**SIZES, "intermediate_size": 48}),
 }  # fmt: skip
 
 
-def model(kind: str) -> PreTrainedModel:
+def make(name: str, **settings: Any) -> PreTrainedModel:
+    """A random model of this class, with attention written out."""
+    config = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = MODELS[kind]()
+        made = getattr(transformers, f"{name}LMHeadModel" if name == "Bert" else f"{name}ForCausalLM")(config)
     made.set_attn_implementation("eager")
     return made.eval()
+
+
+def model(kind: str) -> PreTrainedModel:
+    name, settings = MODELS[kind]
+    return make(name, **settings)
 
 
 def choose(policy: PreTrainedModel, **how: Any) -> Layout:
@@ -99,8 +86,8 @@ EXPECTED = {
 
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_the_layout_chosen_computes_each_sequence_as_if_alone(kind: str) -> None:
-    """The truth is the definition, one sequence at a time, and autograd's of it. float32: some models compute in no other
-    precision; a fault moves these by 0.1 and more."""
+    """The truth is the definition, one sequence at a time, and its gradient by autograd. In float32: some models
+    compute in no other precision, and a fault moves these numbers by 0.1 and more."""
     policy = model(kind)
     layout = choose(policy, gradient_checkpointing=kind == "dropout")
     assert layout == EXPECTED[kind]
@@ -135,8 +122,8 @@ def test_completions_of_the_comparison_do_not_end_and_hold_special_tokens(monkey
 
 
 def test_a_padding_token_inside_a_completion_is_compared(tmp_path: Path) -> None:
-    """RoBERTa counts positions by the tokens that are no padding: with a cache, whose calls see one token, otherwise than
-    without."""
+    """RoBERTa counts positions by the tokens that are no padding. With a cache, each call sees a single token, and it
+    counts otherwise."""
     policy = model("positions")
     policy.save_pretrained(tmp_path)
     assert policy.config.pad_token_id == 1
@@ -144,18 +131,17 @@ def test_a_padding_token_inside_a_completion_is_compared(tmp_path: Path) -> None
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"models\.mine: bert cannot be trained: .* no causal LM \(is it `is_decoder`\?\)"
-    ):
+    message = r"models\.mine: bert cannot be trained: .* no causal LM \(is it `is_decoder`\?\)"
+    with pytest.raises(UserError, match=message):
         choose(model("not_causal"))
 
 
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_that_is_none_is_named(window: int) -> None:
     """A row of which everything is masked attends to everything."""
-    policy = MistralForCausalLM(MistralConfig(**KV, head_dim=8, sliding_window=window, attn_implementation="eager"))
+    policy = make("Mistral", **KV, head_dim=8, sliding_window=window)
     with pytest.raises(UserError, match=rf"depend on the tokens that follow, .* \(sliding_window is {window}\)$"):
-        choose(policy.eval())
+        choose(policy)
 
 
 def test_positions_that_change_with_the_length_are_named() -> None:
@@ -163,11 +149,9 @@ def test_positions_that_change_with_the_length_are_named() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16,
             "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}  # fmt: skip
     sizes = KV | {"original_max_position_embeddings": 16, "pad_token_id": 0}
-    policy = Phi3ForCausalLM(
-        Phi3Config(**sizes, sliding_window=None, rope_parameters=rope, attn_implementation="eager")
-    )
+    policy = make("Phi3", **sizes, sliding_window=None, rope_parameters=rope)
     with pytest.raises(UserError, match=r"its positions change for sequences beyond 16 tokens \(longrope\)\)$"):
-        choose_layout(policy.eval(), token_lists([3, 5, 6, 7], VOCABULARY), LIMITS, "models.mine")
+        choose_layout(policy, token_lists([3, 5, 6, 7], VOCABULARY), LIMITS, "models.mine")
 
 
 def test_it_is_said_what_is_slower_and_why() -> None:
@@ -243,9 +227,7 @@ def test_adapters_that_load_otherwise_than_they_were_saved_are_refused(tmp_path:
     llama.save_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(llama(ids).logits, load_policy(tmp_path / "adapter", torch.device("cpu"))(ids).logits)
-    with pytest.raises(
-        UserError, match=r"models\.mine: .* laguna's adapters as it saves them; .* 0 trains all weights$"
-    ):
+    with pytest.raises(UserError, match=r"mine: .* laguna's adapters as it saves them; .* 0 trains all weights$"):
         check_saving(laguna, "models.mine")
     laguna.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"loads only a part of its adapter: model\.\S+ is not what was saved$"):
@@ -256,9 +238,7 @@ def test_a_policy_that_is_saved_as_no_causal_lm_is_refused(tmp_path: Path) -> No
     """A text model out of Emu3 has a configuration that transformers makes no causal LM of."""
     families.save("emu3", tmp_path)
     policy = load_policy(tmp_path, torch.device("cpu"))
-    with pytest.raises(
-        UserError, match=r"models\.mine: emu3\S* cannot be trained: transformers saves it as no causal LM"
-    ):
+    with pytest.raises(UserError, match=r"mine: emu3\S* cannot be trained: transformers saves it as no causal LM"):
         check_saving(policy, "models.mine")
     policy.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
