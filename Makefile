@@ -44,7 +44,7 @@ sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compa
 	$(RUN) reinforce sweep --jobs $(JOBS) -S 'recipe=$(RECIPES)' -S 'reward=$(REWARDS)' -S 'seed=$(SEEDS)' \
 	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
-test: $(BIN)/installed lint  ## every promise once, the pipeline as a user runs it included; 10 minutes on two cores
+test: $(BIN)/installed lint  ## every promise once, the pipeline as a user runs it included
 	$(RUN) SCREENSHOTS="$$PWD/.screenshots" $(PYTEST)
 
 test-all: test  ## then the exhaustive tests: kills in number, a team's servers, every model family, the kernels of other CPUs
