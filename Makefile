@@ -44,14 +44,14 @@ sweep: $(BIN)/installed  ## recipes x rewards x seeds by DVC's queue, then compa
 	$(RUN) reinforce sweep --jobs $(JOBS) -S 'recipe=$(RECIPES)' -S 'reward=$(REWARDS)' -S 'seed=$(SEEDS)' \
 	-S train.threads=$(THREADS) $(if $(STEPS),-S train.steps=$(STEPS)) $(OVERRIDES)
 
-test: $(BIN)/installed lint  ## every test, the pipeline as a user runs it included
+test: $(BIN)/installed lint  ## every promise once, the pipeline as a user runs it included
 	$(RUN) SCREENSHOTS="$$PWD/.screenshots" $(PYTEST)
 
-test-all: test  ## the same, then every model family, and the numeric tests with the kernels of other CPUs
+test-all: test  ## then the exhaustive tests: kills in number, a team's servers, every model family, the kernels of other CPUs
 	$(RUN) $(PYTEST) -m exhaustive
-	@for kernels in $(KERNELS); do echo "numeric tests with $$kernels"; $(RUN) env $$kernels $(PYTEST) -m numeric || exit; done
+	@for kernels in $(KERNELS); do echo "numeric tests with $$kernels"; $(RUN) env $$kernels $(PYTEST) -m "numeric and not slow and not exhaustive" || exit; done
 
-test-faults: $(BIN)/installed  ## kills, full disks, bad input in full number -> docs/reliability.json
+test-faults: $(BIN)/installed  ## every test that injects faults, in full number, to count them -> docs/reliability.json
 	$(RUN) FAULTS=full $(PYTEST) -m faults
 
 unit: $(BIN)/installed  ## the fast tests

@@ -15,14 +15,22 @@ from tests.hub import Hub
 from tests.project import SHARED, Project, copy_of_project
 
 
+def leaves_out_exhaustive(config: pytest.Config) -> bool:
+    return "exhaustive" not in config.option.markexpr and not faults.FULL
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if leaves_out_exhaustive(config):
+        terminalreporter.write_line("exhaustive tests were left out: `make test-all` or pytest -m exhaustive runs them")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests first: of several processes none is left with them when the other has nothing more to do.
-    Exhaustive tests run only where -m names them."""
-    if "exhaustive" not in config.option.markexpr:
-        left_out = pytest.mark.skip(reason="exhaustive: `make test-all` runs it, or pytest -m exhaustive")
-        for item in items:
-            if item.get_closest_marker("exhaustive"):
-                item.add_marker(left_out)
+    Exhaustive tests run only where they are asked for."""
+    if leaves_out_exhaustive(config):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -1,6 +1,7 @@
 """How many faults the tests injected, and how many of them the pipeline survived.
 
-`make test-faults` injects them in full number and writes docs/reliability.json; every other run injects a few of each.
+`make test` injects a few faults of each kind, `make test-all` also those that are marked exhaustive. `make test-faults` injects
+all of them in full number and writes docs/reliability.json.
 
     python -m tests.faults    # docs/reliability.json -> the table of docs/RELIABILITY.md
 """
@@ -9,8 +10,11 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 FULL = os.environ.get("FAULTS") == "full"
 COUNTS = Path(__file__).resolve().parents[1] / "docs/reliability.json"
@@ -21,6 +25,12 @@ survived: Counter[str] = Counter()
 def rounds(full: int, few: int) -> int:
     """How often to inject: `full` under `make test-faults`, else `few`."""
     return full if FULL else few
+
+
+def first(number: int, cases: Iterable[Any]) -> list[Any]:
+    """Cases of parametrize: the first of them run under `make test`, the others are exhaustive."""
+    listed = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.exhaustive] * (at >= number)) for at, case in enumerate(listed)]
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ with follower.follower(grow(0), identity()):
         time.sleep(seconds)
         grow(steps)
     if end == "waits":
-        time.sleep(60)
+        time.sleep(600)
     if end == "signal":
         sys.exit(143)
     closing = time.monotonic()

@@ -11,9 +11,9 @@ import pytest
 
 from tests.clones import Clone, end, tiny
 from tests.experiments import assert_complete, run_queue
-from tests.faults import FULL, fault
+from tests.faults import fault
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.exhaustive]  # tests/test_sweep.py queues two
 
 
 @pytest.fixture
@@ -23,7 +23,6 @@ def clone(tmp_path: Path) -> Iterator[Clone]:
     end(made)
 
 
-@pytest.mark.skipif(not FULL, reason="tests/test_sweep.py queues four; six under FAULTS=full")
 def test_a_queue_of_experiments_at_two_jobs(clone: Clone) -> None:
     seeds = [1, 2, 3, 4, 5, 6]
     with fault("experiments of a queue at the same time"):
@@ -37,7 +36,6 @@ def test_a_queue_of_experiments_at_two_jobs(clone: Clone) -> None:
         assert alone.read("reports/train/history.csv") == histories[2]
 
 
-@pytest.mark.skipif(not FULL, reason="minutes on two cores: under FAULTS=full")
 def test_experiments_in_folders_of_their_own_at_once(clone: Clone) -> None:
     seeds = [1, 2, 3, 4]
     with fault("--temp experiments at the same time"):

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.rl import train_step
 from pipeline.stages import train
 from tests.clones import Clone
-from tests.faults import FULL, fault, rounds
+from tests.faults import fault, first, rounds
 from tests.forks import Forks, until
 from tests.project import Project, copy_of_project
 from tests.tracked import Tracked, logged
@@ -49,9 +49,10 @@ WINDOWS = {
 }
 
 
-def test_a_trainer_killed_at_any_moment_goes_on_to_the_same_bytes(tracked: Tracked) -> None:
-    draw = random.Random(0)
-    for _ in range(rounds(40, 2)):
+@pytest.mark.parametrize("kills", first(1, [2, 38]))
+def test_a_trainer_killed_at_any_moment_goes_on_to_the_same_bytes(tracked: Tracked, kills: int) -> None:
+    draw = random.Random(kills)
+    for _ in range(kills):
         with fault("kill -9 of train at a random moment"):
             tracked.afresh()
             with tracked.forks.start(tracked.project) as run:
@@ -365,7 +366,7 @@ def test_a_step_whose_numbers_are_not_finite_can_be_skipped(
         assert contents(here) == undisturbed
 
 
-# --- the pipeline as DVC runs it ----------------------------------------------------------------------------------
+# --- the pipeline as DVC runs it; `dvc repro` of a killed run is in test_pipeline.py too ----------------------------------------------------------------------------------
 
 
 class Piped:
@@ -450,10 +451,6 @@ class Piped:
         return self.clone("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
 
 
-# `dvc repro` of a killed run is in test_pipeline too
-a_minute_each = pytest.mark.skipif(not FULL, reason="takes a minute: FAULTS=full")
-
-
 @pytest.fixture(scope="module")
 def piped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Piped]:
     made = Piped(tmp_path_factory.mktemp("piped"))
@@ -461,7 +458,7 @@ def piped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Piped]:
     made.kill(signal.SIGKILL)
 
 
-@a_minute_each
+@pytest.mark.exhaustive
 def test_dvc_repro_killed_at_any_moment_goes_on_to_the_same_bytes(piped: Piped) -> None:
     draw = random.Random(3)
     for _ in range(2):
@@ -475,7 +472,7 @@ def test_dvc_repro_killed_at_any_moment_goes_on_to_the_same_bytes(piped: Piped) 
             piped.check(piped.clone.read("dvc.lock"))
 
 
-@a_minute_each
+@pytest.mark.exhaustive
 def test_dvc_repro_killed_before_the_commit_trains_nothing_twice(piped: Piped) -> None:
     draw = random.Random(4)
     for _ in range(2):
@@ -499,7 +496,7 @@ def test_dvc_repro_killed_before_the_commit_trains_nothing_twice(piped: Piped) -
         piped.check(piped.clone.read("dvc.lock"))
 
 
-@a_minute_each
+@pytest.mark.exhaustive
 def test_a_forced_dvc_repro_goes_on_after_a_kill_and_then_anew(piped: Piped) -> None:
     piped.afresh()
     piped.clone("dvc", "repro", "train")
@@ -513,7 +510,7 @@ def test_a_forced_dvc_repro_goes_on_after_a_kill_and_then_anew(piped: Piped) -> 
         piped.check(piped.clone.read("dvc.lock"))
 
 
-@a_minute_each
+@pytest.mark.exhaustive
 def test_a_trainer_that_outlived_its_dvc_is_named_and_taken_over(piped: Piped) -> None:
     """The recovery that the README tells: wait for the process that is named, or end it, and repeat the command."""
     for number in range(2):
@@ -535,7 +532,7 @@ def test_a_trainer_that_outlived_its_dvc_is_named_and_taken_over(piped: Piped) -
             piped.check(piped.clone.read("dvc.lock"))
 
 
-@a_minute_each
+@pytest.mark.exhaustive
 def test_ctrl_c_at_dvc_repro_ends_after_the_step_and_goes_on(piped: Piped) -> None:
     with fault("Ctrl-C at dvc repro"):
         piped.afresh()
@@ -548,7 +545,7 @@ def test_ctrl_c_at_dvc_repro_ends_after_the_step_and_goes_on(piped: Piped) -> No
         piped.check(piped.clone.read("dvc.lock"))
 
 
-@a_minute_each
+@pytest.mark.exhaustive
 def test_an_experiment_in_a_folder_of_its_own_goes_on_after_a_kill(piped: Piped) -> None:
     draw = random.Random(5)
     piped.afresh()
@@ -564,7 +561,7 @@ def test_an_experiment_in_a_folder_of_its_own_goes_on_after_a_kill(piped: Piped)
         piped.check_experiment("in-temp")
 
 
-@a_minute_each
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("start", "victim"),
     [(("dvc", "queue", "start"), "train"), (("dvc", "exp", "run", "--run-all"), "the worker and train")],

@@ -3,8 +3,10 @@ that is not right, and succeeds with the undisturbed bytes once the hub is well.
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from pipeline.data import hub as hub_of_project
 from pipeline.data.hub import DamagedError, drop_damaged
 from tests import repositories
-from tests.faults import FULL, fault, rounds
+from tests.faults import fault, first, rounds
 from tests.hub import Failure, Hub
 from tests.pickles import Malicious, pickled_weights
 from tests.project import PINNED, PYTHIA, Project, copy_of_project
@@ -129,13 +131,18 @@ LASTING = {
 }  # fmt: skip
 FEW = {"hub answers 500, then well", "hub resets the connection", "download cut in the middle",
        "download has another content once", "download has another content"}  # fmt: skip
-CASES = [
-    (stage, kind) for stage in STAGES for kind in (*PASSING, *LASTING) if FULL or (stage == "prepare" and kind in FEW)
-]
+
+
+def cases(kinds: Iterable[str]) -> list[Any]:
+    """Each kind at each stage; the FEW at `prepare` under `make test`."""
+    every = sorted(itertools.product(STAGES, kinds), key=lambda case: case[0] != "prepare" or case[1] not in FEW)
+    return first(len(FEW & set(kinds)), every)
+
+
 ONE_REQUEST = [("prepare", "reset"), ("prepare", "500"), ("cache", "reset"), ("cache", "500")]
 
 
-@pytest.mark.parametrize(("stage", "kind"), [case for case in CASES if case[1] in PASSING])
+@pytest.mark.parametrize(("stage", "kind"), cases(PASSING))
 def test_what_passes_is_waited_for(asking: Project, hub: Hub, undisturbed: Undisturbed, stage: str, kind: str) -> None:
     with fault(kind):
         failure = PASSING[kind]
@@ -144,7 +151,7 @@ def test_what_passes_is_waited_for(asking: Project, hub: Hub, undisturbed: Undis
         assert hub.failed == failure.times
 
 
-@pytest.mark.parametrize(("stage", "kind"), [case for case in CASES if case[1] in LASTING])
+@pytest.mark.parametrize(("stage", "kind"), cases(LASTING))
 def test_what_lasts_is_one_line_and_leaves_nothing(
     asking: Project, hub: Hub, undisturbed: Undisturbed, stage: str, kind: str
 ) -> None:
@@ -183,7 +190,7 @@ def test_a_proxys_refusal_is_not_taken_for_the_hubs(
     assert (hub_of_project._meaning(error.value, "model: pocket") or "").startswith(said)
 
 
-@pytest.mark.skipif(not FULL, reason="takes the client half a minute: under FAULTS=full")
+@pytest.mark.exhaustive  # takes the client half a minute
 @pytest.mark.parametrize("stage", STAGES)
 def test_nobody_listens(asking: Project, hub: Hub, undisturbed: Undisturbed, stage: str) -> None:
     with fault("hub refuses the connection"):
@@ -191,14 +198,14 @@ def test_nobody_listens(asking: Project, hub: Hub, undisturbed: Undisturbed, sta
         refuse_then_succeed(asking, hub, stage, undisturbed, "the hub at http://127.0.0.1:9 cannot be reached (")
 
 
-@pytest.mark.parametrize(("stage", "kind"), ONE_REQUEST if FULL else ONE_REQUEST[:1])
+@pytest.mark.parametrize(("stage", "kind"), first(1, ONE_REQUEST))
 def test_any_single_request_fails(
     tmp_path: Path, hub: Hub, folders: dict[str, Path], undisturbed: Undisturbed, stage: str, kind: str
 ) -> None:
     serve(hub, folders)
     requests = len(undisturbed.of(stage)[1])
     # a good `cache` takes seconds: every fourth
-    for number in range(0, requests, 1 if stage == "prepare" else 4) if FULL else [requests - 1]:
+    for number in range(0, requests, 1 if stage == "prepare" else 4)[-rounds(requests, 1) :]:
         with fault({"500": "any one request answered 500", "reset": "any one request reset"}[kind]):
             project = project_with(tmp_path / str(number), hub, folders)
             hub.fail(Failure(kind, "^(?!.*agent-harnesses)", times=1, after=number))
@@ -273,7 +280,7 @@ def test_unknown_repository_or_revision(asking: Project, undisturbed: Undisturbe
             assert outputs(asking) == {}
 
 
-@pytest.mark.skipif(not FULL, reason="loads four checkpoints: under FAULTS=full")
+@pytest.mark.exhaustive  # loads four checkpoints
 def test_a_branch_that_moves_is_recorded_by_its_commit(
     asking: Project, hub: Hub, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ from pipeline.rl.context import build_context
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.update import Batch, backward
 from pipeline.stages import evaluate, train
-from tests.faults import FULL, fault
+from tests.faults import fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
 from tests.project import ROOT, Project
 from tests.training import (
@@ -315,7 +315,7 @@ def test_a_spread_policy_that_was_stopped_goes_on_to_the_same_bytes(exact: Proje
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="tests/test_processes.py kills processes that are not spread; FAULTS=full")
+@pytest.mark.exhaustive  # tests/test_processes.py kills processes that are not spread
 def test_a_spread_policy_that_was_killed_goes_on_in_one_piece(exact: Project) -> None:
     with fault("killed with a policy spread over two processes"):
         interrupted(exact, spread(exact, 2), signal.SIGKILL)
@@ -328,6 +328,7 @@ ALTERNATING = "def f(prompts, completions):\n    return [float(i % 2) for i in r
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Project, here: Project) -> None:
     """The first step is that of one process, whose rounding may differ: by one other token of 48, whatever the reward."""
     (exact.root / "custom/mine.py").write_text(ALTERNATING)

@@ -120,6 +120,7 @@ def unreadable(root: Path) -> list[Path]:
     return [path for path in found if (0o755 if path.is_dir() else 0o644) & ~path.stat().st_mode]
 
 
+@pytest.mark.exhaustive  # of the stages themselves: test_prepare.py and test_cache.py
 def test_a_hub_model_and_dataset_pass_through_the_real_loading_code(
     tmp_path: Path, cache: Path, hub: Hub, oasst1: Path, pythia: Path
 ) -> None:

@@ -147,6 +147,7 @@ def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_configuration_without_processes_trains_with_one(exact: Project) -> None:
     """`distributed_type: 'NO'`, as `accelerate config` writes by default: accelerate then gives no rank."""
     environment = configured(exact, 1)

@@ -36,39 +36,12 @@ class Swept(NamedTuple):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
-    """A sweep that was interrupted while one experiment trained and one waited, and gone on with, both at the same time."""
+    """A sweep of two experiments at the same time."""
     base = tmp_path_factory.mktemp("swept")
     clone = tiny(base, base / "cache")
-    interrupt(clone, [sys.executable, "-m", "pipeline", "sweep", "--jobs", "1", *GRID])
     printed = clone("python", "-m", "pipeline", "sweep", "--jobs", "2", *GRID)
     yield Swept(clone, printed, sorted(set(re.findall(r"finished \d of \d: (\S+)", printed))))
     end(clone)
-
-
-def interrupt(clone: Clone, command: list[str]) -> None:
-    """Ctrl-C while experiments train, then no workers any more: what docs say before the same command goes on."""
-    process = subprocess.Popen(  # a shell's background jobs ignore SIGINT, and so does what they start
-        ["env", "--default-signal=INT", *command],
-        cwd=clone.root,
-        env=clone.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not list((clone.root / ".checkpoints").glob("*/state-00*.pt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=PATIENCE_SECONDS)[1]
-    assert process.returncode == 1
-    assert error.startswith("error: interrupted: running experiments end by themselves")
-    assert error.count("\n") == 1
-    clone("dvc", "queue", "stop", "--kill")
-    while "Worker status: 0 active, 0 idle" not in clone("dvc", "queue", "status"):  # one that ends still takes tasks
-        assert time.monotonic() < deadline
-        time.sleep(2)
 
 
 def table(clone: Clone, *arguments: str) -> pd.DataFrame:
@@ -82,7 +55,7 @@ def show(clone: Clone, name: str, path: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_interrupted_ends_with_its_comparison(swept: Swept) -> None:
+def test_a_sweep_ends_with_its_comparison(swept: Swept) -> None:
     clone, printed, names = swept
     assert "2 experiments, 0 of them finished" in printed
     assert [re.sub("-[0-9a-f]{16}$", "", name) for name in names] == ["sweep-1", "sweep-2"]
@@ -118,6 +91,7 @@ def test_the_table_says_what_the_files_say(swept: Swept) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_records_give_one_table_and_an_evaluation_adds_no_seed(swept: Swept) -> None:
     clone = swept.clone
 
@@ -176,6 +150,7 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     clone = swept.clone
     size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
@@ -187,7 +162,44 @@ def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     assert "beyond the model's 512" in line
 
 
+def interrupt(clone: Clone, command: list[str]) -> None:
+    """Ctrl-C while experiments train, then no workers any more: what docs say before the same command goes on."""
+    process = subprocess.Popen(  # a shell's background jobs ignore SIGINT, and so does what they start
+        ["env", "--default-signal=INT", *command],
+        cwd=clone.root,
+        env=clone.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not list((clone.root / ".checkpoints").glob("*/state-00*.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert process.returncode == 1
+    assert error.startswith("error: interrupted: running experiments end by themselves")
+    assert error.count("\n") == 1
+    clone("dvc", "queue", "stop", "--kill")
+    while "Worker status: 0 active, 0 idle" not in clone("dvc", "queue", "status"):  # one that ends still takes tasks
+        assert time.monotonic() < deadline
+        time.sleep(2)
+
+
 @pytest.mark.slow
+@pytest.mark.exhaustive
+def test_an_interrupted_sweep_goes_on_by_the_same_command(swept: Swept) -> None:
+    """Interrupted while one experiment trained and one waited."""
+    clone, grid = swept.clone, ("-S", "seed=3,4", "-S", "train.threads=1")
+    interrupt(clone, [sys.executable, "-m", "pipeline", "sweep", "--jobs", "1", *grid])
+    assert "2 experiments, 0 of them finished" in clone("python", "-m", "pipeline", "sweep", "--jobs", "2", *grid)
+    assert_complete(clone, [1, 2, 3, 4])
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_experiment_that_an_ending_worker_took_along_is_queued_again(swept: Swept) -> None:
     """It leaves the folder of what waits for that of what was taken, and nobody runs it."""
     clone = swept.clone

@@ -15,7 +15,7 @@ from tests.clones import Clone, end, tiny
 from tests.experiments import points
 from tests.servers import MlflowServer, Postgres, SshServer, postgres_programs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.stages import track
 from pipeline.tracking import mlflow_store
 from tests.clones import tiny
-from tests.faults import FULL, fault, rounds
+from tests.faults import fault, first, rounds
 from tests.mlflow_runs import (
     STEPS,
     assert_complete,
@@ -100,7 +100,7 @@ def track_refuses(advice: str) -> None:
 # --- a real server, over HTTP --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lost", "late", "reset", "500", "cut", "page"] if FULL else ["lost"])
+@pytest.mark.parametrize("kind", first(1, ["lost", "late", "reset", "500", "cut", "page"]))
 def test_one_request_of_a_real_server_fails(proxy, monkeypatch, capsys, kind):
     """Whichever it is: the run is complete in the end, and there is one of it."""
     for number in range(rounds(3, 1)):
@@ -126,18 +126,18 @@ def test_one_request_of_track_fails(proxy, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "first"), [("reset", 0), ("reset", 12), ("late", 0), ("lost", 6), ("page", 0)] if FULL else [("reset", 12)]
+    ("kind", "number"), first(1, [("reset", 12), ("reset", 0), ("late", 0), ("lost", 6), ("page", 0)])
 )
-def test_a_server_that_fails_until_the_end(proxy, kind, first):
-    with fault(f"MLflow {'away from the start' if not first else 'gone during a run'}: {kind}"):
-        proxy.fail(kind, first=first)
+def test_a_server_that_fails_until_the_end(proxy, kind, number):
+    with fault(f"MLflow {'away from the start' if not number else 'gone during a run'}: {kind}"):
+        proxy.fail(kind, first=number)
         assert train_elsewhere(seconds=1.0)
         track_refuses("127.0.0.1")
         proxy.fail("")
         track_twice()
 
 
-@pytest.mark.skipif(not FULL, reason="a server takes 20 s to be up: under FAULTS=full")
+@pytest.mark.exhaustive  # a server takes 20 s to be up
 @pytest.mark.parametrize("back", ["during the run", "after the run"])
 def test_a_server_that_is_killed(server, proxy, back):
     with fault(f"MLflow's server killed, back {back}"):
@@ -209,13 +209,13 @@ def _cut(path: Path) -> None:
 
 
 SPOILT = {
-    "MLflow's database overwritten": (_from(0), "move the file away and it is made anew"),
     "MLflow's database damaged after its header": (_from(4096), "move the file away and it is made anew"),
-    "MLflow's database cut in half": (_cut, "move the file away and it is made anew"),
     "MLflow's database of a newer version": (
         _alembic("update alembic_version set version_num = 'ffffffffffff'"),
         "mlflow.db` helps an older store; move one of a newer MLflow away",
     ),
+    "MLflow's database overwritten": (_from(0), "move the file away and it is made anew"),
+    "MLflow's database cut in half": (_cut, "move the file away and it is made anew"),
     "MLflow's database of an older version": (
         _alembic("update alembic_version set version_num = '451aebb31d03'"),
         "mlflow.db` helps an older store; move one of a newer MLflow away",
@@ -227,7 +227,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("kind", list(SPOILT) if FULL else list(SPOILT)[1:4:2])
+@pytest.mark.parametrize("kind", first(2, SPOILT))
 def test_a_database_that_is_no_longer_one(tracking_folder, monkeypatch, capsys, kind):
     """It is left as it is, for whoever can read it; moved away, a new one is made."""
     with fault(kind):
@@ -249,7 +249,7 @@ def test_an_empty_file_in_the_place_of_the_database(tracking_folder, capsys):
         assert not Path("mlflow.db.new").exists()
 
 
-@pytest.mark.skipif(not FULL, reason="trains for real: under FAULTS=full")
+@pytest.mark.exhaustive  # trains for real
 def test_a_real_training_does_not_mind(tmp_path):
     histories = []
     for kind, uri in [("", ""), ("away", "http://127.0.0.1:9")]:

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import quote
 
+import psutil
 import pytest
 
 from pipeline.__main__ import build_parser
@@ -20,8 +21,9 @@ from pipeline.commands import ui
 from pipeline.errors import UserError
 from pipeline.stages import track
 from pipeline.tracking import mlflow_store
+from tests import mlflow_runs
 from tests.browser import CHROMIUM, FLAGS
-from tests.mlflow_runs import belong_together, evaluation, write
+from tests.mlflow_runs import PARAMS, belong_together, evaluation, timestamp, write, write_diagnosis
 from tests.project import ROOT
 
 pytestmark = [
@@ -29,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium"),
 ]
 TRAINING = "workflowType=machine_learning"  # MLflow's pages for training, not those for traces and prompts
-STEPS, START_MS = 50, 1_700_000_000_000
+STEPS = 50
 RUNS = {
     "lucky-otter": ("embedding", "stable"),
     "sober-crane": ("embedding", "notebook"),
@@ -39,37 +41,18 @@ RUNS = {
 
 def make_reports(number, reward, recipe):
     """Reports of a made-up training that learns (stable) or collapses (notebook), and its resume state's clock."""
-    key = f"{number}f" * 32
-    sign = 1 if recipe == "stable" else -1
-    params = {
-        "reward": reward,
-        "recipe": recipe,
-        "model": "pocket",
-        "prompts": "pocket",
-        "encoder": "minilm",
-        "seed": 0,
-        "train.steps": STEPS,
-    }
-    run = {"train_key": key, "code": "c0" * 32, "prompts": "a1" * 32, "checkpoint": "b2" * 32, "params": params}
+    key, sign = f"{number}f" * 32, 1 if recipe == "stable" else -1
+    params = PARAMS | {"reward": reward, "recipe": recipe, "train.steps": STEPS}
+    mlflow_runs.make_reports(key, STEPS, params)
     history, timings = ["step,reward_mean,entropy,ref_kl_k1"], ["step,timestamp_ms,seconds_sample"]
     for step in range(STEPS):
         progress = 1 - math.exp(-step / 15)
         history.append(f"{step},{-7 + sign * progress},{3 - progress * (1.5 - sign)},{0.2 * progress}")
-        timings.append(f"{step},{START_MS + number * 1_000_000 + 1000 * step},0.5")
-    write(Path("reports/train/run.json"), json.dumps(run))
+        timings.append(f"{step},{timestamp(step) + number * 1_000_000},0.5")
     write(Path("reports/train/history.csv"), "\n".join(history) + "\n")
     write(Path(f".checkpoints/{key}/timings.csv"), "\n".join(timings) + "\n")
-    write(Path("reports/train/summary.json"), json.dumps({"steps": STEPS}))
-    write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
-    write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.0\n")
-    verdict = "healthy" if sign > 0 else "mode"
-    diagnosis = {"verdict": verdict, "onset": None if sign > 0 else 12, "findings": [], "cure": None,
-                 "headline": "", "steps": STEPS, "healthy_step": STEPS if sign > 0 else 0}  # fmt: skip
-    write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
     write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(0.5 * sign, reward)))
-    write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
-    write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
-    write(Path("reports/figures/reward.png"), "png")
+    write_diagnosis("healthy" if sign > 0 else "mode", None if sign > 0 else 12)
     belong_together(f"Report of {reward} with {recipe}")
 
 
@@ -138,6 +121,7 @@ def page():
 
 
 def test_three_runs_side_by_side(server, runs, page, tmp_path):
+    assert_only_this_machine_reaches(server)
     pictures = Path(os.environ.get("SCREENSHOTS") or tmp_path / "screenshots")
     pictures.mkdir(parents=True, exist_ok=True)
     names = [f"{reward}-{recipe}-pocket-s0-{name}" for name, (reward, recipe) in RUNS.items()]
@@ -184,10 +168,15 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
     page.screenshot(path=pictures / "report.png")
 
 
-def test_only_this_machine_can_reach_it(server):
-    """Every socket that listens in the server's family of processes; and a page elsewhere that calls itself this host."""
-    import psutil
+def wait_for_curves(page, number):
+    """Waits until the charts hold so many curves with a point for every step."""
+    whole = f"curve => curve.x && curve.x.length == {STEPS}"
+    plots = "[...document.querySelectorAll('.js-plotly-plot')]"
+    page.wait_for_function(f"{plots}.flatMap(plot => plot.data || []).filter({whole}).length >= {number}")
 
+
+def assert_only_this_machine_reaches(server):
+    """Every socket that listens in the server's family of processes; and a page elsewhere that calls itself this host."""
     port = int(server.rpartition(":")[2])
     listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
     (pid,) = {each.pid for each in listening if each.laddr.port == port} & {os.getpid(), *children()}
@@ -200,13 +189,4 @@ def test_only_this_machine_can_reach_it(server):
 
 
 def children():
-    import psutil
-
     return {child.pid for child in psutil.Process().children(recursive=True)}
-
-
-def wait_for_curves(page, number):
-    """Waits until the charts hold so many curves with a point for every step."""
-    whole = f"curve => curve.x && curve.x.length == {STEPS}"
-    plots = "[...document.querySelectorAll('.js-plotly-plot')]"
-    page.wait_for_function(f"{plots}.flatMap(plot => plot.data || []).filter({whole}).length >= {number}")

@@ -38,8 +38,14 @@ def load_policy(folder: Path, device: torch.device, weights_device: torch.device
         return policy
     _must_exist(folder)
     attention = "eager" if device.type == "cpu" else "sdpa"
-    offline = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, **offline)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     # without it torch copies the head once for each prompt: the last positions are a slice with gaps
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
