@@ -37,8 +37,11 @@ def one_line(text: str) -> str:
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where one of these is near, else nothing."""
-    near = difflib.get_close_matches(wrong, list(known), n=1)
+    """`; did you mean 'x'?` where one of these ends or begins with it, or is near, else nothing."""
+    known = list(known)
+    near = [name for name in known if name.endswith(f".{wrong}")]
+    near += [name for name in known if len(wrong) > 2 and name.startswith(wrong)]
+    near += difflib.get_close_matches(wrong, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -365,6 +365,7 @@ def test_names_and_conditions_choose(say: Say) -> None:
 
     assert experiments("lr0.001", "s2") == "s2 lr0.001"
     assert experiments("--where", "recipe.lr=3e-5,0.001") == "lr3e-05 lr0.001"
+    assert experiments("--where", "recipes.stable.lr=3e-5,0.001") == "lr3e-05 lr0.001"
     assert experiments("--where", "recipe=notebook", "--where", "seed=1,2") == "s1 s2"
 
 
@@ -380,6 +381,9 @@ def test_names_and_conditions_choose(say: Say) -> None:
             r"^--where 'recip=stable': no run has a parameter 'recip'; did you mean 'recipe'\?$",
         ),
         (["--where", "recipe"], "should be KEY=VALUE"),
+        (["--where", "lr=0.0003"], r"no run has a parameter 'lr'; did you mean 'recipe.lr'\?$"),
+        (["--where", "recipes.mine.lr=0.0003"], r"no run is left"),
+        (["--metric", "reward"], r"no such column; did you mean 'reward_mean'\?$"),
         (["--where", "recipe=mine"], "no run is left; the values of recipe are stable"),
         (["s00"], r"^there is no finished experiment 's00'; did you mean 's0'\?$"),
     ],

@@ -63,4 +63,16 @@ def test_the_commands_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     run = [command for command in found if not command.startswith(NOT_RUN)]
     assert len(run) >= 8
     for command in run:
-        clone(*shlex.split(command))
+        out = clone(*shlex.split(command))
+        if command.startswith("dvc exp show"):
+            columns = {
+                "Experiment",
+                "reward",
+                "recipe",
+                "seed",
+                "recipes.stable.lr",
+                "recipes.stable.baseline",
+                "verdict",
+            }
+            assert columns <= set(re.findall(r"[\w.]+", out))
+            assert re.search(r"\w+-\w+", out), "the names of the experiments"

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 
+from pipeline.config.schema import SELECTORS
 from pipeline.errors import UserError, did_you_mean
 from pipeline.file_io import atomic_path, write_text
 from pipeline.report import comparison, comparison_figure, style
@@ -69,6 +70,10 @@ def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[st
         if not equals:
             raise UserError(f"--where {condition!r}: should be KEY=VALUE, such as recipe=stable")
         known = {name for training in found for name in training.params}
+        if key not in known and (selected := as_selected(key)):
+            # a sweep's name of the key: of the runs that select this table, it is the value of theirs
+            selector, table, key = selected
+            kept = [each for each in kept if each.params.get(selector) == table]
         if key not in known:
             raise UserError(f"--where {condition!r}: no run has a parameter {key!r}{nearest(key, known)}")
         kept = [
@@ -79,6 +84,15 @@ def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[st
             values = ", ".join(map(comparison.shortened, there))
             raise UserError(f"--where {condition!r}: no run is left; the values of {key} are {values}")
     return kept
+
+
+def as_selected(key: str) -> tuple[str, str, str] | None:
+    """(selector, table, key of a run's parameters) for a key as `-S` has it: recipes.stable.lr is recipe.lr where recipe is
+    stable. None for other keys."""
+    tables, _, rest = key.partition(".")
+    table, dot, name = rest.partition(".")
+    selector = next((selector for selector, plural in SELECTORS.items() if plural == tables), None)
+    return (selector, table, f"{selector}.{name}") if selector and dot else None
 
 
 def same(value: str | None, wanted: str) -> bool:
