@@ -50,6 +50,10 @@ def run_command(options: argparse.Namespace) -> None:
             from pipeline.stages import diagnose
 
             diagnose.main()
+        case "export":
+            from pipeline.commands import export
+
+            export.main(options)
         case "generate":
             from pipeline.commands import generate
 
@@ -159,6 +163,14 @@ def build_parser() -> Parser:
         "Reads the files that training left in reports/train/: whether, how and from which step the run collapsed.",
         "reinforce diagnose",
     )
+    export = add(
+        "export",
+        "write the trained policy as a model that needs nothing of this project",
+        "Adapters are merged into the weights. README.md in it says of which run it is, with the verdict and digests.",
+        "reinforce export ../my-policy",
+    )
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="new or empty, from the project's root")
+
     generate = add(
         "generate",
         "continue prompts with the reference model and with the trained policy",

@@ -21,6 +21,7 @@ from pipeline.models.adapters import FOLDER_HAS, adapter_weights, add_lora, load
 from pipeline.models.memory import cast_frozen_bf16
 from pipeline.models.tokenization import end_dropout
 from pipeline.models.verification import Layout
+from pipeline.paths import CHECKPOINT
 
 
 def load_policy(folder: Path, device: torch.device, weights_device: torch.device | None = None) -> PreTrainedModel:
@@ -162,9 +163,12 @@ def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _checkpoint_of(folder: Path) -> Path:
-    """The checkpoint that an adapter names, for any other folder the folder itself."""
-    adapter = folder / FOLDER_HAS
-    return Path(_read_table(adapter)["base_model_name_or_path"]) if adapter.exists() else folder
+    """The checkpoint that an adapter was trained beside, for any other folder the folder itself. A trained adapter names the
+    checkpoint by its origin, which is in data/checkpoint."""
+    if not (folder / FOLDER_HAS).exists():
+        return folder
+    named = Path(_read_table(folder / FOLDER_HAS)["base_model_name_or_path"])
+    return named if named.is_dir() else CHECKPOINT / "policy"
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,17 @@ from pipeline.distributed.device import configure_torch
 from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.weights import load_optimizer_state, load_weights, optimizer_state, trained_weights
 from pipeline.errors import UserError, run_stage
-from pipeline.file_io import atomic_folder, folder_digests, sha256, to_json, write_csv, write_json, write_jsonl
+from pipeline.file_io import (
+    atomic_folder,
+    folder_digests,
+    read_json,
+    sha256,
+    to_json,
+    write_csv,
+    write_json,
+    write_jsonl,
+)
+from pipeline.models.adapters import FOLDER_HAS, name_base
 from pipeline.models.load import end_of_text_ids, load_layout
 from pipeline.paths import CHECKPOINT, HEALTHY, POLICY, RUN_FILES, TRAIN_PROMPTS
 from pipeline.rewards.custom_files import custom_digests
@@ -273,6 +283,8 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     tokenizer.save_pretrained(folder)
     checkpoint = CHECKPOINT / "policy"
     keep_token_ids(checkpoint, folder, end_of_text_ids(checkpoint, tokenizer))
+    if (folder / FOLDER_HAS).exists():
+        name_base(folder, read_json(CHECKPOINT / "manifest.json")["policy"])
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:
