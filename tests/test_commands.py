@@ -20,7 +20,11 @@ MODULES = {
     "diagnose": "pipeline.stages.diagnose",
     "track": "pipeline.stages.track",
 }
-ARGUMENTS = {"export": ["x"], "generate": ["Hi"], "sweep": ["-S", "seed=1"]}  # of the commands that do not run without any
+ARGUMENTS = {
+    "export": ["x"],
+    "generate": ["Hi"],
+    "sweep": ["-S", "seed=1"],
+}  # of the commands that do not run without any
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:

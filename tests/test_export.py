@@ -1,0 +1,91 @@
+"""`reinforce export`: the policy computes the same elsewhere, without the project, and its card says what it is."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.file_io import folder_digests, sha256
+from pipeline.models.adapters import name_base
+from pipeline.models.load import load_policy
+from pipeline.runs.provenance import digest
+from tests import small
+from tests.project import Project
+from tests.repositories import write_pythia
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Project:
+    """A project whose policy was trained with adapters, large enough steps that they count."""
+    policy = write_pythia(tmp_path_factory.mktemp("models") / "small", None, vocabulary=257)
+    made = small.make(tmp_path_factory.mktemp("export"), policy, bert)
+    made.edit(train__lora_rank=2, recipes__stable__lr=0.05)
+    for stage in ("prepare", "cache", "train", "diagnose", "evaluate"):
+        done = made.run(stage)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return made
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_and_the_card_says_what_it_is(
+    adapted: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = adapted.run("export", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    tokens = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(tokens).logits
+        monkeypatch.chdir(adapted.root)
+        trained = load_policy(Path("data/policy"), CPU)(tokens).logits
+        reference = load_policy(Path("data/checkpoint/policy"), CPU)(tokens).logits
+    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-5)
+    assert (trained - reference).abs().max() > 1e-3
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([40, 41])
+
+    card = (tmp_path / "out/README.md").read_text()
+    diagnosis = json.loads((adapted.root / "reports/diagnosis.json").read_text())
+    gain = json.loads((adapted.root / "reports/evaluate/metrics.json").read_text())["length"]["difference"]
+    key = json.loads((adapted.root / "reports/train/run.json").read_text())["train_key"]
+    assert f"| verdict | **{diagnosis['verdict']}**: {diagnosis['headline']} |" in card
+    assert f"{gain['mean']:+.4f} (95% interval {gain['low']:+.4f} to {gain['high']:+.4f}) over the base model" in card
+    assert "on 4 prompts with 2 completions each" in card
+    assert key in card
+    assert digest(folder_digests(Path("data/policy"))) in card
+    assert "recipe.lr: 0.05" in card
+
+
+@pytest.mark.slow
+def test_an_adapter_names_what_it_was_trained_beside(adapted: Project) -> None:
+    named = json.loads((adapted.root / "data/policy/adapter_config.json").read_text())["base_model_name_or_path"]
+    weights = sha256(adapted.root / "data/checkpoint/policy/model.safetensors")
+    assert named == f"models/local/policy@sha256:{weights}"
+
+
+def test_an_adapter_of_a_hub_model_names_repository_and_commit(tmp_path: Path) -> None:
+    config = {"base_model_name_or_path": "data/checkpoint/policy", "revision": None, "r": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    name_base(tmp_path, {"origin": "a/b", "commit": "1f" * 20, "files": {"model.safetensors": "00"}})
+    named = {"base_model_name_or_path": "a/b", "revision": "1f" * 20, "r": 2}
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == named
+
+
+@pytest.mark.slow
+def test_nothing_is_written_over_or_under_another_run_s_name(adapted: Project, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("kept")
+    done = adapted.run("export", str(tmp_path / "full"))
+    assert (done.returncode, os.listdir(tmp_path / "full")) == (1, ["file"])
+    assert "should be a new or an empty folder" in done.stderr
+    tokenizer = adapted.root / "data/policy/tokenizer_config.json"
+    before = tokenizer.read_text()
+    tokenizer.write_text(before + " ")
+    done = adapted.run("export", str(tmp_path / "new"))
+    tokenizer.write_text(before)
+    assert done.returncode == 1
+    assert not (tmp_path / "new").exists()
+    assert "data/policy is not of the run in reports/train" in done.stderr
