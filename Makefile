@@ -58,7 +58,7 @@ unit: $(BIN)/installed  ## the fast tests
 	$(RUN) pytest -m 'not slow'
 
 lint: $(BIN)/installed
-	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy && $(RUN) lint-imports --no-logo
+	$(RUN) ruff check . custom/example.py && $(RUN) ruff format --check . custom/example.py && $(RUN) mypy && $(RUN) lint-imports --no-logo
 
 audit:  ## known vulnerabilities of the pinned dependencies, by PyPI's database; needs the internet
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" \

@@ -3,14 +3,14 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.file_io import folder_digests, sha256
-from pipeline.models.adapters import name_base
-from pipeline.models.load import load_policy
+from pipeline.file_io import folder_digests
+from pipeline.models.load import end_of_text_ids, load_policy, name_base
 from pipeline.runs.provenance import digest
 from tests import small
 from tests.project import Project
@@ -59,19 +59,23 @@ def test_adapters_are_merged_and_the_card_says_what_it_is(
     assert "recipe.lr: 0.05" in card
 
 
-@pytest.mark.slow
-def test_an_adapter_names_what_it_was_trained_beside(adapted: Project) -> None:
-    named = json.loads((adapted.root / "data/policy/adapter_config.json").read_text())["base_model_name_or_path"]
-    weights = sha256(adapted.root / "data/checkpoint/policy/model.safetensors")
-    assert named == f"models/local/policy@sha256:{weights}"
-
-
 def test_an_adapter_of_a_hub_model_names_repository_and_commit(tmp_path: Path) -> None:
     config = {"base_model_name_or_path": "data/checkpoint/policy", "revision": None, "r": 2}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     name_base(tmp_path, {"origin": "a/b", "commit": "1f" * 20, "files": {"model.safetensors": "00"}})
     named = {"base_model_name_or_path": "a/b", "revision": "1f" * 20, "r": 2}
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == named
+
+
+def test_the_base_of_the_hub_is_found_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, file, content in (
+        ("data/checkpoint/policy", "config.json", {"eos_token_id": 7}),
+        ("data/policy", "adapter_config.json", {"base_model_name_or_path": "a/b"}),
+    ):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / file).write_text(json.dumps(content))
+    assert end_of_text_ids(Path("data/policy"), SimpleNamespace(eos_token_id=1)) == (1, 7)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from transformers import (
 from pipeline.data.token_ids import IDS, name_ends
 from pipeline.models.load import end_of_text_ids, init_policy, load_policy, load_tokenizer, special_ids
 from pipeline.stages import train
+from tests.training import write_manifest
 from tests.word_tokenizer import tokenizer, write
 
 CPU, CHECKPOINT, POLICY = torch.device("cpu"), Path("data/checkpoint/policy"), Path("data/policy")
@@ -157,6 +158,7 @@ def test_an_adapter_ends_where_the_checkpoint_beside_it_does(place: Path, decodi
     words = load_tokenizer(CHECKPOINT)
     ends = end_of_text_ids(CHECKPOINT, words)
     name_ends(CHECKPOINT, ends)
+    write_manifest(CHECKPOINT.parent)
     policy = init_policy(CHECKPOINT, CPU, lora_rank=1, generator=torch.Generator())
     train.save_policy(policy, words, POLICY)
     assert (POLICY / "adapter_config.json").exists()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from pipeline.distributed.launch import CONFIG
+from pipeline.file_io import folder_digests
 from pipeline.stages.cache import name_float32
 from tests.project import Project
 
@@ -21,10 +22,17 @@ def with_encoder(policy: Path, encoder: Path) -> Path:
     folder = policy.parent
     shutil.copytree(encoder, folder / "encoder")
     name_float32(policy / "config.json")
-    (folder / "manifest.json").write_text("{}\n")
+    write_manifest(folder)
     layout = {"layout": {"sampling": "left_padding", "packing": True}, "longest": 128}
     (folder / "layout.json").write_text(json.dumps(layout))
     return folder
+
+
+def write_manifest(folder: Path) -> None:
+    """As `cache` writes it, for a checkpoint from a directory."""
+    origin = {"origin": "models/local/policy", "revision": None, "commit": None}
+    manifest = {"policy": {**origin, "files": folder_digests(folder / "policy")}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def make_ready(project: Project, checkpoint: Path) -> Project:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
-from pipeline.file_io import read_json, write_json
 
 FOLDER_HAS = "adapter_config.json"  # the file that a folder with an adapter has; it names its checkpoint
 
@@ -59,17 +57,6 @@ def load_lora(policy: PreTrainedModel, folder: Any) -> None:
     policy.eval()
     if lost := sorted(report.missing_keys | report.unexpected_keys):
         raise UserError(f"{folder}: transformers loads only a part of its adapter: {lost[0]} is not what was saved")
-
-
-def name_base(folder: Path, manifest: dict[str, Any]) -> None:
-    """Has the adapter in this folder name its base model so that it can be found elsewhere: by repository and commit, or by
-    where the checkpoint came from and the digest of its weights. manifest: the policy's part of `cache`'s manifest.json."""
-    config = read_json(folder / FOLDER_HAS)
-    base, weights = manifest["origin"], sorted(name for name in manifest["files"] if name.endswith(".safetensors"))
-    if not manifest["commit"]:
-        base = f"{base}@sha256:{manifest['files'][weights[0]]}"
-    changed = {"base_model_name_or_path": base, "revision": manifest["commit"]}
-    write_json(folder / FOLDER_HAS, {**config, **changed})
 
 
 def adapter_weights(policy: PreTrainedModel) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from pipeline.errors import UserError
+from pipeline.file_io import write_json
 from pipeline.models.adapters import FOLDER_HAS, adapter_weights, add_lora, load_lora
 from pipeline.models.memory import cast_frozen_bf16
 from pipeline.models.tokenization import end_dropout
@@ -163,12 +164,20 @@ def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _checkpoint_of(folder: Path) -> Path:
-    """The checkpoint that an adapter was trained beside, for any other folder the folder itself. A trained adapter names the
-    checkpoint by its origin, which is in data/checkpoint."""
+    """The checkpoint that an adapter was trained beside, for any other folder the folder itself. That of a hub's model is in
+    data/checkpoint, see `name_base`."""
     if not (folder / FOLDER_HAS).exists():
         return folder
     named = Path(_read_table(folder / FOLDER_HAS)["base_model_name_or_path"])
     return named if named.is_dir() else CHECKPOINT / "policy"
+
+
+def name_base(folder: Path, manifest: dict[str, Any]) -> None:
+    """Has the adapter in this folder name a base model of the hub by repository and commit, so that it loads elsewhere. Another
+    base stays named by its folder in this project; `reinforce export` merges it. manifest: the policy's part of `cache`'s."""
+    if manifest["commit"]:
+        named = {"base_model_name_or_path": manifest["origin"], "revision": manifest["commit"]}
+        write_json(folder / FOLDER_HAS, {**_read_table(folder / FOLDER_HAS), **named})
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:

@@ -35,8 +35,8 @@ from pipeline.file_io import (
     write_json,
     write_jsonl,
 )
-from pipeline.models.adapters import FOLDER_HAS, name_base
-from pipeline.models.load import end_of_text_ids, load_layout
+from pipeline.models.adapters import FOLDER_HAS
+from pipeline.models.load import end_of_text_ids, load_layout, name_base
 from pipeline.paths import CHECKPOINT, HEALTHY, POLICY, RUN_FILES, TRAIN_PROMPTS
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
