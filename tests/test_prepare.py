@@ -1,9 +1,11 @@
 """The filter against the notebook's own expression, every bad input, and OASST1 through the real `datasets` code."""
 
+import csv
 import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +43,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "lang", "x", ""]), inner),
     max_leaves=6,
 )
-RULES = PromptSet(source="data/local/set", language="en")
+NOTEBOOK = {"language": "en", "min_characters": 1, "max_characters": 31, "first_character": "upper"}
+RULES = PromptSet(source="data/local/set", **NOTEBOOK)
 
 
 def notebook_keeps(row: dict[str, Any]) -> bool:
@@ -87,7 +90,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     yaml = YAML()
     tree = yaml.load(ROOT / "params.yaml")
     tree["prompts"] = "mine"
-    tree["prompt_sets"]["mine"] = {"source": "data/local/set", "language": "en"}
+    tree["prompt_sets"]["mine"] = {"source": "data/local/set", **NOTEBOOK}
     yaml.dump(tree, tmp_path / "params.yaml")
     (tmp_path / "data/local/set").mkdir(parents=True)
     write_jsonl(tmp_path / "data/local/set/validation.jsonl", [{"text": "Held out", "lang": "en"}])
@@ -172,6 +175,39 @@ def test_the_settings_of_a_set_change_its_filter() -> None:
 
 
 # --- local files -------------------------------------------------------------------------------------------------
+
+
+def test_a_csv_file_of_texts_is_taken_whole_and_drops_are_said_aloud(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a spreadsheet writes it: a BOM, quoted commas and line breaks, CRLF. No rule of the notebook's applies unasked."""
+    folder = place / "data/local/set"
+    texts = ["lower case, with a comma", 'two\nlines and "quotes"', "x" * 500, "Ü"]
+    for name, rows in (("train", texts), ("validation", ["held out", "Ü"])):
+        with (folder / f"{name}.csv").open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file).writerows([["id", "text"], *([n, text] for n, text in enumerate(rows))])
+    (folder / "validation.jsonl").unlink()
+    yaml = YAML()
+    tree = yaml.load(place / "params.yaml")
+    tree["prompt_sets"]["mine"] = {"source": "data/local/set"}
+    yaml.dump(tree, place / "params.yaml")
+    prepare.main()
+    lines = (place / "data/prompts/train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == texts
+    assert capsys.readouterr().out.splitlines() == [
+        "4 prompts to train on, of 4 messages",
+        "1 prompts held out, of 2 messages (dropped: leaked 1)",
+    ]
+    for content, message in (
+        (b"text,x\na,b,c\n", "train.csv line 2: has 3 cells, the header 2; quote what holds a comma"),
+        (b"words\na\n", "train.csv line 2: column 'text' is missing (there are: words)"),
+        (b"text,text\na,b\n", "there are 2 columns 'text'; keep one"),
+        (b"text\n\xff\n", "not a CSV file in UTF-8"),
+        (b'text\n"a\n', "not a CSV file in UTF-8"),
+    ):
+        (folder / "train.csv").write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(message)):
+            prepare.main()
 
 
 def test_jsonl_gzip_and_parquet_give_the_same_bytes(place: Path) -> None:
@@ -365,12 +401,12 @@ def cut_gzip(folder: Path) -> None:
     ("spoil", "message"),
     [
         (shutil.rmtree, "prompt_sets.mine.source = 'data/local/set': no such directory"),
-        (pipe, "should hold one of train.jsonl, train.jsonl.gz, train.parquet; it holds none"),
-        (link_to_itself, "should hold one of train.jsonl, train.jsonl.gz, train.parquet; it holds none"),
+        (pipe, "should hold one of train.jsonl, train.jsonl.gz, train.csv, train.parquet; it holds none"),
+        (link_to_itself, "should hold one of train.jsonl, train.jsonl.gz, train.csv, train.parquet; it holds none"),
         (lambda folder: (folder / "validation.jsonl").unlink(),
-         "should hold one of validation.jsonl, validation.jsonl.gz, validation.parquet"),
+         "should hold one of validation.jsonl, validation.jsonl.gz, validation.csv, validation.parquet"),
         (lambda folder: (folder / "train.parquet").touch(),
-         "should hold one of train.jsonl, train.jsonl.gz, train.parquet; it holds 2"),
+         "should hold one of train.jsonl, train.jsonl.gz, train.csv, train.parquet; it holds 2"),
         (cut_gzip, "set/train.jsonl.gz: not a whole gzip file"),
         (lambda folder: (folder / "train.jsonl").rename(folder / "train.jsonl.gz"), "not a whole gzip file"),
         (lambda folder: (folder / "train.jsonl").rename(folder / "train.parquet"), "not a readable Parquet file"),

@@ -46,21 +46,21 @@ class Model(Table):
 
 
 class PromptSet(Table):
-    """Messages in OASST1's schema and the filter that selects prompts from them."""
+    """Messages in OASST1's schema and the filter that selects prompts from them, off where a key is left out."""
 
     repo: RepoId | None = Field(None, description=REPO)
     revision: Revision | None = Field(None, description=REVISION)
     source: Text | None = None
-    language: Text = Field(description="a language code such as en")
+    language: Text | None = Field(None, description="a language code such as en")
     min_characters: Count = 1
-    max_characters: Count = 31
-    first_character: Literal["upper", "any"] = "upper"
+    max_characters: Count | None = None
+    first_character: Literal["upper", "any"] = "any"
     deduplicate: bool = False
 
     @model_validator(mode="after")
     def one_origin(self) -> "PromptSet":
         _exactly_one(self, "repo", "source")
-        if self.min_characters > self.max_characters:
+        if self.max_characters is not None and self.min_characters > self.max_characters:
             raise ValueError(f"min_characters {self.min_characters} exceeds max_characters {self.max_characters}")
         return self
 

@@ -1,12 +1,13 @@
 """Stage `prepare`: messages -> filtered prompts, for training and held out (the source's validation split)."""
 
+import csv
 import gzip
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from pipeline.paths import HELDOUT_PROMPTS, RUN_FILES, TRAIN_PROMPTS
 
 WATCHED = (Path("data/pocket/prompts"), Path("data/local"))  # DVC hashes these: it would not notice edits elsewhere
 COLUMNS = {"text": (str,), "lang": (str,), "message_id": (str, type(None))}
-OPTIONAL = {"message_id"}
 
 Row = dict[str, Any]
 Located = tuple[str, Row]  # where a row is ("train.jsonl line 3"), and the row
@@ -46,7 +46,14 @@ def main() -> None:
         write_jsonl(train_file, train)
         write_jsonl(heldout_file, heldout)
         write_json(report_file, {"train": train_counts, "heldout": heldout_counts})
-    print(f"{len(train)} prompts to train on, {len(heldout)} held out")
+    for name, counts in (("to train on", train_counts), ("held out", heldout_counts)):
+        print(f"{counts['kept']} prompts {name}, of {counts['read']} messages{dropped(counts)}")
+
+
+def dropped(counts: dict[str, Any]) -> str:
+    """` (dropped: too_long 3)`: how many messages broke which rule; nothing where none did."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items() if count)
+    return f" (dropped: {reasons})" if reasons else ""
 
 
 def select(
@@ -58,14 +65,14 @@ def select(
     """
     prompts: list[Row] = []
     reasons = ("language", "too_short", "too_long", "first_character", "leaked", "duplicate")
-    dropped = dict.fromkeys(reasons, 0)
+    broken = dict.fromkeys(reasons, 0)
     seen: set[str] = set()
     read = duplicates = 0
     for where, row in rows:
-        _check(where, row)
+        _check(where, row, needed_columns(rules))
         read += 1
         text = row["text"]
-        reason = _first_broken_rule(text, row["lang"], rules)
+        reason = _first_broken_rule(text, row.get("lang"), rules)
         if reason is None and text in train_texts:
             reason = "leaked"
         if reason is None and text in seen:
@@ -75,30 +82,37 @@ def select(
             seen.add(text)
             prompts.append({"prompt": text, "message_id": row.get("message_id")})
         else:
-            dropped[reason] += 1
-    counts = {"read": read, "kept": len(prompts), "distinct": len(seen), "duplicates": duplicates, "dropped": dropped}
+            broken[reason] += 1
+    counts = {"read": read, "kept": len(prompts), "distinct": len(seen), "duplicates": duplicates, "dropped": broken}
     return prompts, counts
 
 
-def _first_broken_rule(text: str, lang: str, rules: PromptSet) -> str | None:
-    if lang != rules.language:
+def needed_columns(rules: PromptSet) -> Set[str]:
+    """The columns that each message must have; `message_id` may be missing."""
+    return {"text"} if rules.language is None else {"text", "lang"}
+
+
+def _first_broken_rule(text: str, lang: str | None, rules: PromptSet) -> str | None:
+    if rules.language is not None and lang != rules.language:
         return "language"
     if len(text) < rules.min_characters:
         return "too_short"
-    if len(text) > rules.max_characters:
+    if rules.max_characters is not None and len(text) > rules.max_characters:
         return "too_long"
     if rules.first_character == "upper" and not text[0].isupper():
         return "first_character"
     return None
 
 
-def _check(where: str, row: Any) -> None:
-    """Raises UserError unless a row is an object with a text and a language."""
+def _check(where: str, row: Any, needed: Set[str]) -> None:
+    """Raises UserError unless a row is an object with the needed columns, each of its kind."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row should be an object with text and lang, not {_kind(row)}")
+        raise UserError(
+            f"{where}: a row should be an object with {' and '.join(sorted(needed, reverse=True))}, not {_kind(row)}"
+        )
     for column, kinds in COLUMNS.items():
         if column not in row:
-            if column not in OPTIONAL:
+            if column in needed:
                 raise UserError(f"{where}: column {column!r} is missing (there are: {', '.join(row) or 'none'})")
         elif not isinstance(row[column], kinds):
             raise UserError(f"{where}: {column} should be a string, not {_kind(row[column])}")
@@ -121,8 +135,8 @@ def _is_unicode(text: str) -> bool:
 
 def _refuse_empty(prompts: list[Row], counts: dict[str, Any], where: str, key: str) -> None:
     if not prompts:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items() if count)
-        because = f" (dropped: {reasons}); loosen the rules in {key}" if reasons else "; it should hold messages"
+        reasons = dropped(counts)
+        because = f"{reasons}; loosen the rules in {key}" if reasons else "; it should hold messages"
         raise UserError(f"{where}: none of its {counts['read']} rows is left as a prompt{because}")
 
 
@@ -130,7 +144,7 @@ def _refuse_empty(prompts: list[Row], counts: dict[str, Any], where: str, key: s
 
 
 def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterable[Located]]]:
-    """The splits of a directory that holds train.* and validation.* as .jsonl, .jsonl.gz or .parquet."""
+    """The splits of a directory that holds train.* and validation.* as .jsonl, .jsonl.gz, .csv or .parquet."""
     source = Path(str(rules.source))
     if not os.path.isdir(source):  # pathlib raises for names that are not valid, such as too long ones
         raise UserError(f"{key}.source = {rules.source!r}: no such directory")
@@ -139,11 +153,13 @@ def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Itera
         raise UserError(f"{key}.source = {rules.source!r}: should lie in {folders}: {reason}")
 
     def read_split(split: str) -> tuple[str, Iterable[Located]]:
-        names = [f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]
+        names = [f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".csv", ".parquet")]
         found = [source / name for name in names if (source / name).is_file()]
         if len(found) != 1:
             raise UserError(f"{source}: should hold one of {', '.join(names)}; it holds {len(found) or 'none'} of them")
-        return str(found[0]), read_parquet(found[0]) if found[0].suffix == ".parquet" else read_jsonl(found[0])
+        if found[0].suffix == ".parquet":
+            return str(found[0]), read_parquet(found[0], needed_columns(rules))
+        return str(found[0]), read_csv(found[0]) if found[0].suffix == ".csv" else read_jsonl(found[0])
 
     read_split("validation")  # a missing file is reported before minutes are spent on the other one
     return read_split
@@ -159,6 +175,29 @@ def read_jsonl(path: Path) -> Iterator[Located]:
                     yield where, _parse(where, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_csv(path: Path) -> Iterator[Located]:
+    """Yield the rows of a CSV file with a header, in UTF-8. Raises UserError for a row of another length."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines, strict=True)
+            columns = next(rows, [])
+            if len(set(columns)) < len(columns):
+                twice = next(column for column in columns if columns.count(column) > 1)
+                raise UserError(f"{path}: there are {columns.count(twice)} columns {twice!r}; keep one")
+            for cells in rows:
+                where = f"{path} line {rows.line_num}"
+                if cells and len(cells) != len(columns):
+                    raise UserError(
+                        f"{where}: has {len(cells)} cells, the header {len(columns)}; quote what holds a comma"
+                    )
+                if cells:
+                    yield where, dict(zip(columns, cells, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -183,7 +222,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def read_parquet(path: Path) -> Iterator[Located]:
+def read_parquet(path: Path, needed: Set[str]) -> Iterator[Located]:
     """Yield the rows of a Parquet file, needed columns only. Raises UserError if it is damaged or lacks one."""
     import pyarrow
     import pyarrow.parquet
@@ -191,7 +230,7 @@ def read_parquet(path: Path) -> Iterator[Located]:
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
             present = table.schema_arrow.names
-            missing = [column for column in COLUMNS if column not in present and column not in OPTIONAL]
+            missing = [column for column in COLUMNS if column not in present and column in needed]
             if missing:
                 raise UserError(f"{path}: column {missing[0]!r} is missing (there are: {', '.join(present)})")
             columns = [column for column in COLUMNS if column in present]
@@ -238,7 +277,7 @@ def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterabl
         if split not in dataset:
             raise UserError(f"{key}: {name} has no {split} split (there are: {', '.join(dataset)})")
         columns = dataset[split].column_names
-        missing = [column for column in COLUMNS if column not in columns and column not in OPTIONAL]
+        missing = [column for column in COLUMNS if column not in columns and column in needed_columns(rules)]
         if missing:
             raise UserError(f"{name} {split}: column {missing[0]!r} is missing (there are: {', '.join(columns)})")
         rows = dataset[split].select_columns([column for column in COLUMNS if column in columns])
