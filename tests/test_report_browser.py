@@ -167,6 +167,7 @@ def test_it_fits_the_screen(opened, tmp_path, size, scheme):
     if size == "phone":
         tab.locator("#next").tap()
         assert step_of(tab) == 2
+        assert tab.locator("figure img").first.bounding_box()["width"] > 700, "labels are unreadable below"
     tab.evaluate("document.getElementById('samples').scrollIntoView()")
     tab.screenshot(path=pictures / f"steps-{size}-{scheme}.png")
     for control in ("#step", "#next", "#previous"):
