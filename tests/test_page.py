@@ -96,7 +96,8 @@ def test_nothing_in_a_text_hides_and_a_token_keeps_its_spaces() -> None:
 @only_healthy
 def test_a_healthy_run_says_so_and_shows_numbers_to_check(report: str, tmp_path: Path) -> None:
     said = words_of(report)
-    assert "Healthy No sign of collapse. Nothing crossed a threshold in 50 steps." in said
+    assert "Healthy No sign of collapse. Held-out embedding reward" in said
+    assert "Nothing crossed a threshold in 50 steps." in said
     history = inputs.load(reports(tmp_path / "reports")).history
     first, last = (labels.measured(history["entropy"].iloc[row], "entropy") for row in (0, -1))
     assert f"entropy of the policy, nats a token entropy {first} {last}" in said
@@ -192,6 +193,15 @@ def test_the_page_needs_nothing_else(report: str) -> None:
     assert all(source.startswith(("data:image/png;base64,", "#step-")) for source in sources)
     assert "url(" not in report
     assert "http" not in report.replace("http-equiv", "")
+
+
+def test_whether_it_learned_stands_beside_the_verdict(report: str) -> None:
+    """On held-out prompts: the first and the last training batch are of different ones."""
+    beginning = words_of(report[: report.index('id="parameters"')])
+    gain = "+1.20 (1.06 to 1.34)" if "Healthy No sign" in beginning else "−5.40 (−5.54 to −5.26)"
+    said = f"Held-out embedding reward over the reference model: {gain} 95% interval, 40 held-out prompts × 2 samples"
+    assert said in beginning
+    assert words_of(report).count("40 held-out prompts × 2 samples") >= 3  # wherever intervals are shown
 
 
 @only_healthy

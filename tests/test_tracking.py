@@ -235,6 +235,18 @@ def test_the_verdict_is_in_the_tags_and_follows_the_file(tracking_folder):
     assert tags["verdict"] == "healthy"
 
 
+def test_the_held_out_gain_stands_beside_the_verdict(tracking_folder):
+    make_reports()
+    track.main()
+    assert stored_runs()[1][0].data.tags["heldout_gain"] == "undefined"
+    metrics = evaluation(0.5)
+    metrics["embedding"]["difference"] = {"mean": 0.4812, "low": 0.2, "high": 0.8}
+    write(Path("reports/evaluate/metrics.json"), json.dumps(metrics))
+    belong_together()
+    track.main()
+    assert stored_runs()[1][0].data.tags["heldout_gain"] == "+0.481 (95% interval +0.2 to +0.8)"
+
+
 def test_a_diagnosis_of_another_make_is_refused(tracking_folder):
     make_reports()
     write(Path("reports/diagnosis.json"), '{"verdict": "healthy"}')

@@ -23,7 +23,7 @@ CAPTIONS = {
     "overview": "Left, the mean reward of each step with its standard error and the baseline that is subtracted; "
     "right, three signs of collapse.",
     "reward": "Mean reward of the sampled completions with standard error, spread and baseline; at the right the "
-    "held-out means of the untouched checkpoint (also the dashed line) and of the trained policy.",
+    "held-out means of the untouched checkpoint (also the dashed line) and of the trained policy",
     "variance": "The policy gradient comes from reward differences within a prompt: where that variance ends, "
     "or many prompts give every sample the same reward, there is nothing left to learn from.",
     "collapse": "Each panel watches one way to fall apart; dotted lines are the untouched checkpoint at step 0. "
@@ -39,13 +39,24 @@ def has_intervals(inputs: Inputs) -> bool:
     return any(metric["difference"]["low"] is not None for metric in inputs.rewards.values())
 
 
+def heldout_size(inputs: Inputs) -> str:
+    """What an interval rests on: 200 held-out prompts × 4 samples."""
+    samples = {row["sample"] for row in inputs.completions}
+    prompts = sum(row["sample"] == 0 for row in inputs.completions)
+    return f"{prompts} held-out prompt{'s' * (prompts != 1)} × {len(samples)} sample{'s' * (len(samples) != 1)}"
+
+
 def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
     """The page for a run; `figures` maps a name of CAPTIONS to PNG bytes."""
     folder = resources.files("pipeline.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "browser.js"))
     browser = browser_data(inputs)
     intervals = has_intervals(inputs)
-    captions = CAPTIONS | {"evaluate": f"{CAPTIONS['evaluate']}{HOLLOW if intervals else ''}."}
+    size = heldout_size(inputs)
+    captions = CAPTIONS | {
+        "reward": f"{CAPTIONS['reward']} ({size}).",
+        "evaluate": f"{CAPTIONS['evaluate']} ({size}){HOLLOW if intervals else ''}.",
+    }
     params = inputs.run["params"]
     return (
         environment()
@@ -69,6 +80,8 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             figures=[(name, captions[name], base64.b64encode(content).decode()) for name, content in figures.items()],
             rewards=sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0])),
             trained=inputs.trained,
+            gained=inputs.rewards[inputs.trained]["difference"],
+            size=size,
             intervals=intervals,
             text=text_rows(inputs),
             prepare=list(flatten(inputs.prepare).items()),

@@ -63,6 +63,14 @@ class Interval(TypedDict):
     high: float | None
 
 
+def gain_text(difference: Interval) -> str:
+    """Did it learn? +0.48 (95% interval +0.20 to +0.80): the held-out gain, policy minus reference."""
+    mean, low, high = (difference[name] for name in ("mean", "low", "high"))
+    if mean is None:
+        return "undefined"
+    return f"{mean:+.3g} (" + ("no interval)" if low is None else f"95% interval {low:+.3g} to {high:+.3g})")
+
+
 class Comparison(TypedDict):
     """One reward on held-out prompts: the reference, the trained policy, their difference."""
 

@@ -14,7 +14,7 @@ from pipeline.file_io import flatten, read_csv, sha256
 from pipeline.paths import CHECKPOINT, RUN_FILES, TRAIN_PROMPTS, RunFiles
 from pipeline.runs import consistency, provenance, workspace
 from pipeline.runs.dvc_git import git
-from pipeline.runs.results import how_to_remake, read_result
+from pipeline.runs.results import gain_text, how_to_remake, read_result
 from pipeline.tracking.mlflow_store import Point, Scalar
 
 
@@ -76,7 +76,8 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         params={**params, "processes": ", then ".join(map(str, run.get("processes", [1])))},
         steps=len(history),
         points=_points(history, _timings(workspace.resume_folder(key)), files.history.stat().st_mtime_ns // 1_000_000),
-        tags=_tags(run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]])),
+        tags=_tags(run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]]))
+        | _gain(evaluation.get(params["reward"])),
         evaluation={
             f"evaluate/{path.replace('.', '/')}": float(value)
             for path, value in flatten(evaluation).items()
@@ -141,6 +142,11 @@ def _tags(run: dict[str, Any], diagnosis: dict[str, Any], evaluate_key: str, mea
         "dvc_exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
     }
     return {key: value for key, value in tags.items() if value}
+
+
+def _gain(trained: Any) -> dict[str, str]:
+    """Beside the verdict: a healthy run need not have learned."""
+    return {"heldout_gain": gain_text(trained["difference"])} if trained else {}
 
 
 def _commit() -> tuple[str | None, str | None]:
