@@ -59,7 +59,7 @@ def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Ru
     params = {key: value for key, value in params.items() if value is not None}
     default = RunSummary(
         name=f"s{seed}", params=params, config=json.dumps(sorted(set(params.items()) - {("seed", str(seed))})), code="c", data="d",
-        made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, kinds=(), onset=None,
+        made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, gain_interval=(0.25 * seed - 0.5, 0.25 * seed + 0.5), kinds=(), onset=None,
         measured="m",
     )  # fmt: skip
     return default._replace(**changes)
@@ -119,7 +119,23 @@ def test_one_seed_has_no_deviation() -> None:
     assert row["training_reward_std"] == row["held_out_gain_std"] == ""
     assert "n=1" in comparison.markdown(found)
     assert "±" not in comparison.markdown(found)
-    assert not comparison_figure.curves(found, "reward_mean", "a test").axes[0].collections
+    assert "deviation" not in comparison.legend(found)
+    assert " +0.00 (−0.5 to +0.5) " in comparison.markdown(found), "the interval over prompts is all there is"
+    figure = comparison_figure.curves(found, "reward_mean", "a test")
+    assert not figure.axes[0].collections
+    assert "deviation" not in figure.get_suptitle() + "".join(text.get_text() for text in figure.texts)
+
+
+def test_the_table_has_the_numbers_of_each_seed() -> None:
+    found, _ = configurations([made(0), made(1, gain_interval=None), made(2)])
+    (row,) = rows_of(comparison.table_csv(found))
+    assert (row["seeds"], row["held_out_gain_by_seed"]) == ("0 1 2", "0.0 0.25 0.5")
+    assert (row["gain_low_by_seed"], row["gain_high_by_seed"]) == ("-0.5 - 0.0", "0.5 - 1.0")
+    rewards = [float(value) for value in row["training_reward_by_seed"].split()]
+    assert rewards == pytest.approx([history(seed)["reward_mean"][-5:].mean() for seed in range(3)])
+    assert "deviation over seeds" in comparison.legend(found)
+    figure = comparison_figure.curves(found, "reward_mean", "a test")
+    assert "deviation over seeds" in figure.get_suptitle() + "".join(text.get_text() for text in figure.texts)
 
 
 def test_runs_of_other_lengths_and_undefined_steps() -> None:

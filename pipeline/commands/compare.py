@@ -27,7 +27,7 @@ def main(options: argparse.Namespace) -> None:
         source = "MLflow's runs" if options.source == "mlflow" else "DVC's experiments"
         picture = style.png(comparison_figure.curves(found, options.metric, source))
         texts = {
-            "table.md": f"{table}\n{comparison.LEGEND}\n",
+            "table.md": f"{table}\n{comparison.legend(found)}\n",
             "table.csv": comparison.table_csv(found),
             "curves.csv": comparison.curves_csv(found, options.metric),
         }
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> None:
         write_text(options.out / name, text)
     with atomic_path(options.out / "curves.png") as temporary:
         temporary.write_bytes(picture)
-    print(f"{table}\n{comparison.LEGEND}\n")
+    print(f"{table}\n{comparison.legend(found)}\n")
     if left_out:
         print(f"{left_out} more left out: the same parameters and seed again, or made by older code or data\n")
     for caveat in comparison.caveats(found):

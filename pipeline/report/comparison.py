@@ -24,9 +24,11 @@ NUMBERS = {  # column of the table -> of the history, mean of the last steps; No
     "different, %": "distinct_completions",
 }
 LEGEND = (
-    f"mean ± standard deviation over seeds; training reward, entropy (nats a token) and share of different completions: of the last "
-    f"{LAST_STEPS} training steps; held-out gain: reward on held-out prompts, trained policy minus untouched checkpoint"
+    f"training reward, entropy (nats a token) and share of different completions: of the last {LAST_STEPS} training steps; "
+    "held-out gain: reward on held-out prompts, trained policy minus untouched checkpoint"
 )
+OVER_SEEDS = "mean ± standard deviation over seeds"
+OF_ONE_SEED = "of one seed, the gain with its 95% interval over held-out prompts"
 
 
 class Configuration(NamedTuple):
@@ -99,7 +101,9 @@ def same_evaluation(group: list[RunSummary]) -> list[RunSummary]:
     by time, which is when it was trained in MLflow's record and when it was evaluated in DVC's."""
     ways = Counter(training.measured for training in group if training.gain is not None)
     how = ways.most_common(1)[0][0] if ways else None  # in the order of the seeds where the counts are equal
-    return [training if training.measured == how else training._replace(gain=None) for training in group]
+    return [
+        training if training.measured == how else training._replace(gain=None, gain_interval=None) for training in group
+    ]
 
 
 def caveats(found: Sequence[Configuration]) -> list[str]:
@@ -175,15 +179,24 @@ def length(training: RunSummary) -> int:
     return max([step for column in ("lr", "reward_mean") for step in training.curve(column)], default=-1) + 1
 
 
-def number(configuration: Configuration, title: str) -> Spread:
-    """A number of the table over the seeds of a configuration."""
+def legend(found: Sequence[Configuration]) -> str:
+    """What stands below the table."""
+    counts = {len(each.trainings) > 1 for each in found}
+    return "; ".join([*([OVER_SEEDS] if True in counts else []), *([OF_ONE_SEED] if False in counts else []), LEGEND])
+
+
+def of_seed(training: RunSummary, title: str) -> float | None:
+    """A number of the table of one training."""
     column = NUMBERS[title]
     if column is None:
-        return spread(training.gain for training in configuration.trainings)
-    found = spread(final_value(training, column) for training in configuration.trainings)
-    if "%" in title and found.mean is not None:
-        return Spread(100 * found.mean, None if found.std is None else 100 * found.std, found.seeds)
-    return found
+        return training.gain
+    value = final_value(training, column)
+    return 100 * value if "%" in title and value is not None else value
+
+
+def number(configuration: Configuration, title: str) -> Spread:
+    """A number of the table over the seeds of a configuration."""
+    return spread(of_seed(training, title) for training in configuration.trainings)
 
 
 def verdicts(configuration: Configuration) -> str:
@@ -222,6 +235,13 @@ def format_mean_std(value: Spread, sign: str = "") -> str:
     return text.replace("-", "−")
 
 
+def format_interval(configuration: Configuration) -> str:
+    """(+0.20 to +0.80): of the gain of a single seed, which has no deviation."""
+    if len(configuration.trainings) > 1 or (interval := configuration.trainings[0].gain_interval) is None:
+        return ""
+    return f" ({interval[0]:+.2g} to {interval[1]:+.2g})".replace("-", "−")
+
+
 def steps_of(configuration: Configuration) -> str:
     lengths = sorted({length(training) for training in configuration.trainings})
     return str(lengths[0]) if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
@@ -235,6 +255,7 @@ def markdown(found: Sequence[Configuration]) -> str:
         numbers = [number(each, name) for name in NUMBERS]
         cells = [
             format_mean_std(value, "+" if "gain" in name else "")
+            + (format_interval(each) if NUMBERS[name] is None else "")
             + (f" (n={value.seeds})" if partial(value, each) else "")
             for name, value in zip(NUMBERS, numbers, strict=True)
         ]
@@ -255,16 +276,23 @@ def partial(value: Spread, configuration: Configuration) -> bool:
 
 
 def table_csv(found: Sequence[Configuration]) -> str:
-    """The table with all digits; std is empty of one seed."""
+    """The table with all digits; std is empty of one seed. At the end the numbers of each seed, in the order of `seeds`, and
+    the 95% interval of its gain; - is undefined."""
     names = {name: re.sub(r"\W+", "_", name).strip("_") for name in NUMBERS}
     parts = [f"{name}_{part}" for name in names.values() for part in ("mean", "std", "seeds")]
-    rows = [[*found[0].shown, "seeds", "steps", *parts, "verdict", "experiments"]]
+    by_seed = [f"{name}_by_seed" for name in (*names.values(), "gain_low", "gain_high")]
+    rows = [[*found[0].shown, "seeds", "steps", *parts, "verdict", "experiments", *by_seed]]
     for each in found:
         numbers = [cell for name in NUMBERS for cell in number(each, name)]
         seeds = " ".join(training.params["seed"] for training in each.trainings)
         cells = [*each.shown.values(), seeds, steps_of(each), *numbers, verdicts(each)]
         rows.append(["" if cell is None else str(cell) for cell in cells])
         rows[-1].append(" ".join(training.name for training in each.trainings))
+        of_seeds = [[of_seed(training, name) for training in each.trainings] for name in NUMBERS]
+        of_seeds += [
+            [training.gain_interval and training.gain_interval[end] for training in each.trainings] for end in (0, 1)
+        ]
+        rows[-1] += [" ".join("-" if value is None else str(value) for value in values) for values in of_seeds]
     return _csv(rows)
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from pipeline.report.comparison import Configuration, band, verdicts
+from pipeline.report.comparison import OVER_SEEDS, Configuration, band, verdicts
 from pipeline.report.figures import UNITS
 from pipeline.report.labels import MEANING, SHARES
 from pipeline.report.style import (
@@ -49,7 +49,8 @@ def curves(found: Sequence[Configuration], column: str, source: str) -> Figure:
     rows = range(0, len(panels), across)
     rooms = [max(room_of(legend, beside) for legend in legends[row : row + across]) for row in rows]
     heights = [height for room in rooms for height in (ONE_PANEL if across == 1 else PANEL, ROW * room)]
-    title = f"{MEANING.get(column, column)}: mean ± standard deviation over seeds"
+    several = any(len(each.trainings) > 1 for each in found)
+    title = MEANING.get(column, column) + (f": {OVER_SEEDS}" if several else "")
     figure = canvas(
         1400, int(130 + sum(heights)), title[0].upper() + title[1:], f"{seeds_of(found)}   ·   from {source}"
     )

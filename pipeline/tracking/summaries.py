@@ -55,6 +55,7 @@ class RunSummary(NamedTuple):
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
     gain: float | None  # held-out reward, trained policy minus checkpoint; None: not evaluated
+    gain_interval: tuple[float, float] | None  # its 95% interval; None: of one prompt, or not evaluated
     measured: str | None  # digest of the held-out prompts and of how the gain was measured on them
     kinds: tuple[str, ...] | None  # findings of the verdict, the first one first; None: not diagnosed
     onset: int | None  # step of the first one
@@ -92,7 +93,7 @@ def _of_run(client: "MlflowClient", run: "Run") -> RunSummary:
         points = client.get_metric_history(run.info.run_id, f"train/{column}")
         return {point.step: point.value for point in points if math.isfinite(point.value)}
 
-    kinds = tags.get("collapse_kinds")
+    kinds, gained = tags.get("collapse_kinds"), f"evaluate/{params.get('reward')}/difference"
     return RunSummary(
         name=tags.get("dvc_exp_name") or run.info.run_name,
         params=params,
@@ -102,11 +103,16 @@ def _of_run(client: "MlflowClient", run: "Run") -> RunSummary:
         made=run.info.start_time / 1000,
         columns=frozenset(key.removeprefix("train/") for key in metrics if key.startswith("train/")),
         curve=curve,
-        gain=metrics.get(f"evaluate/{params.get('reward')}/difference/mean"),
+        gain=metrics.get(f"{gained}/mean"),
+        gain_interval=_interval(metrics.get(f"{gained}/low"), metrics.get(f"{gained}/high")),
         measured=tags.get("measured"),
         kinds=None if kinds is None else tuple(kinds.split(", ")) if kinds != "none" else (),
         onset=int(tags["collapse_onset"]) if tags.get("collapse_onset", "none") != "none" else None,
     )
+
+
+def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:
+    return None if low is None or high is None else (low, high)
 
 
 def _with_config(found: list[RunSummary]) -> list[RunSummary]:
@@ -205,6 +211,7 @@ def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
     tables |= {name: table.model_dump() for name, table in models.items()}
     names = {name: chosen[name] for name in SELECTORS}
     evaluation, diagnosis = _evaluation(files, stages, recorded, run), _diagnosis(files, stages, recorded, run)
+    difference = evaluation[0].get(chosen["reward"], {}).get("difference", {}) if evaluation else {}
     rows = parse_csv(history)
     return RunSummary(
         name=name,
@@ -221,7 +228,8 @@ def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
         curve=lambda column: {
             int(row["step"]): row[column] for row in rows if math.isfinite(row.get(column, math.nan))
         },
-        gain=evaluation[0].get(chosen["reward"], {}).get("difference", {}).get("mean") if evaluation else None,
+        gain=difference.get("mean"),
+        gain_interval=_interval(difference.get("low"), difference.get("high")),
         measured=evaluation[1] if evaluation else None,
         kinds=tuple(finding["kind"] for finding in diagnosis["findings"]) if diagnosis else None,
         onset=diagnosis["onset"] if diagnosis else None,
