@@ -450,7 +450,9 @@ class Commits:
         policy = policy or f"policy of seed {seed}"
         rows = "step," + history(seed).to_csv(index_label="step").partition(",")[2]
         diagnosis = {"verdict": "empty", "onset": 3, "findings": [{"kind": "empty"}]}
-        metrics = json.dumps({tree["reward"]: {"difference": {"mean": 0.5 + seed}}})
+        metrics = json.dumps(
+            {tree["reward"]: {"difference": {"mean": 0.5 + seed, "low": 0.25 + seed, "high": 0.75 + seed}}}
+        )
         files = {"reports/train/history.csv": rows, "reports/evaluate/metrics.json": metrics}
         files["reports/train/summary.json"] = json.dumps({"steps": STEPS})
         if not old:
@@ -536,6 +538,7 @@ def test_the_commit_and_its_experiments_are_read_from_git(commits: Commits) -> N
     table = history(2)
     assert found["run-2"].curve("reward_mean") == pytest.approx(table["reward_mean"].to_dict())
     assert (found["run-2"].gain, found["run-2"].kinds, found["run-2"].onset) == (2.5, ("empty",), 3)
+    assert found["run-2"].gain_interval == (2.25, 2.75)
     # as train.py records them: text as it is, everything else as JSON
     params = found["HEAD"].params
     assert (params["recipe.lr"], params["recipe.adam_eps"], params["prompts.deduplicate"]) == (

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.runs import workspace
 from pipeline.runs.follower import follower
 from pipeline.stages import track
-from pipeline.tracking import mlflow_store
+from pipeline.tracking import mlflow_store, summaries
 from tests import mlflow_runs
 from tests.mlflow_runs import (
     COLUMNS,
@@ -245,6 +245,8 @@ def test_the_held_out_gain_stands_beside_the_verdict(tracking_folder):
     belong_together()
     track.main()
     assert stored_runs()[1][0].data.tags["heldout_gain"] == "+0.481 (95% interval +0.2 to +0.8)"
+    (training,) = summaries.from_mlflow()
+    assert (training.gain, training.gain_interval) == (0.4812, (0.2, 0.8))
 
 
 def test_a_diagnosis_of_another_make_is_refused(tracking_folder):
