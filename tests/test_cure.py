@@ -44,9 +44,7 @@ def with_findings(
 
 
 def rendered(before: inputs.Inputs, after: inputs.Inputs) -> str:
-    return cure_page.render(
-        before, after, b"\x89PNG", "cure-12345678", "dvc exp run --temp --name cure-12345678 -S a=b"
-    )
+    return cure_page.render(before, after, b"\x89PNG", "cure-12345678")
 
 
 # --- the answer
@@ -95,7 +93,7 @@ def test_the_answer_comes_first_and_both_runs_stand_side_by_side(
         "without the change Not healthy Misaligned objective from step 1",
         "with the change Healthy No sign of collapse. Held-out reward, over the untouched checkpoint: +1.20",
         "recipes.stable.alignment=correct for: Misaligned objective It is no gradient. Williams",
-        "dvc exp run --temp --name cure-12345678 -S a=b",
+        "dvc exp run --temp --name cure-12345678 -S model=pocket ",
         "dvc exp apply cure-12345678",
         collapsed.run["train_key"],
     ):
@@ -106,7 +104,9 @@ def test_the_answer_comes_first_and_both_runs_stand_side_by_side(
 def test_a_further_cure_keeps_the_first_changes(collapsed: inputs.Inputs) -> None:
     said = words_of(rendered(collapsed, with_findings(collapsed, KIND, changes=FURTHER)))
     assert "The next thing to try" in said
-    command = "-S seed=3 -S recipes.stable.alignment=correct -S recipes.stable.lr=3e-05 -S recipes.stable.kl_coef=0.3"
+    command = (
+        "-S seed=3 -S ++recipes.stable.alignment=correct -S ++recipes.stable.lr=3e-05 -S ++recipes.stable.kl_coef=0.3"
+    )
     assert command in said
     assert "not this one" not in said
 

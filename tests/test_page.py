@@ -210,6 +210,10 @@ def test_the_page_says_what_was_run(report: str) -> None:
         assert said in report
     said = words_of(report)
     assert "dvc exp run -S model=pocket -S prompts=pocket -S reward=embedding" in said
+    assert "-S &#39;++rewards.embedding.target=&#34;Hi there!&#34;&#39;" in report
+    assert "-S ++recipes.stable.lr=0.0001" in said
+    assert "-S ++evaluate.prompts=0" in said
+    assert "evaluate.prompts" in report[report.index("<h3>Parameters</h3>") :]
     assert "dvc repro plot" in said
     assert "Seed 3 draws everything" in said
     assert report.count('class="pair"') == page.EXAMPLES + 3 * page.SAMPLES
@@ -223,7 +227,7 @@ def test_a_command_is_quoted_and_the_policy_that_was_kept_is_named(tmp_path: Pat
     data.run["params"]["prompts"] = "mine; rm x"
     made = page.render(data, {})
     assert "The policy after 5 updates was kept: data/healthy ." in words_of(made)
-    assert "-S &#39;prompts=mine; rm x&#39;" in made
+    assert "-S &#39;prompts=&#34;mine; rm x&#34;&#39;" in made
 
 
 def test_examples_follow_a_rule() -> None:

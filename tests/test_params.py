@@ -4,6 +4,8 @@ import copy
 import functools
 import operator
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from pipeline.config.load import load_params, validate_params
+from pipeline.config.overrides import experiment_command, option
 from pipeline.config.schema import SELECTORS, Params
 from pipeline.errors import UserError
+from pipeline.file_io import flatten
+from pipeline.runs.provenance import chosen_params
 from tests.clones import Clone
 from tests.error_lines import check_line
 from tests.faults import fault, rounds
@@ -388,3 +393,61 @@ def test_every_misspelt_key_is_named(path: tuple[Any, ...]) -> None:
         assert f"{'.'.join(map(str, path))} is missing" in line
     else:
         assert f"unknown key {'.'.join(map(str, [*above, misspelt]))}; did you mean {key!r}?" in line
+
+
+# --- commands that are printed
+
+
+def after_command(command: str, path: Path) -> Params:
+    """The parameters that `dvc exp run` would run with."""
+    from dvc.utils.hydra import apply_overrides, to_hydra_overrides
+
+    words = shlex.split(command)
+    assert words[:3] == ["dvc", "exp", "run"]
+    options = [after for before, after in pairwise(words) if before == "-S"]
+    assert not any(each.is_sweep_override() for each in to_hydra_overrides(options))
+    apply_overrides(path, options)
+    return load_params(path)
+
+
+NASTY = """it's "so": a\\ \\" \\' ${seed} \\${x} [1, 2], {a: 1} = # \u00e9\u4f60\n two\\"""
+REWARDS = {
+    "nasty": {"kind": "embedding", "target": NASTY},
+    "mixed": {
+        "kind": "sum",
+        "terms": [
+            {"weight": 0.5, "reward": {"kind": "words", "words": ["1", "null", "1e5"]}},
+            {"weight": 1, "reward": {"kind": "embedding", "target": NASTY}},
+        ],
+    },
+    "own": {
+        "kind": "custom",
+        "function": "custom/example.py:questions",
+        "params": {"deep": {"rate": 1e-08, "on": True}},
+    },
+}
+
+
+@pytest.mark.parametrize("reward", ["embedding", "words", "questions", "short_greeting", *REWARDS])
+def test_a_printed_command_makes_the_run_again_whatever_params_yaml_says(tmp_path: Path, reward: str) -> None:
+    tree = copy.deepcopy(TREE)
+    tree["rewards"] |= REWARDS
+    tree["recipes"]["mine"] = {**tree["recipes"]["stable"], "lr": 3e-05}
+    tree |= {"reward": reward, "recipe": "mine", "seed": 7, "model": "pythia-14m"}
+    tree["train"] |= {"steps": 6, "on_collapse": "stop"}
+    tree["evaluate"] |= {"prompts": 10}
+    run = validate_params(tree)
+    told = chosen_params(run) | flatten({"evaluate": run.evaluate.model_dump()})
+    again = after_command(experiment_command(told, {}), write(tmp_path, TEXT))
+    assert chosen_params(again) == chosen_params(run)
+    assert again.evaluate == run.evaluate
+    changed = after_command(experiment_command(told, {"recipes.mine.lr": 1e-05}, "--temp"), write(tmp_path, TEXT))
+    assert changed.selected_recipe == run.selected_recipe.model_copy(update={"lr": 1e-05})
+
+
+def test_a_change_of_a_key_that_params_yaml_leaves_out(tmp_path: Path) -> None:
+    path = write(tmp_path, edited("    kl_target: 0.0 ", "    # "))
+    assert (
+        after_command(f"dvc exp run -S {option('recipes.stable.kl_target', 0.5)}", path).selected_recipe.kl_target
+        == 0.5
+    )

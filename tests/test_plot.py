@@ -168,7 +168,7 @@ def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
     left = drawn["evaluate"].axes[0]
     assert [list(line.get_xdata()) for line in left.lines] == [[0, 0], pytest.approx([-5.4])]
     assert "undefined" not in [text.get_text() for text in left.texts]
-    pages = [page.render(data, dict.fromkeys(drawn, b"")), cure_page.render(data, data, b"", "cure-1", "dvc exp run")]
+    pages = [page.render(data, dict.fromkeys(drawn, b"")), cure_page.render(data, data, b"", "cure-1")]
     for made in pages:
         assert "interval" not in re.sub("<(script|style).*?</(script|style)>", "", made, flags=re.DOTALL)
         assert "one held-out prompt" in made

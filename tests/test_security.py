@@ -62,7 +62,7 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> inputs.Inputs:
 
 
 def pages(run: inputs.Inputs) -> list[str]:
-    return [page.render(run, {"overview": b"\x89PNG"}), cure_page.render(run, run, b"\x89PNG", "cure-0", "dvc exp run")]
+    return [page.render(run, {"overview": b"\x89PNG"}), cure_page.render(run, run, b"\x89PNG", "cure-0")]
 
 
 Skeleton = list[tuple[str, tuple[str, ...]]]

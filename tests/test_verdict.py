@@ -36,6 +36,7 @@ from pipeline.diagnosis.verdict import (
 from pipeline.errors import UserError
 from pipeline.rl.metrics import CALIBRATION_COLUMNS, HISTORY_COLUMNS
 from pipeline.runs import checkpoints
+from pipeline.runs.provenance import chosen_params
 from pipeline.stages import diagnose
 from tests.models import PARAMS
 from tests.project import Project
@@ -141,7 +142,7 @@ def test_rewards_too_large_to_square_are_no_error() -> None:
     draw = random.Random(0)
     rows = [batch(draw) | {"reward_mean": draw.gauss(0, 1e200), "reward_se": 1e200} for _ in range(8)]
     assert null_statistics(rows, PROMPTS)["reward_mean"].std == math.inf
-    content = diagnose.diagnose(PARAMS, history(nonfinite=since(0, 1.0)), rows, [])
+    content = diagnose.diagnose(PARAMS, history(nonfinite=since(0, 1.0)), rows, [], chosen_params(PARAMS))
     assert content["verdict"] == "numeric"
     json.dumps(content, allow_nan=False)
 
@@ -195,7 +196,7 @@ def test_a_run_is_found_to_be_what_it_is(case: str, calibration: list[dict[str, 
         assert all(limit.passed(rows[step]) for limit in limits for step in (finding.onset, finding.shown_at))
         assert finding.onset == 0 or not all(limit.passed(rows[finding.onset - 1]) for limit in limits)
         assert all(shown.value == rows[shown.step][shown.limit.metric] for shown in finding.evidence)
-    content = diagnose.diagnose(changed(), rows, before, [])
+    content = diagnose.diagnose(changed(), rows, before, [], chosen_params(changed()))
     assert content["verdict"] == (expected[0][0] if expected else "healthy")
     assert content["headline"].endswith(".")
     assert "nan" not in content["headline"]
@@ -358,7 +359,7 @@ def test_the_diagnosis_in_full(calibration: list[dict[str, float]]) -> None:
     params = changed(recipe="notebook")
     rows = history(logprob_gap=since(0, 9.0), empty_share=since(6, 0.9))
     samples = [sample(step, text, n) for step in range(STEPS) for text, n in [("well said", 6), ("", 1)]]
-    content = diagnose.diagnose(params, rows, calibration, samples)
+    content = diagnose.diagnose(params, rows, calibration, samples, chosen_params(params))
     assert (content["verdict"], content["onset"], content["steps"]) == ("misaligned", 0, STEPS)
     assert "9.0 nats" in content["headline"]
     assert "From step 6 on most completions are empty: 90% at step 19, " in content["headline"]
@@ -371,14 +372,16 @@ def test_the_diagnosis_in_full(calibration: list[dict[str, float]]) -> None:
     assert evidence["untouched"] == pytest.approx(sum(row["empty_share"] for row in calibration) / 8)
     assert content["cure"]["command"].startswith("dvc exp run -S model=pocket ")
     for key, value in content["cure"]["changes"].items():
-        assert f"-S {key}={value}" in content["cure"]["command"]
+        assert f"-S ++{key}={value}" in content["cure"]["command"]
+    assert f"-S ++train.steps={params.train.steps} " in content["cure"]["command"]
+    assert content["cure"]["command"].count("recipes.notebook.alignment=") == 1
 
 
 def test_the_headline_ends_with_what_the_run_has_come_to(calibration: list[dict[str, float]]) -> None:
     rows = history(
         logprob_gap=since(0, 9.0), reward_mean=since(6, -5.0, 9), empty_share=since(6, 0.9), entropy=since(8, 0.1)
     )
-    content = diagnose.diagnose(changed(), rows, calibration, [])
+    content = diagnose.diagnose(changed(), rows, calibration, [], chosen_params(changed()))
     assert [finding["kind"] for finding in content["findings"]] == ["misaligned", "hacking", "empty"]
     assert "From step 6 on most completions are empty: 90% at step 19, " in content["headline"]
     assert "higher" not in content["headline"]
@@ -390,7 +393,7 @@ def test_the_headline_ends_with_what_the_run_has_come_to(calibration: list[dict[
     (0, "Too short to tell: a collapse has to last 2 steps to count."),
 ])  # fmt: skip
 def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[dict[str, float]]) -> None:
-    content = diagnose.diagnose(PARAMS, history()[:steps], calibration, [])
+    content = diagnose.diagnose(PARAMS, history()[:steps], calibration, [], chosen_params(PARAMS))
     assert content == {
         "verdict": "healthy", "onset": None, "headline": headline, "steps": steps, "findings": [], "cure": None,
     }  # fmt: skip
@@ -398,7 +401,9 @@ def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[
 
 def test_the_words_blame_an_update_from_before_the_fall(calibration: list[dict[str, float]]) -> None:
     sizes = [0.5 if step == 1 else 9.0 if step >= 3 else None for step in range(STEPS)]
-    content = diagnose.diagnose(PARAMS, history(reward_mean=since(3, -7.4), update_kl=sizes), calibration, [])
+    content = diagnose.diagnose(
+        PARAMS, history(reward_mean=since(3, -7.4), update_kl=sizes), calibration, [], chosen_params(PARAMS)
+    )
     assert "The update of step 1 moved it by 0.5 nats a token." in content["headline"]
     update = content["findings"][0]["evidence"][-1]
     assert (update["metric"], update["step"], update["value"]) == ("update_kl", 1, 0.5)

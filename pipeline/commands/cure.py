@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.config.overrides import override
+from pipeline.config.overrides import option
 from pipeline.errors import UserError
 from pipeline.file_io import write_text
 from pipeline.paths import REPORTS, RUN_FILES
@@ -38,7 +38,7 @@ def main() -> None:
     changes = diagnosis["cure"]["changes"]
     name = experiment_name(collapsed)
     command = ["dvc", "exp", "run", "--temp", "--name", name]
-    command += [part for key, value in changes.items() for part in ("-S", override(key, value))]
+    command += [part for key, value in changes.items() for part in ("-S", option(key, value))]
     revision = find(name)
     if revision:
         print(f"{name} has been tried: `dvc exp remove {name}` makes it anew", flush=True)
@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         after = fetch(revision, name, Path(folder) / REPORTS)
     figure = style.png(cure_figure.overlay(collapsed, after))
-    write_text(PAGE, cure_page.render(collapsed, after, figure, name, shlex.join(command)))
+    write_text(PAGE, cure_page.render(collapsed, after, figure, name))
     answer = cure_page.answer(collapsed, after)
     print(f"{answer.title}: {answer.text} Both runs side by side: {PAGE}")
 

@@ -54,11 +54,11 @@ def since(findings: list[dict[str, Any]]) -> str:
     return ", ".join(f"{finding['title']} from step {finding['onset']} on" for finding in findings)
 
 
-def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str, command: str) -> str:
-    """The page. figure: PNG bytes; name: of the experiment that `command` runs."""
+def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str) -> str:
+    """The page. figure: PNG bytes; name: of the experiment with the change."""
     folder = resources.files("pipeline.report")
     css = (folder / "page.css").read_text(encoding="utf-8")
-    diagnosis, params = collapsed.diagnosis, collapsed.run["params"]
+    diagnosis, params = collapsed.diagnosis, collapsed.params
     further = after.diagnosis["cure"]
     rewards = sorted(collapsed.rewards.keys() & after.rewards, key=lambda reward: (reward != collapsed.trained, reward))
     return (
@@ -85,7 +85,7 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str, command: 
             examples=beside(collapsed, after),
             open_examples=OPEN_EXAMPLES,
             name=name,
-            command=command,
+            command=experiment_command(params, diagnosis["cure"]["changes"], "--temp", "--name", name),
             original=experiment_command(params, {}),
             # the further cure is meant for the run with the change, which the workspace does not have
             further=further and experiment_command(params, diagnosis["cure"]["changes"] | further["changes"]),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from pipeline.errors import UserError
+from pipeline.file_io import flatten
 from pipeline.paths import REPORTS, RunFiles
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.runs.consistency import raise_if_mixed, sources
@@ -18,6 +19,7 @@ class Inputs(NamedTuple):
     history: pd.DataFrame
     samples: list[dict[str, Any]]
     run: dict[str, Any]
+    evaluate: dict[str, Any]  # how it was evaluated, by dotted keys
     rewards: dict[str, Any]  # name -> Comparison
     text: dict[str, Any]  # Sides of text statistics
     ref_logprob: dict[str, Any]  # Sides, nats a token
@@ -27,14 +29,18 @@ class Inputs(NamedTuple):
     trained: str  # the reward that training used
     sources: str  # digest over the files that all this is from
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """What the run was told, and how it was evaluated."""
+        return self.run["params"] | self.evaluate
+
 
 def load(reports: Path = REPORTS) -> Inputs:
     """Reads a folder of reports. Raises UserError for a file that is missing, is not what its stage writes, or is of another
     run than the rest."""
     files = RunFiles(reports)
     run, metrics, history = read_result(files.run), read_result(files.metrics), read_result(files.history)
-    for file in (files.summary, files.measured):
-        read_result(file)
+    (measured,), _ = read_result(files.measured), read_result(files.summary)
     trained, rewards = run["params"]["reward"], metrics.keys() - Evaluation.__annotations__
     if trained not in rewards:
         raise UserError(
@@ -46,6 +52,7 @@ def load(reports: Path = REPORTS) -> Inputs:
         history=pd.DataFrame(history),
         samples=read_result(files.samples),
         run=run,
+        evaluate=flatten({"evaluate": measured["params"]}),
         rewards={name: metrics[name] for name in metrics if name in rewards},
         text=metrics["text"],
         ref_logprob=metrics["ref_logprob_per_token"],

@@ -57,18 +57,17 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
         "reward": f"{CAPTIONS['reward']} ({size}).",
         "evaluate": f"{CAPTIONS['evaluate']} ({size}){HOLLOW if intervals else ''}.",
     }
-    params = inputs.run["params"]
     return (
         environment()
         .get_template("page.html.jinja")
         .render(
             run=inputs.run,
-            params=params,
+            params=inputs.params,
             sources=inputs.sources,
             policy=policy_for(style, script),
             style=Markup(style),  # ours, as is the script
             script=Markup(script),
-            command=experiment_command(params, {}),
+            command=experiment_command(inputs.params, {}),
             diagnosis=inputs.diagnosis,
             treated=treated(inputs.diagnosis) if inputs.diagnosis["cure"] else [],
             data=script_json(browser),

@@ -12,7 +12,7 @@ from pipeline.diagnosis.explanations import headline, summary
 from pipeline.diagnosis.text import repeated_ngrams
 from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings
 from pipeline.errors import run_stage
-from pipeline.file_io import finite_or_none, sha256, write_json
+from pipeline.file_io import finite_or_none, flatten, sha256, write_json
 from pipeline.paths import RUN_FILES
 from pipeline.runs.consistency import raise_if_mixed
 from pipeline.runs.results import read_result
@@ -26,10 +26,10 @@ def main() -> None:
     rows, calibration, samples, healthy = map(
         read_result, (RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy)
     )
-    for file in (RUN_FILES.summary, RUN_FILES.run):
-        read_result(file)
+    run, _ = map(read_result, (RUN_FILES.run, RUN_FILES.summary))
     raise_if_mixed("train")
-    diagnosis = diagnose(params, rows, calibration, samples)
+    chosen = run["params"] | flatten({"evaluate": params.evaluate.model_dump()})
+    diagnosis = diagnose(params, rows, calibration, samples, chosen)
     diagnosis |= {"healthy_step": healthy["step"], "history": sha256(RUN_FILES.history)}
     write_json(RUN_FILES.diagnosis, diagnosis)
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
@@ -38,9 +38,14 @@ def main() -> None:
 
 
 def diagnose(
-    params: Params, rows: list[dict[str, float]], calibration: list[dict[str, float]], samples: list[dict[str, Any]]
+    params: Params,
+    rows: list[dict[str, float]],
+    calibration: list[dict[str, float]],
+    samples: list[dict[str, Any]],
+    chosen: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of diagnosis.json, without the step of the healthy policy and the digest of the history."""
+    """The content of diagnosis.json, without the step of the healthy policy and the digest of the history. chosen: every
+    value of the run, which the command of the cure gives again."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
     found = findings(rows, spreads, params.train.steps)
     summaries = [summary(finding, rows, spreads) for finding in found]
@@ -56,7 +61,7 @@ def diagnose(
         "findings": [
             report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
         ],
-        "cure": {"changes": changes, "command": experiment_command(dict(params), changes)} if changes else None,
+        "cure": {"changes": changes, "command": experiment_command(chosen, changes)} if changes else None,
     }
 
 
