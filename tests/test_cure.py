@@ -4,7 +4,9 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import subprocess
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +272,17 @@ def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) 
 
     clone.edit(train={"steps": 4})
     assert "run `dvc repro`" in clone("python", "-m", "pipeline", "cure", fails=True)
+
+    def trained() -> str:
+        return str(json.loads(clone.read("reports/train/run.json"))["train_key"])
+
+    # the report's command makes the run again all the same
+    first = trained()
+    printed = [re.sub("<.*?>", "", each) for each in re.findall(r'class="command">(.*?)</pre>', html, re.DOTALL)]
+    (original,) = [
+        each for each in map(unescape, printed) if each.startswith("dvc exp run -S ") and "alignment=shifted" in each
+    ]
+    clone("dvc", "repro", "train")
+    assert trained() != first
+    clone(*shlex.split(original))
+    assert trained() == first
