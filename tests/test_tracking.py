@@ -228,6 +228,9 @@ def test_the_verdict_is_in_the_tags_and_follows_the_file(tracking_folder):
     tags = stored_runs()[1][0].data.tags
     assert (tags["verdict"], tags["collapse_onset"], tags["collapse_kinds"]) == ("empty", "8", "empty, step-size")
     assert tags["cure"] == "dvc exp run -S seed=1"
+    write_diagnosis("empty", 8, ["empty"], f"dvc exp run -S ++rewards.mine.words=[{'word,' * 2000}end]")
+    track.main()
+    assert stored_runs()[1][0].data.tags["cure"] == "in reports/diagnosis.json", "half of a command is another one"
     write_diagnosis()
     track.main()
     tags = stored_runs()[1][0].data.tags

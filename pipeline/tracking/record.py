@@ -17,6 +17,8 @@ from pipeline.runs.dvc_git import git
 from pipeline.runs.results import gain_text, how_to_remake, read_result
 from pipeline.tracking.mlflow_store import Point, Scalar
 
+TAG_CHARACTERS = 5000  # the least that a store of MLflow keeps of a tag's value
+
 
 @dataclass(frozen=True)
 class Record:
@@ -137,11 +139,17 @@ def _tags(run: dict[str, Any], diagnosis: dict[str, Any], evaluate_key: str, mea
         "verdict": diagnosis["verdict"],
         "collapse_onset": str(diagnosis["onset"]).lower(),  # none: healthy
         "collapse_kinds": ", ".join(finding["kind"] for finding in diagnosis["findings"]) or "none",
-        "cure": diagnosis["cure"]["command"] if diagnosis["cure"] else "none",
+        "cure": _cure(diagnosis),
         "dvc_exp_name": os.environ.get("DVC_EXP_NAME"),
         "dvc_exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
     }
     return {key: value for key, value in tags.items() if value}
+
+
+def _cure(diagnosis: dict[str, Any]) -> str:
+    """The command, which is as long as a reward's list of words; MLflow would cut it, and half of it is another command."""
+    command = diagnosis["cure"]["command"] if diagnosis["cure"] else "none"
+    return command if len(command) <= TAG_CHARACTERS else f"in {RUN_FILES.diagnosis}"
 
 
 def _gain(trained: Any) -> dict[str, str]:
