@@ -37,7 +37,7 @@ class Limit:
     metric: str
     side: Literal["above", "below"]
     threshold: float
-    untouched: Spread | None = None  # None: the threshold stands by itself
+    reference: Spread | None = None  # None: the threshold stands by itself
 
     def passed(self, row: Row) -> bool:
         value = row[self.metric]

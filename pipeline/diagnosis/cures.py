@@ -61,7 +61,7 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
             source = "docs/COLLAPSE.md; Ahmadian et al. 2024 (arXiv 2402.14740)"
         case _:
             changes = add_kl_and_slow_down(recipe, spreads, slower)
-            reason = "a KL term makes leaving the checkpoint's language cost reward; smaller steps leave it time to act"
+            reason = "a KL term makes leaving the reference's language cost reward; smaller steps leave it time to act"
             source = "docs/COLLAPSE.md; Ziegler et al. 2019 (arXiv 1909.08593)"
     return Cure({f"{where}.{key}": value for key, value in changes.items()}, reason, source)
 

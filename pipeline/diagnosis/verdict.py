@@ -149,7 +149,7 @@ def detection_rules(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ..
 
 
 def not_passed(limit: Limit) -> Limit:
-    return Limit(limit.metric, "below" if limit.side == "above" else "above", limit.threshold, limit.untouched)
+    return Limit(limit.metric, "below" if limit.side == "above" else "above", limit.threshold, limit.reference)
 
 
 def detect_sustained(

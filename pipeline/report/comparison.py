@@ -25,7 +25,7 @@ NUMBERS = {  # column of the table -> of the history, mean of the last steps; No
 }
 LEGEND = (
     f"mean ± standard deviation over seeds; training reward, entropy (nats a token) and share of different completions: of the last "
-    f"{LAST_STEPS} training steps; held-out gain: reward on held-out prompts, trained policy minus untouched checkpoint"
+    f"{LAST_STEPS} training steps; held-out gain: reward on held-out prompts, trained policy minus reference model"
 )
 
 

@@ -28,7 +28,7 @@ from pipeline.report.style import (
 PANELS = {  # column -> its name
     "reward_mean": "mean reward",
     "entropy": "entropy",
-    "ref_logprob": "checkpoint's log-likelihood",
+    "ref_logprob": "reference's log-likelihood",
     "distinct_completions": "different completions",
     "empty_share": "empty completions",
 }
@@ -77,5 +77,5 @@ def _legend(axes: Axes, collapsed: Inputs, after: Inputs, names: tuple[str, str]
         top = 0.98 - 0.46 * place
         axes.text(0, top, f"{mark} {name}", color=colour, fontsize=15, fontweight="bold", va="top")
         axes.text(0.07, top - 0.1, "\n".join([*verdict, *more]), color=INK, va="top")
-    words = "vertical lines: onsets of the findings\ndotted: step 0, the untouched checkpoint"
+    words = "vertical lines: onsets of the findings\ndotted: step 0, the reference model"
     axes.text(0, 0.0, words, color=GREY, fontsize=12, va="bottom")

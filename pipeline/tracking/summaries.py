@@ -54,7 +54,7 @@ class RunSummary(NamedTuple):
     made: float  # seconds since 1970: of two trainings of the same, the later one counts
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
-    gain: float | None  # held-out reward, trained policy minus checkpoint; None: not evaluated
+    gain: float | None  # held-out reward, trained policy minus reference; None: not evaluated
     measured: str | None  # digest of the held-out prompts and of how the gain was measured on them
     kinds: tuple[str, ...] | None  # findings of the verdict, the first one first; None: not diagnosed
     onset: int | None  # step of the first one
