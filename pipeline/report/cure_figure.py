@@ -23,7 +23,7 @@ from pipeline.report.style import (
     start_line,
     steps_axis,
     value_axis,
-)  # fmt: skip
+)
 
 PANELS = {  # column -> its name
     "reward_mean": "mean reward",
@@ -36,9 +36,11 @@ PANELS = {  # column -> its name
 
 @figure_function
 def overlay(
-    collapsed: Inputs, after: Inputs, title: str = "The run without and with the change",
+    collapsed: Inputs,
+    after: Inputs,
+    title: str = "The run without and with the change",
     names: tuple[str, str] = ("without the change", "with the change"),
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Five columns of history.csv over the steps of both runs; vertical lines where findings set in."""
     source = f"{RUN_FILES.history}, and that of train key {after.run['train_key'][:8]}"
     figure = canvas(1400, 800, title, footer(collapsed.run, source))

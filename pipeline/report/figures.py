@@ -30,7 +30,7 @@ from pipeline.report.style import (
     start_line,
     steps_axis,
     value_axis,
-)  # fmt: skip
+)
 from pipeline.rl.metrics import METRICS
 
 UNITS = {
@@ -94,9 +94,16 @@ def _legend(axes: Axes, handles: dict[str, Any]) -> None:
     """Above the axes in one row, where it hides nothing."""
     axes.set_title(" ")  # keeps the room; the legend itself must not squeeze the axes
     legend = axes.legend(
-        list(handles.values()), list(handles), loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(handles),
-        borderaxespad=0.2, borderpad=0.2, handlelength=1.6, columnspacing=1.6,
-    )  # fmt: skip
+        list(handles.values()),
+        list(handles),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=len(handles),
+        borderaxespad=0.2,
+        borderpad=0.2,
+        handlelength=1.6,
+        columnspacing=1.6,
+    )
     legend.set_in_layout(False)
 
 
@@ -190,7 +197,7 @@ def _panel(axes: Axes, history: pd.DataFrame, series: Series, zero: bool = False
 
 
 def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
-    """|sampled - scored| logprob: rounding when the loss scores what was sampled, nats when it scores something else."""
+    """|sampled - scored| logprob: rounding where the loss scores the sampled tokens, nats where it scores others."""
     steps, gap = _columns(history, "step", "logprob_gap")
     gap = np.where(np.isfinite(gap), np.maximum(gap, GAP_FLOOR), np.nan)
     line(axes, steps, gap, RED)

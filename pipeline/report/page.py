@@ -1,4 +1,4 @@
-"""reports/page/report.html: one page that needs nothing else. Every text in it is escaped; completions are untrusted."""
+"""reports/page/report.html: one self-contained page. Completions are untrusted, so every text is escaped."""
 
 import base64
 import hashlib
