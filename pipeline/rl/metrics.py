@@ -39,7 +39,7 @@ METRICS = {metric.name: metric for metric in (
     Metric("ref_kl_se", "nats per token", "standard error of the KL to the reference"),
     Metric("ref_kl_k3", "nats per token", "KL to the reference (k3)"),
     Metric("ref_kl_sequence", "nats per completion", "KL to the reference"),
-    Metric("ref_logprob", "nats per token", "logprob by the checkpoint", calibrated=True),
+    Metric("ref_logprob", "nats per token", "logprob by the reference", calibrated=True),
     Metric("policy_logprob", "nats per token", "logprob by the policy"),
     Metric("certain_run", "tokens", "longest certain run"),
     Metric("logprob_gap", "nats", "largest |sampled − scored| logprob"),
