@@ -158,7 +158,7 @@ def collapsed(history: pd.DataFrame, steps: int, difference: dict[str, float | N
     entropy   mean of the last WINDOW steps below a tenth of the first step's, or no number
     distinct  fewer than a tenth of the completions of a step differ, same window
     empty     more than half of the completions are empty, same window
-    reward    the held-out reward is below the untouched checkpoint's, with the 95% interval of the difference
+    reward    the held-out reward is below the reference's, with the 95% interval of the difference
     stopped   before its last step, at a number that is not finite
     """
     end = history.iloc[-WINDOW:].mean()
@@ -278,8 +278,8 @@ def onsets(rows: pd.DataFrame) -> float:
 
 
 COLUMNS = (
-    "changed", "seeds", "held-out reward", "over the checkpoint", "entropy, nats", "different completions, %", "empty, %",
-    "checkpoint's log-likelihood, change", "collapsed: how", "from step", "the start's choice",
+    "changed", "seeds", "held-out reward", "over the reference", "entropy, nats", "different completions, %", "empty, %",
+    "reference's log-likelihood, change", "collapsed: how", "from step", "the start's choice",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def labels(content: dict[str, Any]) -> dict[str, int]:
 
 
 def bad(evaluation: dict[str, Any], first: dict[str, Any]) -> set[str]:
-    """The ways in which one held-out evaluation is bad, compared with the untouched policy's."""
+    """The ways in which one held-out evaluation is bad, compared with the reference's."""
     spread = math.sqrt(sum(statistics.variance(pair) for pair in first["rewards"]) / len(first["rewards"]))
     pairs = zip(evaluation["rewards"], first["rewards"], strict=True)
     differences = [statistics.fmean(after) - statistics.fmean(before) for after, before in pairs]

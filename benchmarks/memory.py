@@ -70,7 +70,7 @@ def sizes(shape: str) -> Sizes:
 def predicted(shape: str, setting: str, processes: int = 1) -> dict[str, float]:
     """Bytes on one device, by what takes them.
 
-    weights: float32, 4 a parameter; of the frozen ones of a policy with adapters and of the untouched checkpoint, 2 in
+    weights: float32, 4 a parameter; of the frozen ones of a policy with adapters and of the reference, 2 in
     linear layers where the recipe says bfloat16. Adam 8 a trained parameter, gradient 4; both and the weights divided by
     the processes where the policy is spread over them. gathered: embedding and head, which FSDP then keeps whole from the
     forward pass to the end of the backward pass. rounded: autocast's copies of trained linear layers in bfloat16, which the

@@ -80,7 +80,7 @@ def two_steps() -> dict[str, Any]:
     forget_peak(device)
     before = peak(device)
     setting, policy = build_context(params, device, processes)
-    let_go_of_files([setting.rollout_model] + ([] if setting.params.train.lora_rank else [untouched(setting)]))
+    let_go_of_files([setting.rollout_model] + ([] if setting.params.train.lora_rank else [reference_model(setting)]))
     forget_peak(device)
     optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
     run = TrainState()
@@ -99,7 +99,7 @@ def two_steps() -> dict[str, Any]:
     }
 
 
-def untouched(setting: Any) -> torch.nn.Module:
+def reference_model(setting: Any) -> torch.nn.Module:
     with setting.reference() as reference:
         return reference
 

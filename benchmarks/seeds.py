@@ -14,8 +14,8 @@ from ruamel.yaml import YAML
 from benchmarks.ablation import git, others, read_run, row_of_run, spread
 
 COLUMNS = (
-    "reward", "recipe", "seeds", "held-out reward", "over the untouched checkpoint", "seeds whose 95% interval is above 0",
-    "checkpoint's log-likelihood of what it says, change, nats a token", "entropy at the end, nats a token",
+    "reward", "recipe", "seeds", "held-out reward", "over the reference", "seeds whose 95% interval is above 0",
+    "reference's log-likelihood of what it says, change, nats a token", "entropy at the end, nats a token",
     "different completions, %", "sampled − scored logprob at the start, nats", "collapsed",
 )  # fmt: skip
 

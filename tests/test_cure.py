@@ -62,7 +62,7 @@ def test_gone_for_a_reward_that_no_held_out_prompt_confirms(collapsed: inputs.In
     worse = healthy.rewards["embedding"] | {"difference": {"mean": -1.0, "low": -1.5, "high": -0.5}}
     answer = cure_page.answer(collapsed, healthy._replace(rewards=healthy.rewards | {"embedding": worse}))
     assert answer.title == "The collapse is gone"
-    assert answer.text.endswith("But its held-out reward is below the untouched checkpoint's.")
+    assert answer.text.endswith("But its held-out reward is below the reference model's.")
 
 
 def test_not_gone_names_what_is_left_and_what_is_gone(collapsed: inputs.Inputs) -> None:
@@ -93,7 +93,7 @@ def test_the_answer_comes_first_and_both_runs_stand_side_by_side(
     assert re.search(r"</style>\s*</head>\s*<body>\s*<header>\s*<h1>The collapse is gone</h1>", html)
     for expected in (
         "without the change Not healthy Misaligned objective from step 1",
-        "with the change Healthy No sign of collapse. Held-out reward, over the untouched checkpoint: +1.20",
+        "with the change Healthy No sign of collapse. Held-out reward, over the reference model: +1.20",
         "recipes.stable.alignment=correct for: Misaligned objective It is no gradient. Williams",
         "dvc exp run --temp --name cure-12345678 -S model=pocket ",
         "dvc exp apply cure-12345678",
@@ -127,7 +127,7 @@ def test_completions_are_those_of_the_same_prompt_and_sample(collapsed: inputs.I
     after = healthy._replace(completions=healthy.completions[:0:-1])  # in another order, without the first
     shown = cure_page.beside(collapsed, after)
     assert len(shown) == page.EXAMPLES
-    names = ["before training", "without the change", "with the change"]
+    names = ["reference model", "without the change", "with the change"]
     for prompt, sides in shown:
         assert [name for name, _, _ in sides] == names
         number = int(re.findall(r"\d+", prompt)[0])
@@ -136,7 +136,7 @@ def test_completions_are_those_of_the_same_prompt_and_sample(collapsed: inputs.I
         assert [reward for _, reward, _ in sides] == [-6.2, -11.6, -5.0]
 
 
-def test_an_untouched_score_that_the_change_moves_is_said(collapsed: inputs.Inputs, healthy: inputs.Inputs) -> None:
+def test_a_reference_score_that_the_change_moves_is_said(collapsed: inputs.Inputs, healthy: inputs.Inputs) -> None:
     note = "The change also alters how texts are sampled or read"
     assert note not in rendered(collapsed, healthy)
     moved = healthy.rewards["length"] | {"checkpoint": {"mean": -15.0, "low": -16.0, "high": -14.0}}

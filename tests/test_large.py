@@ -226,7 +226,7 @@ def test_trained_adapters_load_in_peft_and_go_on_after_a_kill(
     assert {"data/policy/adapter_model.safetensors", "data/policy/adapter_config.json"} <= set(outputs)
     assert "data/policy/model.safetensors" not in outputs
     assert rows[0]["ref_kl_k1"] == pytest.approx(0, abs=1e-6)
-    assert rows[-1]["ref_kl_k3"] > 0, "the policy has left the checkpoint"
+    assert rows[-1]["ref_kl_k3"] > 0, "the policy has left the reference"
     forget(adapted)
     said = interrupted(adapted, {"PYTHONHASHSEED": "2"}, signal.SIGKILL)
     assert "Traceback" not in said

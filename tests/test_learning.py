@@ -39,7 +39,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def test_the_held_out_reward_rises_by_three_standard_errors(
     pocket: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None, reward: str, seed: int
 ) -> None:
-    """Over the untouched checkpoint, paired by prompt and random numbers; the standard error is that of prompts."""
+    """Over the reference model, paired by prompt and random numbers; the standard error is that of prompts."""
     monkeypatch.chdir(pocket.root)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.delenv("DVC_ROOT", raising=False)

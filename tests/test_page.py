@@ -114,7 +114,7 @@ def test_a_collapsed_run_says_what_when_why_and_the_cure(report: str) -> None:
     assert "step 6 , reward −11.5" in said
     assert "dvc exp run -S recipe=stable -S recipes.stable.alignment=correct -S recipes.stable.lr=0.0001" in said
     assert "recipes.stable.lr=0.0001 for: One text for all Smaller steps. docs/COLLAPSE.md" in said
-    assert "holds the untouched checkpoint" in said
+    assert "holds the reference model" in said
     assert '<a href="#step-6">' in report
     assert '<button id="to-onset" type="button">onset, step 1</button>' in report
 

@@ -44,7 +44,7 @@ def test_the_checkpoint_is_small_and_of_pythias_architecture() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_untouched_completions_are_seldom_empty_and_long_enough() -> None:
+def test_completions_of_the_reference_are_seldom_empty_and_long_enough() -> None:
     tokenizer = load_tokenizer(POCKET / "checkpoint")
     ids = [tokenizer(prompt)["input_ids"] for prompt in heldout_prompts()]
     eos, group, limit = tokenizer.eos_token_id, 2, 20

@@ -305,7 +305,7 @@ def test_calibration_changes_nothing_else(here: Project) -> None:
 
 
 def test_calibration_measures_what_training_does_where_nothing_is_learnt(here: Project) -> None:
-    """A step at a learning rate of next to nothing is one more batch of the untouched policy."""
+    """A step at a learning rate of next to nothing is one more batch of the reference."""
     here.edit(recipes__stable__lr=1e-30, train__calibration_batches=60, train__steps=60, train__checkpoint_every=60)
     train.main()
     rows, batches = history(here), read_csv(here.root / "reports/train/calibration.csv")

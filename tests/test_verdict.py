@@ -42,7 +42,7 @@ from tests.models import PARAMS
 from tests.project import Project
 
 STEPS, PROMPTS = 20, 16
-NORMAL = {  # of the untouched policy: mean and spread of a batch
+NORMAL = {  # of the reference: mean and spread of a batch
     "reward_mean": (-6.5, 0.06), "entropy": (3.7, 0.05), "ref_logprob": (-3.6, 0.08), "empty_share": (0.03, 0.02),
     "distinct_completions": (0.97, 0.02), "repeated_3grams": (0.02, 0.01), "reward_std_within": (0.45, 0.03),
 }  # fmt: skip
@@ -271,7 +271,7 @@ def test_rewards_without_any_spread_neither_rise_nor_fall() -> None:
     assert [f.kind for f in findings(rows, spreads, STEPS)] == ["starved"]
 
 
-def test_a_loud_untouched_policy_moves_the_limits() -> None:
+def test_a_noisy_reference_moves_the_limits() -> None:
     """Where batches differ that much without learning, more is asked for; of a share at most THRESHOLDS.certain."""
     draw = random.Random(0)
     rows = [batch(draw) | {"empty_share": draw.choice([0.0, 0.4]), "ref_logprob": draw.gauss(-3, 1)} for _ in range(8)]

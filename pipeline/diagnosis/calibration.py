@@ -1,4 +1,4 @@
-"""Each metric's mean and spread over batches that the reference samples before training, and the limits that they set."""
+"""Each metric's mean and spread over batches sampled from the reference before training, and the limits from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ class Limit:
     metric: str
     side: Literal["above", "below"]
     threshold: float
-    untouched: Spread | None = None  # None: the threshold stands by itself
+    reference: Spread | None = None  # None: the threshold stands by itself
 
     def passed(self, row: Row) -> bool:
         value = row[self.metric]
@@ -45,9 +45,9 @@ class Limit:
 
 
 def null_statistics(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
-    """The spread of each metric over the calibration's batches of B = `prompts` prompts; undefined metrics are left out.
+    """Return each metric's spread over the calibration batches of `prompts` prompts; leave out undefined metrics.
 
-    The reward's comes from the prompts inside the batches (`reward_se`), which are many more than the batches.
+    The reward's spread comes from the prompts inside the batches (`reward_se`): far more of them than batches.
     """
     spreads = {}
     for name in [column for column in rows[0] if column != "batch"]:

@@ -37,11 +37,17 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
             source = "Pascanu et al. 2013 (arXiv 1211.5063)"
         case "misaligned":
             changes = {"alignment": "correct"} if recipe.alignment != "correct" else {}
-            reason = "the loss must score the tokens that were sampled, each given those before it: anything else is no policy gradient"
+            reason = (
+                "the loss must score the tokens that were sampled, each given those before it: anything else is "
+                "no policy gradient"
+            )
             source = "docs/THEORY.md; Williams 1992"
         case "starved":
             more: Changes = {"train.samples_per_prompt": 4 * train.samples_per_prompt}
-            reason = "equal rewards leave no difference to learn from; more samples a prompt may find the rare one that scores"
+            reason = (
+                "equal rewards leave no difference to learn from; more samples a prompt may find the rare one "
+                "that scores"
+            )
             return Cure(more, reason, "DAPO (arXiv 2503.14476)")
         case "step-size" | "gibberish" if recipe.entropy_coef > 0:
             changes = {"entropy_coef": 0.0}
@@ -49,19 +55,28 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
             source = "docs/THEORY.md"
         case "step-size":
             changes = slower
-            reason = "updates that change the policy too much at once take it where its own samples no longer tell the way back"
+            reason = (
+                "updates that change the policy too much at once take it where its own samples no longer tell "
+                "the way back"
+            )
             source = "docs/COLLAPSE.md; Schulman et al. 2015 (arXiv 1502.05477)"
         case "empty" | "hacking" if finding.passes("empty_share") and recipe.special_tokens == "keep":
             changes = {"special_tokens": "strip"} | add_kl_and_slow_down(recipe, spreads, slower)
-            reason = "the reward reads end-of-text tokens as text and pays for silence; without them, a KL term and smaller steps keep the policy from narrowing to one text"
+            reason = (
+                "the reward reads end-of-text tokens as text and pays for silence; without them, a KL term and "
+                "smaller steps keep the policy from narrowing to one text"
+            )
             source = "docs/COLLAPSE.md"
         case "gibberish" if recipe.baseline == "none":
             changes = {"baseline": "rloo"} | add_kl_and_slow_down(recipe, spreads, slower)
-            reason = "without a baseline rewards of one sign push all probabilities one way; a KL term and smaller steps hold what the mended gradient could still break"
+            reason = (
+                "without a baseline rewards of one sign push all probabilities one way; a KL term and smaller "
+                "steps hold what the mended gradient could still break"
+            )
             source = "docs/COLLAPSE.md; Ahmadian et al. 2024 (arXiv 2402.14740)"
         case _:
             changes = add_kl_and_slow_down(recipe, spreads, slower)
-            reason = "a KL term makes leaving the checkpoint's language cost reward; smaller steps leave it time to act"
+            reason = "a KL term makes leaving the reference's language cost reward; smaller steps leave it time to act"
             source = "docs/COLLAPSE.md; Ziegler et al. 2019 (arXiv 1909.08593)"
     return Cure({f"{where}.{key}": value for key, value in changes.items()}, reason, source)
 

@@ -16,9 +16,9 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
         return spreads[metric].mean if metric in spreads else math.nan
 
     def share(metric: str) -> str:
-        return f"{row[metric]:.0%} at step {step}, {before(metric):.0%} untouched"
+        return f"{row[metric]:.0%} at step {step}, {before(metric):.0%} for the reference"
 
-    reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} untouched"
+    reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} for the reference"
     match finding.kind:
         case "numeric":
             return f"At step {finding.onset} the loss, the gradient or a log-probability is not a finite number."
@@ -29,15 +29,15 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
             )
         case "starved":
             return (
-                f"In {len(rows)} steps {finding.evidence[0].value:.0%} of the prompts gave all of their samples the same "
-                "reward: there is nothing to learn from."
+                f"In {len(rows)} steps {finding.evidence[0].value:.0%} of the prompts gave all of their samples the "
+                "same reward: there is nothing to learn from."
             )
         case "hacking":
             broken = {
                 "empty_share": f"{row['empty_share']:.0%} are empty",
                 "repeated_3grams": f"{row['repeated_3grams']:.0%} of their 3-grams are repeats",
-                "ref_logprob": f"the checkpoint finds them {before('ref_logprob') - row['ref_logprob']:.1f} nats a token "
-                "less likely than its own",
+                "ref_logprob": "the reference model finds them "
+                f"{before('ref_logprob') - row['ref_logprob']:.1f} nats a token less likely than its own",
             }
             said = " and ".join(text for metric, text in broken.items() if finding.passes(metric))
             return f"{since} the reward is higher ({reward}) for completions that have fallen apart: {said}."
@@ -47,25 +47,28 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
             return f"{since} completions repeat themselves; repeats among their 3-grams: {share('repeated_3grams')}."
         case "gibberish":
             return (
-                f"{since} the untouched checkpoint finds the completions improbable: {row['ref_logprob']:.1f} nats a token "
+                f"{since} the reference model finds the completions improbable: {row['ref_logprob']:.1f} nats a token "
                 f"at step {step}, {before('ref_logprob'):.1f} for its own."
             )
         case "mode":
             signs = {
                 "distinct_completions": f"different completions: {share('distinct_completions')}",
-                "entropy": f"entropy: {row['entropy']:.2g} nats a token at step {step}, {before('entropy'):.2g} untouched",
+                "entropy": f"entropy: {row['entropy']:.2g} nats a token at step {step}, "
+                f"{before('entropy'):.2g} for the reference",
             }
             said = "; ".join(text for metric, text in signs.items() if finding.passes(metric))
-            return f"{since} the policy says ever the same; {said}."
+            return f"{since} the policy gives almost the same completion every time; {said}."
         case "step-size":
             updates = [shown for shown in finding.evidence if shown.limit.metric == "update_kl"]
             large = "".join(f" The update of step {u.step} moved it by {u.value:.2g} nats a token." for u in updates)
-            return f"{since} the policy earns less than before training: {reward}.{large}"
+            return f"{since} the policy earns less than the reference: {reward}.{large}"
 
 
 def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int) -> str:
-    """The verdict in one or two sentences: the first finding, and of the later ones the one that is visible last; ties go
-    to the earliest onset."""
+    """Return the verdict in one or two sentences: the first finding and the later one that is visible last.
+
+    The earliest onset breaks ties.
+    """
     if not found and steps < THRESHOLDS.patience:
         return f"Too short to tell: a collapse has to last {THRESHOLDS.patience} steps to count."
     if not found:

@@ -75,10 +75,10 @@ def findings(
 ) -> list[Finding]:
     """Every kind of collapse in the history so far, by onset; [] = healthy.
 
-    rows: of history.csv, from step 0; spreads: see `null_statistics`; steps: that the run is meant to have. A kind counts
-    once its signs have held for `patience` steps in a row. For metrics that are normal over batches, the limits keep the
-    chance that a run which does not learn passes one at all below FALSE_ALARMS, all its steps and metrics together
-    (Bonferroni); shares count from `certain` on whatever chance allows.
+    rows: of history.csv, from step 0; spreads: see `null_statistics`; steps: the planned length of the run. A kind
+    counts once its signs have held for `patience` steps in a row. Where metrics are normal over batches, a run that
+    does not learn passes any limit at any step with a chance below FALSE_ALARMS (Bonferroni over steps and metrics).
+    Shares beyond `certain` always count.
     """
     found = [detect_nonfinite(rows), misaligned(rows, thresholds), zero_reward_variance(rows, spreads, thresholds)]
     limits = limits_of_run(spreads, steps, thresholds)
@@ -90,8 +90,10 @@ def findings(
 
 
 def confirmed_healthy_steps(found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS) -> int:
-    """Of `done` steps, how many of the first are before any collapse, whatever later steps will show. `zero_reward_variance` does
-    not count: rewards may still begin to differ."""
+    """Return how many of the first `done` steps lie before any collapse, whatever later steps show.
+
+    The finding "starved" does not count: rewards may still begin to differ.
+    """
     onsets = [finding.onset for finding in found if finding.kind != "starved"]
     return min([*onsets, done - thresholds.patience + 1])
 
@@ -149,7 +151,7 @@ def detection_rules(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ..
 
 
 def not_passed(limit: Limit) -> Limit:
-    return Limit(limit.metric, "below" if limit.side == "above" else "above", limit.threshold, limit.untouched)
+    return Limit(limit.metric, "below" if limit.side == "above" else "above", limit.threshold, limit.reference)
 
 
 def detect_sustained(

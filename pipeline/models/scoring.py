@@ -138,7 +138,7 @@ def score_microbatched(
 def score_rollout(
     model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
 ) -> Tensor:
-    """Log-probabilities [N, T] of a rollout under another model, such as the untouched checkpoint. No gradient."""
+    """Log-probabilities [N, T] of a rollout under another model, such as the reference. No gradient."""
     return score_microbatched(model, rollout, micro_batch, temperature, packing).logprobs
 
 

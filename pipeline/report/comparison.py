@@ -25,7 +25,7 @@ NUMBERS = {  # column of the table -> of the history, mean of the last steps; No
 }
 LEGEND = (
     f"training reward, entropy (nats a token) and share of different completions: of the last {LAST_STEPS} training steps; "
-    "held-out gain: reward on held-out prompts, trained policy minus untouched checkpoint"
+    "held-out gain: reward on held-out prompts, trained policy minus reference model"
 )
 OVER_SEEDS = "mean ± standard deviation over seeds"
 OF_ONE_SEED = "of one seed, the gain with its 95% interval over held-out prompts"
@@ -81,8 +81,10 @@ def configurations(trainings: Iterable[RunSummary]) -> tuple[list[Configuration]
 
 
 def cells(configured: Sequence[dict[str, str]], digests: Sequence[str]) -> list[dict[str, str]]:
-    """What the table shows of each configuration: the parameters that differ, long ones shortened. Where these look alike,
-    the beginning of the configuration's digest tells them apart."""
+    """Return the table's cells of each configuration: the parameters that differ, long ones shortened.
+
+    Where these look alike, the beginning of the configuration's digest tells them apart.
+    """
     names = differing(configured)
     shown = [{name: shortened(one_line(params.get(name, ABSENT))) for name in names} for params in configured]
     if len({tuple(each.values()) for each in shown}) == len(shown):
@@ -97,8 +99,10 @@ def shortened(text: str) -> str:
 
 
 def same_evaluation(group: list[RunSummary]) -> list[RunSummary]:
-    """Without the gains on other held-out prompts, or measured otherwise, than most; of as many, than the first seed's: not
-    by time, which is when it was trained in MLflow's record and when it was evaluated in DVC's."""
+    """Drop the gains that were not measured on the prompts and in the way that most were.
+
+    The first seed breaks ties. Time cannot: MLflow's is that of training, DVC's that of the evaluation.
+    """
     ways = Counter(training.measured for training in group if training.gain is not None)
     how = ways.most_common(1)[0][0] if ways else None  # in the order of the seeds where the counts are equal
     return [
@@ -118,8 +122,8 @@ def caveats(found: Sequence[Configuration]) -> list[str]:
     dropped = [training for training in trainings if training.gain is None and training.measured is not None]
     if dropped or changed(evaluated, ("prompts",), lambda training: training.measured):
         texts.append(
-            "held-out gains were measured on different prompts, or with other `evaluate` parameters, and are averaged only "
-            "where they were not; `dvc exp run` with the same ones measures again and trains nothing"
+            "held-out gains were measured on different prompts, or with other `evaluate` parameters, and are averaged "
+            "only where they were not; `dvc exp run` with the same ones measures again and trains nothing"
         )
     return texts
 

@@ -26,7 +26,7 @@ from pipeline.report.style import (
     share_axis,
     steps_axis,
     value_axis,
-)  # fmt: skip
+)
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, INK, "#56B4E9")  # the last one is of Okabe & Ito's palette too
 LOOKS = 2 * len(COLOURS)  # each solid and dashed
@@ -85,9 +85,7 @@ def uneven(configuration: Configuration) -> bool:
     return len({max(training.curve("lr"), default=-1) for training in configuration.trainings}) > 1
 
 
-def _panel(
-    axes: Axes, panel: Sequence[Configuration], column: str, looks: Sequence[Look], of_reward: bool
-) -> None:  # fmt: skip
+def _panel(axes: Axes, panel: Sequence[Configuration], column: str, looks: Sequence[Look], of_reward: bool) -> None:
     drawn, last = [], 0
     for each, (colour, dashes) in zip(panel, looks, strict=True):
         values = band(each, column)
@@ -143,9 +141,7 @@ def room_of(legend: Sequence[Sequence[str]], beside: int) -> float:
     return max(sum(len(lines) + GAP for lines in legend[column::beside]) for column in range(beside)) + 0.5
 
 
-def _legend(
-    axes: Axes, legend: Sequence[Sequence[str]], looks: Sequence[Look], room: float, beside: int
-) -> None:  # fmt: skip
+def _legend(axes: Axes, legend: Sequence[Sequence[str]], looks: Sequence[Look], room: float, beside: int) -> None:
     """Below a panel, whose axes are `room` lines of text high."""
     for column in range(beside):
         place = 0.5
@@ -153,8 +149,14 @@ def _legend(
             for number, text in enumerate(lines):
                 mark = ("╍ " if dashes else "━ ") if number == 0 else "    "
                 written = axes.text(
-                    column / beside, 1 - (place + number) / room, mark + text, transform=axes.transAxes, va="top",
-                    fontsize=12, color=GREY if number else colour, fontweight="normal" if number else "bold",
-                )  # fmt: skip
+                    column / beside,
+                    1 - (place + number) / room,
+                    mark + text,
+                    transform=axes.transAxes,
+                    va="top",
+                    fontsize=12,
+                    color=GREY if number else colour,
+                    fontweight="normal" if number else "bold",
+                )
                 written.set_in_layout(False)  # a long one must not squeeze the panels
             place += len(lines) + GAP

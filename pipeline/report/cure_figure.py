@@ -23,12 +23,12 @@ from pipeline.report.style import (
     start_line,
     steps_axis,
     value_axis,
-)  # fmt: skip
+)
 
 PANELS = {  # column -> its name
     "reward_mean": "mean reward",
     "entropy": "entropy",
-    "ref_logprob": "checkpoint's log-likelihood",
+    "ref_logprob": "reference's log-likelihood",
     "distinct_completions": "different completions",
     "empty_share": "empty completions",
 }
@@ -36,9 +36,11 @@ PANELS = {  # column -> its name
 
 @figure_function
 def overlay(
-    collapsed: Inputs, after: Inputs, title: str = "The run without and with the change",
+    collapsed: Inputs,
+    after: Inputs,
+    title: str = "The run without and with the change",
     names: tuple[str, str] = ("without the change", "with the change"),
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Five columns of history.csv over the steps of both runs; vertical lines where findings set in."""
     source = f"{RUN_FILES.history}, and that of train key {after.run['train_key'][:8]}"
     figure = canvas(1400, 800, title, footer(collapsed.run, source))
@@ -77,5 +79,5 @@ def _legend(axes: Axes, collapsed: Inputs, after: Inputs, names: tuple[str, str]
         top = 0.98 - 0.46 * place
         axes.text(0, top, f"{mark} {name}", color=colour, fontsize=15, fontweight="bold", va="top")
         axes.text(0.07, top - 0.1, "\n".join([*verdict, *more]), color=INK, va="top")
-    words = "vertical lines: onsets of the findings\ndotted: step 0, the untouched checkpoint"
+    words = "vertical lines: onsets of the findings\ndotted: step 0, the reference model"
     axes.text(0, 0.0, words, color=GREY, fontsize=12, va="bottom")

@@ -46,7 +46,7 @@ def answer(collapsed: Inputs, after: Inputs) -> Answer:
     text += f" Gone: {', '.join(gone)}." if title == "Not gone" and gone else ""
     difference = after.rewards[after.trained]["difference"]
     if not found and difference["high"] is not None and difference["high"] < 0:
-        text += " But its held-out reward is below the untouched checkpoint's."
+        text += " But its held-out reward is below the reference model's."
     return Answer(title, text)
 
 
@@ -75,7 +75,7 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str) -> str:
             figure=base64.b64encode(figure).decode(),
             caption=CAPTION,
             rewards=[(reward, collapsed.rewards[reward], after.rewards[reward]) for reward in rewards],
-            own_untouched=any(
+            reference_differs=any(
                 collapsed.rewards[reward]["checkpoint"] != after.rewards[reward]["checkpoint"] for reward in rewards
             ),
             trained=collapsed.trained,
@@ -101,20 +101,20 @@ def number_rows(collapsed: Inputs, after: Inputs) -> list[tuple[str, list[str]]]
 
 
 def statistics(collapsed: Inputs, after: Inputs) -> list[tuple[str, list[Any]]]:
-    """Each statistic of the held-out texts: of the checkpoint, without and with the change."""
+    """Each statistic of the held-out texts: of the reference, without and with the change."""
     changed = {name: value for name, _, value in text_rows(after)}
     return [(name, [before, without, changed.get(name)]) for name, before, without in text_rows(collapsed)]
 
 
 def beside(collapsed: Inputs, after: Inputs) -> list[tuple[str, list[tuple[str, float | None, str]]]]:
-    """Held-out prompts with what is said before training, without and with the change: (who, its reward, text)."""
+    """Held-out prompts with the completions of the reference, without and with the change: (who, its reward, text)."""
     others = {(row["prompt"], row["sample"]): row for row in after.completions}
     rows = [row for row in collapsed.completions if (row["prompt"], row["sample"]) in others]
     made = []
     for row in examples(rows):
         other = others[row["prompt"], row["sample"]]
         rewards = [each["rewards"].get(collapsed.trained, (None, None)) for each in (row, other)]
-        sides = [("before training", rewards[0][0], row["checkpoint"])]
+        sides = [("reference model", rewards[0][0], row["checkpoint"])]
         sides += [("without the change", rewards[0][1], row["policy"])]
         sides += [("with the change", rewards[1][1], other["policy"])]
         made.append((row["prompt"], sides))

@@ -30,7 +30,7 @@ from pipeline.report.style import (
     start_line,
     steps_axis,
     value_axis,
-)  # fmt: skip
+)
 from pipeline.rl.metrics import METRICS
 
 UNITS = {
@@ -43,8 +43,8 @@ GAP_ROUNDING = 1e-3  # float32 keeps the gap below this; a shifted objective is 
 Series = list[tuple[str, str, str]]  # column, its name in the panel, colour
 PANELS: list[tuple[Series, bool]] = [  # and whether zero must be in sight
     ([("entropy", "entropy", BLUE)], True),
-    ([("ref_kl_k1", "KL to checkpoint, k1", BLUE), ("ref_kl_k3", "k3", ORANGE)], True),
-    ([("ref_logprob", "logprob by checkpoint", INK), ("policy_logprob", "policy", BLUE)], False),
+    ([("ref_kl_k1", "KL to reference, k1", BLUE), ("ref_kl_k3", "k3", ORANGE)], True),
+    ([("ref_logprob", "logprob by reference", INK), ("policy_logprob", "policy", BLUE)], False),
     ([("distinct_completions", "distinct texts", BLUE), ("distinct_2", "2-grams", GREEN)], False),
     ([("repeated_3grams", "repeated 3-grams", RED), ("top_token_share", "top token", PURPLE)], False),
     ([("ended_share", "ended by EOS", GREEN), ("empty_share", "empty", RED)], False),
@@ -94,9 +94,16 @@ def _legend(axes: Axes, handles: dict[str, Any]) -> None:
     """Above the axes in one row, where it hides nothing."""
     axes.set_title(" ")  # keeps the room; the legend itself must not squeeze the axes
     legend = axes.legend(
-        list(handles.values()), list(handles), loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(handles),
-        borderaxespad=0.2, borderpad=0.2, handlelength=1.6, columnspacing=1.6,
-    )  # fmt: skip
+        list(handles.values()),
+        list(handles),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=len(handles),
+        borderaxespad=0.2,
+        borderpad=0.2,
+        handlelength=1.6,
+        columnspacing=1.6,
+    )
     legend.set_in_layout(False)
 
 
@@ -115,7 +122,7 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
         for panel in (axes, side):
             _reference_line(panel, held_out["checkpoint"]["mean"])
     side.set_xlim(-0.6, 1.6)
-    side.set_xticks([0, 1], ["untouched", "trained"], color=INK)
+    side.set_xticks([0, 1], ["reference", "trained"], color=INK)
     one_prompt = held_out["policy"]["mean"] is not None and held_out["policy"]["low"] is None
     side.set_xlabel("held-out, one prompt" if one_prompt else "held-out, 95% interval", fontsize=12)
     side.grid(axis="x", visible=False)
@@ -151,7 +158,7 @@ def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
 @figure_function
 def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
     """Small multiples: each panel shows one way in which a policy can fall apart."""
-    title = "Collapse diagnostics  (dotted: step 0, the untouched checkpoint)"
+    title = "Collapse diagnostics  (dotted: step 0, the reference model)"
     figure = canvas(1400, 800, title, footer(run, RUN_FILES.history))
     panels = figure.subplots(3, 3, sharex=True).ravel()
     for panel, (series, zero) in zip(panels, PANELS, strict=False):
@@ -190,7 +197,7 @@ def _panel(axes: Axes, history: pd.DataFrame, series: Series, zero: bool = False
 
 
 def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
-    """|sampled - scored| logprob: rounding when the loss scores what was sampled, nats when it scores something else."""
+    """|sampled - scored| logprob: rounding where the loss scores the sampled tokens, nats where it scores others."""
     steps, gap = _columns(history, "step", "logprob_gap")
     gap = np.where(np.isfinite(gap), np.maximum(gap, GAP_FLOOR), np.nan)
     line(axes, steps, gap, RED)
@@ -216,12 +223,12 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
     handles = _reward_lines(left, history, run, spread=False)
     start = held_out["checkpoint"]["mean"]
     if start is not None:
-        handles["untouched, held-out"] = _reference_line(left, start)
+        handles["reference, held-out"] = _reference_line(left, start)
     _legend(left, handles)
     value_axis(left, reward_label(run), *_columns(history, "reward_mean", "baseline"))
     right = [figure.add_subplot(grid[row, 1]) for row in range(3)]
     _panel(right[0], history, [("entropy", "entropy", BLUE)], zero=True)
-    _panel(right[1], history, [("ref_kl_k1", "KL to the checkpoint (k1)", BLUE)], zero=True)
+    _panel(right[1], history, [("ref_kl_k1", "KL to the reference (k1)", BLUE)], zero=True)
     _panel(right[2], history, [("distinct_completions", "distinct completions", BLUE)])
     for panel in right:
         steps_axis(panel, _columns(history, "step")[0], label=panel is right[2])

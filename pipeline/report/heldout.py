@@ -17,7 +17,7 @@ def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any]) -> Figu
     """Held-out difference of every reward, each on its own scale, and how often the trained policy wins."""
     names = sorted(metrics, key=lambda name: (name != trained, name))
     height = max(800, 190 + 116 * len(names))
-    title = "Held-out rewards: trained policy minus untouched checkpoint"
+    title = "Held-out rewards: trained policy minus reference model"
     figure = canvas(1400, height, title, footer(run, RUN_FILES.metrics))
     grid = figure.subplots(len(names), 2, width_ratios=[5, 2], squeeze=False)
     for (left, right), name in zip(grid, names, strict=True):

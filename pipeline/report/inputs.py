@@ -36,8 +36,10 @@ class Inputs(NamedTuple):
 
 
 def load(reports: Path = REPORTS) -> Inputs:
-    """Reads a folder of reports. Raises UserError for a file that is missing, is not what its stage writes, or is of another
-    run than the rest."""
+    """Read a folder of reports.
+
+    Raises UserError for a file that is missing, that its stage did not write, or that belongs to another run.
+    """
     files = RunFiles(reports)
     run, metrics, history = read_result(files.run), read_result(files.metrics), read_result(files.history)
     (measured,), _ = read_result(files.measured), read_result(files.summary)

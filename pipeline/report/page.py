@@ -1,4 +1,4 @@
-"""reports/page/report.html: one page that needs nothing else. Every text in it is escaped; completions are untrusted."""
+"""reports/page/report.html: one self-contained page. Completions are untrusted, so every text is escaped."""
 
 import base64
 import hashlib
@@ -23,10 +23,10 @@ CAPTIONS = {
     "overview": "Left, the mean reward of each step with its standard error and the baseline that is subtracted; "
     "right, three signs of collapse.",
     "reward": "Mean reward of the sampled completions with standard error, spread and baseline; at the right the "
-    "held-out means of the untouched checkpoint (also the dashed line) and of the trained policy",
+    "held-out means of the reference model (also the dashed line) and of the trained policy",
     "variance": "The policy gradient comes from reward differences within a prompt: where that variance ends, "
     "or many prompts give every sample the same reward, there is nothing left to learn from.",
-    "collapse": "Each panel watches one way to fall apart; dotted lines are the untouched checkpoint at step 0. "
+    "collapse": "Each panel watches one way to fall apart; dotted lines are the reference model at step 0. "
     "A logprob gap above rounding at step 0 means that the loss does not score the tokens that were sampled.",
     "evaluate": "Both models on the same held-out prompts with the same random numbers, for every reward, "
     "each on its own scale",
@@ -131,11 +131,11 @@ def command_line(command: str) -> Markup:
 
 
 def text_rows(inputs: Inputs) -> list[tuple[str, Any, Any]]:
-    """(statistic, checkpoint, policy) of the held-out texts, in the order of the file."""
+    """(statistic, reference, policy) of the held-out texts, in the order of the file."""
     before, after = flatten(inputs.text["checkpoint"]), flatten(inputs.text["policy"])
     rows = [(name, value, after.get(name)) for name, value in before.items()]
     score = inputs.ref_logprob
-    return [*rows, ("logprob by the checkpoint, nats a token", score["checkpoint"], score["policy"])]
+    return [*rows, ("logprob by the reference, nats a token", score["checkpoint"], score["policy"])]
 
 
 def examples(completions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def examples(completions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def sides(row: dict[str, Any], trained: str) -> list[tuple[str, float | None, str]]:
     """What both models say to a prompt: (who, its reward, text)."""
     before, after = row["rewards"].get(trained, (None, None))
-    return [("untouched checkpoint", before, row["checkpoint"]), ("trained policy", after, row["policy"])]
+    return [("reference model", before, row["checkpoint"]), ("trained policy", after, row["policy"])]
 
 
 def samples(rows: list[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:

@@ -118,9 +118,14 @@ def inline_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
     ]
     box = HPacker(children=parts, sep=14, pad=0, align="baseline")
     title = AnchoredOffsetbox(
-        "lower left", child=box, frameon=False, pad=0, borderpad=0,
-        bbox_to_anchor=(0, 1.03), bbox_transform=axes.transAxes,
-    )  # fmt: skip
+        "lower left",
+        child=box,
+        frameon=False,
+        pad=0,
+        borderpad=0,
+        bbox_to_anchor=(0, 1.03),
+        bbox_transform=axes.transAxes,
+    )
     title.set_in_layout(False)  # a long one must not squeeze its panel; a plain empty title keeps the room
     axes.add_artist(title)
     axes.set_title(" ")

@@ -1,3 +1,4 @@
-"""A run's files: resume states, its history, what it is made of, whether files are of one run. What they look like on a page
-belongs to `report`, in MLflow to `tracking`.
+"""A run's files: resume states, history, provenance, and whether files belong to one run.
+
+How a page shows them belongs to `report`, how MLflow does to `tracking`.
 """

@@ -21,8 +21,7 @@ KEEP_LAST = 2  # states: if the newest is damaged, the one before it is used
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
-    """Holds the folder's lock. Raises UserError where it cannot be written, or naming the process that holds it: what it
-    trains."""
+    """Hold the folder's lock. Raises UserError where it cannot be written, or where another process holds it."""
     owner = folder / "owner"
     lock = FileLock(folder.with_suffix(".lock"))
     try:
@@ -45,8 +44,10 @@ def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
-    """Writes the state after `step` steps: its sha256, then torch's format. Deletes older ones, but not the KEEP_LAST newest and the
-    one that `last_before` finds."""
+    """Write the state after `step` steps: its sha256, then torch's format.
+
+    Deletes older states, except the KEEP_LAST newest and the one that `last_before` finds.
+    """
     with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
         target.write(bytes(DIGEST))
         hashing = Hashing(target)
@@ -61,8 +62,10 @@ def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The newest state that is not damaged, on the CPU, or None. A damaged one is named in a warning and deleted, since it would
-    count among the KEEP_LAST newest."""
+    """Return the newest intact state, on the CPU, or None.
+
+    A damaged one is named in a warning and deleted: it would count among the KEEP_LAST newest.
+    """
     states = _states(folder)
     for path in reversed(states):
         if (state := read(path)) is not None:
@@ -83,8 +86,10 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 class Hashing(io.RawIOBase):
-    """Writes to a file and computes the sha256 on the way, without a second copy in memory. After a failed write it ignores further
-    ones and keeps the exception: torch would replace it by one of its own."""
+    """Write to a file and compute its sha256 on the way, without a second copy in memory.
+
+    After a failed write it ignores further ones and keeps the exception: torch would replace it by one of its own.
+    """
 
     def __init__(self, target: BinaryIO) -> None:
         self._target, self.sha256 = target, hashlib.sha256()
@@ -104,8 +109,10 @@ class Hashing(io.RawIOBase):
 
 
 def last_before(folder: Path, before: int, every: int) -> Path | None:
-    """The newest state after fewer than `before` steps, among those at multiples of `every`: the states that a signal leaves must
-    not change a result."""
+    """Return the newest state after fewer than `before` steps, at a multiple of `every`.
+
+    The states that a signal leaves at other steps must not change a result.
+    """
     steps = {int(path.stem.partition("-")[2]): path for path in _states(folder)}
     return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 

@@ -1,5 +1,7 @@
-"""Whether the files in reports/ are of one run. Stages run one by one, git and DVC put older files back, and `dvc commit` and
-`dvc exp save` record whatever lies there as up to date. So each stage says of which files its results are:
+"""Whether the files in reports/ belong to one run.
+
+Stages run one by one, git and DVC put older files back, and `dvc commit` and `dvc exp save` record whatever is there as
+up to date. So each stage says of which files its results are:
 
 train: summary.json has the digests of all that it wrote; diagnose: diagnosis.json has that of history.csv; evaluate:
 measured.json has those of the policy and of its own files; plot: report.html has one over what it shows.
@@ -57,7 +59,7 @@ def evaluates(measured: dict[str, Any], run: dict[str, str]) -> bool:
 
 
 def sources(files: RunFiles = RUN_FILES) -> str:
-    """Digest over what report.html shows. summary.json and measured.json stand for the files that they have digests of."""
+    """Digest of what report.html shows. summary.json and measured.json stand for the files whose digests they hold."""
     return digest([sha256(file) for file in (files.prepare, files.summary, files.diagnosis, files.measured)])
 
 

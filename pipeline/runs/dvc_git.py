@@ -36,15 +36,17 @@ def _refusal(said: str) -> str:
 
 
 def check_folder() -> None:
-    """Raises UserError where DVC 3.67 cannot keep experiments that run beside the workspace (--temp, --queue): it takes the
-    path for a URL, and cannot fetch into a shallow clone. Then it fails at its end, or says that it went well and keeps
-    nothing."""
+    """Raise UserError where DVC 3.67 cannot keep experiments that run beside the workspace (--temp, --queue).
+
+    It takes the path for a URL, and cannot fetch into a shallow clone. Then it fails at the end of the run, or reports
+    success and keeps nothing.
+    """
     path = str(workspace.root())
     wrong = sorted({sign for sign in path if sign in "#?%" or not sign.isascii()})
     if wrong:
         raise UserError(
-            f"{path}: DVC cannot run --temp or --queue experiments below a folder with {' '.join(wrong)} in its name; move "
-            "the project (`dvc repro` and `dvc exp run` work here)"
+            f"{path}: DVC cannot run --temp or --queue experiments below a folder with {' '.join(wrong)} in its name; "
+            "move the project (`dvc repro` and `dvc exp run` work here)"
         )
     if git("-C", path, "rev-parse", "--is-shallow-repository") == "true":
         raise UserError(

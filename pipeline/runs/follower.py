@@ -1,4 +1,4 @@
-"""The process that shows a growing run in MLflow. `train` starts it and tells it the end; it never imports what it does."""
+"""The process that shows a growing run in MLflow. `train` starts it but never imports its code."""
 
 import contextlib
 import importlib.util
@@ -16,8 +16,10 @@ CLOSE_SECONDS = 15.0  # what a dead server may cost at the end of training
 
 @contextlib.contextmanager
 def follower(folder: Path, run_json: dict[str, Any]) -> Iterator[None]:
-    """Writes the run's identity beside its states and starts `pipeline.tracking.follow`, which reads that folder until the
-    block ends. Ctrl-C does not reach it. Without mlflow, or without an answer in time, a warning and nothing else."""
+    """Write run.json beside the run's states and start `pipeline.tracking.follow`, which reads both to the block's end.
+
+    Ctrl-C does not reach it. Without mlflow, or without an answer in time, there is a warning and nothing else.
+    """
     write_json(folder / "run.json", run_json)
     command = [sys.executable, "-m", "pipeline.tracking.follow", str(folder), str(os.getpid())]
     process, status = None, "FAILED"

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Sequence[Item], what: str, show: bool = True) -> Iterator[Item]:
-    """The items, saying how many are done and how long the rest will take. show=False, of all processes but one: nothing."""
+    """Yield the items and show how many are done and the time left. Only one process has show=True."""
     with tqdm(items, what, disable=None if show else True, leave=False) as bar:
         if not (show and bar.disable):
             yield from bar

@@ -22,8 +22,8 @@ DIGESTS = (
 LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers", "scipy")
 
 
-# What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes, clocks,
-# who follows the run.
+# What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes,
+# clocks, tracking.
 UNRELATED = (
     "pipeline.config.load",
     "pipeline.config.messages",
@@ -97,9 +97,12 @@ def digest(value: Any) -> str:
 
 
 def params_digests(chosen: dict[str, Any], tables: dict[str, Any]) -> dict[str, str]:
-    """Digests of selectors with the seed, and of the validated tables. `config`: every value, defaults included, without
-    the seed; runs of one `config` are seeds of one configuration. `written_params`: the values that params.yaml gives, with
-    the seed, as dvc.lock has them; defaults that a later version adds do not change it."""
+    """Return the digests of the selectors with the seed, and of the validated tables.
+
+    `config`: every value, defaults included, without the seed; runs of one `config` are seeds of one configuration.
+    `written_params`: the values that params.yaml gives, with the seed, as dvc.lock has them; defaults that a later
+    version adds do not change it.
+    """
     names = {name: value for name, value in chosen.items() if name != "seed"}
     return {
         "config": digest([names, {name: table.model_dump() for name, table in tables.items()}]),

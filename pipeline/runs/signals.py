@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after the step in progress: their number appears in the list. A second signal ends it at
-    once. Processes that a reward forked end at SIGTERM and ignore Ctrl-C."""
+    """Collect SIGTERM and Ctrl-C in a list, so that the run ends after the step in progress.
+
+    A second signal ends it at once. Processes that a reward forked end at SIGTERM and ignore Ctrl-C.
+    """
     received: list[int] = []
     owner = os.getpid()
 

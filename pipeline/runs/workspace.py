@@ -24,8 +24,11 @@ def resume_folder(train_key: str) -> Path:
 
 
 def is_committed(run_json: str, lock: Path = LOCK) -> bool:
-    """Whether DVC has committed this run: dvc.lock has this run.json and a policy as outputs of `train`, and DVC's cache has the
-    policy (a fresh clone has the lock alone)."""
+    """Return whether DVC has committed this run.
+
+    dvc.lock has this run.json and a policy as outputs of `train`, and DVC's cache has the policy: a fresh clone has the
+    lock alone.
+    """
     if not lock.is_file():
         return False
     stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})

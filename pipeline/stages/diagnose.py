@@ -76,7 +76,7 @@ def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, An
 
 
 def evidence(shown: Evidence) -> dict[str, Any]:
-    limit, spread = shown.limit, shown.limit.untouched
+    limit, spread = shown.limit, shown.limit.reference
     return {
         "metric": limit.metric, "step": shown.step, "value": finite_or_none(shown.value),
         "untouched": finite_or_none(spread.mean) if spread else None,

@@ -1,7 +1,7 @@
 """`python -m pipeline.tracking.follow FOLDER PID`: MLflow's run follows the files of a run that is training.
 
-`train` starts it beside itself, so that no server can hold training up, and writes the end to its standard input. After a
-failure the next state of the files is the next try; `track` completes what is left.
+`train` starts this process, so that no server can hold training up, and writes the final status to its standard input.
+After a failure it tries again with the next state of the files; `track` completes what is missing.
 """
 
 import os
@@ -42,8 +42,10 @@ def wait_for_end(trainer: int) -> str:
 
 
 def follow(folder: Path, trainer: int, wait: Callable[[], str]) -> None:
-    """Brings MLflow's run to each state of the folder, until `wait` gives another status than RUNNING. Never raises; the
-    first failure of each cause is one line on stderr."""
+    """Copy each state of the folder to MLflow's run, until `wait` returns a status other than RUNNING.
+
+    Never raises: the first failure of each cause is one line on stderr.
+    """
     status, timings = "RUNNING", folder / "timings.csv"
     seen: tuple[str, int] | None = None
     synced: Synced | None = None

@@ -1,7 +1,7 @@
 """MLflow as a view of the files: one run per train_key, whoever writes to it, and no point of it twice.
 
-mlflow takes seconds to import, so it is imported inside functions. They raise what mlflow raises: `pipeline.stages.track`
-turns it into one line, `pipeline.tracking.follow` into a warning.
+mlflow takes seconds to import, so functions import it. They raise what mlflow raises: `pipeline.stages.track` turns it
+into one line, `pipeline.tracking.follow` into a warning.
 """
 
 import contextlib
@@ -91,8 +91,10 @@ def _sqlite_uri(path: Path) -> str:
 
 
 def check_store() -> None:
-    """Raises UserError where MLFLOW_TRACKING_URI is of SQLite and names no file that lasts, or options that are none, and
-    where a variable of MLflow's has a value that it cannot read."""
+    """Raise UserError for an SQLite address that names no lasting file or has unknown options.
+
+    The same for a variable of MLflow's whose value it cannot read.
+    """
     from mlflow import environment_variables
     from sqlalchemy.engine import make_url
 
@@ -100,8 +102,8 @@ def check_store() -> None:
     if uri.startswith("sqlite"):
         if sqlite_file() is None:
             raise UserError(
-                f"MLFLOW_TRACKING_URI = {without_password(uri)}: should name a file: sqlite:///mlflow.db in the project, "
-                "sqlite:////absolute/path/mlflow.db elsewhere"
+                f"MLFLOW_TRACKING_URI = {without_password(uri)}: should name a file: sqlite:///mlflow.db in the "
+                "project, sqlite:////absolute/path/mlflow.db elsewhere"
             )
         try:
             make_url(uri).get_dialect()().create_connect_args(make_url(uri))
@@ -123,8 +125,10 @@ def experiment_name() -> str:
 
 
 def defaults(timeout: int, retries: int) -> None:
-    """Sets mlflow's environment: no telemetry, and how long a request may take (seconds), where the user has not said so;
-    and, whatever the user has said, what would lose a failure or split our record (docs/ENVIRONMENT.md)."""
+    """Set mlflow's environment: no telemetry, and the timeout of a request in seconds, unless the user has set them.
+
+    What would hide a failure or split a run's record is set even against the user (docs/ENVIRONMENT.md).
+    """
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -169,8 +173,8 @@ def open_store() -> "tuple[MlflowClient, str]":
                     raise
     if experiment.lifecycle_stage != "active":
         raise UserError(
-            f"MLflow experiment {name!r} in {without_password(uri)} is deleted; restore it with `mlflow experiments restore "
-            f"-x {experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME"
+            f"MLflow experiment {name!r} in {without_password(uri)} is deleted; restore it with `mlflow experiments "
+            f"restore -x {experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME"
         )
     return client, experiment.experiment_id
 
@@ -211,8 +215,10 @@ def log_params(client: "MlflowClient", run: "Run", params: dict[str, Scalar]) ->
 
 
 def param_texts(params: dict[str, Scalar]) -> dict[str, str]:
-    """Params as MLflow shows them, for people: what tells configurations apart is the tag `config`. What is cut ends in its
-    digest, so that it still looks different."""
+    """Return the params as MLflow shows them to people; the tag `config` tells configurations apart.
+
+    What is cut ends in its digest, so that it still looks different.
+    """
     return {
         _cut(re.sub(r"[^\w\-. :]", "_", key), 250): _cut(
             value if isinstance(value, str) else json.dumps(value), PARAM_CHARACTERS
@@ -252,7 +258,7 @@ def lock(name: str) -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> str:
-    """The store, what an error says of its cause, without passwords and what differs from one try to the next, and advice."""
+    """Return the store, the error's cause and advice, without passwords and what differs from one try to the next."""
     text = str(error).strip() or type(error).__name__
     text = re.split(r"\n\[(?:SQL|parameters): |\n\(Background on", text)[0]  # what SQLAlchemy adds
     status = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
@@ -270,8 +276,10 @@ def describe_error(error: BaseException) -> str:
 
 
 def without_password(text: str) -> str:
-    """An address, or a text with addresses, without what stands before their last @, and without what their options keep
-    secret. SQLAlchemy takes any sign in a password."""
+    """Remove credentials from the addresses in a text: what is before the last @, and secret options.
+
+    SQLAlchemy allows any sign in a password.
+    """
     text = re.sub(r"(?<!/)//(?!/)\S*@", "//", text)  # three slashes: a file of SQLite's
     return re.sub(r"(?i)((?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1…", text)
 
@@ -292,7 +300,7 @@ def _prepare_database(path: Path) -> None:
 
 
 def _check_server(uri: str) -> None:
-    """Raises SQLAlchemyError at once for a database server that is not there: mlflow would try for a hundred seconds."""
+    """Raise SQLAlchemyError at once where no database server answers: mlflow would try for a hundred seconds."""
     from sqlalchemy import create_engine
 
     engine = create_engine(uri)

@@ -38,8 +38,10 @@ class Record:
 
 
 def read_growing(folder: Path, pid: int, status: str) -> Record:
-    """The record of a run that is training, from `.checkpoints/<train_key>/`: the steps up to its last state. The tags name
-    its process, so that `track` can tell whether it is alive."""
+    """Read the record of a run that is training, up to its last state, from `.checkpoints/<train_key>/`.
+
+    The tags name its process, so that `track` can tell whether it is alive.
+    """
     run = read_result(folder / "run.json")
     files = folder / "history.csv", folder / "timings.csv"
     history, timings = (_by_step(read_csv(file)) if file.exists() else {} for file in files)
@@ -52,8 +54,17 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
     """The record of a finished run. Raises UserError naming a file that is missing, broken, or of another run than the
     others: `dvc repro train` alone leaves those of the stages behind it as they were."""
     figures = sorted(files.figures.glob("*.png"))
-    tables = [files.run, files.history, files.summary, files.samples, files.calibration, files.diagnosis, files.metrics,
-              files.measured, files.completions]  # fmt: skip
+    tables = [
+        files.run,
+        files.history,
+        files.summary,
+        files.samples,
+        files.calibration,
+        files.diagnosis,
+        files.metrics,
+        files.measured,
+        files.completions,
+    ]
     for file in [*tables, files.page]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; `dvc repro` makes it")
@@ -110,8 +121,10 @@ def _timings(folder: Path) -> dict[int, dict[str, float]]:
 def _points(
     history: dict[int, dict[str, float]], timings: dict[int, dict[str, float]], otherwise_ms: int
 ) -> list[Point]:
-    """The finite values of the steps of the history, at the time of the step or else at `otherwise_ms`: in MLflow's charts
-    an undefined value is a gap."""
+    """Return the finite values of the history, at the time of their step or else at `otherwise_ms`.
+
+    An undefined value is a gap in MLflow's charts.
+    """
     times = {step: int(row.get("timestamp_ms", otherwise_ms)) for step, row in timings.items()}
     return [
         Point(f"{group}/{name}", step, value, times.get(step, otherwise_ms))

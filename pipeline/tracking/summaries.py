@@ -1,8 +1,7 @@
-"""The trainings that were done, from either of their records: MLflow's store, or the experiments that DVC keeps in git.
+"""The finished runs, from either of their records: MLflow's store, or the experiments that DVC keeps in git.
 
-Both say the same of the same training, so that a comparison does not depend on where it was read. What identifies a
-training is read from the digests that `train` recorded, never from what MLflow shows. mlflow takes seconds to import and
-may not be installed, so it is imported inside functions.
+Both give the same comparison. What identifies a run is read from the digests that `train` recorded, never from the
+params that MLflow shows. mlflow takes seconds to import and may not be installed, so functions import it.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ class RunSummary(NamedTuple):
     made: float  # seconds since 1970: of two trainings of the same, the later one counts
     columns: frozenset[str]  # of its history
     curve: Callable[[str], Curve]  # of a column
-    gain: float | None  # held-out reward, trained policy minus checkpoint; None: not evaluated
+    gain: float | None  # held-out reward, trained policy minus reference; None: not evaluated
     gain_interval: tuple[float, float] | None  # its 95% interval; None: of one prompt, or not evaluated
     measured: str | None  # digest of the held-out prompts and of how the gain was measured on them
     kinds: tuple[str, ...] | None  # findings of the verdict, the first one first; None: not diagnosed
@@ -65,7 +64,7 @@ class RunSummary(NamedTuple):
 
 
 def from_mlflow() -> list[RunSummary]:
-    """Every finished run of the store. Raises UserError where there is no store, and within `readable` where it fails."""
+    """Return every finished run of the store. Raises UserError where there is no store or it cannot be read."""
     path = mlflow_store.sqlite_file()
     if path and not path.is_file():
         return []  # looking must not make one
@@ -116,8 +115,11 @@ def _interval(low: float | None, high: float | None) -> tuple[float, float] | No
 
 
 def _with_config(found: list[RunSummary]) -> list[RunSummary]:
-    """Gives runs from before `config` was a tag the one of a run that has it and the same params, else a digest of their
-    own params. Params that MLflow may have cut tell nothing apart: such a run is alone."""
+    """Fill in `config` for runs that are older than the tag.
+
+    They get that of a run with the same params, else a digest of their own. Params that MLflow may have cut identify
+    nothing: such a run stands alone.
+    """
 
     def shown(training: RunSummary) -> dict[str, str]:
         return {key: value for key, value in training.params.items() if key != "seed"}
@@ -159,7 +161,7 @@ def readable(instead: str = ", or `--from dvc`") -> Iterator[None]:
 
 
 def from_dvc(every_commit: bool) -> list[RunSummary]:
-    """HEAD itself and its experiments, or those of every commit, as git holds them: nothing else is needed to read them.
+    """Return the runs of HEAD and its experiments, or of every commit, read from git alone.
 
     Raises UserError outside a git repository, and where git refuses.
     """
@@ -246,8 +248,11 @@ Files = dict[str, str | None]  # of a commit, by path
 def _evaluation(
     files: Files, stages: dict[str, Any], recorded: dict[str, dict[str, str]], run: dict[str, str]
 ) -> tuple[dict[str, Any], str] | None:
-    """metrics.json and a digest of what was evaluated and how; None where they are not of this run. An experiment of `train`
-    alone still has the files of the commit that it started from, and `dvc exp save` records them as its own."""
+    """Return metrics.json and a digest of what was evaluated and how; None where they belong to another run.
+
+    An experiment of `train` alone still has the files of the commit that it started from, and `dvc exp save` records
+    them as its own.
+    """
     text = files[EVALUATION]
     if text is None:
         return None
@@ -275,11 +280,11 @@ def _diagnosis(
     return diagnosis if run or _up_to_date("diagnose", DIAGNOSIS, text, stages, recorded) else None
 
 
-def _up_to_date(
-    stage: str, path: str, text: str, stages: dict[str, Any], recorded: dict[str, dict[str, str]]
-) -> bool:  # fmt: skip
-    """Whether dvc.lock says that a stage made this file of this training: all there is to see in commits from before the
-    files said so themselves."""
+def _up_to_date(stage: str, path: str, text: str, stages: dict[str, Any], recorded: dict[str, dict[str, str]]) -> bool:
+    """Return whether dvc.lock says that a stage made this file from this run.
+
+    In older commits the files do not say so themselves.
+    """
     used = {dep["path"]: dep["md5"] for dep in stages.get(stage, {}).get("deps", [])}
     fits = all(used[path] == md5 for path, md5 in recorded["train"].items() if path in used)
     return fits and recorded.get(stage, {}).get(path) == _md5(text)

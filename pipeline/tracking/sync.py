@@ -1,4 +1,4 @@
-"""MLflow's run brought to what the files of its training say: a growing one, a finished one, or one whose database was lost."""
+"""Synchronise a run's files to its MLflow run: of a growing run, a finished one, or one whose database was lost."""
 
 import json
 import math
@@ -29,8 +29,11 @@ class Synced(NamedTuple):
 
 
 def sync(record: Record, before: Synced | None = None) -> Synced:
-    """Makes the run of this train_key say what the record says, whatever part of it is there already. `before` is what an
-    earlier call returned for the same run as it grew: then only points and status are new. Raises what mlflow raises."""
+    """Write what MLflow's run of this train_key lacks of the record.
+
+    `before` is what an earlier call returned for the same growing run: then only points and status are new. Raises what
+    mlflow raises.
+    """
     client, experiment = before[:2] if before else mlflow_store.open_store()
     with mlflow_store.lock(f"run-{record.train_key[:16]}"):
         run, logged = before[2:] if before else _find(client, experiment, record)
@@ -52,7 +55,7 @@ def sync(record: Record, before: Synced | None = None) -> Synced:
 
 
 def _find(client: "MlflowClient", experiment: str, record: Record) -> "tuple[Run, list[Point]]":
-    """The run of this train_key, and its points. Made where there is none, and where it contradicts the complete record."""
+    """Return the run of this train_key and its points. Create it where none exists or it contradicts the record."""
     run = mlflow_store.find_run(client, experiment, record.train_key)
     logged = mlflow_store.logged_points(client, run) if run else []
     if run and record.artifacts and _contradict(logged, record.points):
