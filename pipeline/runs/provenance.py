@@ -23,7 +23,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers", "sc
 
 
 # What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes, clocks,
-# who follows the run.
+# who follows or reads the run.
 UNRELATED = (
     "pipeline.config.load",
     "pipeline.config.messages",
@@ -31,6 +31,7 @@ UNRELATED = (
     "pipeline.errors",
     "pipeline.paths",
     "pipeline.runs.follower",
+    "pipeline.runs.loaded_run",
     "pipeline.runs.progress",
     "pipeline.runs.provenance",
     "pipeline.runs.signals",
