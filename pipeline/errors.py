@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 import re
 import signal
 import sys
@@ -51,6 +52,10 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a completion must not end a run in a Latin-1 terminal, and a log shows each line at once
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    if "JPY_PARENT_PID" in os.environ:
+        # a notebook's cell is a terminal to what it starts, but keeps each redrawing of a progress bar
+        for stream in (sys.stdout, sys.stderr):
+            stream.isatty = lambda: False  # type: ignore[method-assign]
     try:
         if not arguments and {"-h", "--help"} & set(sys.argv[1:]):
             print(sys.modules[main.__module__].__doc__)

@@ -87,7 +87,7 @@ def test_every_stage_and_command_is_a_module() -> None:
         assert {name for name in MODULES if name.startswith(f"{package}.")} == names
 
 
-# the first refuses the wrong Python, the second sets matplotlib's variables
+# the first refuses the wrong Python and has load_run, the second sets matplotlib's variables
 MORE_THAN_DOCSTRING = ("pipeline", "pipeline.report")
 
 

@@ -1,6 +1,11 @@
 """What is seen while something takes its time: how far it is, what it took and will take, and no traceback at Ctrl-C."""
 
+import os
+import pty
 import re
+import subprocess
+import sys
+import termios
 import time
 
 import pytest
@@ -45,3 +50,34 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         run_stage(main)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+
+
+def in_a_terminal(program: str, **environment: str) -> bytes:
+    """What a program writes to a terminal of its own."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"} | environment
+    subprocess.run(
+        [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, check=True
+    )
+    os.close(theirs)
+    written = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            written += chunk
+    except OSError:  # Linux ends a closed terminal so
+        pass
+    os.close(ours)
+    return written.replace(b"\r\n", b"\n")
+
+
+def test_a_notebook_s_cell_has_lines_and_no_bars() -> None:
+    """Jupyter gives what `!` starts a terminal, and keeps every redrawing."""
+    program = (
+        "import sys; sys.argv = ['x']\n"
+        "from tqdm import tqdm\nfrom pipeline.errors import run_stage\nfrom pipeline.runs.progress import progress\n"
+        "def main(): list(progress(range(3), 'calibration')); list(tqdm(range(3), 'steps', disable=None))\n"
+        "run_stage(main)"
+    )
+    assert in_a_terminal(program, JPY_PARENT_PID="1") == b"calibration: 3 to do\n"
+    assert b"\rsteps" in in_a_terminal(program)

@@ -31,6 +31,7 @@ UNRELATED = (
     "pipeline.errors",
     "pipeline.paths",
     "pipeline.runs.follower",
+    "pipeline.runs.loaded_run",
     "pipeline.runs.progress",
     "pipeline.runs.provenance",
     "pipeline.runs.signals",
