@@ -38,6 +38,7 @@ RECIPES = {
     "entropy bonus": {"entropy_coef": 0.4, "aggregation": "token_mean"},
     "entropy bonus, padding counted": {"entropy_coef": 0.4, "padding": "counted"},
     "as sampled": {"loss_distribution": "sampler", "top_k": 3, "top_p": 0.9, "kl": "loss_k2", "kl_coef": COEF},
+    "of the full softmax, though sampled from less": {"loss_distribution": "full", "top_k": 3, "top_p": 0.9},
     "as sampled, k3": {"loss_distribution": "sampler", "top_k": 3, "kl": "loss_k3", "kl_coef": COEF},
     "importance": {"importance": "sequence"},
     "importance, padding counted": {"importance": "sequence", "padding": "counted"},
