@@ -14,11 +14,19 @@ import pipeline
 from pipeline.errors import UserError
 from tests.project import ROOT
 
-NOTEBOOK = ROOT / "docs/example.ipynb"
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed results: those in the folder may be of a user's own run."""
+    folder = tmp_path_factory.mktemp("checkout")
+    files = ["reports", "docs/example.ipynb", "params.yaml"]
+    archive = subprocess.run(["git", "archive", "HEAD", *files], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
 
 
-def test_a_checkout_has_what_is_committed() -> None:
-    run = pipeline.load_run(ROOT)
+def test_a_checkout_has_what_is_committed(checkout: Path) -> None:
+    run = pipeline.load_run(checkout)
     assert isinstance(run.history, pd.DataFrame)
     assert len(run.history) == run.summary["steps"] == run.diagnosis["steps"]
     assert list(run.history.index) == list(run.history["step"])
@@ -28,7 +36,7 @@ def test_a_checkout_has_what_is_committed() -> None:
     assert "reward.png" in repr(run.plot("reward"))
 
 
-def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
+def test_what_is_missing_is_said_in_one_line(checkout: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reports: no such folder; give the folder of a project"):
         pipeline.load_run(tmp_path)
     (tmp_path / "reports").mkdir()
@@ -40,7 +48,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no figures; run `dvc repro plot`"):
         run.plot()
     with pytest.raises(UserError, match="no figure 'x'; there are collapse, evaluate"):
-        pipeline.load_run(ROOT).plot("x")
+        pipeline.load_run(checkout).plot("x")
 
 
 def test_importing_the_package_stays_light() -> None:
@@ -50,11 +58,12 @@ def test_importing_the_package_stays_light() -> None:
 
 
 def test_the_example_notebook_shows_what_its_cells_give(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs every cell as Jupyter does, from the notebook's folder, and compares what it holds."""
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    monkeypatch.chdir(NOTEBOOK.parent)
+    notebook = checkout / "docs/example.ipynb"
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    monkeypatch.chdir(notebook.parent)
     namespace: dict[str, Any] = {}
     compared = 0
     for cell in cells:
@@ -63,7 +72,7 @@ def test_the_example_notebook_shows_what_its_cells_give(
             shown = ast.Assign([ast.Name("shown", ast.Store())], tree.body[-1].value)
             tree.body[-1] = ast.copy_location(shown, tree.body[-1])
         namespace["shown"] = None
-        exec(compile(ast.fix_missing_locations(tree), str(NOTEBOOK), "exec"), namespace)
+        exec(compile(ast.fix_missing_locations(tree), str(notebook), "exec"), namespace)
         printed, given = capsys.readouterr().out, namespace["shown"]
         [output] = cell["outputs"]
         if "run.files." in "".join(cell["source"]):  # of files that a checkout has only after `dvc repro`
@@ -72,4 +81,4 @@ def test_the_example_notebook_shows_what_its_cells_give(
         assert "".join(held) in (printed, repr(given))
         compared += 1
     assert compared >= 6
-    assert NOTEBOOK.stat().st_size < 250_000
+    assert notebook.stat().st_size < 250_000
