@@ -51,6 +51,7 @@ def elsewhere(original: Project, base: Path) -> Project:
     return made
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", range(rounds(len(SURROUNDINGS), 1)))
 def test_every_stage_gives_the_same_bytes_anywhere(small: Project, small_run: Any, tmp_path: Path, number: int) -> None:
     first, _ = small_run

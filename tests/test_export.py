@@ -93,3 +93,35 @@ def test_nothing_is_written_over_or_under_another_run_s_name(adapted: Project, t
     assert done.returncode == 1
     assert not (tmp_path / "new").exists()
     assert "data/policy is not of the run in reports/train" in done.stderr
+
+
+@pytest.mark.slow
+def test_it_says_whose_policy_it_is(adapted: Project) -> None:
+    trained = json.loads((adapted.root / "reports/train/run.json").read_text())
+    params = trained["params"]
+
+    def said(**environment: str) -> tuple[str, str]:
+        done = adapted.run("generate", "Hi")
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    out, err = said()
+    assert out.splitlines()[0] == (
+        f"policy of the run {trained['train_key'][:12]}: model {params['model']}, prompts {params['prompts']}, "
+        f"reward {params['reward']}, recipe {params['recipe']}, seed {params['seed']}"
+    )
+    assert err == ""
+    kept = (adapted.root / "params.yaml").read_text()
+    try:
+        adapted.edit(seed=params["seed"] + 1, train__steps=params["train.steps"] + 1)
+        assert f"params.yaml selects another run: seed={params['seed'] + 1}, not {params['seed']};" in said()[1]
+        adapted.edit(seed=params["seed"])
+        steps = params["train.steps"]
+        assert f"params.yaml selects another run: train.steps={steps + 1}, not {steps};" in said()[1]
+    finally:
+        (adapted.root / "params.yaml").write_text(kept)
+    (adapted.root / "reports/train/run.json").rename(adapted.root / "run.json")
+    try:
+        assert "data/policy is not of the run in reports/train" in said()[1]
+    finally:
+        (adapted.root / "run.json").rename(adapted.root / "reports/train/run.json")

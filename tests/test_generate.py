@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from transformers import GPTNeoXForCausalLM
 from pipeline.commands.generate import continuation
 from pipeline.models.load import end_of_text_ids, load_policy, load_tokenizer
 from pipeline.models.tokenization import encode_prompt
-from tests.project import ROOT, Project
+from tests.project import ROOT
 
 POCKET = ROOT / "data/pocket/checkpoint"
 PROMPT, MAX_TOKENS = "What is the best way to", 24
@@ -61,34 +60,3 @@ def test_it_ends_at_every_end_that_the_files_name(folder: Path) -> None:
     found = said(folder)
     assert found == greedy([0, end])
     assert len(found) < len(full)
-
-
-def test_it_says_whose_policy_it_is(small_run: Any, small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = json.loads((small.root / "reports/train/run.json").read_text())
-    params = trained["params"]
-
-    def said(**environment: str) -> tuple[str, str]:
-        done = small.run("generate", "Hi")
-        assert done.returncode == 0, done.stderr
-        return done.stdout, done.stderr
-
-    out, err = said()
-    assert out.splitlines()[0] == (
-        f"policy of the run {trained['train_key'][:12]}: model {params['model']}, prompts {params['prompts']}, "
-        f"reward {params['reward']}, recipe {params['recipe']}, seed {params['seed']}"
-    )
-    assert err == ""
-    kept = (small.root / "params.yaml").read_text()
-    try:
-        small.edit(seed=params["seed"] + 1, train__steps=params["train.steps"] + 1)
-        assert f"params.yaml selects another run: seed={params['seed'] + 1}, not {params['seed']};" in said()[1]
-        small.edit(seed=params["seed"])
-        steps = params["train.steps"]
-        assert f"params.yaml selects another run: train.steps={steps + 1}, not {steps};" in said()[1]
-    finally:
-        (small.root / "params.yaml").write_text(kept)
-    (small.root / "reports/train/run.json").rename(small.root / "run.json")
-    try:
-        assert "data/policy is not of the run in reports/train" in said()[1]
-    finally:
-        (small.root / "run.json").rename(small.root / "reports/train/run.json")
