@@ -38,7 +38,7 @@ CLEAN = ("alignment=correct", "special_tokens=strip")  # what the first table fi
 # a start: its recipe, and what is changed in it for all of its variants
 STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "notebook": ("notebook", ()), "clean": ("notebook", CLEAN),
-    "stable": ("stable", ("kl_coef=0.05",)),  # the recipe's when the runs were made; docs/COLLAPSE.md says why it is more now
+    "stable": ("stable", ("kl_coef=0.05",)),  # the recipe's when the runs were made; docs/COLLAPSE.md
 }  # fmt: skip
 # a variant a line; keys without a dot are keys of the start's recipe
 VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -189,13 +189,15 @@ def git(*arguments: str) -> str:
 
 
 def others(params: dict[str, Any], *aside: str) -> str:
-    """Digest of what a run is made with besides its seed and the selectors `aside`: equal for seeds of one experiment."""
+    """Digest of what a run is made with besides its seed and the selectors `aside`: equal for seeds of one
+    experiment."""
     chosen = [(params[name], params[table][params[name]]) for name, table in SELECTORS.items() if name not in aside]
     return digest([chosen, params["train"], params["evaluate"]])
 
 
 def collect() -> None:
-    """Adds the finished experiments of the current commit to docs/collapse.csv; others than EXPERIMENTS are left out."""
+    """Adds the finished experiments of the current commit to docs/collapse.csv; others than EXPERIMENTS are left
+    out."""
     yaml = YAML(typ="safe", pure=True)
     committed, commit = yaml.load(git("show", "HEAD:params.yaml")), git("rev-parse", "--short=10", "HEAD").strip()
     listing = subprocess.run(["dvc", "exp", "list", "--sha-only"], capture_output=True, text=True, check=True).stdout
@@ -278,7 +280,8 @@ def onsets(rows: pd.DataFrame) -> float:
 
 
 COLUMNS = (
-    "changed", "seeds", "held-out reward", "over the reference", "entropy, nats", "different completions, %", "empty, %",
+    "changed", "seeds", "held-out reward", "over the reference", "entropy, nats", "different completions, %",
+    "empty, %",
     "reference's log-likelihood, change", "collapsed: how", "from step", "the start's choice",
 )  # fmt: skip
 

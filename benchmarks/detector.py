@@ -2,12 +2,12 @@
 
 python -m benchmarks.detector run choose     # the runs that thresholds were chosen on (resumes; --jobs 2)
 python -m benchmarks.detector run measure    # those that it is measured on: other seeds, more recipes
-python -m benchmarks.detector collect        # runs -> docs/detector.csv (needs rldoctor: pip install -e '.[benchmarks]')
+python -m benchmarks.detector collect        # runs -> docs/detector.csv; pip install -e '.[benchmarks]' first
 python -m benchmarks.detector scan           # other thresholds on the runs to choose on
 python -m benchmarks.detector tables         # docs/detector.csv -> the tables of docs/DETECTOR.md
 
-Run `dvc repro prepare cache` first. Every policy along a run is evaluated on held-out prompts as soon as it exists, which
-saves storing it; the labels come from these evaluations alone (`benchmarks/labels.py`).
+Run `dvc repro prepare cache` first. Every policy along a run is evaluated on held-out prompts as soon as it exists,
+which saves storing it; the labels come from these evaluations alone (`benchmarks/labels.py`).
 """
 
 import argparse
@@ -50,12 +50,14 @@ PLANS = [
     # seeds 100.. choose, seeds 200.. measure; plans without seeds to choose on are new to the measured set
     Plan("notebook", NOTEBOOK, (100,), (200, 201, 202, 203)),
     Plan("notebook, correct", NOTEBOOK | {"alignment": "correct"}, (100,), (200, 201, 202, 203)),
-    Plan("notebook, correct, sgd", NOTEBOOK | {"alignment": "correct", "optimizer": "sgd", "lr": 0.08}, (), (200, 201, 202)),
+    Plan("notebook, correct, sgd", NOTEBOOK | {"alignment": "correct", "optimizer": "sgd", "lr": 0.08}, (),
+    (200, 201, 202)),
     Plan("clean, lr 1e-3", CLEAN | {"lr": 1e-3}, (100,), (200, 201, 202, 203)),
     Plan("clean, lr 5e-4", CLEAN | {"lr": 5e-4}, (), (200, 201, 202)),
     Plan("clean, no baseline", CLEAN | {"baseline": "none"}, (100,), (200, 201, 202, 203)),
     Plan("notebook, no baseline", NOTEBOOK | {"alignment": "correct", "baseline": "none"}, (), (200, 201, 202)),
-    Plan("length 0, lr 1e-3", LOOSE | {"reward": "length", "rewards.length.target": 0, "lr": 1e-3}, (100,), (200, 201, 202, 203)),
+    Plan("length 0, lr 1e-3", LOOSE | {"reward": "length", "rewards.length.target": 0, "lr": 1e-3}, (100,),
+    (200, 201, 202, 203)),
     Plan("length, lr 1e-3", LOOSE | LENGTH | {"lr": 1e-3}, (100,), (200, 201, 202)),
     Plan("questions, lr 1e-3", LOOSE | QUESTIONS | {"lr": 1e-3}, (100,), (200, 201, 202, 203)),
     Plan("questions, lr 5e-4", LOOSE | QUESTIONS | {"lr": 5e-4}, (), (200, 201, 202)),
@@ -67,10 +69,13 @@ PLANS = [
     Plan("length, shifted", STABLE | LENGTH | {"alignment": "shifted"}, (), (200, 201)),
     Plan("no such words", STABLE | UNKNOWN_WORDS, (100,), (200, 201, 202, 203)),
     Plan("sgd, lr 1000", LOOSE | {"optimizer": "sgd", "lr": 1000.0, "max_grad_norm": 0.0}, (100,), (200, 201, 202)),
-    Plan("length, sgd lr 900", LOOSE | LENGTH | {"optimizer": "sgd", "lr": 900.0, "max_grad_norm": 0.0}, (), (200, 201)),
+    Plan("length, sgd lr 900", LOOSE | LENGTH | {"optimizer": "sgd", "lr": 900.0, "max_grad_norm": 0.0}, (),
+    (200, 201)),
     Plan("reward times 1e38", STABLE | huge(1e38), (100,), (200, 201, 202)),
-    Plan("reward times 1e12, sgd", LOOSE | huge(1e12) | {"optimizer": "sgd", "lr": 1.0, "max_grad_norm": 0.0}, (100,), (200, 201)),
-    Plan("length 0, lr 3e-3", LOOSE | {"reward": "length", "rewards.length.target": 0, "lr": 3e-3}, (), (200, 201, 202, 203)),
+    Plan("reward times 1e12, sgd", LOOSE | huge(1e12) | {"optimizer": "sgd", "lr": 1.0, "max_grad_norm": 0.0}, (100,),
+    (200, 201)),
+    Plan("length 0, lr 3e-3", LOOSE | {"reward": "length", "rewards.length.target": 0, "lr": 3e-3}, (),
+    (200, 201, 202, 203)),
     Plan("length, lr 3e-3", LOOSE | LENGTH | {"lr": 3e-3}, (), (200, 201, 202, 203)),
     Plan("questions, lr 1e-2", LOOSE | QUESTIONS | {"lr": 1e-2}, (), (200, 201, 202, 203)),
     Plan("embedding, lr 1e-2", LOOSE | {"lr": 1e-2}, (), (200, 201, 202, 203)),
@@ -174,7 +179,8 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     )
     text = text_statistics(texts, tokens, SAMPLES)
     return {
-        "rewards": rewards.tolist(), "entropy": entropy[mask].mean().item(), "ref_logprob": reference[mask].mean().item(),
+        "rewards": rewards.tolist(), "entropy": entropy[mask].mean().item(),
+        "ref_logprob": reference[mask].mean().item(),
         "empty": text["empty_share"], "repeated": text["repeated_3grams"],
         "distinct": text["distinct_completions"],
     }  # fmt: skip

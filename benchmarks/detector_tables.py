@@ -102,7 +102,8 @@ def tables() -> None:
         for line in overall(name, runs[runs["set"] == name]):
             print(line)
     print(
-        "\n| kind (label) | runs | any alarm | found as this kind | verdict is one of the labels | onset error of this kind, steps |"
+        "\n| kind (label) | runs | any alarm | found as this kind | verdict is one of the labels "
+        "| onset error of this kind, steps |"
     )
     print("|---|---|---|---|---|---|")
     for line in by_kind(runs[runs["set"] == "measure"]):
@@ -132,7 +133,8 @@ def overall(name: str, runs: pd.DataFrame) -> Iterator[str]:
             for step, alarm, label in zip(when, said, truth, strict=True)
             if alarm and first(label) is not None
         ]
-        yield f"| {name} | rldoctor, {title} | {of(sum(healthy), len(healthy))} | {of(sum(missed), len(missed))} | | {onset_words(errors)} |"
+        alarms, misses = of(sum(healthy), len(healthy)), of(sum(missed), len(missed))
+        yield f"| {name} | rldoctor, {title} | {alarms} | {misses} | | {onset_words(errors)} |"
 
 
 def by_kind(runs: pd.DataFrame) -> Iterator[str]:
@@ -143,7 +145,8 @@ def by_kind(runs: pd.DataFrame) -> Iterator[str]:
         errors = [verdict[kind] - label[kind] for label, verdict in both]
         right = sum(next(iter(verdict), None) in label for label, verdict in own)
         yield (
-            f"| {kind} | {len(own)} | {sum(bool(verdict) for _, verdict in own)} | {len(both)} | {right} | {onset_words(errors)} |"
+            f"| {kind} | {len(own)} | {sum(bool(verdict) for _, verdict in own)} | {len(both)} | {right} "
+            f"| {onset_words(errors)} |"
         )
 
 
@@ -152,7 +155,8 @@ def scan(folder: Path, choose: dict[str, tuple[int, ...]]) -> None:
     contents = [content for content in read(folder) if content["seed"] in choose[content["plan"]]]
     truth = [labels(content) for content in contents]
     print(
-        "| threshold | value | false alarms | misses | kind wrong | onset off by more than 1 |\n|---|---|---|---|---|---|"
+        "| threshold | value | false alarms | misses | kind wrong | onset off by more than 1 |\n"
+        "|---|---|---|---|---|---|"
     )
     print(scan_row("as chosen", "", contents, truth, THRESHOLDS))
     for name, values in OTHERS.items():
@@ -177,6 +181,7 @@ def scan_row(
     cells = [
         name, value, str(count(lambda label, verdict: not label and bool(verdict))),
         str(count(lambda label, verdict: bool(label) and not verdict)),
-        str(count(lambda label, verdict: bool(label) and bool(verdict) and next(iter(verdict)) not in label)), str(count(far)),
+        str(count(lambda label, verdict: bool(label) and bool(verdict) and next(iter(verdict)) not in label)),
+        str(count(far)),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -1,10 +1,10 @@
 """What the diagnostics cost, as shares of a training step at the notebook's 128 prompts with 8 samples.
 
-python -m benchmarks.diagnostics_cost [steps]     # after `dvc repro prepare cache`; recipe `notebook`, which has no KL term
+python -m benchmarks.diagnostics_cost [steps]     # after `dvc repro prepare cache`; recipe notebook, without KL
 
-Phases that training needs anyway are told from those that only measure: `reference`, `rescore` and `diagnostics` are laps of
-the step itself; the signal-to-noise ratio is the difference between updates with and without it, taken in turn; the
-entropy is timed alone, on logits of the same shape. Ratios of one run: seconds are of this machine at this moment.
+Phases that training needs anyway are told from those that only measure: `reference`, `rescore` and `diagnostics` are
+laps of the step itself; the signal-to-noise ratio is the difference between updates with and without it, taken in turn;
+the entropy is timed alone, on logits of the same shape. Ratios of one run: seconds are of this machine at this moment.
 """
 
 import statistics
@@ -67,7 +67,8 @@ def main(steps: int) -> None:
     rows = calibrate(setting)
     seconds = time.perf_counter() - start
     print(
-        f"| calibration, once: {len(rows)} batches | {seconds:.3f} | {seconds / whole / params.train.steps:.1%} of {params.train.steps} steps |"
+        f"| calibration, once: {len(rows)} batches | {seconds:.3f} "
+        f"| {seconds / whole / params.train.steps:.1%} of {params.train.steps} steps |"
     )
 
 

@@ -1,4 +1,5 @@
-"""The embedding reward of nothing but end-of-text tokens, by how many there are: what the notebook rewards silence with.
+"""The embedding reward of nothing but end-of-text tokens, by how many there are: what the notebook rewards silence
+with.
 
 python -m benchmarks.end_of_text      # after `dvc repro`, which caches the encoder
 """

@@ -40,7 +40,8 @@ BATCH = {
 }  # fmt: skip
 MEASURED = [
     *(("pythia-70m", setting) for setting in SETTINGS), *(("pythia-160m", setting) for setting in SETTINGS),
-    ("pythia-410m", "bfloat16"), ("pythia-410m", "checkpointing"), ("pythia-410m", "lora"), ("pythia-1b", "lora-checkpointing"),
+    ("pythia-410m", "bfloat16"), ("pythia-410m", "checkpointing"), ("pythia-410m", "lora"),
+    ("pythia-1b", "lora-checkpointing"),
 ]  # fmt: skip
 
 
@@ -70,12 +71,12 @@ def sizes(shape: str) -> Sizes:
 def predicted(shape: str, setting: str, processes: int = 1) -> dict[str, float]:
     """Bytes on one device, by what takes them.
 
-    weights: float32, 4 a parameter; of the frozen ones of a policy with adapters and of the reference, 2 in
-    linear layers where the recipe says bfloat16. Adam 8 a trained parameter, gradient 4; both and the weights divided by
-    the processes where the policy is spread over them. gathered: embedding and head, which FSDP then keeps whole from the
-    forward pass to the end of the backward pass. rounded: autocast's copies of trained linear layers in bfloat16, which the
-    backward pass needs; with checkpointing that of one layer and of the head. activations: LAYER_BYTES a token, layer and
-    hidden unit, twice that in float32; with checkpointing 4, and once the whole. logits: of a micro-batch.
+    weights: float32, 4 a parameter; of the frozen ones of a policy with adapters and of the reference, 2 in linear
+    layers where the recipe says bfloat16. Adam 8 a trained parameter, gradient 4; both and the weights divided by the
+    processes where the policy is spread over them. gathered: embedding and head, which FSDP then keeps whole from the
+    forward pass to the end of the backward pass. rounded: autocast's copies of trained linear layers in bfloat16, which
+    the backward pass needs; with checkpointing that of one layer and of the head. activations: LAYER_BYTES a token,
+    layer and hidden unit, twice that in float32; with checkpointing 4, and once the whole. logits: of a micro-batch.
     The gradient is let go of with the update; what sampling takes instead, a copy in bfloat16, is smaller.
     """
     size, half, lora = sizes(shape), setting != "float32", setting.startswith("lora")
@@ -157,7 +158,8 @@ def tables() -> str:
             f"| {row['shape']} | {row['setting']} | {row['device']} | {row['bytes'] / gb:.2f} | {formula / gb:.2f} "
             f"| {formula / row['bytes']:.2f} |"
         )
-    lines += ["", "| policy | float32 | bfloat16 | checkpointing | lora | lora-checkpointing | sharded over 2 | over 8 |",
+    lines += ["",
+              "| policy | float32 | bfloat16 | checkpointing | lora | lora-checkpointing | sharded over 2 | over 8 |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for shape in material.SHAPES:
         cells = [predicted(shape, setting)["all"] for setting in SETTINGS if setting != "sharded"]

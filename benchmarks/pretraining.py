@@ -16,8 +16,10 @@ from ruamel.yaml import YAML
 from benchmarks.ablation import WINDOW, git, others, read_run, spread
 
 COLUMNS = (
-    "checkpoint", "recipe", "seeds", "its held-out reward", "held-out gain", "entropy, first and last steps, nats a token",
-    "KL to the reference at the end, nats a completion", "spread of rewards within a prompt, first steps", "gradient's signal over noise, mean of the run",
+    "checkpoint", "recipe", "seeds", "its held-out reward", "held-out gain",
+    "entropy, first and last steps, nats a token",
+    "KL to the reference at the end, nats a completion", "spread of rewards within a prompt, first steps",
+    "gradient's signal over noise, mean of the run",
     "verdicts",
 )  # fmt: skip
 

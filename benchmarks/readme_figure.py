@@ -1,6 +1,6 @@
 """The figure of the README: one training with two recipes, as a run and its cure are shown.
 
-python -m benchmarks.readme_figure COLLAPSED HEALTHY    # two `reports` folders -> docs/figures/healthy-and-collapsed.png
+python -m benchmarks.readme_figure COLLAPSED HEALTHY    # `reports` folders -> docs/figures/healthy-and-collapsed.png
 """
 
 import sys

@@ -64,8 +64,8 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
 
 
 def two_steps() -> dict[str, Any]:
-    """As `train` does them; the peak of this process's memory in the steps, over what it held before the models; and the
-    time of the second step."""
+    """As `train` does them; the peak of this process's memory in the steps, over what it held before the models; and
+    the time of the second step."""
     from pipeline.config.load import load_params
     from pipeline.distributed import launch
     from pipeline.distributed.device import configure_torch

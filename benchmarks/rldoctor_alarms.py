@@ -1,4 +1,5 @@
-"""What rldoctor 0.2.0 (Apache-2.0, PyPI) says of a training log of ours, at its own thresholds, without network or files.
+"""What rldoctor 0.2.0 (Apache-2.0, PyPI) says of a training log of ours, at its own thresholds, without network or
+files.
 
 rldoctor has no profiles: `diagnose` runs every check whose columns are there. Its live monitor is left out, since by
 default it is silent before step 74, longer than our runs; the onset comes from the same checks on growing logs instead.
@@ -32,12 +33,12 @@ CAPPED = ("length_pathology",)
 def verdict(
     history: pd.DataFrame, at: Severity = Severity.CRITICAL, skip: Sequence[str] = CAPPED
 ) -> tuple[list[str], float]:
-    """Kinds of alarms that rldoctor gives on the whole log, and the step at which it could first have given one of them.
+    """Kinds of alarms that rldoctor gives on the whole log, and the step at which it could first have given one.
 
     history: a row a step, columns of reports/train/history.csv; missing ones are left to rldoctor to do without.
     at: the least severity that counts; `Severity.WARNING` includes warnings.
     skip: checks of rldoctor's to leave out; a misspelt one raises KeyError.
-    The onset is the last step of the shortest beginning of the log that raises one of the returned kinds; nan without any.
+    The onset is the last step of the shortest beginning of the log that raises one of the returned kinds, else nan.
     """
     rows = records(history)
     kinds = alarms(rows, at, skip)
@@ -49,7 +50,7 @@ def verdict(
 
 
 def records(history: pd.DataFrame) -> list[dict[str, float]]:
-    """The log as trl would have written it: undefined values absent, a step that was not finite with a gradient of nan."""
+    """The log as trl would have written it: no undefined values, a gradient of nan for a step that was not finite."""
     renamed = history[[column for column in COLUMNS if column in history]].rename(columns=COLUMNS).astype(float)
     if "ended_share" in history:
         renamed["completions/clipped_ratio"] = 1 - history["ended_share"]

@@ -35,7 +35,8 @@ def experiments() -> pd.DataFrame:
 def table_row(rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
     cells = [
-        first["reward"], first["recipe"], str(rows["seed"].nunique()), spread(rows["held_out"]), spread(rows["gain"], "+"),
+        first["reward"], first["recipe"], str(rows["seed"].nunique()), spread(rows["held_out"]),
+        spread(rows["gain"], "+"),
         str((rows["gain_low"] > 0).sum()), spread(rows["ref_logprob_change"], "+"), spread(rows["entropy"]),
         spread(100 * rows["distinct"], places=0), f"{rows['logprob_gap_start'].mean():.2g}",
         f"{(rows['collapsed'] != '').sum()} of {len(rows)}",

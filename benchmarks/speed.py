@@ -96,8 +96,10 @@ def _rates(arms: dict[str, Any]) -> list[str]:
         for name in ("bfloat16", "float32")
     }
     lines = [
-        f"Matrix multiplication: {matmul['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, {matmul['float32'] / 1e9:.0f} in float32.", "",
-        "| loop | samples/s | over the notebook's loop | over trl float32 | peak memory, MiB |", "|---|---|---|---|---|",
+        f"Matrix multiplication: {matmul['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, "
+        f"{matmul['float32'] / 1e9:.0f} in float32.", "",
+        "| loop | samples/s | over the notebook's loop | over trl float32 | peak memory, MiB |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, runs in arms.items():
         if name.startswith("matmul") or name in MEMORY:
@@ -115,9 +117,10 @@ def _rates(arms: dict[str, Any]) -> list[str]:
         per_sample = arms[name][0]["flops"] / arms[name][0]["samples"]
         limit, exact = matmul["bfloat16"] / per_sample, matmul["float32"] / per_sample
         lines.append(
-            f"* {name}: a step of {MANY} x 8 does {per_sample / 1e9:.2f} GFLOP a sample, at {share:.1%} of the rate of matrix "
-            f"multiplication. At all of that rate it would be {limit:.0f} samples/s, {limit / rate(arms[base]):.1f} times "
-            f"the notebook's loop; in float32 {exact:.0f}, {exact / rate(arms[base]):.1f} times."
+            f"* {name}: a step of {MANY} x 8 does {per_sample / 1e9:.2f} GFLOP a sample, at {share:.1%} of the rate of "
+            f"matrix multiplication. At all of that rate it would be {limit:.0f} samples/s, "
+            f"{limit / rate(arms[base]):.1f} times the notebook's loop; "
+            f"in float32 {exact:.0f}, {exact / rate(arms[base]):.1f} times."
         )
     return lines
 

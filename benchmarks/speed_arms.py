@@ -2,8 +2,8 @@
 
 python -m benchmarks.speed_arms ARM --prompts 128 --reward length --precision bfloat16 --steps 1 --encoder FOLDER
 
-Arms: notebook, trl, ours, and matmul, the machine's rate of matrix multiplication. The first step warms up and is not counted.
-"""
+Arms: notebook, trl, ours, and matmul, the machine's rate of matrix multiplication. The first step warms up and is not
+counted."""
 
 import argparse
 import dataclasses

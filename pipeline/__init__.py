@@ -14,7 +14,8 @@ if sys.version_info < (3, 11) or find_spec("pydantic") is None:
 
 
 def load_run(path: "str | Path" = ".") -> "LoadedRun":
-    """The run in a project's folder, for a notebook: `load_run().history` is a DataFrame, `load_run().plot()` a figure."""
+    """The run in a project's folder, for a notebook: `load_run().history` is a DataFrame, `load_run().plot()` a
+    figure."""
     from pipeline.runs import loaded_run  # every stage imports this package: it must stay light
 
     return loaded_run.load_run(path)

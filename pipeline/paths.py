@@ -1,4 +1,5 @@
-"""Where the files of a run lie, from the project's root; dvc.yaml says which stage makes which. No number depends on a path."""
+"""Where the files of a run lie, from the project's root; dvc.yaml says which stage makes which. No number depends on a
+path."""
 
 from pathlib import Path
 

@@ -142,7 +142,8 @@ def small_run(small: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
-    """What `cache` leaves, of a tiny policy and a tiny encoder. With Pythia's vocabulary a run would take twice as long."""
+    """What `cache` leaves, of a tiny policy and a tiny encoder. With Pythia's vocabulary a run would take twice as
+    long."""
     from tests.training import with_encoder
 
     folder = tmp_path_factory.mktemp("cached") / "checkpoint"

@@ -1,7 +1,7 @@
 """How many faults the tests injected, and how many of them the pipeline survived.
 
-`make test` injects a few faults of each kind, `make test-all` also those that are marked exhaustive. `make test-faults` injects
-all of them in full number and writes docs/reliability.json.
+`make test` injects a few faults of each kind, `make test-all` also those that are marked exhaustive. `make test-faults`
+injects all of them in full number and writes docs/reliability.json.
 
     python -m tests.faults    # docs/reliability.json -> the table of docs/RELIABILITY.md
 """

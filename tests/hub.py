@@ -1,4 +1,5 @@
-"""A model hub on loopback, in the real hub's own layout: clients reach it through HF_ENDPOINT and notice no difference."""
+"""A model hub on loopback, in the real hub's own layout: clients reach it through HF_ENDPOINT and notice no
+difference."""
 
 import hashlib
 import json

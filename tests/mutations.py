@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 from tests.project import CHECKOUT, ROOT, copy_checkout
 
 TESTS = (
-    "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics", "verdict", "runtime",
+    "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
+    "verdict", "runtime",
     "rewards", "large", "verification", "tokenization",
 )  # fmt: skip
 
@@ -55,7 +56,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (") < self.lengths[:, None]", ") <= self.lengths[:, None]"),
         ("self.lengths[:, None] - 1)", "self.lengths[:, None] * 0)"),
         ("limits[prompts].repeat_interleave(group)", "limits[prompts].repeat(group)"),
-        ("prompt_ids.repeat_interleave(group, 0),\n        prompt_mask.repeat_interleave(group, 0)", "prompt_ids.repeat(group, 1), prompt_mask.repeat(group, 1)"),
+        ("prompt_ids.repeat_interleave(group, 0),\n        prompt_mask.repeat_interleave(group, 0)",
+        "prompt_ids.repeat(group, 1), prompt_mask.repeat(group, 1)"),
         ("[filler] * (width - len(p)) + p", "p + [filler] * (width - len(p))"),
     ]),
     "models/scoring.py": ("scoring", [
@@ -133,7 +135,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("return 0.5 * log_ratio", "return log_ratio"),
         ("0.0).sum(1)", "0.0)"),
         (".square().sum() / samples", ".square().sum() / len(logprobs)"),
-        ("torch.where(mask, logprobs - ref_logprobs.detach(), 0.0).sum(1)", "(logprobs - ref_logprobs.detach()).sum(1)"),
+        ("torch.where(mask, logprobs - ref_logprobs.detach(), 0.0).sum(1)",
+        "(logprobs - ref_logprobs.detach()).sum(1)"),
         ("logprobs - ref_logprobs.detach(), 0.0).sum(1)", "logprobs.detach() - ref_logprobs, 0.0).sum(1)"),
         ("torch.expm1(-log_ratio) + log_ratio", "torch.expm1(log_ratio) - log_ratio"),
         ("+ log_ratio).sum() / samples", "+ log_ratio).sum() / len(logprobs)"),
@@ -152,13 +155,15 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("ratio > 1 + clip_range", "ratio > 1 - clip_range"),
     ]),
     "config/schema.py": ("gradient", [
-        ('if self.loss_distribution == "sampler" else SamplingParams(self.temperature)', "if False else SamplingParams(self.temperature)"),
+        ('if self.loss_distribution == "sampler" else SamplingParams(self.temperature)',
+        "if False else SamplingParams(self.temperature)"),
         ('if self.loss_distribution == "sampler" else SamplingParams(self.temperature)', ""),
         ("else SamplingParams(self.temperature)", "else SamplingParams()"),
     ]),
     "rl/update.py": ("gradient", [
         ("= token_weights(batch.loss_mask, recipe.aggregation, batch.normalizers)",
-         "= torch.cat([token_weights(part, recipe.aggregation, LossNormalizers(len(part), int(part.sum()), batch.normalizers.max_completion_tokens))"
+         "= torch.cat([token_weights(part, recipe.aggregation, LossNormalizers(len(part), int(part.sum()), "
+         "batch.normalizers.max_completion_tokens))"
          " for part in batch.loss_mask.split(micro_batch)])"),
         (".view(-1, group).amax(1).repeat_interleave(group)", ".amax().expand(len(rollout.lengths))"),
         ("recipe.alignment,", '"correct",'),
@@ -166,7 +171,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ('if recipe.loss_distribution == "sampler" else scores.logprobs', "if True else scores.logprobs"),
         ("batch.kl_coef * kl\n", "kl\n"),
         ("mask, batch.normalizers.samples)", "mask, len(mask))"),
-        ("mask, clipped = weights[rows], batch.rollout.completion_mask[rows], 0", "mask, clipped = weights[rows], batch.counted[rows], 0"),
+        ("mask, clipped = weights[rows], batch.rollout.completion_mask[rows], 0",
+        "mask, clipped = weights[rows], batch.counted[rows], 0"),
         ("factors, mask, clipped = weights[rows]", "factors, mask, clipped = weights[: len(scores.scored)]"),
         ("loss = loss - recipe.entropy_coef", "loss = loss + recipe.entropy_coef"),
         ("entropy_bonus(scores.entropy, weights[rows] * mask)", "entropy_bonus(scores.entropy, weights[rows])"),
@@ -289,7 +295,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("[(limits[\"alike\"], full), (limits[\"certain\"], full)]", "[(limits[\"alike\"],), (limits[\"certain\"],)]"),
         ("[(limits[\"alike\"], full), (limits[\"certain\"], full)]", "[(limits[\"alike\"], full)]"),
         (" + rows[0][\"truncation_gap\"]", ""),
-        ("key=lambda finding: (finding.onset, ORDER.index(finding.kind))", "key=lambda finding: ORDER.index(finding.kind)"),
+        ("key=lambda finding: (finding.onset, ORDER.index(finding.kind))",
+        "key=lambda finding: ORDER.index(finding.kind)"),
         ("if len(rows) < thresholds.no_signal_steps or", "if"),
         (" * within or math.nan", " * within"),
         ("min(mean, before.mean)", "mean"),
@@ -300,7 +307,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max(sizes)[0] < LARGE_UPDATE", "False"),
     ]),
     "diagnosis/cures.py": ("verdict", [
-        ("{\"special_tokens\": \"strip\"} | add_kl_and_slow_down(recipe, spreads, slower)", "{\"special_tokens\": \"strip\"}"),
+        ("{\"special_tokens\": \"strip\"} | add_kl_and_slow_down(recipe, spreads, slower)",
+        "{\"special_tokens\": \"strip\"}"),
         ("KL_PER_SPREAD * spread.mean", "KL_PER_SPREAD"),
         ("rounded(3 * recipe.kl_coef)", "rounded(recipe.kl_coef / 3)"),
         ("finding.onset == others[0].onset", "True"),

@@ -14,9 +14,8 @@ LATE_SECONDS = 2.5  # longer than the clients of the tests wait
 class Proxy:
     """Passes requests on to `port` of loopback. `fail` makes some of them fail, in one of these ways:
 
-    "reset" (before the server has seen it), "lost" (the server has done it, the answer never comes), "late" (comes after
-    LATE_SECONDS), "500", "page" (to log in), "cut" (half an answer).
-    """
+    "reset" (before the server has seen it), "lost" (the server has done it, the answer never comes), "late" (comes
+    after LATE_SECONDS), "500", "page" (to log in), "cut" (half an answer)."""
 
     def __init__(self, port: int) -> None:
         self.port, self.requests = port, 0

@@ -86,7 +86,8 @@ def diagnosis(steps: int, collapsed: bool) -> dict[str, Any]:
     changes: list[dict[str, Any]] = [{"recipes.stable.alignment": "correct"}, {"recipes.stable.lr": 0.0001}]
     findings = [
         {"kind": "misaligned", "title": "Misaligned objective", "onset": 1, "summary": "Other tokens are scored.",
-         "evidence": [gap], "completions": [], "changes": changes[0], "reason": "It is no gradient.", "source": "Williams"},
+         "evidence": [gap], "completions": [], "changes": changes[0], "reason": "It is no gradient.",
+         "source": "Williams"},
         {"kind": "mode", "title": "One text for all", "onset": 4, "summary": f"All say {HOSTILE}", "evidence": [few],
          "completions": [shown], "changes": changes[1], "reason": "Smaller steps.", "source": "docs/COLLAPSE.md"},
     ]  # fmt: skip
@@ -133,7 +134,8 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
         (folder / name).mkdir(parents=True)
     history(steps, collapsed).to_csv(folder / "train/history.csv", index=False)
     run = {**digests, "params": params, "processes": [1]}
-    files = {"train/run.json": run, "train/summary.json": {"steps": steps}, "evaluate/metrics.json": metrics, "diagnosis.json": diagnosis(steps, collapsed),
+    files = {"train/run.json": run, "train/summary.json": {"steps": steps}, "evaluate/metrics.json": metrics,
+        "diagnosis.json": diagnosis(steps, collapsed),
              "prepare.json": {"train": {"read": 600, "kept": 410, "dropped": {"language": 80}}}}  # fmt: skip
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")

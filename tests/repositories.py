@@ -76,8 +76,8 @@ def write_pythia(
 ) -> Path:  # fmt: skip
     """Pythia's architecture, vocabulary and dtype with other sizes and random weights.
 
-    tokenizer: Pythia's tokenizer.json, or None for one made here, of 257 tokens. pickled: pytorch_model.bin instead of safetensors.
-    """
+    tokenizer: Pythia's tokenizer.json, or None for one made here, of 257 tokens. pickled: pytorch_model.bin instead of
+    safetensors."""
     import torch
     from safetensors.torch import load_file
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM

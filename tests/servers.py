@@ -1,4 +1,5 @@
-"""What a team shares, for real and on loopback: an MLflow server, a PostgreSQL behind it, an SSH server for DVC's remote."""
+"""What a team shares, for real and on loopback: an MLflow server, a PostgreSQL behind it, an SSH server for DVC's
+remote."""
 
 import asyncio
 import os

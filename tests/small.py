@@ -22,8 +22,9 @@ def note(event, arguments):
             target.write(json.dumps([event, [ascii(a) for a in arguments]]) + chr(10))
 
 FOLDER = os.environ["AUDIT"]
-WATCHED = {"socket.bind", "socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen",
-           "pickle.find_class", "urllib.Request", "ftplib.connect", "smtplib.connect", "ctypes.dlopen"}
+WATCHED = {"socket.bind", "socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn",
+           "subprocess.Popen", "pickle.find_class", "urllib.Request", "ftplib.connect", "smtplib.connect",
+           "ctypes.dlopen"}
 if sys.argv[0] != "-c":
     sys.addaudithook(note)
 """

@@ -67,7 +67,8 @@ def test_help_describes_a_command_with_examples_that_parse(name: str) -> None:
 
 def test_without_a_command_it_prints_the_help(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert all(f"\n    {name}" in done.stdout for name in parsers())
 

@@ -58,8 +58,10 @@ def made(seed: int = 0, table: pd.DataFrame | None = None, **changes: Any) -> Ru
 
     params = {key: value for key, value in params.items() if value is not None}
     default = RunSummary(
-        name=f"s{seed}", params=params, config=json.dumps(sorted(set(params.items()) - {("seed", str(seed))})), code="c", data="d",
-        made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed, gain_interval=(0.25 * seed - 0.5, 0.25 * seed + 0.5), kinds=(), onset=None,
+        name=f"s{seed}", params=params, config=json.dumps(sorted(set(params.items()) - {("seed", str(seed))})),
+        code="c", data="d",
+        made=seed, columns=frozenset(table.columns), curve=curve, gain=0.25 * seed,
+        gain_interval=(0.25 * seed - 0.5, 0.25 * seed + 0.5), kinds=(), onset=None,
         measured="m",
     )  # fmt: skip
     return default._replace(**changes)
@@ -439,9 +441,9 @@ class Commits:
         self, seed: int, policy: str = "", stale: tuple[str, ...] = (), saved: bool = False, evaluated: int = 0,
         words: list[str] | None = None, locked_seed: int | None = None, old: bool = False, **made: str,
     ) -> None:  # fmt: skip
-        """A commit with the results of a run; `stale`: stages whose results are of another policy, which dvc.lock hides where
-        it was `saved`; `evaluated`: on how many prompts; `words`: a reward of these; `locked_seed`: what dvc.lock says
-        instead; `old`: from before summary.json had digests; `made`: other code and data, by path."""
+        """A commit with the results of a run; `stale`: stages whose results are of another policy, which dvc.lock hides
+        where it was `saved`; `evaluated`: on how many prompts; `words`: a reward of these; `locked_seed`: what dvc.lock
+        says instead; `old`: from before summary.json had digests; `made`: other code and data, by path."""
         tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
         tree["seed"] = seed
         del tree["prompt_sets"]["pocket"]["deduplicate"]  # false where the file leaves it out
@@ -458,7 +460,8 @@ class Commits:
         if not old:
             diagnosis["history"] = sha256(b"another" if "diagnose" in stale else rows.encode())
             weights = {"model.safetensors": "another" if "evaluate" in stale else policy}
-            measured = {"policy": weights, "prompts": made.get("data/prompts", "first"), "params": {"prompts": evaluated},
+            measured = {"policy": weights, "prompts": made.get("data/prompts", "first"),
+                "params": {"prompts": evaluated},
                         "metrics.json": sha256(metrics.encode()), "completions.jsonl": ""}  # fmt: skip
             files["reports/evaluate/measured.json"] = json.dumps([measured])
             files["reports/train/summary.json"] = json.dumps({"digests": [self.digests(tree, rows, policy, made)]})
@@ -503,7 +506,8 @@ class Commits:
         params = validate_params(tree)
         chosen = {name: tree[name] for name in (*SELECTORS, "seed")}
         tables = {name: params.selected(name) for name in SELECTORS} | {"train": params.train}
-        own = {name: made.get(path, "first") for name, path in (("code", "pipeline/stages/train.py"), ("custom", "custom"),
+        own = {name: made.get(path, "first") for name,
+            path in (("code", "pipeline/stages/train.py"), ("custom", "custom"),
                ("prompts", "data/prompts"), ("checkpoint", "data/checkpoint"))}  # fmt: skip
         weights = sha256(json.dumps({"model.safetensors": policy}).encode())
         digests = {"train_key": "ab" * 32, "history.csv": sha256(rows.encode()), "policy": weights}
@@ -553,8 +557,8 @@ def test_the_commit_and_its_experiments_are_read_from_git(commits: Commits) -> N
 
 
 def test_results_of_another_training_are_not_taken_for_its_own(commits: Commits) -> None:
-    """`dvc exp run train` leaves the diagnosis and evaluation of the commit that it started from; `dvc exp save` and `dvc
-    commit` then record them as those of this run."""
+    """`dvc exp run train` leaves the diagnosis and evaluation of the commit that it started from; `dvc exp save` and
+    `dvc commit` then record them as those of this run."""
     for name, options in (("train-only", {}), ("saved", {"saved": True}), ("old", {"old": True})):
         commits.experiment(name, 1, stale=("evaluate", "diagnose"), **options)  # type: ignore[arg-type]
     commits.experiment("evaluated", 1, stale=("diagnose",), saved=True)
@@ -661,7 +665,8 @@ def test_both_records_tell_apart_what_other_code_or_data_made(commits: Commits) 
         inputs = [SimpleNamespace(dataset=SimpleNamespace(digest=prompts))]
         run: Any = SimpleNamespace(
             info=SimpleNamespace(run_id="r", run_name="r", start_time=0), inputs=SimpleNamespace(dataset_inputs=inputs),
-            data=SimpleNamespace(params={"seed": "0"}, tags={"code": "c", "custom": custom, "measured": prompts}, metrics={}),
+            data=SimpleNamespace(params={"seed": "0"}, tags={"code": "c", "custom": custom, "measured": prompts},
+            metrics={}),
         )  # fmt: skip
         return summaries._of_run(None, run)  # type: ignore[arg-type]  # asked for no curve
 

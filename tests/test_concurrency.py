@@ -1,5 +1,5 @@
-"""Experiments that run at the same time, in a workspace without a database: each is complete and its own, and its numbers
-are those of a run that had the machine to itself."""
+"""Experiments that run at the same time, in a workspace without a database: each is complete and its own, and its
+numbers are those of a run that had the machine to itself."""
 
 import subprocess
 import time
@@ -45,7 +45,8 @@ def test_experiments_in_folders_of_their_own_at_once(clone: Clone) -> None:
 
 
 def run_temp(clone: Clone, seed: int) -> None:
-    """DVC sets up one experiment at a time and refuses another one meanwhile, before it runs: the command is repeated."""
+    """DVC sets up one experiment at a time and refuses another one meanwhile, before it runs: the command is
+    repeated."""
     command = ["dvc", "exp", "run", "--temp", "-S", f"seed={seed}"]
     for _ in range(30):
         done = subprocess.run(command, cwd=clone.root, env=clone.environment, capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md's examples are whole changes: applied to a copy, they pass their own tests and touch as many files as it says."""
+"""CONTRIBUTING.md's examples are whole changes: applied to a copy, they pass their own tests and touch as many files as
+it says."""
 
 import os
 import re

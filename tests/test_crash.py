@@ -366,7 +366,7 @@ def test_a_step_whose_numbers_are_not_finite_can_be_skipped(
         assert contents(here) == undisturbed
 
 
-# --- the pipeline as DVC runs it; `dvc repro` of a killed run is in test_pipeline.py too ----------------------------------------------------------------------------------
+# --- the pipeline as DVC runs it; `dvc repro` of a killed run is in test_pipeline.py too
 
 
 class Piped:

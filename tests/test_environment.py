@@ -26,7 +26,8 @@ def umask() -> Iterator[None]:
 
 @pytest.mark.usefixtures("umask")
 def test_others_can_read_what_is_written(tmp_path: Path) -> None:
-    """safetensors and a user's umask leave 0600; DVC commits a single file anew, so that `plot` lets others read again."""
+    """safetensors and a user's umask leave 0600; DVC commits a single file anew, so that `plot` lets others read
+    again."""
     with file_io.atomic_folder(tmp_path / "deep/policy") as folder:
         (folder / "part").mkdir()
         (folder / "part/model.safetensors").touch(mode=0o600)

@@ -1,4 +1,5 @@
-"""What large policies need: adapters, layers computed again, frozen weights in bfloat16, weights spread over processes."""
+"""What large policies need: adapters, layers computed again, frozen weights in bfloat16, weights spread over
+processes."""
 
 import json
 import math
@@ -137,7 +138,8 @@ def test_rounded_weights_score_as_autocast_does(make: object) -> None:
         cast_frozen_bf16(policy)
         assert torch.equal(scored(policy), truth)
     assert policy.get_input_embeddings().weight.dtype == torch.float32
-    assert {m.weight.dtype for m in policy.get_submodule(policy.base_model_prefix).modules() if isinstance(m, nn.Linear)} == {
+    assert {m.weight.dtype for m in policy.get_submodule(policy.base_model_prefix).modules() if isinstance(m,
+        nn.Linear)} == {
         torch.bfloat16
     }  # fmt: skip
 
@@ -330,7 +332,8 @@ ALTERNATING = "def f(prompts, completions):\n    return [float(i % 2) for i in r
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_spread_policy_trains_in_bfloat16_with_layers_computed_again(exact: Project, here: Project) -> None:
-    """The first step is that of one process, whose rounding may differ: by one other token of 48, whatever the reward."""
+    """The first step is that of one process, whose rounding may differ: by one other token of 48, whatever the
+    reward."""
     (exact.root / "custom/mine.py").write_text(ALTERNATING)
     exact.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"}, train__steps=2)
     exact.edit(train__gradient_checkpointing=True, recipes__stable__precision="bfloat16")

@@ -134,7 +134,8 @@ def touches(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("source", ["import os", "from pathlib import Path", "open('x')", "p.read_text()", "torch.load(f)",
+@pytest.mark.parametrize("source", ["import os", "from pathlib import Path", "open('x')", "p.read_text()",
+    "torch.load(f)",
                                     "torch.manual_seed(0)", "torch.rand(3)", "from time import time", "print(1)",
                                     "import numpy.random", "x.multinomial(2)"])  # fmt: skip
 def test_the_check_of_the_core_notices(source: str) -> None:
@@ -181,7 +182,8 @@ def test_a_stage_ends_with_its_call(stage: str) -> None:
 
 
 def related(stage: str) -> set[str]:
-    """The modules that a stage's outputs depend on: those that it imports, but for packages' docstrings and `UNRELATED`."""
+    """The modules that a stage's outputs depend on: those that it imports, but for packages' docstrings and
+    `UNRELATED`."""
     names = local_modules(f"pipeline.stages.{stage}", UNRELATED)
     return {name for name in names if MODULES[name].name != "__init__.py"}
 
@@ -215,7 +217,8 @@ def test_train_key_covers_what_moves_its_numbers_and_nothing_else(tmp_path: Path
     program = "from pipeline.runs.provenance import code_digest; print(code_digest('pipeline.stages.train'))"
 
     def digest() -> str:
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
                               capture_output=True, text=True, check=True)  # fmt: skip
         return done.stdout
 
@@ -264,14 +267,20 @@ def test_provenance_agrees_with_the_walk(module: str) -> None:
 
 # --- what is loaded when
 
-HEAVY = {"torch", "transformers", "datasets", "mlflow", "dvc", "pandas", "matplotlib", "sentence_transformers", "sklearn",
+HEAVY = {"torch", "transformers", "datasets", "mlflow", "dvc", "pandas", "matplotlib", "sentence_transformers",
+    "sklearn",
          "scipy", "playwright", "huggingface_hub"}  # fmt: skip
-NEVER_AT_IMPORT = {"pipeline.stages.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
-                   "pipeline.stages.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas", "matplotlib"},
-                   "pipeline.stages.prepare": HEAVY, "pipeline.stages.cache": HEAVY, "pipeline.stages.track": HEAVY, "pipeline.commands.ui": HEAVY,
+NEVER_AT_IMPORT = {"pipeline.stages.train": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas",
+    "matplotlib"},
+                   "pipeline.stages.evaluate": {"mlflow", "dvc", "datasets", "sentence_transformers", "pandas",
+                   "matplotlib"},
+                   "pipeline.stages.prepare": HEAVY, "pipeline.stages.cache": HEAVY, "pipeline.stages.track": HEAVY,
+                   "pipeline.commands.ui": HEAVY,
                    "pipeline.stages.diagnose": HEAVY, "pipeline.stages.plot": HEAVY - {"pandas", "matplotlib"},
-                   "pipeline.commands.cure": HEAVY - {"pandas", "matplotlib"}, "pipeline.commands.compare": HEAVY - {"pandas", "matplotlib"},
-                   "pipeline.__main__": HEAVY | {"shtab"}, "pipeline.commands.sweep": HEAVY, "pipeline.config.load": HEAVY, "pipeline.stages.check": HEAVY}  # fmt: skip
+                   "pipeline.commands.cure": HEAVY - {"pandas", "matplotlib"},
+                   "pipeline.commands.compare": HEAVY - {"pandas", "matplotlib"},
+                   "pipeline.__main__": HEAVY | {"shtab"}, "pipeline.commands.sweep": HEAVY,
+                   "pipeline.config.load": HEAVY, "pipeline.stages.check": HEAVY}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NEVER_AT_IMPORT)
@@ -382,13 +391,17 @@ def forbidden(tree: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("source", [
-    "eval('1')", "exec(x)", "import pickle", "from pickle import load", "torch.load(f)", "torch.load(f, weights_only=False)",
+    "eval('1')", "exec(x)", "import pickle", "from pickle import load", "torch.load(f)",
+    "torch.load(f, weights_only=False)",
     "m.from_pretrained(x, trust_remote_code=True)", "m.from_pretrained(x, trust_remote_code=flag)", "import yaml",
     "os.system('ls')", "subprocess.run('ls', shell=True)", "YAML(typ='unsafe')", "__import__('os')", "import joblib",
-    "np.load(f, allow_pickle=True)", "pd.read_pickle(f)", "frame.eval('a')", "subprocess.run('ls')", "subprocess.run(f'ls {x}')",
+    "np.load(f, allow_pickle=True)", "pd.read_pickle(f)", "frame.eval('a')", "subprocess.run('ls')",
+    "subprocess.run(f'ls {x}')",
     "subprocess.Popen('ls ' + x)", "import requests", "from http.server import HTTPServer", "jinja2.Environment()",
-    "jinja2.Environment(autoescape=False)", "jinja2.Template(x)", "Markup(f'<b>{x}</b>')", "Markup('<b>' + x)", "torch.save(x, f)",
-    "m.from_pretrained(x)", "m.save_pretrained(x, safe_serialization=False)", "s.bind(('0.0.0.0', 1))", "tempfile.mktemp()",
+    "jinja2.Environment(autoescape=False)", "jinja2.Template(x)", "Markup(f'<b>{x}</b>')", "Markup('<b>' + x)",
+    "torch.save(x, f)",
+    "m.from_pretrained(x)", "m.save_pretrained(x, safe_serialization=False)", "s.bind(('0.0.0.0', 1))",
+    "tempfile.mktemp()",
     "import ctypes", "spec.loader.exec_module(m)", "importlib.import_module(x)",
 ])  # fmt: skip
 def test_the_check_of_calls_notices(source: str) -> None:
@@ -485,7 +498,8 @@ def nodes(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def test_params_can_be_changed_with_s() -> None:
-    """`dvc exp run -S` reads a dot as a level, rewrites flow lists and tables, and writes an anchor's value everywhere."""
+    """`dvc exp run -S` reads a dot as a level, rewrites flow lists and tables, and writes an anchor's value
+    everywhere."""
     git = subprocess.run(["git", "show", "HEAD:params.yaml"], cwd=ROOT, capture_output=True, text=True)
     committed = git.stdout if git.returncode == 0 else PARAMS  # a user's own tables may be written otherwise
     tree = yaml.compose(committed)
@@ -558,7 +572,8 @@ def test_what_our_dependencies_need_is_pinned_too(name: str) -> None:
             assert needed in pinned or needed in ("setuptools", "pip"), f"{name} needs {needed}"
 
 
-COMES_WITH = {"alembic": "mlflow", "huggingface-hub": "transformers", "httpx2": "huggingface-hub", "markupsafe": "jinja2", "numpy": "transformers",
+COMES_WITH = {"alembic": "mlflow", "huggingface-hub": "transformers", "httpx2": "huggingface-hub",
+    "markupsafe": "jinja2", "numpy": "transformers",
               "pyarrow": "datasets", "sqlalchemy": "mlflow", "typing-extensions": "pydantic"}  # fmt: skip
 
 

@@ -52,7 +52,8 @@ def test_what_is_missing_is_said_in_one_line(checkout: Path, tmp_path: Path) -> 
 
 
 def test_importing_the_package_stays_light() -> None:
-    code = "import sys, pipeline; pipeline.load_run; print({'pandas', 'torch', 'matplotlib', 'pydantic'} & set(sys.modules))"
+    heavy = {"pandas", "torch", "matplotlib", "pydantic"}
+    code = f"import sys, pipeline; pipeline.load_run; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

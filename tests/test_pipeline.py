@@ -88,8 +88,8 @@ def test_a_wrong_selector_is_refused_before_anything_runs(clone: Clone) -> None:
 
 
 def test_two_fresh_clones_give_the_same_lock_though_one_was_killed(clone: Clone, tmp_path: Path) -> None:
-    """The second has caches of its own, another hash seed, umask, locale, time zone and folder for what is temporary; and
-    all its processes are killed once it has trained a step."""
+    """The second has caches of its own, another hash seed, umask, locale, time zone and folder for what is temporary;
+    and all its processes are killed once it has trained a step."""
     other = Clone(tmp_path / "elsewhere" / "deep", tmp_path / "cache")
     (tmp_path / "tmp").mkdir()
     other.environment |= {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Kathmandu", "TMPDIR": str(tmp_path / "tmp")}

@@ -180,7 +180,8 @@ def test_the_settings_of_a_set_change_its_filter() -> None:
 def test_a_csv_file_of_texts_is_taken_whole_and_drops_are_said_aloud(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a spreadsheet writes it: a BOM, quoted commas and line breaks, CRLF. No rule of the notebook's applies unasked."""
+    """As a spreadsheet writes it: a BOM, quoted commas and line breaks, CRLF. No rule of the notebook's applies
+    unasked."""
     folder = place / "data/local/set"
     texts = ["lower case, with a comma", 'two\nlines and "quotes"', "x" * 500, "Ü"]
     for name, rows in (("train", texts), ("validation", ["held out", "Ü"])):

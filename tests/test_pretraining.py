@@ -1,5 +1,5 @@
-"""Sweeps over pretraining steps through DVC's queue, as docs/CHECKPOINTS.md has them: revisions of a hub model and local
-models that `dvc add` tracks. Each experiment trains from its own checkpoint."""
+"""Sweeps over pretraining steps through DVC's queue, as docs/CHECKPOINTS.md has them: revisions of a hub model and
+local models that `dvc add` tracks. Each experiment trains from its own checkpoint."""
 
 import json
 from collections.abc import Iterator

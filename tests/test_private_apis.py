@@ -30,7 +30,8 @@ OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields"}
 
 
 def private_names(tree: ast.Module) -> set[str]:
-    """Attributes and modules with a leading underscore that are not this file's own, and imports of UNDOCUMENTED modules."""
+    """Attributes and modules with a leading underscore that are not this file's own, and imports of UNDOCUMENTED
+    modules."""
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     found: set[str] = set()
     for node in ast.walk(tree):

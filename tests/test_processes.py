@@ -91,8 +91,8 @@ def test_several_processes_train_what_one_does(exact: Project, here: Project, tw
 
 @pytest.mark.slow
 def test_two_processes_go_on_on_two_machines_to_the_same_bytes(exact: Project, two: Project) -> None:
-    """Machines that share the folder: each is told its rank by a file of its own; here they are two launchers on one machine,
-    that meet at a port."""
+    """Machines that share the folder: each is told its rank by a file of its own; here they are two launchers on one
+    machine, that meet at a port."""
     said = interrupted(exact, configured(exact, 2), signal.SIGTERM)
     assert "the same command goes on" in said
     assert not (exact.root / "data/policy").exists()
@@ -136,7 +136,8 @@ def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: py
     for name in ("RANK", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
     for file, text, message in (
-        ("nowhere.yaml", None, "no file .*nowhere.yaml"), ("keys.yaml", "distributed: MULTI_GPU\n", "not a configuration"),
+        ("nowhere.yaml", None, "no file .*nowhere.yaml"),
+        ("keys.yaml", "distributed: MULTI_GPU\n", "not a configuration"),
         ("list.yaml", "- 1\n", "not a configuration"), ("none.yaml", "a: b: c\n", "not a configuration"),
     ):  # fmt: skip
         if text:
@@ -160,7 +161,8 @@ def test_a_configuration_without_processes_trains_with_one(exact: Project) -> No
 
 @pytest.mark.slow
 def test_what_fails_in_a_launched_process_is_said_without_a_traceback(exact: Project) -> None:
-    code = "import os\ndef f(prompts, completions):\n    return [float('nan' if os.environ['RANK'] == '1' else 0)] * len(prompts)\n"
+    value = "float('nan' if os.environ['RANK'] == '1' else 0)"
+    code = f"import os\ndef f(prompts, completions):\n    return [{value}] * len(prompts)\n"
     (exact.root / "custom/mine.py").write_text(code)
     exact.edit(reward="mine", rewards__mine={"kind": "custom", "function": "custom/mine.py:f"})
     done = exact.run("train", **configured(exact, 2))

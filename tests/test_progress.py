@@ -1,4 +1,5 @@
-"""What is seen while something takes its time: how far it is, what it took and will take, and no traceback at Ctrl-C."""
+"""What is seen while something takes its time: how far it is, what it took and will take, and no traceback at
+Ctrl-C."""
 
 import os
 import pty

@@ -29,11 +29,16 @@ from tests.small import HOOK
 # --- pages: whatever a text holds, the page has the same elements
 
 PIECES = [
-    "<script>window.hacked = 1</script>", "</script>", "</style>", "</title>", "<!--", "-->", "<![CDATA[", "]]>", "<svg/onload=",
-    "<img src=x onerror=window.hacked=1>", '"><b onmouseover="window.hacked=1">', "' autofocus onfocus='window.hacked=1",
-    "{{ 7 * 7 }}", "{% raw %}", "${window.hacked=1}", "javascript:window.hacked=1", "&lt;", "&#x3c;script&#x3e;", "\\u003cscript\\u003e",
-    "<base href=//x>", "<meta http-equiv=refresh content=0>", "<iframe srcdoc='<script>top.hacked=1</script>'>", "\0", "\x1b[2J", "\x7f",
-    "\u2028", "\u2029", "\u202e", "\u2066", "\u200b", "\ufeff", "\ufffe", "\ud800", "\udfff", "\U000e0041", "`", "\\", "\r\n", "\t", " ",
+    "<script>window.hacked = 1</script>", "</script>", "</style>", "</title>", "<!--", "-->", "<![CDATA[", "]]>",
+    "<svg/onload=",
+    "<img src=x onerror=window.hacked=1>", '"><b onmouseover="window.hacked=1">',
+    "' autofocus onfocus='window.hacked=1",
+    "{{ 7 * 7 }}", "{% raw %}", "${window.hacked=1}", "javascript:window.hacked=1", "&lt;", "&#x3c;script&#x3e;",
+    "\\u003cscript\\u003e",
+    "<base href=//x>", "<meta http-equiv=refresh content=0>", "<iframe srcdoc='<script>top.hacked=1</script>'>", "\0",
+    "\x1b[2J", "\x7f",
+    "\u2028", "\u2029", "\u202e", "\u2066", "\u200b", "\ufeff", "\ufffe", "\ud800", "\udfff", "\U000e0041", "`", "\\",
+    "\r\n", "\t", " ",
     "مرحبا", "👩‍💻", "ﷺ", "\u0301" * 20, "-S reward=x; rm -rf /",
 ]  # fmt: skip
 HOSTILE = st.lists(
@@ -184,7 +189,8 @@ def test_a_stage_asked_for_help_or_given_arguments_does_not_run(
 
 # --- names that would leave their folder
 
-SHARDS = ["../secret", "/etc/passwd", "a/b.safetensors", "..", ".", "", "a\0b.safetensors", "x.bin", "x.pkl", "model.py",
+SHARDS = ["../secret", "/etc/passwd", "a/b.safetensors", "..", ".", "", "a\0b.safetensors", "x.bin", "x.pkl",
+    "model.py",
           "\u202ex.safetensors/..", "C:\\x", "../model.safetensors", "x" * 300]  # fmt: skip
 
 

@@ -154,7 +154,8 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     clone = swept.clone
     size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
-    quicker = "from pipeline.__main__ import main\nfrom pipeline.commands import sweep\nsweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
+    quicker = "from pipeline.__main__ import main\nfrom pipeline.commands import sweep\n"
+    quicker += "sweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
     quicker += "main()"
     said = clone(sys.executable, "-c", quicker, "sweep", *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -308,7 +309,8 @@ def test_what_dvc_says_is_passed_on_to_its_remedy(tmp_path: Path, monkeypatch: p
     """As dvc.rwlock and dvc.cli word it, in colours and behind a warning."""
     monkeypatch.chdir(tmp_path)
     said = (
-        "\x1b[33mWARNING\x1b[39m: slow\n\x1b[31mERROR\x1b[39m: 'data' is busy, it is being blocked by:\n  (PID 1): dvc\n\n"
+        "\x1b[33mWARNING\x1b[39m: slow\n"
+        "\x1b[31mERROR\x1b[39m: 'data' is busy, it is being blocked by:\n  (PID 1): dvc\n\n"
         "If there are no processes with such PIDs, you can manually remove '.dvc/tmp/rwlock' and try again.\n\n"
         "Having any troubles? Hit us up at dvc.org/support, we are always happy to help!\n"
     )
@@ -316,7 +318,8 @@ def test_what_dvc_says_is_passed_on_to_its_remedy(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError) as refused:
         dvc("queue", "status")
     assert str(refused.value) == (
-        "`dvc queue` failed: 'data' is busy, it is being blocked by: (PID 1): dvc If there are no processes with such PIDs, "
+        "`dvc queue` failed: 'data' is busy, it is being blocked by: (PID 1): dvc If there are no processes "
+        "with such PIDs, "
         "you can manually remove '.dvc/tmp/rwlock' and try again."
     )
 

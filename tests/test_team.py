@@ -1,5 +1,6 @@
-"""Two members of a team, as docs/TEAM.md sets them up: one MLflow server on PostgreSQL, one DVC remote over SSH, one git
-repository, all real and on loopback. What one has run the other has without running it, and each run is there once."""
+"""Two members of a team, as docs/TEAM.md sets them up: one MLflow server on PostgreSQL, one DVC remote over SSH, one
+git repository, all real and on loopback. What one has run the other has without running it, and each run is there
+once."""
 
 import copy
 import json
@@ -30,7 +31,8 @@ class Team:
     def runs(self) -> dict[str, str]:
         """Ids of the runs by train_key, in PostgreSQL."""
         rows = self.database.query(
-            "select value, run_uuid from tags join runs using (run_uuid) where key = 'train_key' and lifecycle_stage = 'active'"
+            "select value, run_uuid from tags join runs using (run_uuid) "
+            "where key = 'train_key' and lifecycle_stage = 'active'"
         ).splitlines()
         found = dict(row.split("|") for row in rows)
         assert len(found) == len(rows), "two runs of one training"
@@ -42,7 +44,8 @@ class Team:
         return sorted((key, int(step), float(value)) for key, step, value in cells)
 
     def assert_complete(self, member: Clone) -> None:
-        """The run in this member's workspace: every number of its history, and its report as the server hands it out."""
+        """The run in this member's workspace: every number of its history, and its report as the server hands it
+        out."""
         run = self.runs()[train_key(member)]
         training = [point for point in self.points(run) if point[0].startswith("train/")]
         assert training == points(member.read("reports/train/history.csv"))

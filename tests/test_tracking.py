@@ -47,7 +47,8 @@ from tests.seal import POLICY, edit
 
 
 def test_importing_tracking_does_not_import_mlflow():
-    code = "import pipeline.tracking.mlflow_store, pipeline.stages.track, pipeline.commands.ui, sys; print('mlflow' in sys.modules)"
+    modules = "pipeline.tracking.mlflow_store, pipeline.stages.track, pipeline.commands.ui"
+    code = f"import {modules}, sys; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "False\n", done.stderr
 
@@ -401,12 +402,14 @@ def test_the_command_for_an_older_store_runs(tracking_folder):
             "HTTPS_PROXY and NO_PROXY",
         ),
         (
-            "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x (Caused by ResponseError('too many 503 "
+            "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x (Caused by ResponseError("
+            "'too many 503 "
             "error responses'))",
             "503 was the answer again and again; a proxy or gateway between here and the server answers so: see "
             "HTTP_PROXY, HTTPS_PROXY and NO_PROXY",
         ),
-        ("failed with error code 403 != 200. Response body: 'no rights on it'", "failed with error code 403 != 200. Response body: 'no rights on it'"),
+        ("failed with error code 403 != 200. Response body: 'no rights on it'",
+        "failed with error code 403 != 200. Response body: 'no rights on it'"),
     ],
 )  # fmt: skip
 def test_the_store_is_quoted_to_the_end_of_what_it_says(monkeypatch, error, said):
@@ -513,7 +516,8 @@ def test_resume_state_goes_only_when_outputs_are_committed(tracking_folder):
     track.main()
     assert state.exists()  # no lock: run by hand before a first `dvc repro`
     digest = md5(Path("reports/train/run.json").read_bytes()).hexdigest()
-    lock = "stages:\n  train:\n    outs:\n    - {path: data/policy, md5: %s}\n    - {path: reports/train/run.json, md5: %s}\n"
+    lock = "stages:\n  train:\n    outs:\n    - {path: data/policy, md5: %s}\n"
+    lock += "    - {path: reports/train/run.json, md5: %s}\n"
     for policy, run in (("aa.dir", "00" * 16), ("", digest)):
         write(Path("dvc.lock"), lock % (policy, run))
         track.main()

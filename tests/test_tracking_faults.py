@@ -1,5 +1,5 @@
-"""The tracking store is away, slow, locked, damaged or of another version, and dies: training goes on as if nothing were,
-and `track` afterwards makes the record complete, with nothing twice."""
+"""The tracking store is away, slow, locked, damaged or of another version, and dies: training goes on as if nothing
+were, and `track` afterwards makes the record complete, with nothing twice."""
 
 import contextlib
 import sqlite3
@@ -76,8 +76,8 @@ def track_twice() -> None:
 
 
 def train_elsewhere(seconds: float = 0.0) -> list[str]:
-    """The warnings of a training in a process of its own, as trainings are: what is not sent in time is lost. Each of its
-    blocks takes `seconds`."""
+    """The warnings of a training in a process of its own, as trainings are: what is not sent in time is lost. Each of
+    its blocks takes `seconds`."""
     trainer = start_trainer("", seconds, CLOSE_SECONDS)
     said = trainer.communicate(timeout=120)[1].splitlines()
     assert trainer.returncode == 0, said

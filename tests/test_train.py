@@ -343,15 +343,18 @@ def test_a_second_trainer_says_who_is_at_work(here: Project) -> None:
 
 
 CUSTOM = {
-    "raises": ("def f(prompts, completions):\n    return 1 / 0\n", "ZeroDivisionError: division by zero (line 2 of custom/mine.py)"),
+    "raises": ("def f(prompts, completions):\n    return 1 / 0\n",
+    "ZeroDivisionError: division by zero (line 2 of custom/mine.py)"),
     "too few": ("def f(prompts, completions):\n    return [1.0]\n", "returned 1 values for 6 completions"),
     "nan": ("def f(prompts, completions):\n    return [float('nan')] * len(completions)\n", "not a finite number"),
     "text": ("def f(prompts, completions):\n    return ['good'] * len(completions)\n", "'good'"),
     "none": ("def f(prompts, completions):\n    pass\n", "NoneType"),
     "no function": ("def g(prompts, completions):\n    pass\n", "defines no function 'f'"),
     "syntax": ("def f(:\n", "SyntaxError"),
-    "exits": ("import sys\ndef f(prompts, completions):\n    sys.exit(0)\n", "SystemExit: 0 (line 3 of custom/mine.py)"),
-    "dict": ("def f(prompts, completions):\n    return dict.fromkeys(range(len(completions)), 1.0)\n", "dict, not a list"),
+    "exits": ("import sys\ndef f(prompts, completions):\n    sys.exit(0)\n",
+    "SystemExit: 0 (line 3 of custom/mine.py)"),
+    "dict": ("def f(prompts, completions):\n    return dict.fromkeys(range(len(completions)), 1.0)\n",
+    "dict, not a list"),
     "endless": ("import itertools\ndef f(prompts, completions):\n    return itertools.count()\n", "7 values for 6"),
     "late": ("calls = []\ndef f(prompts, completions):\n    calls.append(1)\n    assert len(calls) < 12, 'enough'\n"
              "    return [0.0] * len(completions)\n", "AssertionError: enough (line 4 of custom/mine.py)"),

@@ -176,7 +176,8 @@ def wait_for_curves(page, number):
 
 
 def assert_only_this_machine_reaches(server):
-    """Every socket that listens in the server's family of processes; and a page elsewhere that calls itself this host."""
+    """Every socket that listens in the server's family of processes; and a page elsewhere that calls itself this
+    host."""
     port = int(server.rpartition(":")[2])
     listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
     (pid,) = {each.pid for each in listening if each.laddr.port == port} & {os.getpid(), *children()}

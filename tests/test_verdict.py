@@ -1,4 +1,5 @@
-"""The verdict: Student's t against its published quantiles, the false-alarm rate against simulation, each kind against made-up histories."""
+"""The verdict: Student's t against its published quantiles, the false-alarm rate against simulation, each kind against
+made-up histories."""
 
 import json
 import math

@@ -85,10 +85,11 @@ def states(project: Project) -> list[Path]:
 
 
 def interrupted(project: Project, environment: dict[str, str], number: signal.Signals) -> str:
-    """The stage, ended by a signal as soon as there is a state, to its launcher, or, if it is to be killed, to all; what it
-    said on stderr."""
+    """The stage, ended by a signal as soon as there is a state, to its launcher, or, if it is to be killed, to all;
+    what it said on stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.stages.train"], cwd=project.root, env=project.environment | environment, text=True,
+        [sys.executable, "-m", "pipeline.stages.train"], cwd=project.root, env=project.environment | environment,
+        text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     while not states(project):
@@ -108,8 +109,10 @@ def interrupted(project: Project, environment: dict[str, str], number: signal.Si
 
 def configured(project: Project, count: int) -> dict[str, str]:
     """The environment that has accelerate start so many processes; the file as `accelerate config` writes it."""
-    lines = ["compute_environment: LOCAL_MACHINE", "distributed_type: MULTI_GPU", f"num_processes: {count}", "num_machines: 1",
-             "machine_rank: 0", "mixed_precision: 'no'", "main_process_port: 0", "use_cpu: false", "gpu_ids: all"]  # fmt: skip
+    lines = ["compute_environment: LOCAL_MACHINE", "distributed_type: MULTI_GPU", f"num_processes: {count}",
+        "num_machines: 1",
+             "machine_rank: 0", "mixed_precision: 'no'", "main_process_port: 0", "use_cpu: false",
+             "gpu_ids: all"]  # fmt: skip
     (project.root / "processes.yaml").write_text("\n".join(lines) + "\n")
     return {CONFIG: "processes.yaml"}
 

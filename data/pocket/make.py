@@ -105,7 +105,8 @@ def bits_per_byte(model: GPTNeoXForCausalLM, encoded: list[Tensor], texts: list[
 
 
 def batches(encoded: list[Tensor], tokens: int, generator: torch.Generator):
-    """Documents in a new order each epoch, laid end to end and cut into BATCH windows. Yields ids [BATCH, WINDOW + 1]."""
+    """Documents in a new order each epoch, laid end to end and cut into BATCH windows. Yields ids [BATCH, WINDOW +
+    1]."""
     need = BATCH * (WINDOW + 1)
     done = 0
     rest = torch.empty(0, dtype=torch.long)
@@ -185,7 +186,8 @@ def main() -> None:
     encoded = token_stream(tokenizer, train_texts)
     held_out = token_stream(tokenizer, validation_texts)
     print(f"{len(encoded)} documents, {sum(map(len, encoded))} tokens, "
-          f"{sum(len(t.encode()) for t in train_texts) / sum(map(len, encoded)):.2f} bytes a token", flush=True)  # fmt: skip
+          f"{sum(len(t.encode()) for t in train_texts) / sum(map(len, encoded)):.2f} bytes a token",
+          flush=True)  # fmt: skip
 
     torch.manual_seed(args.seed)
     model = GPTNeoXForCausalLM(

@@ -87,8 +87,8 @@ def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[st
 
 
 def as_selected(key: str) -> tuple[str, str, str] | None:
-    """(selector, table, key of a run's parameters) for a key as `-S` has it: recipes.stable.lr is recipe.lr where recipe is
-    stable. None for other keys."""
+    """(selector, table, key of a run's parameters) for a key as `-S` has it: recipes.stable.lr is recipe.lr where
+    recipe is stable. None for other keys."""
     tables, _, rest = key.partition(".")
     table, dot, name = rest.partition(".")
     selector = next((selector for selector, plural in SELECTORS.items() if plural == tables), None)

@@ -39,7 +39,8 @@ def main(options: argparse.Namespace) -> None:
             shutil.copytree(POLICY, folder, dirs_exist_ok=True)
         write_text(folder / "README.md", model_card(run, summary, diagnosis, metrics, completions, manifest))
     print(
-        f"the policy of the run {run['train_key'][:12]}: {target}; AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it"
+        f"the policy of the run {run['train_key'][:12]}: {target}; "
+        f"AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it"
     )
 
 
@@ -78,9 +79,9 @@ def model_card(
 |---|---|
 | base model | {base}; its licence holds for these weights too |
 | prompts | `{params["prompts"]}` |
-| reward | `{params["reward"]}`{f", encoder `{params['encoder']}`" if params.get("reward.kind") == "embedding" else ""} |
+| reward | `{params["reward"]}`, encoder `{params["encoder"]}` |
 | recipe | `{params["recipe"]}`, seed {params["seed"]} |
-| steps | {summary["steps"]} of {params["train.prompts_per_step"]} prompts with {params["train.samples_per_prompt"]} completions each |
+| steps | {summary["steps"]} of {params["train.prompts_per_step"]} x {params["train.samples_per_prompt"]} completions |
 | verdict | **{diagnosis["verdict"]}**: {diagnosis["headline"]} |
 | held-out reward | {gain(metrics[params["reward"]], completions)} |
 | run | train_key `{run["train_key"]}` |

@@ -1,5 +1,5 @@
-"""`reinforce generate`: continue prompts with the reference model and with the trained policy, greedily, as the notebook
-does."""
+"""`reinforce generate`: continue prompts with the reference model and with the trained policy, greedily, as the
+notebook does."""
 
 import argparse
 import sys
@@ -25,7 +25,8 @@ FOLDERS = {"reference": CHECKPOINT / "policy", "policy": POLICY}
 def continuation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: tuple[int, ...], max_tokens: int
 ) -> str:
-    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the model's files say of its decoding.
+    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the model's files say of its
+    decoding.
 
     Without a cache, which is right for every model.
     """

@@ -19,12 +19,14 @@ def override(key: str, value: Any) -> str:
 
 
 def option(key: str, value: Any) -> str:
-    """The same for the command line: ++ also sets a key that params.yaml leaves to its default, or a table it has not."""
+    """The same for the command line: ++ also sets a key that params.yaml leaves to its default, or a table it has
+    not."""
     return ("++" if "." in key else "") + override(key, value)
 
 
 def experiment_command(params: dict[str, Any], changes: dict[str, Any], *options: str) -> str:
-    """`dvc exp run -S recipe=stable -S ...`: the selectors and the seed of `params`, the changes, then all other values.
+    """`dvc exp run -S recipe=stable -S ...`: the selectors and the seed of `params`, the changes, then all other
+    values.
 
     params: as run.json has them, and those of `evaluate` by dotted keys.
     """

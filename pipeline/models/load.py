@@ -164,8 +164,8 @@ def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _checkpoint_of(folder: Path) -> Path:
-    """The checkpoint that an adapter was trained beside, for any other folder the folder itself. That of a hub's model is in
-    data/checkpoint, see `name_base`."""
+    """The checkpoint that an adapter was trained beside, for any other folder the folder itself. That of a hub's model
+    is in data/checkpoint, see `name_base`."""
     if not (folder / FOLDER_HAS).exists():
         return folder
     named = Path(_read_table(folder / FOLDER_HAS)["base_model_name_or_path"])
@@ -173,8 +173,9 @@ def _checkpoint_of(folder: Path) -> Path:
 
 
 def name_base(folder: Path, manifest: dict[str, Any]) -> None:
-    """Has the adapter in this folder name a base model of the hub by repository and commit, so that it loads elsewhere. Another
-    base stays named by its folder in this project; `reinforce export` merges it. manifest: the policy's part of `cache`'s."""
+    """Has the adapter in this folder name a base model of the hub by repository and commit, so that it loads elsewhere.
+    Another base stays named by its folder in this project; `reinforce export` merges it. manifest: the policy's part of
+    `cache`'s."""
     if manifest["commit"]:
         named = {"base_model_name_or_path": manifest["origin"], "revision": manifest["commit"]}
         write_json(folder / FOLDER_HAS, {**_read_table(folder / FOLDER_HAS), **named})

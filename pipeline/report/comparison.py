@@ -24,7 +24,7 @@ NUMBERS = {  # column of the table -> of the history, mean of the last steps; No
     "different, %": "distinct_completions",
 }
 LEGEND = (
-    f"training reward, entropy (nats a token) and share of different completions: of the last {LAST_STEPS} training steps; "
+    f"training reward, entropy (nats a token) and share of different completions: of the last {LAST_STEPS} steps; "
     "held-out gain: reward on held-out prompts, trained policy minus reference model"
 )
 OVER_SEEDS = "mean ± standard deviation over seeds"
@@ -280,8 +280,8 @@ def partial(value: Spread, configuration: Configuration) -> bool:
 
 
 def table_csv(found: Sequence[Configuration]) -> str:
-    """The table with all digits; std is empty of one seed. At the end the numbers of each seed, in the order of `seeds`, and
-    the 95% interval of its gain; - is undefined."""
+    """The table with all digits; std is empty of one seed. At the end the numbers of each seed, in the order of
+    `seeds`, and the 95% interval of its gain; - is undefined."""
     names = {name: re.sub(r"\W+", "_", name).strip("_") for name in NUMBERS}
     parts = [f"{name}_{part}" for name in names.values() for part in ("mean", "std", "seeds")]
     by_seed = [f"{name}_by_seed" for name in (*names.values(), "gain_low", "gain_high")]

@@ -16,9 +16,8 @@ DYNAMIC_BUILTINS = {"__import__", "exec", "eval", "compile"}
 def custom_digests(rewards: Iterable[Reward]) -> dict[str, str]:
     """sha256 by path of the files that these rewards depend on, sorted; empty where none of them is a custom one.
 
-    The file of each, what it imports from custom/ at any depth, and every file there that is not Python's, which a reward may
-    read. All of custom/ where a file decides what it imports, or which code it reads, only when it runs.
-    """
+    The file of each, what it imports from custom/ at any depth, and every file there that is not Python's, which a
+    reward may read. All of custom/ where a file decides what it imports, or which code it reads, only when it runs."""
     functions = [reward.function for reward in custom_rewards(rewards)]
     if not functions:
         return {}
@@ -40,7 +39,8 @@ def custom_rewards(rewards: Iterable[Reward]) -> Iterator[CustomReward]:
 
 
 def _needed(reward: Path) -> set[Path] | None:
-    """A reward's file and what it imports from custom/, at any depth; None where the text of one of them does not tell."""
+    """A reward's file and what it imports from custom/, at any depth; None where the text of one of them does not
+    tell."""
     found: set[Path] = set()
     waiting = [reward]
     while waiting:

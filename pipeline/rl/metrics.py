@@ -1,4 +1,5 @@
-"""The metrics of a training step: what each is, and how it is computed. Imports no torch, since reports read what they are."""
+"""The metrics of a training step: what each is, and how it is computed. Imports no torch, since reports read what they
+are."""
 
 from __future__ import annotations
 
@@ -103,8 +104,8 @@ def policy_metrics(
 
 
 def nonfinite_share(before: Tensor, after: Tensor) -> float:
-    """Share of the completions' logprobs, before and after an update, that are not finite. Those after it show that a run's last
-    update broke the policy."""
+    """Share of the completions' logprobs, before and after an update, that are not finite. Those after it show that a
+    run's last update broke the policy."""
     return sum(int((~part.isfinite()).sum()) for part in (before, after)) / (len(before) + len(after))
 
 

@@ -39,8 +39,8 @@ class TrainState:
         left = tqdm.format_interval(sum(seconds) / len(seconds) * (steps - self.step))
         example = next(sample for sample in self.samples if sample["step"] == row["step"])
         return (
-            f"Step: {row['step']} ({seconds[-1]:.1f} s, {left} left) Baseline: {row['baseline']:.4f} Reward: {row['reward_mean']:.4f} "
-            f"Reward variance: {row['reward_std_within'] ** 2:.4f} "
+            f"Step: {row['step']} ({seconds[-1]:.1f} s, {left} left) Baseline: {row['baseline']:.4f} "
+            f"Reward: {row['reward_mean']:.4f} Reward variance: {row['reward_std_within'] ** 2:.4f} "
             f"Example: {one_line(example['completion'])}"
         )
 

@@ -44,8 +44,8 @@ def diagnose(
     samples: list[dict[str, Any]],
     chosen: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of diagnosis.json, without the step of the healthy policy and the digest of the history. chosen: every
-    value of the run, which the command of the cure gives again."""
+    """The content of diagnosis.json, without the step of the healthy policy and the digest of the history. chosen:
+    every value of the run, which the command of the cure gives again."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
     found = findings(rows, spreads, params.train.steps)
     summaries = [summary(finding, rows, spreads) for finding in found]

@@ -160,7 +160,8 @@ def _tags(run: dict[str, Any], diagnosis: dict[str, Any], evaluate_key: str, mea
 
 
 def _cure(diagnosis: dict[str, Any]) -> str:
-    """The command, which is as long as a reward's list of words; MLflow would cut it, and half of it is another command."""
+    """The command, which is as long as a reward's list of words; MLflow would cut it, and half of it is another
+    command."""
     command = diagnosis["cure"]["command"] if diagnosis["cure"] else "none"
     return command if len(command) <= TAG_CHARACTERS else f"in {RUN_FILES.diagnosis}"
 
