@@ -86,7 +86,7 @@ def test_a_file_that_is_not_python_s_counts_for_each_custom_reward(files: Path) 
 def test_an_unused_file_changes_no_dependency(project: Project) -> None:
     def outputs() -> list[bytes]:
         assert project.run("check").returncode == 0
-        return [(project.root / f"data/custom/{name}.json").read_bytes() for name in ("selected", "all")]
+        return [(project.root / f"reports/custom/{name}.json").read_bytes() for name in ("selected", "all")]
 
     before = outputs()
     (project.root / "custom/second.py").write_text("def reward(prompts, completions): return [0.0] * len(prompts)\n")

@@ -16,7 +16,7 @@ from pipeline.rewards.custom_files import custom_digests, custom_rewards
 from pipeline.runs import workspace
 from pipeline.runs.dvc_git import check_folder
 
-CUSTOM = Path("data/custom")
+CUSTOM = Path("reports/custom")
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
     for reward in custom_rewards(params.rewards.values()):
         check_custom(reward.function, reward.params)
     # `train` depends on the first file, `evaluate`, which measures every reward, on the second: not on all of custom/
-    write_json(CUSTOM / "selected.json", custom_digests([params.selected_reward]))
-    write_json(CUSTOM / "all.json", custom_digests(params.rewards.values()))
+    write_json(CUSTOM / "selected.json", [custom_digests([params.selected_reward])])
+    write_json(CUSTOM / "all.json", [custom_digests(params.rewards.values())])
     print(", ".join(f"{name} {getattr(params, name)}" for name in SELECTORS), f"seed {params.seed}", sep=", ")
 
 
