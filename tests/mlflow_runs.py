@@ -164,10 +164,11 @@ def assert_complete(steps=STEPS, columns=COLUMNS):
 
 
 TRAINER = """
-import os, sys, time
+import os, signal, sys, time
 from pipeline.runs import follower
 from tests.mlflow_runs import STEPS, grow, identity
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 seconds, follower.CLOSE_SECONDS, end = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 with follower.follower(grow(0), identity()):
     for steps in (5, 10, STEPS):

@@ -67,7 +67,7 @@ def test_another_reward_reruns_train_and_what_follows_once(clone: Clone) -> None
     first = clone.read("reports/train/history.csv")
     clone.restore()
     again = clone("dvc", "exp", "run", "-S", "reward=length")
-    assert clone.ran(again) == ["check"], "an identical run comes from the cache"
+    assert clone.ran(again) == [], "an identical run comes from the cache"
     assert clone.read("reports/train/history.csv") == first
     assert sorted(clone.runs()) == sorted({*before, *added})
     clone.restore()

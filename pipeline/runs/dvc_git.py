@@ -35,6 +35,12 @@ def _refusal(said: str) -> str:
     return error[1] if error else (text.strip() or "without a word").splitlines()[-1]
 
 
+def check_experiment_folder() -> None:
+    """Raises UserError in the folder of a --temp or --queue experiment whose result DVC could not save."""
+    if "DVC_EXP_NAME" in os.environ and Path.cwd() != workspace.root():
+        check_folder()
+
+
 def check_folder() -> None:
     """Raise UserError where DVC 3.67 cannot keep experiments that run beside the workspace (--temp, --queue).
 

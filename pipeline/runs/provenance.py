@@ -30,6 +30,7 @@ UNRELATED = (
     "pipeline.distributed.launch",
     "pipeline.errors",
     "pipeline.paths",
+    "pipeline.runs.dvc_git",
     "pipeline.runs.follower",
     "pipeline.runs.loaded_run",
     "pipeline.runs.progress",

@@ -4,7 +4,6 @@ The other stages depend on parts of the file only: a misspelt new key (`-S +rewr
 unnoticed. For an experiment it also checks, before anything runs, that DVC can save the result.
 """
 
-import os
 from pathlib import Path
 
 from pipeline.config.load import load_params
@@ -13,15 +12,13 @@ from pipeline.errors import run_stage
 from pipeline.file_io import write_json
 from pipeline.rewards.custom import check_custom
 from pipeline.rewards.custom_files import custom_digests, custom_rewards
-from pipeline.runs import workspace
-from pipeline.runs.dvc_git import check_folder
+from pipeline.runs.dvc_git import check_experiment_folder
 
 CUSTOM = Path("reports/custom")
 
 
 def main() -> None:
-    if "DVC_EXP_NAME" in os.environ and Path.cwd() != workspace.root():  # --temp or --queue
-        check_folder()
+    check_experiment_folder()
     params = load_params()
     for reward in custom_rewards(params.rewards.values()):
         check_custom(reward.function, reward.params)

@@ -45,6 +45,7 @@ from pipeline.rl.optimizer import make_optimizer
 from pipeline.rl.state import TrainState
 from pipeline.rl.train_step import train_step
 from pipeline.runs import checkpoints, provenance, workspace
+from pipeline.runs.dvc_git import check_experiment_folder
 from pipeline.runs.follower import follower
 from pipeline.runs.history import history_file
 from pipeline.runs.progress import progress
@@ -55,6 +56,7 @@ UNDO = "undo that and repeat the command, which then only writes the result; to 
 
 
 def main() -> None:
+    check_experiment_folder()  # `check` has, but for a result of its own that comes from DVC's run cache
     params = load_params()
     launch.relaunch_with_accelerate("pipeline.stages.train", workspace.root())
     if not TRAIN_PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
