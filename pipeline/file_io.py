@@ -41,8 +41,7 @@ def translate_write_errors(target: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that becomes `target` when the block ends without an exception. For one writer
-    at
-    a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError:
+    at a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError:
     `translate_write_errors`."""
     temporary = _beside(target, "tmp")
     with translate_write_errors(target):

@@ -23,6 +23,7 @@ class RunFiles:
         self.metrics, self.measured = evaluate / "metrics.json", evaluate / "measured.json"
         self.completions = evaluate / "completions.jsonl"
         self.figures, self.page = reports / "figures", reports / "page/report.html"
+        self.custom = reports / "custom"
         self.track = reports / "track/track.json"
 
 

@@ -3,6 +3,7 @@
 import time
 
 import torch
+from tqdm import tqdm
 
 
 class Stopwatch:
@@ -31,3 +32,8 @@ def timing_row(seconds: dict[str, float], samples: int, device: torch.device) ->
     total = sum(seconds.values())
     now = int(time.time() * 1000)
     return {"timestamp_ms": now, **seconds, "samples_per_second": samples / total, "peak_memory_mb": peak}
+
+
+def time_left(seconds: float, count: int) -> str:
+    """`01:20 left`: of `count` more items that take `seconds` each."""
+    return f"{tqdm.format_interval(seconds * count)} left"

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.load import load_params
 from pipeline.config.schema import SamplingParams
 from pipeline.errors import UserError
-from pipeline.file_io import folder_digests, read_json
+from pipeline.file_io import read_json
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
 from pipeline.models.tokenization import check_vocabulary, encode_prompt
 from pipeline.paths import CHECKPOINT, POLICY, RUN_FILES
-from pipeline.runs.consistency import run_digests
-from pipeline.runs.provenance import chosen_params, digest
+from pipeline.runs.consistency import holds_policy_of, run_digests
+from pipeline.runs.provenance import chosen_params
 
 FOLDERS = {"reference": CHECKPOINT / "policy", "policy": POLICY}
 
@@ -49,7 +49,7 @@ def print_origin() -> None:
     """Says which run trained data/policy, and on stderr where nothing tells or params.yaml selects another run."""
     try:
         trained, digests = read_json(RUN_FILES.run), run_digests(RUN_FILES.summary)
-        known = digests["policy"] == digest(folder_digests(POLICY)) and digests["train_key"] == trained["train_key"]
+        known = holds_policy_of(digests) and digests["train_key"] == trained["train_key"]
     except (FileNotFoundError, UserError):
         known = False
     if not known:

@@ -74,9 +74,8 @@ def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
 
 def edits(commit: str) -> dict[str, str | None]:
     """The files that differ from the commit with a digest of each, None for one that was removed. dvc.lock and reports/
-    are
-    what runs leave behind: they make no other experiment. Contents, not a diff: the user's settings change what that
-    says."""
+    are what runs leave behind: they make no other experiment. Contents, not a diff: the user's settings change what
+    that says."""
     options = ("--name-only", "-z", "--no-renames", "--relative", "--no-ext-diff", "--ignore-submodules=none")
     names = git("-c", "diff.autoRefreshIndex=true", "diff", *options, commit, "--", ".", ":!reports", ":!dvc.lock")
     paths = sorted(name for name in names.split("\0") if name)

@@ -33,8 +33,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def gather_full(tree: Any, keep: bool = True) -> Any:
     """Collective call: gathers the sharded tensors of a tree of dicts and lists on the CPU. Ranks with keep=False get
-    empty
-    tensors: several whole copies may not fit into one machine."""
+    empty tensors: several whole copies may not fit into one machine."""
     if isinstance(tree, dict):
         return {key: gather_full(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):

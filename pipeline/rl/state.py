@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any
 
-from tqdm import tqdm
-
 from pipeline.errors import one_line
 from pipeline.file_io import finite_or_none
 from pipeline.rl.metrics import HISTORY_COLUMNS
+from pipeline.timing import time_left
 
 SUMMARY_STEPS = 5  # steps behind each mean of summary.json
 
@@ -36,10 +35,10 @@ class TrainState:
         """The notebook's line for the last step, with its seconds and the time that the rest will take."""
         row = self.rows[-1]
         seconds = [sum(v for name, v in row.items() if name.startswith("seconds_")) for row in self.timings[-10:]]
-        left = tqdm.format_interval(sum(seconds) / len(seconds) * (steps - self.step))
+        left = time_left(sum(seconds) / len(seconds), steps - self.step)
         example = next(sample for sample in self.samples if sample["step"] == row["step"])
         return (
-            f"Step: {row['step']} ({seconds[-1]:.1f} s, {left} left) Baseline: {row['baseline']:.4f} "
+            f"Step: {row['step']} ({seconds[-1]:.1f} s, {left}) Baseline: {row['baseline']:.4f} "
             f"Reward: {row['reward_mean']:.4f} Reward variance: {row['reward_std_within'] ** 2:.4f} "
             f"Example: {one_line(example['completion'])}"
         )

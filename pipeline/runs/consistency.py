@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.file_io import read_json, sha256
-from pipeline.paths import RUN_FILES, RunFiles
+from pipeline.file_io import folder_digests, read_json, sha256
+from pipeline.paths import POLICY, RUN_FILES, RunFiles
 from pipeline.runs.provenance import digest
 from pipeline.runs.results import how_to_remake
 
@@ -56,6 +56,11 @@ def measured_in(measured: Any) -> dict[str, Any]:
 def evaluates(measured: dict[str, Any], run: dict[str, str]) -> bool:
     """Whether an evaluation is of the policy of a run."""
     return bool(measured) and digest(measured["policy"]) == run.get("policy")
+
+
+def holds_policy_of(run: dict[str, str], folder: Path = POLICY) -> bool:
+    """Whether a folder holds the policy of a run."""
+    return digest(folder_digests(folder)) == run.get("policy")
 
 
 def sources(files: RunFiles = RUN_FILES) -> str:

@@ -44,7 +44,7 @@ class LoadedRun:
 
     @cached_property
     def calibration(self) -> pd.DataFrame:
-        """A row per batch of the untouched policy."""
+        """A row per batch of the reference."""
         return pd.DataFrame(read_result(self.files.calibration))
 
     @cached_property

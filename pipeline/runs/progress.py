@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from pipeline.timing import time_left
+
 LINE_EVERY = 10.0  # seconds
 Item = TypeVar("Item")
 
@@ -21,11 +23,6 @@ def progress(items: Sequence[Item], what: str, show: bool = True) -> Iterator[It
     for done, item in enumerate(items):
         now = time.monotonic()
         if now - last >= LINE_EVERY:
-            print(f"{what}: {done} of {len(items)}, {time_left(now - start, done, len(items))}")
+            print(f"{what}: {done} of {len(items)}, {time_left((now - start) / done, len(items) - done)}")
             last = now
         yield item
-
-
-def time_left(seconds: float, done: int, total: int) -> str:
-    """`01:20 left`, if the rest is as fast as the first `done` items, which took `seconds`."""
-    return f"{tqdm.format_interval(seconds / done * (total - done))} left"

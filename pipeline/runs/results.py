@@ -63,12 +63,16 @@ class Interval(TypedDict):
     high: float | None
 
 
-def gain_text(difference: Interval) -> str:
-    """Did it learn? +0.48 (95% interval +0.20 to +0.80): the held-out gain, policy minus reference."""
+def gain_text(difference: Interval, digits: str = ".3g") -> str:
+    """Did it learn? +0.48 (95% interval +0.20 to +0.80): the held-out gain, policy minus reference.
+
+    digits: a format.
+    """
     mean, low, high = (difference[name] for name in ("mean", "low", "high"))
     if mean is None:
         return "undefined"
-    return f"{mean:+.3g} (" + ("no interval)" if low is None else f"95% interval {low:+.3g} to {high:+.3g})")
+    interval = "no interval" if low is None else f"95% interval {low:+{digits}} to {high:+{digits}}"
+    return f"{mean:+{digits}} ({interval})"
 
 
 class Comparison(TypedDict):

@@ -4,17 +4,14 @@ The other stages depend on parts of the file only: a misspelt new key (`-S +rewr
 unnoticed. For an experiment it also checks, before anything runs, that DVC can save the result.
 """
 
-from pathlib import Path
-
 from pipeline.config.load import load_params
 from pipeline.config.schema import SELECTORS
 from pipeline.errors import run_stage
 from pipeline.file_io import write_json
+from pipeline.paths import RUN_FILES
 from pipeline.rewards.custom import check_custom
 from pipeline.rewards.custom_files import custom_digests, custom_rewards
 from pipeline.runs.dvc_git import check_experiment_folder
-
-CUSTOM = Path("reports/custom")
 
 
 def main() -> None:
@@ -23,8 +20,8 @@ def main() -> None:
     for reward in custom_rewards(params.rewards.values()):
         check_custom(reward.function, reward.params)
     # `train` depends on the first file, `evaluate`, which measures every reward, on the second: not on all of custom/
-    write_json(CUSTOM / "selected.json", [custom_digests([params.selected_reward])])
-    write_json(CUSTOM / "all.json", [custom_digests(params.rewards.values())])
+    write_json(RUN_FILES.custom / "selected.json", [custom_digests([params.selected_reward])])
+    write_json(RUN_FILES.custom / "all.json", [custom_digests(params.rewards.values())])
     print(", ".join(f"{name} {getattr(params, name)}" for name in SELECTORS), f"seed {params.seed}", sep=", ")
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import SELECTORS, Params
-from pipeline.data.token_ids import keep_token_ids
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import TITLES, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
@@ -28,15 +27,13 @@ from pipeline.errors import UserError, run_stage
 from pipeline.file_io import (
     atomic_folder,
     folder_digests,
-    read_json,
     sha256,
     to_json,
     write_csv,
     write_json,
     write_jsonl,
 )
-from pipeline.models.adapters import FOLDER_HAS
-from pipeline.models.load import end_of_text_ids, load_layout, name_base
+from pipeline.models.load import load_layout
 from pipeline.paths import CHECKPOINT, HEALTHY, POLICY, RUN_FILES, TRAIN_PROMPTS
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
@@ -48,6 +45,7 @@ from pipeline.runs import checkpoints, provenance, workspace
 from pipeline.runs.dvc_git import check_experiment_folder
 from pipeline.runs.follower import follower
 from pipeline.runs.history import history_file
+from pipeline.runs.policy_files import save_policy
 from pipeline.runs.progress import progress
 from pipeline.runs.signals import caught_signals
 
@@ -225,8 +223,7 @@ def save_checkpoint(
     every: int,
 ) -> None:
     """Collective call: rank 0 saves the resume state and the progress. The policies of fewer than `judged` updates are
-    known to
-    be healthy: the last of them is kept too."""
+    known to be healthy: the last of them is kept too."""
     here = processes.is_main_process
     weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
     if not here:
@@ -277,16 +274,6 @@ def write_outputs(
     write_jsonl(RUN_FILES.samples, run.samples)
     write_json(RUN_FILES.summary, run.summary() | {"digests": [output_digests(identity)]})
     write_json(RUN_FILES.run, run_record(identity, run))
-
-
-def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save weights or adapter, the tokenizer, and the checkpoint's settings for decoding."""
-    policy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    checkpoint = CHECKPOINT / "policy"
-    keep_token_ids(checkpoint, folder, end_of_text_ids(checkpoint, tokenizer))
-    if (folder / FOLDER_HAS).exists():
-        name_base(folder, read_json(CHECKPOINT / "manifest.json")["policy"])
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:
