@@ -36,7 +36,12 @@ def run() -> None:
 
 
 def run_command(options: argparse.Namespace) -> None:
-    """Import and call the chosen command."""
+    """Import and call the chosen command. Those that compute with models choose their kernels first; one that starts
+    DVC must not, since its experiments may choose others."""
+    if options.command in ("export", "generate"):
+        from pipeline.arithmetic.environment import choose_kernels
+
+        choose_kernels()
     match options.command:
         case "compare":
             from pipeline.commands import compare
@@ -66,6 +71,10 @@ def run_command(options: argparse.Namespace) -> None:
             from pipeline.stages import track
 
             track.main()
+        case "verify":
+            from pipeline.commands import verify
+
+            verify.main()
         case "ui":
             from pipeline.commands import ui
 
@@ -203,6 +212,12 @@ def build_parser() -> Parser:
         "write the run's record to MLflow again",
         "For a database that was lost or a server that was away. A complete record stays as it is.",
         "reinforce track",
+    )
+    add(
+        "verify",
+        "run the committed code again and compare every byte with the committed results",
+        "Takes a run's time. Works in a temporary folder; the workspace stays as it is.",
+        "reinforce verify",
     )
     ui = add(
         "ui",

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from pipeline.arithmetic.environment import choose_kernels
 from tests import faults, repositories
 from tests.browser import CHROMIUM, FLAGS
 from tests.forks import Forks
 from tests.hub import Hub
 from tests.project import SHARED, Project, copy_of_project
+
+if "ATEN_CPU_CAPABILITY" not in os.environ:  # `make test-all` has the numeric tests run with the kernels of other CPUs
+    choose_kernels()  # before a test loads torch: stages that run in this process ask for it
 
 
 def leaves_out_exhaustive(config: pytest.Config) -> bool:

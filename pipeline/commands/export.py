@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCardData
 
+from pipeline.config.load import load_params
+from pipeline.distributed.device import configure_torch
 from pipeline.errors import UserError
 from pipeline.file_io import atomic_folder, folder_digests, read_json, write_text
 from pipeline.models.adapters import FOLDER_HAS
@@ -47,7 +48,8 @@ def save_merged(folder: Path) -> None:
     """The weights of the reference with the adapters added, and the tokenizer."""
     from peft import PeftModel
 
-    reference: Any = load_policy(CHECKPOINT / "policy", torch.device("cpu"))
+    sizes = load_params().train
+    reference: Any = load_policy(CHECKPOINT / "policy", configure_torch("cpu", sizes.threads, sizes.arithmetic))
     save_policy(PeftModel.from_pretrained(reference, POLICY).merge_and_unload(), load_tokenizer(POLICY), folder)
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import SamplingParams
+from pipeline.distributed.device import configure_torch
 from pipeline.errors import UserError
 from pipeline.file_io import read_json
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
@@ -76,10 +77,12 @@ def main(options: argparse.Namespace) -> None:
     present = {name: folder for name, folder in FOLDERS.items() if holds_model(folder)}
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
+    params = load_params()
+    device = configure_torch("cpu", params.train.threads, params.train.arithmetic)
     if "policy" in present:
         print_origin()
     for name, folder in present.items():
-        model, tokenizer = load_policy(folder, torch.device("cpu")), load_tokenizer(folder)
+        model, tokenizer = load_policy(folder, device), load_tokenizer(folder)
         eos, room = end_of_text_ids(folder, tokenizer), context_length(model.config) or options.max_tokens
         if options.max_tokens > room:
             raise UserError(f"--max-tokens {options.max_tokens}: the context of {folder} has {room}")

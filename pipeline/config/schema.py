@@ -203,6 +203,7 @@ class Train(Table):
     calibration_batches: int = Field(ge=6, le=10_000, description="batches; fewer tell too little of chance")
     threads: int = Field(ge=1, le=4096, description="CPU threads")
     device: Literal["auto", "cpu", "cuda"]
+    arithmetic: Literal["portable", "native"]
     on_nonfinite: Literal["stop", "skip"]
     on_collapse: Literal["continue", "stop"]
     lora_rank: int = Field(ge=0, le=100_000, description="0 trains all weights")

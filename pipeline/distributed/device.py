@@ -4,16 +4,20 @@ import os
 
 import torch
 
+from pipeline.arithmetic.environment import Arithmetic, supports_portable
+from pipeline.arithmetic.kernels import use_portable_kernels
 from pipeline.errors import UserError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each launcher of torch's sets
 THREADS_PER_CORE = 8  # more threads would slow the whole machine down
 
 
-def configure_torch(device: str, threads: int) -> torch.device:
-    """Chooses the device, fixes the number of threads and asks torch for deterministic kernels.
+def configure_torch(device: str, threads: int, arithmetic: Arithmetic = "native") -> torch.device:
+    """Chooses the device, fixes the number of threads and asks torch for deterministic kernels, for portable ones where
+    `arithmetic` says so and the device has them.
 
-    Raises UserError for a CUDA device that is not there, and for more than THREADS_PER_CORE threads a core.
+    Raises UserError for a CUDA device that is not there, for more than THREADS_PER_CORE threads a core, and where torch
+    was loaded before portable kernels were chosen.
     """
     if threads > (most := THREADS_PER_CORE * (os.cpu_count() or 1)):
         raise UserError(
@@ -38,7 +42,14 @@ def configure_torch(device: str, threads: int) -> torch.device:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if arithmetic_in_effect(arithmetic, chosen) == "portable":
+        use_portable_kernels()
     return chosen
+
+
+def arithmetic_in_effect(arithmetic: Arithmetic, device: torch.device) -> Arithmetic:
+    """What `train.arithmetic` comes to on a device: GPUs and CPUs without AVX2 and FMA have native kernels only."""
+    return "portable" if arithmetic == "portable" and device.type == "cpu" and supports_portable() else "native"
 
 
 def is_launched() -> bool:

@@ -19,7 +19,7 @@ DIGESTS = (
     "prompts",
     "checkpoint",
 )  # of run.json: what a run is compared by, also in MLflow
-LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers", "scipy")
+LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "sentence-transformers", "scipy")
 
 
 # What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes,

@@ -1,2 +1,8 @@
 """One module for each stage of dvc.yaml, of the same name. A stage reads files, calls the packages below and writes
-files. What two stages share, or what can be tested without files, belongs in those packages."""
+files. What two stages share, or what can be tested without files, belongs in those packages.
+
+Importing it chooses the kernels of this process, since torch and numpy look for that choice when they are loaded."""
+
+from pipeline.arithmetic.environment import choose_kernels
+
+choose_kernels()

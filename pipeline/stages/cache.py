@@ -97,7 +97,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
         check_saving(policy, key)
         return found
 
-    device = configure_torch(params.train.device, params.train.threads)
+    device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
     name_ends(folder / "policy", eos)  # decoding an adapter reads the files of its checkpoint

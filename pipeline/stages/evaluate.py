@@ -39,7 +39,7 @@ def main() -> None:
         raise UserError(f"{HELDOUT_PROMPTS} holds no prompts; run `dvc repro`, which makes it")
     if params.evaluate.prompts:
         prompts = prompts[: params.evaluate.prompts]
-    device = configure_torch(params.train.device, params.train.threads)
+    device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     metrics, rows = evaluate(params, prompts, device)
     if depends_on(load_params()) != depends_on(params):  # DVC would record the new values
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")

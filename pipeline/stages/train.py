@@ -20,7 +20,7 @@ from pipeline.config.schema import SELECTORS, Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import TITLES, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
-from pipeline.distributed.device import configure_torch
+from pipeline.distributed.device import arithmetic_in_effect, configure_torch
 from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.weights import load_optimizer_state, load_weights, optimizer_state, trained_weights
 from pipeline.errors import UserError, run_stage
@@ -50,6 +50,10 @@ from pipeline.runs.progress import progress
 from pipeline.runs.signals import caught_signals
 
 IN_FOLDER = Path(".locks/train")
+NO_PORTABLE = (
+    "train.arithmetic = portable needs Linux on an x86-64 CPU with AVX2 and FMA: this run is native, its bytes are "
+    "those of this type of device"
+)
 UNDO = "undo that and repeat the command, which then only writes the result; to train with the change, just repeat it"
 
 
@@ -59,8 +63,10 @@ def main() -> None:
     launch.relaunch_with_accelerate("pipeline.stages.train", workspace.root())
     if not TRAIN_PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{TRAIN_PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
-    device = configure_torch(params.train.device, params.train.threads)
+    device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     identity = run_identity(params, device)
+    if identity["arithmetic"] != params.train.arithmetic:
+        print(f"note: {NO_PORTABLE}", file=sys.stderr)
     folder = workspace.resume_folder(identity["train_key"])
     processes = launch.init_process_group(device, params.train.prompts_per_step)
     with ExitStack() as locks:
@@ -104,6 +110,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "layout": asdict(load_layout(CHECKPOINT / "layout.json")),
         "params": provenance.chosen_params(params),
         "device": device.type,
+        "arithmetic": arithmetic_in_effect(params.train.arithmetic, device),
         **digests,
     }
     # the tables too: flattened, different ones may look alike

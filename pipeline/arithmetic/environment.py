@@ -1,0 +1,59 @@
+"""The environment variables that fix the kernels of torch, MKL, oneDNN, OpenBLAS and numpy. Each library reads its own
+when it is loaded or first used: they must stand before torch and numpy are imported."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.load import load_params
+from pipeline.errors import UserError
+
+Arithmetic = Literal["portable", "native"]
+
+VARIABLES = {
+    "ATEN_CPU_CAPABILITY": "avx2",  # torch's own loops
+    "MKL_CBWR": "COMPATIBLE",  # what torch still asks of MKL; its other branches differ between Intel and AMD
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",  # numpy's and scipy's
+    "OPENBLAS_NUM_THREADS": "1",  # its threads would wait for torch's, and torch's for them
+}
+NUMPY = {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR"}  # its warning where the CPU has none is not shown
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def supports_portable() -> bool:
+    """Whether this machine has what the portable kernels need: Linux on x86-64 with AVX2 and FMA."""
+    return platform.machine() == "x86_64" and CPU_INFO.is_file() and {"avx2", "fma"} <= _cpu_flags()
+
+
+def choose_kernels() -> None:
+    """Set the variables, if params.yaml in this folder asks for portable arithmetic and neither torch nor numpy is
+    loaded yet. A file that is not valid changes nothing: the stage reports it."""
+    try:
+        wanted = load_params().train.arithmetic == "portable"
+    except UserError:
+        return
+    if wanted and supports_portable() and not {"torch", "numpy"} & sys.modules.keys():
+        os.environ.update(VARIABLES)
+        if "avx512f" in _cpu_flags():
+            os.environ.update(NUMPY)
+
+
+def cpu_type() -> str:
+    """What this machine's CPU is called, and the widest instructions that it has."""
+    if not CPU_INFO.is_file():
+        return platform.machine()
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return f"{_cpu_info('model name') or platform.machine()} ({', '.join(f for f in known if f in _cpu_flags())})"
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_info("flags").split())
+
+
+def _cpu_info(field: str) -> str:
+    """A field of the first core."""
+    lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

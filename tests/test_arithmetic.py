@@ -1,0 +1,214 @@
+"""train.arithmetic: portable kernels compute what torch's own do, and the same bytes under every type of CPU."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.arithmetic import environment, kernels
+from pipeline.arithmetic.environment import NUMPY, VARIABLES, choose_kernels
+from pipeline.stages import train
+from tests.emulation import CPUS, write_project
+from tests.project import Project
+
+QEMU = shutil.which("qemu-x86_64")
+needs_portable = pytest.mark.skipif(not environment.supports_portable(), reason="needs an x86-64 CPU with AVX2 and FMA")
+
+
+# --- the kernels, called directly: torch's own products in float64 are the truth
+
+
+def close(found: Tensor, truth: Tensor, terms: int) -> bool:
+    """Within the error of `terms` roundings of float32, and of one of the result's type."""
+    step = torch.finfo(found.dtype).eps
+    scale = 1 + (truth.abs().max() if truth.numel() else 0)
+    return bool(((found.double() - truth).abs() <= (terms * 2**-24 + step) * scale).all())
+
+
+@needs_portable
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(5, 7, 3), (1, 64, 1), (33, 300, 65), (4, 0, 3), (0, 4, 3), (4, 3, 0)])
+def test_products_are_those_of_torch(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    m, k, n = size
+    draw = torch.Generator().manual_seed(m + k + n)
+    a, b, c = (torch.randn(shape, generator=draw).to(dtype) for shape in ((2, m, k), (2, k, n), (2, m, n)))
+    exact = a.double() @ b.double()
+    for left, right in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
+        assert close(kernels.bmm(left, right), exact, k)
+        assert close(kernels.mm(left[0], right[0]), exact[0], k)
+        assert close(kernels.baddbmm(c, left, right, beta=0.5, alpha=2), 0.5 * c.double() + 2 * exact, k + 2)
+        assert close(
+            kernels.addmm(c[0], left[0], right[0], beta=0.5, alpha=2), 0.5 * c[0].double() + 2 * exact[0], k + 2
+        )
+        assert close(kernels.addmm(c[0, 0] if m else c.new_ones(n), left[0], right[0]),
+                     (c[0, 0] if m else c.new_ones(n)).double() + exact[0], k + 1)  # fmt: skip
+    nothing = torch.full_like(c[0], math.nan)
+    assert close(kernels.addmm(nothing, a[0], b[0], beta=0), exact[0], k), "beta = 0 leaves c out, whatever it holds"
+    assert kernels.mm(a[0], b[0]).dtype == dtype
+
+
+@needs_portable
+def test_whole_numbers_are_multiplied_as_before() -> None:
+    a, b = torch.arange(6).view(2, 3), torch.arange(12).view(3, 4)
+    assert torch.equal(kernels.mm(a, b), torch.tensor([[20, 23, 26, 29], [56, 68, 80, 92]]))
+    assert torch.equal(kernels.bmm(a[None], b[None])[0], kernels.mm(a, b))
+
+
+@needs_portable
+@pytest.mark.numeric
+def test_square_roots_are_those_of_ieee_754() -> None:
+    """math.sqrt is exact in float64, and rounding it once more to float32 is right too (Figueroa 1995)."""
+    values = torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 100
+    exact = torch.tensor([math.sqrt(value) for value in values.tolist()], dtype=torch.float64)
+    assert torch.equal(kernels.sqrt(values), exact.float())
+    assert torch.equal(kernels.sqrt(values.double()), exact)
+    assert torch.equal(kernels.power(values, 0.5), exact.float())
+    assert kernels.sqrt(torch.tensor(4.0)).item() == 2
+    assert kernels.sqrt(torch.tensor(-1.0)).isnan()
+    assert torch.equal(kernels.sqrt(torch.tensor([4, 9])), torch.tensor([2.0, 3.0]))
+    assert kernels.sqrt(torch.tensor([4.0]).bfloat16()).dtype == torch.bfloat16
+
+
+@needs_portable
+@pytest.mark.parametrize("values", [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2, 3]), torch.tensor([1.5]).half()])
+@pytest.mark.parametrize("exponent", [2, 3, -1.5, 0.5, 0])
+def test_powers_are_those_of_torch(values: torch.Tensor, exponent: float) -> None:
+    expected = torch.pow(values, exponent)
+    found = kernels.power(values, exponent)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
+# --- the environment, chosen before torch is loaded
+
+
+def in_python(program: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in {**VARIABLES, **NUMPY}}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env={**kept, **variables}, capture_output=True, text=True
+    )
+
+
+@needs_portable
+def test_a_stage_chooses_the_kernels_before_torch_is_loaded(project: Project) -> None:
+    program = (
+        "import os, pipeline.stages.train, torch; from pipeline.distributed.device import configure_torch;"
+        "configure_torch('cpu', 1, 'portable'); print(torch.backends.cpu.get_cpu_capability(), os.environ['MKL_CBWR'])"
+    )
+    for given in ({}, {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "default"}):
+        done = in_python(program, project.root, **given)
+        assert done.stdout.split() == ["AVX2", "COMPATIBLE"], done.stderr
+
+
+@needs_portable
+def test_a_native_run_keeps_the_environment_as_it_is(project: Project) -> None:
+    project.edit(train__arithmetic="native")
+    done = in_python("import os, pipeline.stages; print(os.environ.get('MKL_CBWR'))", project.root)
+    assert done.stdout.split() == ["None"], done.stderr
+
+
+@needs_portable
+@pytest.mark.parametrize("first", ["torch", "numpy"])
+def test_a_process_with_other_kernels_says_so_and_stops(project: Project, first: str) -> None:
+    program = (
+        f"import {first}, pipeline.stages; from pipeline.distributed.device import configure_torch;"
+        "from pipeline.errors import run_stage; run_stage(lambda: configure_torch('cpu', 1, 'portable'))"
+    )
+    done = in_python(program, project.root)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: train.arithmetic = portable: torch or numpy was")
+    assert "MKL_CBWR=COMPATIBLE" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_params_file_that_is_not_valid_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    choose_kernels()
+    Path("params.yaml").write_text("train: [")
+    choose_kernels()
+
+
+@pytest.mark.parametrize("flags", ["sse4_2 avx", "avx2 sse4_2", None])
+def test_a_cpu_without_the_instructions_trains_natively_and_says_so(
+    here: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], flags: str | None
+) -> None:
+    info = here.root / "cpuinfo"
+    if flags is not None:
+        info.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(environment, "CPU_INFO", info)
+    here.edit(train__steps=1)
+    train.main()
+    assert json.loads(Path("reports/train/run.json").read_text())["arithmetic"] == "native"
+    assert "note: train.arithmetic = portable needs" in capfd.readouterr().err
+
+
+@needs_portable
+def test_a_run_is_not_continued_in_the_other_arithmetic(here: Project) -> None:
+    here.edit(train__steps=1)
+    keys = set()
+    for arithmetic in ("portable", "native"):
+        here.edit(train__arithmetic=arithmetic)
+        train.main()
+        run = json.loads(Path("reports/train/run.json").read_text())
+        assert run["arithmetic"] == arithmetic
+        keys.add(run["train_key"])
+    assert len(keys) == len(list(here.root.glob(".checkpoints/*/"))) == 2
+
+
+# --- other types of CPU, emulated
+
+
+def digests(what: str, folder: Path, cpu: str | None) -> dict[str, str]:
+    """Of `tests.emulation`, on this machine or under another CPU."""
+    target = folder.parent / f"{what}.json"
+    shutil.rmtree(folder / ".checkpoints", ignore_errors=True)
+    emulator = [str(QEMU), "-cpu", cpu] if cpu else []
+    kept = {name: value for name, value in os.environ.items() if name not in {**VARIABLES, **NUMPY}}
+    done = subprocess.run(
+        [*emulator, sys.executable, "-m", "tests.emulation", what, str(target)],
+        cwd=folder, env={**kept, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(target.read_text())
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> dict[str, Path]:
+    """A small project for each arithmetic."""
+    from tests.repositories import write_pythia
+
+    base = tmp_path_factory.mktemp("emulated")
+    policy = write_pythia(base / "policy", None, hidden_size=64, vocabulary=257)
+    return {name: write_project(base / name, policy, bert, name).root for name in ("portable", "native")}
+
+
+@needs_portable
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.skipif(QEMU is None, reason="needs Debian's qemu-user: apt-get install qemu-user")
+@pytest.mark.parametrize("what", ["operations", "stages"])
+def test_portable_gives_the_same_bytes_under_every_cpu(emulated: dict[str, Path], what: str) -> None:
+    """Each operation, and each file of a run, by name: a difference names what differs."""
+    here = digests(what, emulated["portable"], None)
+    for cpu in CPUS:
+        there = digests(what, emulated["portable"], cpu)
+        assert [name for name in here if here[name] != there[name]] == [], cpu
+        assert here.keys() == there.keys()
+
+
+@needs_portable
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.skipif(QEMU is None, reason="needs Debian's qemu-user: apt-get install qemu-user")
+def test_native_operations_differ_between_cpus(emulated: dict[str, Path]) -> None:
+    """So the test above can fail: two makers of CPUs, two sets of bytes."""
+    intel, amd = (digests("operations", emulated["native"], cpu) for cpu in CPUS[:2])
+    assert {"gradient", "attention", "sqrt"} <= {name for name in intel if intel[name] != amd[name]}
