@@ -12,6 +12,8 @@ PRIVATE = {
     "_C": ("rewards/isolation.py", "torch:_C"),
     "_get_fp32_precision_getter": ("rewards/isolation.py", "torch:_C._get_fp32_precision_getter"),
     "_set_fp32_precision_setter": ("rewards/isolation.py", "torch:_C._set_fp32_precision_setter"),
+    # no public function of torch's gives a product to oneDNN
+    "_linear_pointwise": ("arithmetic/kernels.py", "torch:ops.mkldnn._linear_pointwise"),
     "_attn_implementation": ("models/scoring.py", "transformers:PretrainedConfig._attn_implementation"),
     "_current_frames": ("rewards/watchdog.py", "sys:_current_frames"),
     # without an underscore, and in no documentation
