@@ -321,6 +321,21 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("range(step * count, (step + 1) * count)", "range(count)"),
         ("if not chosen or place == 0:", "if not chosen:"),
     ]),
+    "arithmetic/kernels.py": ("arithmetic", [
+        ("if beta == alpha == 1 and", "if beta == 1 and"),
+        ("return _linear(a, b, c)", "return _linear(a, b)"),
+        ("scaled if beta == 0 else", "scaled if beta else"),
+        ("scaled.add_(c, alpha=beta)", "scaled.add_(c)"),
+        ("product.mul_(alpha)", "product"),
+        ("_linear(a, b)\n\n\ndef addmm", "_linear(a, b.t().contiguous().t() * 1.0001)\n\n\ndef addmm"),
+        ("return sqrt(x)\n", "return torch.sqrt(x)\n"),
+        ("    differing = [", "    differing = [] and ["),
+    ]),
+    "arithmetic/environment.py": ("arithmetic", [
+        ('{"avx2", "fma"} <=', '{"avx2"} <='),
+        ('not {"torch", "numpy"} & sys', 'not {"torch"} & sys'),
+        ('== "portable"\n', '!= "none"\n'),
+    ]),
     "distributed/device.py": ("runtime", [
         ("use_deterministic_algorithms(True,", "use_deterministic_algorithms(False,"),
     ]),
