@@ -30,7 +30,7 @@ def opened(chromium, tmp_path):
         if not folder.exists():
             reports(folder, collapsed=collapsed)
             figure = (ROOT / "docs/figures/notebook-overview.png").read_bytes()
-            path.write_text(page.render(inputs.load(folder), {"overview": figure}), encoding="utf-8")
+            path.write_text(page.render(inputs.load(folder), *2 * [{"overview": figure}]), encoding="utf-8")
         width, height = SIZES[size]
         context = chromium.new_context(viewport={"width": width, "height": height}, offline=True, **options)
         contexts.append(context)
