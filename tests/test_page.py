@@ -190,7 +190,10 @@ def test_the_data_of_a_run_of_the_usual_size_stay_small(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_else(report: str) -> None:
     sources = [
-        str(value) for _, names in Elements(report).found for name, value in names.items() if name in ("src", "srcset", "href")
+        str(value)
+        for _, names in Elements(report).found
+        for name, value in names.items()
+        if name in ("src", "srcset", "href")
     ]
     assert sources
     assert all(source.startswith(("data:image/png;base64,", "#step-", "#term-")) for source in sources)

@@ -96,8 +96,8 @@ def _reward_lines(axes: Axes, history: pd.DataFrame, run: dict[str, Any], spread
 
 def _legend(axes: Axes, handles: dict[str, Any]) -> None:
     """Above the axes, where it hides nothing: in one row, or in one column where the figure is narrow."""
-    columns, rows = (1, len(handles)) if is_narrow(axes.get_figure(root=True)) else (len(handles), 1)
-    axes.set_title("\n".join(" " * (rows if rows == 1 else rows + 1)))  # keeps the room; the legend itself must not squeeze the axes
+    columns, lines = (1, len(handles) + 1) if is_narrow(axes) else (len(handles), 1)
+    axes.set_title("\n".join(" " * lines))  # keeps the room; the legend itself must not squeeze the axes
     legend = axes.legend(
         list(handles.values()),
         list(handles),
@@ -130,7 +130,7 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
     side.set_xticks([0, 1], ["reference", "trained"], color=INK)
     one_prompt = held_out["policy"]["mean"] is not None and held_out["policy"]["low"] is None
     words = "held-out, one prompt" if one_prompt else "held-out, 95% interval"
-    side.set_xlabel(words.replace(", ", ",\n") if is_narrow(side.get_figure(root=True)) else words, fontsize=12)
+    side.set_xlabel(words.replace(", ", ",\n") if is_narrow(side) else words, fontsize=12)
     side.grid(axis="x", visible=False)
     side.tick_params(left=False)
     side.spines.left.set_visible(False)

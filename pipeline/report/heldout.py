@@ -40,7 +40,7 @@ def _difference(axes: Axes, metric: dict[str, Any], label: str) -> None:
     mean, low, high = (metric["difference"][name] for name in ("mean", "low", "high"))
     means = " → ".join(signed(metric[who]["mean"]) for who in ("checkpoint", "policy"))
     numbers = f"mean {means}"
-    if is_narrow(axes.get_figure(root=True)):
+    if is_narrow(axes):
         label += "\n"  # the numbers stand below the name
         numbers += "" if metric["win_rate"] is None else f"   ·   win rate {100 * metric['win_rate']:.0f}%"
     axes.set_title(label, fontweight="bold", pad=7)

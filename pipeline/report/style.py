@@ -95,8 +95,9 @@ def canvas(width: int, height: int, title: str, footer: str) -> Figure:
     return figure
 
 
-def is_narrow(figure: Figure) -> bool:
-    return figure.get_figwidth() * DPI <= NARROW
+def is_narrow(drawn: Figure | Axes) -> bool:
+    figure = drawn.get_figure(root=True)
+    return figure is not None and figure.get_figwidth() * DPI <= NARROW
 
 
 def note(figure: Figure, text: str, row: int, **options: Any) -> None:
@@ -142,7 +143,7 @@ def inline_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
     """
     dashes = ["━ ", "╍ "] if len(entries) > 1 else [""]
     texts = [mark + text for mark, (text, _) in zip(dashes, entries, strict=True)]
-    stacked = is_narrow(axes.get_figure(root=True)) and sum(map(len, texts)) > LEGEND_CHARACTERS
+    stacked = is_narrow(axes) and sum(map(len, texts)) > LEGEND_CHARACTERS
     if stacked:
         texts = [textwrap.fill(text, LEGEND_CHARACTERS) for text in texts]
     parts: list[Artist] = [

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from pipeline.report.text import visible
 from pipeline.rl.metrics import METRICS
 
-# What is no column of history.csv: term -> its definition. docs/METRICS.md has those of the evaluation in the same words.
+# What is no column of history.csv. docs/METRICS.md defines the numbers of the evaluation in the same words.
 WORDS = {
     "reference model": "the model before training; the batch of step 0 is sampled from it",
     "trained policy": "the model after the last update, in data/policy",
@@ -22,8 +22,8 @@ WORDS = {
     "recipe": "the algorithm and its settings, a table of params.yaml",
     "seed": "what all random numbers of the run are derived from",
     "onset": "the step from which a finding holds: the number of updates before it",
-    "threshold": "the limit beyond which a value is a sign of collapse: fixed, or how far a batch of the reference model "
-    "may stray by chance",
+    "threshold": "the limit beyond which a value is a sign of collapse: fixed, or how far a batch of the reference "
+    "model may stray by chance",
     "train key": "digest of all that can change the run's numbers: code, parameters, prompts and model; equal keys, "
     "equal runs",
     "code digest": "digest of the code that training depends on, and of the versions of its libraries",
