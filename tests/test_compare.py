@@ -30,6 +30,7 @@ from pipeline.report.comparison import configurations, differing, format_mean_st
 from pipeline.runs.provenance import params_digests
 from pipeline.tracking import mlflow_store, summaries
 from pipeline.tracking.summaries import RunSummary
+from tests.browser import CHROMIUM
 from tests.project import ROOT, Project
 from tests.seal import sha256
 
@@ -314,13 +315,45 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_what_is_written_and_printed(say: Say, tmp_path: Path) -> None:
     printed = say([made(0), made(1), made(1, name="older", made=-1)])
     assert sorted(path.name for path in (tmp_path / "reports/compare").iterdir()) == [
-        "curves.csv", "curves.png", "table.csv", "table.md"
+        "curves.csv", "curves.svg", "table.csv", "table.md"
     ]  # fmt: skip
     table, _, legend = (tmp_path / "reports/compare/table.md").read_text().partition("\n\n")
     assert table in printed
     assert legend.strip() in printed
     assert "1 more left out" in printed
-    assert (tmp_path / "reports/compare/curves.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "reports/compare/curves.svg").read_text()
+    say([made(0), made(1), made(1, name="older", made=-1)])
+    assert (tmp_path / "reports/compare/curves.svg").read_text() == picture
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")
+def test_a_browser_shows_a_curve_of_each_experiment(say: Say, tmp_path: Path, chromium: Any) -> None:
+    """Offline: as many as there are, in the figure and not on top of each other; two rewards have two panels."""
+    drawn = """[...document.querySelectorAll("g[id*=-curve-] > path")].map(path => {
+        const {left, right, top, bottom} = path.getBoundingClientRect();
+        return {length: path.getTotalLength(), inside: left > 0 && right < innerWidth && top > 0 && bottom < innerHeight,
+                d: path.getAttribute("d"), colour: getComputedStyle(path).stroke};
+    })"""
+    first, second = (
+        made(0, history(0, shift=place), name=f"exp-{place}", params={"recipe.lr": lr})
+        for place, lr in enumerate(("0.0001", "0.0003"))
+    )
+    other = made(0, history(1), name="exp-2", params={"reward": "length", "reward.kind": "length"})
+    for found in ([first, second], [first], [first, second, other]):
+        say(found, *(training.name for training in found))
+        context = chromium.new_context(viewport={"width": 1400, "height": 1000}, offline=True)
+        tab = context.new_page()
+        asked: list[str] = []
+        tab.on("request", lambda request, asked=asked: asked.append(request.url))
+        address = (tmp_path / "reports/compare/curves.svg").as_uri()
+        tab.goto(address)
+        curves = tab.evaluate(drawn)
+        context.close()
+        assert asked == [address]
+        assert len(curves) == len({curve["d"] for curve in curves}) == len(found)
+        assert all(curve["length"] > 300 and curve["inside"] for curve in curves)
+        assert len({curve["colour"] for curve in curves}) == min(2, len(found))
 
 
 def test_another_folder_keeps_what_is_in_it(say: Say, tmp_path: Path) -> None:
