@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib.collections
 import numpy as np
@@ -326,14 +327,32 @@ def test_what_is_written_and_printed(say: Say, tmp_path: Path) -> None:
     assert (tmp_path / "reports/compare/curves.svg").read_text() == picture
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # of a control character
+def test_whatever_a_parameter_says_the_figure_can_be_opened(say: Say, tmp_path: Path) -> None:
+    hostile = "a--><script>x</script>\x1b[31m&\ufffe $x$"
+    say([made(0, params={"reward": hostile}), made(0, params={"recipe.lr": hostile})])
+    tree = ElementTree.fromstring((tmp_path / "reports/compare/curves.svg").read_text())
+    assert {element.tag.partition("}")[2] for element in tree.iter()} == {
+        "svg",
+        "defs",
+        "style",
+        "clipPath",
+        "rect",
+        "g",
+        "path",
+        "use",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")
 def test_a_browser_shows_a_curve_of_each_experiment(say: Say, tmp_path: Path, chromium: Any) -> None:
     """Offline: as many as there are, in the figure and not on top of each other; two rewards have two panels."""
     drawn = """[...document.querySelectorAll("g[id*=-curve-] > path")].map(path => {
         const {left, right, top, bottom} = path.getBoundingClientRect();
-        return {length: path.getTotalLength(), inside: left > 0 && right < innerWidth && top > 0 && bottom < innerHeight,
-                d: path.getAttribute("d"), colour: getComputedStyle(path).stroke};
+        const inside = left > 0 && right < innerWidth && top > 0 && bottom < innerHeight;
+        const colour = getComputedStyle(path).stroke;
+        return {length: path.getTotalLength(), inside, colour, d: path.getAttribute("d")};
     })"""
     first, second = (
         made(0, history(0, shift=place), name=f"exp-{place}", params={"recipe.lr": lr})

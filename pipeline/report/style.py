@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ DPI = 100  # 12 pt are 17 px: still readable when the figure is shown at half it
 NARROW = 500  # pixels: a figure for a phone, whose screen is some 350 wide; its text is then 12 px high
 NARROW_DPI = 150  # phones have two or three dots to a pixel
 LEGEND_CHARACTERS = 38  # of a line over a narrow figure's panel, in bold type
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 STYLE = {
     "font.family": ["DejaVu Sans"],  # the one that matplotlib ships
     "font.size": 13,
@@ -127,7 +129,7 @@ def svg(figure: Figure) -> str:
     text = io.StringIO()
     with styled():
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return text.getvalue()
+    return NOT_XML.sub("\ufffd", text.getvalue())  # a parameter may hold any character
 
 
 def line(
