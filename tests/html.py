@@ -29,5 +29,6 @@ class Elements(HTMLParser):
 
 
 def words_of(html: str) -> str:
-    """What the page says, on one line."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html.split("<script")[0]))
+    """What the page says, on one line. A link is a part of its sentence; every other element stands apart."""
+    text = re.sub(r"</?a\b[^>]*>", "", html.split("<script")[0])
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))

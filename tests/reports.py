@@ -111,7 +111,7 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
         for name, (before, after) in names.items()
     }  # fmt: skip
     metrics["text"] = {
-        side: {"distinct_2": 0.8, "empty_share": 0.01, "tokens": 14.2} for side in ("checkpoint", "policy")
+        side: {"distinct_2": 0.8, "empty_share": 0.01, "completion_tokens": 14.2} for side in ("checkpoint", "policy")
     }
     metrics["ref_logprob_per_token"] = {"checkpoint": -3.1, "policy": None}
     params = {"model": "pocket", "prompts": "pocket", "reward": "embedding", "encoder": "minilm", "recipe": "stable",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib.collections
 import numpy as np
@@ -30,6 +31,7 @@ from pipeline.report.comparison import configurations, differing, format_mean_st
 from pipeline.runs.provenance import params_digests
 from pipeline.tracking import mlflow_store, summaries
 from pipeline.tracking.summaries import RunSummary
+from tests.browser import CHROMIUM
 from tests.project import ROOT, Project
 from tests.seal import sha256
 
@@ -314,13 +316,63 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_what_is_written_and_printed(say: Say, tmp_path: Path) -> None:
     printed = say([made(0), made(1), made(1, name="older", made=-1)])
     assert sorted(path.name for path in (tmp_path / "reports/compare").iterdir()) == [
-        "curves.csv", "curves.png", "table.csv", "table.md"
+        "curves.csv", "curves.svg", "table.csv", "table.md"
     ]  # fmt: skip
     table, _, legend = (tmp_path / "reports/compare/table.md").read_text().partition("\n\n")
     assert table in printed
     assert legend.strip() in printed
     assert "1 more left out" in printed
-    assert (tmp_path / "reports/compare/curves.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "reports/compare/curves.svg").read_text()
+    say([made(0), made(1), made(1, name="older", made=-1)])
+    assert (tmp_path / "reports/compare/curves.svg").read_text() == picture
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # of a control character
+def test_whatever_a_parameter_says_the_figure_can_be_opened(say: Say, tmp_path: Path) -> None:
+    hostile = "a--><script>x</script>\x1b[31m&\ufffe $x$"
+    say([made(0, params={"reward": hostile}), made(0, params={"recipe.lr": hostile})])
+    tree = ElementTree.fromstring((tmp_path / "reports/compare/curves.svg").read_text())
+    assert {element.tag.partition("}")[2] for element in tree.iter()} == {
+        "svg",
+        "defs",
+        "style",
+        "clipPath",
+        "rect",
+        "g",
+        "path",
+        "use",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")
+def test_a_browser_shows_a_curve_of_each_experiment(say: Say, tmp_path: Path, chromium: Any) -> None:
+    """Offline: as many as there are, in the figure and not on top of each other; two rewards have two panels."""
+    drawn = """[...document.querySelectorAll("g[id*=-curve-] > path")].map(path => {
+        const {left, right, top, bottom} = path.getBoundingClientRect();
+        const inside = left > 0 && right < innerWidth && top > 0 && bottom < innerHeight;
+        const colour = getComputedStyle(path).stroke;
+        return {length: path.getTotalLength(), inside, colour, d: path.getAttribute("d")};
+    })"""
+    first, second = (
+        made(0, history(0, shift=place), name=f"exp-{place}", params={"recipe.lr": lr})
+        for place, lr in enumerate(("0.0001", "0.0003"))
+    )
+    other = made(0, history(1), name="exp-2", params={"reward": "length", "reward.kind": "length"})
+    for found in ([first, second], [first], [first, second, other]):
+        say(found, *(training.name for training in found))
+        context = chromium.new_context(viewport={"width": 1400, "height": 1000}, offline=True)
+        tab = context.new_page()
+        asked: list[str] = []
+        tab.on("request", lambda request, asked=asked: asked.append(request.url))
+        address = (tmp_path / "reports/compare/curves.svg").as_uri()
+        tab.goto(address)
+        curves = tab.evaluate(drawn)
+        context.close()
+        assert asked == [address]
+        assert len(curves) == len({curve["d"] for curve in curves}) == len(found)
+        assert all(curve["length"] > 300 and curve["inside"] for curve in curves)
+        assert len({curve["colour"] for curve in curves}) == min(2, len(found))
 
 
 def test_another_folder_keeps_what_is_in_it(say: Say, tmp_path: Path) -> None:

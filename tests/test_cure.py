@@ -46,7 +46,7 @@ def with_findings(
 
 
 def rendered(before: inputs.Inputs, after: inputs.Inputs) -> str:
-    return cure_page.render(before, after, b"\x89PNG", "cure-12345678")
+    return cure_page.render(before, after, b"\x89PNG", b"\x89PNG narrow", "cure-12345678")
 
 
 # --- the answer
@@ -149,8 +149,9 @@ def test_the_page_needs_nothing_else_and_hostile_texts_stay_texts(collapsed: inp
     html = rendered(collapsed, with_findings(collapsed, KIND, changes=FURTHER))
     parsed = Elements(html)
     tags = [tag for tag, _ in parsed.found]
-    assert not {"script", "iframe", "object", "embed", "link", "base", "form", "svg", "a"} & set(tags)
+    assert not {"script", "iframe", "object", "embed", "link", "base", "form", "svg"} & set(tags)
     assert tags.count("img") == 1
+    assert {names["href"][:6] for tag, names in parsed.found if tag == "a" and names["href"]} == {"#term-"}
     assert not [name for _, names in parsed.found for name in names if name.startswith("on")]
     assert not parsed.comments
     assert "&lt;script&gt;window.hacked = 1&lt;/script&gt;" in html

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipeline.config.schema import SELECTORS
+from pipeline.report.terms import WORDS
 from pipeline.rl.metrics import METRICS
 from pipeline.runs.provenance import UNRELATED, local_modules
 from tests.project import ROOT, copy_checkout
@@ -449,10 +450,14 @@ def test_the_check_of_templates_sees_some() -> None:
 
 
 def test_the_documented_metrics_are_the_declared_ones() -> None:
-    """In order, and in their units."""
+    """In order, in their units and by their definitions, which the formula may follow."""
     training, _, rest = (ROOT / "docs/METRICS.md").read_text().partition("## Time")
     rows = [re.split(r" (?<!\\)\| ", line) for line in training.splitlines() if line.startswith("| `")]
     assert [(row[0][3:-1], row[2]) for row in rows] == [(metric.name, metric.unit) for metric in METRICS.values()]
+    assert [row[1].partition(": ")[0] for row in rows] == [metric.meaning for metric in METRICS.values()]
+    for term in ("held-out gain", "win rate"):
+        assert f"` | {WORDS[term]} | " in rest
+    assert WORDS["95% interval"].removeprefix("2.5% and 97.5% ") in rest
     phases = re.findall(r'watch\.lap\("(\w+)"\)', (ROOT / "pipeline/rl/train_step.py").read_text())
     assert re.findall(r"`seconds_(\w+)`", rest) == phases
 

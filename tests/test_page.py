@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import math
 import re
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report import browser, inputs, labels, page, text
+from pipeline.report import browser, figures, inputs, labels, page, text
+from pipeline.report.terms import Terms
+from pipeline.rl.metrics import METRICS
 from tests.html import Elements, words_of
 from tests.project import ROOT
 from tests.reports import COLUMNS, FOREIGN, reports
@@ -18,7 +21,7 @@ from tests.reports import COLUMNS, FOREIGN, reports
 @pytest.fixture(scope="module", params=["healthy", "collapsed"])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     data = inputs.load(reports(tmp_path_factory.mktemp("page") / "reports", collapsed=request.param == "collapsed"))
-    return page.render(data, dict.fromkeys(("overview", "reward"), b"\x89PNG"))
+    return page.render(data, *2 * [dict.fromkeys(page.CAPTIONS, b"\x89PNG")])
 
 
 only_healthy, only_collapsed = (
@@ -111,7 +114,7 @@ def test_a_collapsed_run_says_what_when_why_and_the_cure(report: str) -> None:
     assert "Not healthy Misaligned objective from step 1 One text for all from step 4" in said
     assert "logprob_gap 8.70 step 1 above 0.500 –" in said
     assert "distinct_completions 6.2% step 6 below 50.0% 97.0% ± 1.2%" in said
-    assert "step 6 , reward −11.5" in said
+    assert "step 6, reward −11.5" in said
     assert "dvc exp run -S recipe=stable -S recipes.stable.alignment=correct -S recipes.stable.lr=0.0001" in said
     assert "recipes.stable.lr=0.0001 for: One text for all Smaller steps. docs/COLLAPSE.md" in said
     assert "holds the reference model" in said
@@ -121,7 +124,7 @@ def test_a_collapsed_run_says_what_when_why_and_the_cure(report: str) -> None:
 
 def test_the_verdict_comes_first(report: str) -> None:
     ids = [names["id"] for tag, names in Elements(report).found if tag == "section"]
-    assert ids == ["diagnosis", "parameters", "samples", "figures", "held-out", "examples", "prompts"]
+    assert ids == ["diagnosis", "parameters", "samples", "figures", "held-out", "examples", "prompts", "terms"]
 
 
 def test_every_key_number_is_a_column() -> None:
@@ -187,12 +190,60 @@ def test_the_data_of_a_run_of_the_usual_size_stay_small(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_else(report: str) -> None:
     sources = [
-        str(value) for _, names in Elements(report).found for name, value in names.items() if name in ("src", "href")
+        str(value)
+        for _, names in Elements(report).found
+        for name, value in names.items()
+        if name in ("src", "srcset", "href")
     ]
     assert sources
-    assert all(source.startswith(("data:image/png;base64,", "#step-")) for source in sources)
+    assert all(source.startswith(("data:image/png;base64,", "#step-", "#term-")) for source in sources)
     assert "url(" not in report
     assert "http" not in report.replace("http-equiv", "")
+
+
+def test_every_term_leads_to_its_definition(report: str) -> None:
+    """Each link's target is there once and says something; the terms that nobody uses are left out."""
+    links = re.findall(r'<a class="term" href="#([^"]*)">([^<]+)</a>', report)
+    entries = re.findall(r'<dt id="([^"]*)">([^<]+).*?</dt><dd>([^<]+)</dd>', report)
+    assert all(text.strip() for link in links for text in link)
+    assert {target for target, _ in links} == {anchor for anchor, _, _ in entries}
+    assert len({anchor for anchor, _, _ in entries}) == len(entries) > 20
+    assert report.count("</details>", report.index('id="terms"')) == 0  # a target in a closed fold is not shown
+
+
+def test_every_column_name_that_is_shown_is_a_link(report: str) -> None:
+    cells = re.findall(r"<td>(.*?)</td>", report.partition('<section id="terms">')[0])
+    named = {column: cell for cell in cells for column in COLUMNS if re.search(rf"<code>{column}</code>", cell)}
+    assert named.keys() >= {"distinct_2", "empty_share", "completion_tokens", "ref_logprob"}
+    for column, cell in named.items():
+        target = re.match(r'<a class="term" href="#([^"]*)">', cell)
+        assert target, cell
+        assert f'<dt id="{target[1]}">' in report
+        assert re.search(rf'<dt id="{target[1]}">[^<]* <small><code>{column}</code>', report)
+        assert METRICS[column].meaning in html.unescape(report)
+
+
+def test_a_term_without_a_definition_is_an_error() -> None:
+    with pytest.raises(KeyError, match="KL to nobody"):
+        Terms().link("KL to nobody")
+    assert Terms().link_known("<b>") == "&lt;b&gt;"
+
+
+def test_the_terms_of_a_figure_are_the_columns_that_it_draws(tmp_path: Path) -> None:
+    """It can be drawn from them alone, and not without any of them."""
+    data = inputs.load(reports(tmp_path / "reports"))
+    run, held_out = data.run, data.rewards[data.trained]
+    for name, function, more in (
+        ("overview", figures.overview, [held_out]), ("reward", figures.reward, [held_out]),
+        ("variance", figures.variance, []), ("collapse", figures.collapse, []),
+    ):  # fmt: skip
+        drawn = list(page.DRAWN[name])
+        if name == "overview":  # which reads the spread, and does not draw it
+            drawn += ["reward_std_within", "reward_std_between"]
+        function(data.history[["step", *drawn]], *more, run)
+        for column in drawn:
+            with pytest.raises(KeyError, match=column):
+                function(data.history[["step", *drawn]].drop(columns=column), *more, run)
 
 
 def test_whether_it_learned_stands_beside_the_verdict(report: str) -> None:
@@ -225,7 +276,7 @@ def test_a_command_is_quoted_and_the_policy_that_was_kept_is_named(tmp_path: Pat
     data = inputs.load(reports(tmp_path / "reports", collapsed=True, steps=9))
     data.diagnosis["healthy_step"] = 5
     data.run["params"]["prompts"] = "mine; rm x"
-    made = page.render(data, {})
+    made = page.render(data, {}, {})
     assert "The policy after 5 updates was kept: data/healthy ." in words_of(made)
     assert "-S &#39;prompts=&#34;mine; rm x&#34;&#39;" in made
 

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 from matplotlib import font_manager, get_data_path, rcParams
 from matplotlib.axes import Axes
+from matplotlib.offsetbox import AnchoredOffsetbox
 from matplotlib.text import Text
 
 from pipeline.errors import UserError
-from pipeline.report import cure_page, figures, inputs, page, style
+from pipeline.report import cure_figure, cure_page, figures, inputs, page, style
 from pipeline.stages import plot
 from tests.reports import COLUMNS, EVALUATE, reports
 from tests.seal import seal
@@ -50,7 +51,7 @@ def test_makes_all_figures_with_the_same_bytes(tmp_path: Path, collapsed: bool) 
             assert b"Software" not in content
             assert b"tIME" not in content
     text = made[0]["report.html"].decode()
-    assert text.count("data:image/png;base64,") == len(NAMES)
+    assert text.count("data:image/png;base64,") == 2 * len(NAMES)  # for wide and for narrow screens
     assert str(tmp_path) not in text
     assert not re.search(r"20\d\d-\d\d|\d\d:\d\d:\d\d|/work|/tmp|/home", re.sub(r"base64,[^\"]+", "", text))
 
@@ -75,6 +76,30 @@ def test_every_axis_is_labelled_with_its_unit(tmp_path: Path, steps: int, collap
         assert "train key 0b5d4045" in words
         assert style.png(figure).startswith(b"\x89PNG")
     assert dict(rcParams) == before
+
+
+@pytest.mark.parametrize("model", ["pocket", "a-model-with-a-name-of-more-than-forty-letters"])
+def test_narrow_figures_fit_a_phone(tmp_path: Path, model: str) -> None:
+    """350 pixels wide, their texts are at least 11 pixels high; none is cut off, and no two of them overlap."""
+    data = inputs.load(reports(tmp_path / "reports", collapsed=True))
+    healthy = inputs.load(reports(tmp_path / "healthy"))
+    data.run["params"]["model"] = model
+    drawn = plot.draw(data, narrow=True) | {"overlay": cure_figure.overlay(data, healthy, narrow=True)}
+    for name, figure in drawn.items():
+        with style.styled():
+            figure.draw_without_rendering()
+        for text in figure.findobj(Text):
+            assert isinstance(text, Text)
+            assert text.get_fontsize() * style.DPI / 72 * 350 / style.NARROW > 10.5, (name, text.get_text())
+        legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+        apart = [*figure.texts, *legends, *(box for box in figure.findobj(AnchoredOffsetbox))]
+        apart += [text for axes in figure.axes if not axes.axison for text in axes.texts]
+        boxes = [artist.get_window_extent() for artist in apart] + [axes.bbox for axes in figure.axes if axes.axison]
+        for place, box in enumerate([*boxes, *(axes.get_tightbbox() for axes in figure.axes)]):
+            assert -1 <= box.x0 < box.x1 <= style.NARROW + 1, (name, place)
+            assert -1 <= box.y0 < box.y1 <= figure.get_figheight() * style.DPI + 1, (name, place)
+            overlapping = [other for other in boxes[:place] if place < len(boxes) and box.padded(-1).overlaps(other)]
+            assert not overlapping, (name, place)
 
 
 def test_draws_the_values_and_leaves_gaps(tmp_path: Path) -> None:
@@ -154,7 +179,7 @@ def test_undefined_evaluation_values_are_shown_as_such(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("mean", "low", "high"))
     data = evaluated(tmp_path / "reports", checkpoint=nothing, policy=nothing, difference=nothing, win_rate=None)
     made = {name: style.png(figure) for name, figure in plot.draw(data).items() if name in ("reward", "evaluate")}
-    assert "undefined" in page.render(data, made)
+    assert "undefined" in page.render(data, made, made)
 
 
 def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
@@ -168,7 +193,7 @@ def test_one_held_out_prompt_has_no_interval_anywhere(tmp_path: Path) -> None:
     left = drawn["evaluate"].axes[0]
     assert [list(line.get_xdata()) for line in left.lines] == [[0, 0], pytest.approx([-5.4])]
     assert "undefined" not in [text.get_text() for text in left.texts]
-    pages = [page.render(data, dict.fromkeys(drawn, b"")), cure_page.render(data, data, b"", "cure-1")]
+    pages = [page.render(data, *2 * [dict.fromkeys(drawn, b"")]), cure_page.render(data, data, b"", b"", "cure-1")]
     for made in pages:
         assert "interval" not in re.sub("<(script|style).*?</(script|style)>", "", made, flags=re.DOTALL)
         assert "one held-out prompt" in made

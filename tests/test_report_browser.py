@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report import inputs, page
+from pipeline.report import inputs, page, style
+from pipeline.stages import plot
 from tests.browser import CHROMIUM
-from tests.project import ROOT
 from tests.reports import reports
 
 pytestmark = [
@@ -29,8 +29,9 @@ def opened(chromium, tmp_path):
         folder = tmp_path / "reports"
         if not folder.exists():
             reports(folder, collapsed=collapsed)
-            figure = (ROOT / "docs/figures/notebook-overview.png").read_bytes()
-            path.write_text(page.render(inputs.load(folder), {"overview": figure}), encoding="utf-8")
+            data = inputs.load(folder)
+            wide, narrow = ({"overview": style.png(plot.draw(data, narrow)["overview"])} for narrow in (False, True))
+            path.write_text(page.render(data, wide, narrow), encoding="utf-8")
         width, height = SIZES[size]
         context = chromium.new_context(viewport={"width": width, "height": height}, offline=True, **options)
         contexts.append(context)
@@ -139,6 +140,21 @@ def test_links_lead_to_a_step(opened):
     assert step_of(opened(address="#step-3000")) == 1
 
 
+@pytest.mark.parametrize("script", [True, False])
+def test_a_term_leads_to_its_definition(opened, script):
+    tab = opened(size="phone", java_script_enabled=script)
+    for name, said in (
+        ("train key", "digest of all that can change the run's numbers"),
+        ("KL to the reference (k1), nats a token", "by the estimator k1"),
+        ("win rate", "a tie counting one half"),
+    ):
+        tab.locator("a.term", has_text=name).first.click()
+        entry = tab.locator("dt:target + dd")
+        assert said in entry.inner_text()
+        box = entry.bounding_box()
+        assert 0 <= box["y"] < SIZES["phone"][1]
+
+
 def test_the_command_is_copied_as_one_line(opened):
     tab = opened()
     tab.locator("#diagnosis .command").click()
@@ -167,7 +183,13 @@ def test_it_fits_the_screen(opened, tmp_path, size, scheme):
     if size == "phone":
         tab.locator("#next").tap()
         assert step_of(tab) == 2
-        assert tab.locator("figure img").first.bounding_box()["width"] > 700, "labels are unreadable below"
+    figure = tab.locator("#figure-overview img")
+    figure.scroll_into_view_if_needed()
+    tab.wait_for_function("document.images[0].complete")
+    shown, drawn = figure.bounding_box()["width"], tab.evaluate("document.images[0].naturalWidth")
+    assert drawn == (1600 if size == "laptop" else style.NARROW * style.NARROW_DPI / style.DPI)
+    assert shown > (1000 if size == "laptop" else 340), "smaller, its labels are unreadable"
+    tab.screenshot(path=pictures / f"figure-{size}-{scheme}.png")
     tab.evaluate("document.getElementById('samples').scrollIntoView()")
     tab.screenshot(path=pictures / f"steps-{size}-{scheme}.png")
     for control in ("#step", "#next", "#previous"):

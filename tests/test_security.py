@@ -67,7 +67,7 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> inputs.Inputs:
 
 
 def pages(run: inputs.Inputs) -> list[str]:
-    return [page.render(run, {"overview": b"\x89PNG"}), cure_page.render(run, run, b"\x89PNG", "cure-0")]
+    return [page.render(run, *2 * [{"overview": b"\x89PNG"}]), cure_page.render(run, run, *2 * [b"\x89PNG"], "cure-0")]
 
 
 Skeleton = list[tuple[str, tuple[str, ...]]]
@@ -139,7 +139,7 @@ def test_hostile_texts_do_nothing_in_a_real_browser(
 
 def test_params_are_shown_with_what_hides(collapsed: inputs.Inputs) -> None:
     run = collapsed.run | {"params": collapsed.run["params"] | {"reward.target": "a\u202eb\0"}}
-    html = page.render(collapsed._replace(run=run), {})
+    html = page.render(collapsed._replace(run=run), {}, {})
     assert "\u202e" not in html
     assert "\0" not in html
     assert 'a<span class="mark">U+202E</span>b<span class="mark">U+0000</span>' in html

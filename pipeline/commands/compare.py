@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 
 from pipeline.config.schema import SELECTORS
 from pipeline.errors import UserError, did_you_mean
-from pipeline.file_io import atomic_path, write_text
+from pipeline.file_io import write_text
 from pipeline.report import comparison, comparison_figure, style
 from pipeline.tracking import mlflow_store
 from pipeline.tracking.summaries import RunSummary, from_dvc, from_mlflow, readable
@@ -25,16 +25,14 @@ def main(options: argparse.Namespace) -> None:
         found, left_out = comparison.configurations(chosen)
         table = comparison.markdown(found)
         source = "MLflow's runs" if options.source == "mlflow" else "DVC's experiments"
-        picture = style.png(comparison_figure.curves(found, options.metric, source))
         texts = {
             "table.md": f"{table}\n{comparison.legend(found)}\n",
             "table.csv": comparison.table_csv(found),
             "curves.csv": comparison.curves_csv(found, options.metric),
+            "curves.svg": style.svg(comparison_figure.curves(found, options.metric, source)),
         }
     for name, text in texts.items():
         write_text(options.out / name, text)
-    with atomic_path(options.out / "curves.png") as temporary:
-        temporary.write_bytes(picture)
     print(f"{table}\n{comparison.legend(found)}\n")
     if left_out:
         print(f"{left_out} more left out: the same parameters and seed again, or made by older code or data\n")
@@ -44,7 +42,7 @@ def main(options: argparse.Namespace) -> None:
         print(
             f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; choose by --where\n"
         )
-    print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.png")
+    print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.svg")
 
 
 def read(options: argparse.Namespace) -> list[RunSummary]:

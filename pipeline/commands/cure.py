@@ -47,8 +47,8 @@ def main() -> None:
         revision = run(command, name)
     with tempfile.TemporaryDirectory() as folder:
         after = fetch(revision, name, Path(folder) / REPORTS)
-    figure = style.png(cure_figure.overlay(collapsed, after))
-    write_text(PAGE, cure_page.render(collapsed, after, figure, name))
+    figure, narrow = (style.png(cure_figure.overlay(collapsed, after, narrow=phone)) for phone in (False, True))
+    write_text(PAGE, cure_page.render(collapsed, after, figure, narrow, name))
     answer = cure_page.answer(collapsed, after)
     print(f"{answer.title}: {answer.text} Both runs side by side: {PAGE}")
 

@@ -61,7 +61,7 @@ def curves(found: Sequence[Configuration], column: str, source: str) -> Figure:
         row, side = divmod(place, across)
         grid[2 * row][side].axis("on")
         colours = [looks[each.label(without="reward")] for each in panel]
-        _panel(grid[2 * row][side], panel, column, colours, of_reward=len(rewards) > 1)
+        _panel(grid[2 * row][side], panel, column, colours, of_reward=len(rewards) > 1, name=f"panel-{place}")
         _legend(grid[2 * row + 1][side], legend, colours, rooms[row], beside)
     return figure
 
@@ -85,9 +85,12 @@ def uneven(configuration: Configuration) -> bool:
     return len({max(training.curve("lr"), default=-1) for training in configuration.trainings}) > 1
 
 
-def _panel(axes: Axes, panel: Sequence[Configuration], column: str, looks: Sequence[Look], of_reward: bool) -> None:
+def _panel(
+    axes: Axes, panel: Sequence[Configuration], column: str, looks: Sequence[Look], of_reward: bool, name: str
+) -> None:
+    """A curve of each configuration, which SVG has as a group of its own."""
     drawn, last = [], 0
-    for each, (colour, dashes) in zip(panel, looks, strict=True):
+    for number, (each, (colour, dashes)) in enumerate(zip(panel, looks, strict=True)):
         values = band(each, column)
         steps = range(max(values, default=0) + 1)
         last = max(last, steps[-1])
@@ -96,7 +99,8 @@ def _panel(axes: Axes, panel: Sequence[Configuration], column: str, looks: Seque
         )
         x, whole = np.array(steps), count == len(each.trainings)
         error = np.where(whole, std, np.nan) if len(each.trainings) > 1 else None
-        line(axes, x, np.where(whole, mean, np.nan), colour, dashes=dashes, error=error)
+        curve = line(axes, x, np.where(whole, mean, np.nan), colour, dashes=dashes, error=error)
+        curve.set_gid(f"{name}-curve-{number}")
         joined = np.convolve(~whole, np.ones(3, dtype=int), mode="same")[: len(x)] > 0  # and the points beside them
         axes.plot(x, np.where(joined, mean, np.nan), color=colour, linewidth=1.2, alpha=0.5, zorder=2.5)
         drawn.append(mean)

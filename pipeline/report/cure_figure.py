@@ -14,6 +14,7 @@ from pipeline.report.style import (
     BLUE,
     GREY,
     INK,
+    NARROW,
     RED,
     canvas,
     figure_function,
@@ -40,11 +41,12 @@ def overlay(
     after: Inputs,
     title: str = "The run without and with the change",
     names: tuple[str, str] = ("without the change", "with the change"),
+    narrow: bool = False,
 ) -> Figure:
     """Five columns of history.csv over the steps of both runs; vertical lines where findings set in."""
     source = f"{RUN_FILES.history}, and that of train key {after.run['train_key'][:8]}"
-    figure = canvas(1400, 800, title, footer(collapsed.run, source))
-    grid = figure.subplots(2, 3)
+    figure = canvas(*((NARROW, 1700) if narrow else (1400, 800)), title, footer(collapsed.run, source))
+    grid = figure.subplots(6, 1, height_ratios=[1, 1, 1, 1, 1, 1.8]) if narrow else figure.subplots(2, 3)
     runs = [(after, BLUE, False), (collapsed, RED, True)]  # dashes on top: what coincides shows both
     for place, (panel, (column, name)) in enumerate(zip(grid.flat, PANELS.items(), strict=False)):
         values = []
@@ -58,11 +60,11 @@ def overlay(
             values.append(y)
         inline_legend(panel, [(name, INK)])
         if column == "reward_mean":
-            value_axis(panel, textwrap.fill(reward_label(collapsed.run), 30), *values)
+            value_axis(panel, textwrap.fill(reward_label(collapsed.run), 20 if narrow else 30), *values)
         else:
             unit_axis(panel, column, *values)
         longest = max((run.history["step"].to_numpy(dtype=float) for run, _, _ in runs), key=lambda steps: steps[-1])
-        steps_axis(panel, longest, label=place > 1)
+        steps_axis(panel, longest, label=place == 4 if narrow else place > 1)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     _legend(grid.flat[-1], collapsed, after, names)
     return figure

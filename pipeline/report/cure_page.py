@@ -1,6 +1,5 @@
 """reports/cure.html: whether a change cured a collapse, both runs side by side. Every text in it is escaped."""
 
-import base64
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -8,10 +7,11 @@ from markupsafe import Markup
 
 from pipeline.config.overrides import experiment_command
 from pipeline.report.browser import NUMBERS, key_numbers
+from pipeline.report.cure_figure import PANELS
 from pipeline.report.inputs import Inputs
-from pipeline.report.labels import MEANING
 from pipeline.report.page import (
     OPEN_EXAMPLES,
+    base64_of,
     environment,
     examples,
     has_intervals,
@@ -54,8 +54,8 @@ def since(findings: list[dict[str, Any]]) -> str:
     return ", ".join(f"{finding['title']} from step {finding['onset']} on" for finding in findings)
 
 
-def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str) -> str:
-    """The page. figure: PNG bytes; name: of the experiment with the change."""
+def render(collapsed: Inputs, after: Inputs, figure: bytes, narrow: bytes, name: str) -> str:
+    """The page. figure, narrow: PNG bytes, the latter for a phone; name: of the experiment with the change."""
     folder = resources.files("pipeline.report")
     css = (folder / "page.css").read_text(encoding="utf-8")
     diagnosis, params = collapsed.diagnosis, collapsed.params
@@ -72,8 +72,10 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str) -> str:
             runs=[("without the change", collapsed), ("with the change", after)],
             treated=treated(diagnosis),
             numbers=number_rows(collapsed, after),
-            figure=base64.b64encode(figure).decode(),
+            figure=base64_of(figure),
+            narrow=base64_of(narrow),
             caption=CAPTION,
+            drawn=list(PANELS),
             rewards=[(reward, collapsed.rewards[reward], after.rewards[reward]) for reward in rewards],
             reference_differs=any(
                 collapsed.rewards[reward]["checkpoint"] != after.rewards[reward]["checkpoint"] for reward in rewards
@@ -97,7 +99,7 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, name: str) -> str:
 def number_rows(collapsed: Inputs, after: Inputs) -> list[tuple[str, list[str]]]:
     """NUMBERS before training, and in the last step without and with the change."""
     values = (key_numbers(collapsed)[0], key_numbers(collapsed)[-1], key_numbers(after)[-1])
-    return [(MEANING[column], row) for column, *row in zip(NUMBERS, *values, strict=True)]
+    return [(column, row) for column, *row in zip(NUMBERS, *values, strict=True)]
 
 
 def statistics(collapsed: Inputs, after: Inputs) -> list[tuple[str, list[Any]]]:

@@ -15,6 +15,7 @@ from pipeline.report.style import (
     GREEN,
     GREY,
     INK,
+    NARROW,
     ORANGE,
     PALE,
     PURPLE,
@@ -23,7 +24,9 @@ from pipeline.report.style import (
     figure_function,
     footer,
     inline_legend,
+    is_narrow,
     line,
+    note,
     power_of_ten,
     share_axis,
     signed,
@@ -59,10 +62,11 @@ def reward_label(run: dict[str, Any]) -> str:
 
 
 @figure_function
-def reward(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any]) -> Figure:
+def reward(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any], narrow: bool = False) -> Figure:
     """Mean reward with error and spread, the baseline, and the held-out means before and after beside it."""
-    figure = canvas(1400, 800, "Reward of the sampled completions", footer(run, RUN_FILES.history))
-    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[11, 2.2])
+    size = (NARROW, 680) if narrow else (1400, 800)
+    figure = canvas(*size, "Reward of the sampled completions", footer(run, RUN_FILES.history))
+    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[4, 3] if narrow else [11, 2.2])
     _legend(axes, _reward_lines(axes, history, run))
     _held_out_points(axes, side, held_out)
     value_axis(axes, reward_label(run), *_columns(history, "reward_mean", "baseline"))
@@ -91,14 +95,15 @@ def _reward_lines(axes: Axes, history: pd.DataFrame, run: dict[str, Any], spread
 
 
 def _legend(axes: Axes, handles: dict[str, Any]) -> None:
-    """Above the axes in one row, where it hides nothing."""
-    axes.set_title(" ")  # keeps the room; the legend itself must not squeeze the axes
+    """Above the axes, where it hides nothing: in one row, or in one column where the figure is narrow."""
+    columns, lines = (1, len(handles) + 1) if is_narrow(axes) else (len(handles), 1)
+    axes.set_title("\n".join(" " * lines))  # keeps the room; the legend itself must not squeeze the axes
     legend = axes.legend(
         list(handles.values()),
         list(handles),
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=len(handles),
+        ncols=columns,
         borderaxespad=0.2,
         borderpad=0.2,
         handlelength=1.6,
@@ -124,7 +129,8 @@ def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
     side.set_xlim(-0.6, 1.6)
     side.set_xticks([0, 1], ["reference", "trained"], color=INK)
     one_prompt = held_out["policy"]["mean"] is not None and held_out["policy"]["low"] is None
-    side.set_xlabel("held-out, one prompt" if one_prompt else "held-out, 95% interval", fontsize=12)
+    words = "held-out, one prompt" if one_prompt else "held-out, 95% interval"
+    side.set_xlabel(words.replace(", ", ",\n") if is_narrow(side) else words, fontsize=12)
     side.grid(axis="x", visible=False)
     side.tick_params(left=False)
     side.spines.left.set_visible(False)
@@ -135,9 +141,10 @@ def _reference_line(axes: Axes, mean: float) -> Line2D:
 
 
 @figure_function
-def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
+def variance(history: pd.DataFrame, run: dict[str, Any], narrow: bool = False) -> Figure:
     """Reward variance within and between prompts, and how many prompts give no signal at all."""
-    figure = canvas(1400, 800, "Reward variance: what there is to learn from", footer(run, RUN_FILES.history))
+    size = (NARROW, 800) if narrow else (1400, 800)
+    figure = canvas(*size, "Reward variance: what there is to learn from", footer(run, RUN_FILES.history))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     steps, within, between, starved = _columns(
         history, "step", "reward_std_within", "reward_std_between", "zero_spread_share"
@@ -156,21 +163,22 @@ def variance(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
 
 
 @figure_function
-def collapse(history: pd.DataFrame, run: dict[str, Any]) -> Figure:
+def collapse(history: pd.DataFrame, run: dict[str, Any], narrow: bool = False) -> Figure:
     """Small multiples: each panel shows one way in which a policy can fall apart."""
     title = "Collapse diagnostics  (dotted: step 0, the reference model)"
-    figure = canvas(1400, 800, title, footer(run, RUN_FILES.history))
-    panels = figure.subplots(3, 3, sharex=True).ravel()
+    figure = canvas(*((NARROW, 2000) if narrow else (1400, 800)), title, footer(run, RUN_FILES.history))
+    across = 1 if narrow else 3
+    panels = figure.subplots(9 // across, across, sharex=True).ravel()
     for panel, (series, zero) in zip(panels, PANELS, strict=False):
         _panel(panel, history, series, zero)
     _gap_panel(panels[8], history)
     steps = _columns(history, "step")[0]
     for panel in panels:
-        steps_axis(panel, steps, label=panel in panels[6:])
+        steps_axis(panel, steps, label=panel in panels[-across:])
         for step in steps[_columns(history, "nonfinite")[0] == 1]:
             panel.axvline(step, color=RED, linewidth=1.2, alpha=0.6, zorder=1)
     if history["nonfinite"].eq(1).any():
-        figure.text(0.987, 0.982, "red line: not finite, update not applied", color=RED, ha="right", va="top")
+        note(figure, "red line: not finite, update not applied", row=0, color=RED)
     return figure
 
 
@@ -213,20 +221,20 @@ def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
 
 
 @figure_function
-def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any]) -> Figure:
-    """The run on one picture: reward and baseline beside what collapses first."""
+def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any], narrow: bool = False) -> Figure:
+    """The run on one picture: reward and baseline beside what collapses first, or above it."""
     params = run["params"]
     title = f"REINFORCE on {params['model']}: reward and signs of collapse"
-    figure = canvas(1600, 700, title, footer(run, RUN_FILES.history))
-    grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
-    left = figure.add_subplot(grid[:, 0])
+    figure = canvas(*((NARROW, 1160) if narrow else (1600, 700)), title, footer(run, RUN_FILES.history))
+    grid = figure.add_gridspec(6, 1) if narrow else figure.add_gridspec(3, 2, width_ratios=[3, 2])
+    left = figure.add_subplot(grid[:3, 0])
     handles = _reward_lines(left, history, run, spread=False)
     start = held_out["checkpoint"]["mean"]
     if start is not None:
         handles["reference, held-out"] = _reference_line(left, start)
     _legend(left, handles)
     value_axis(left, reward_label(run), *_columns(history, "reward_mean", "baseline"))
-    right = [figure.add_subplot(grid[row, 1]) for row in range(3)]
+    right = [figure.add_subplot(grid[3 + row, 0] if narrow else grid[row, 1]) for row in range(3)]
     _panel(right[0], history, [("entropy", "entropy", BLUE)], zero=True)
     _panel(right[1], history, [("ref_kl_k1", "KL to the reference (k1)", BLUE)], zero=True)
     _panel(right[2], history, [("distinct_completions", "distinct completions", BLUE)])

@@ -1,5 +1,6 @@
 """The figure of the held-out evaluation: what training changed, by every reward."""
 
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -7,26 +8,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator
 
 from pipeline.paths import RUN_FILES
-from pipeline.report.style import BLUE, GREY, INK, RED, canvas, figure_function, footer, signed
+from pipeline.report.style import BLUE, GREY, INK, NARROW, RED, canvas, figure_function, footer, is_narrow, signed
 
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # readable across the line at zero
 
 
 @figure_function
-def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any]) -> Figure:
+def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any], narrow: bool = False) -> Figure:
     """Held-out difference of every reward, each on its own scale, and how often the trained policy wins."""
     names = sorted(metrics, key=lambda name: (name != trained, name))
-    height = max(800, 190 + 116 * len(names))
+    size = (NARROW, 250 + 150 * len(names)) if narrow else (1400, max(800, 190 + 116 * len(names)))
     title = "Held-out rewards: trained policy minus reference model"
-    figure = canvas(1400, height, title, footer(run, RUN_FILES.metrics))
-    grid = figure.subplots(len(names), 2, width_ratios=[5, 2], squeeze=False)
-    for (left, right), name in zip(grid, names, strict=True):
-        _difference(left, metrics[name], name + (" (trained)" if name == trained else ""))
-        _win_rate(right, metrics[name]["win_rate"])
+    figure = canvas(*size, title, footer(run, RUN_FILES.metrics))
+    ratios = [1] if narrow else [5, 2]  # narrow, the win rate is a number beside the mean
+    grid = figure.subplots(len(names), len(ratios), width_ratios=ratios, squeeze=False)
+    for row, name in zip(grid, names, strict=True):
+        _difference(row[0], metrics[name], name + (" (trained)" if name == trained else ""))
+        if not narrow:
+            _win_rate(row[1], metrics[name]["win_rate"])
     intervals = any(metric["difference"]["low"] is not None for metric in metrics.values())
     words = "difference of means with 95% interval" if intervals else "difference of means on one prompt"
-    grid[-1][0].set_xlabel(f"{words}, units of each reward")
-    grid[-1][1].set_xlabel("win rate, %")
+    words += ", units of each reward"
+    grid[-1][0].set_xlabel(textwrap.fill(words, 45) if narrow else words)
+    if not narrow:
+        grid[-1][1].set_xlabel("win rate, %")
     return figure
 
 
@@ -34,8 +39,12 @@ def _difference(axes: Axes, metric: dict[str, Any], label: str) -> None:
     """A point with its interval beside zero: filled where the interval leaves zero out. Of one prompt there is none."""
     mean, low, high = (metric["difference"][name] for name in ("mean", "low", "high"))
     means = " → ".join(signed(metric[who]["mean"]) for who in ("checkpoint", "policy"))
+    numbers = f"mean {means}"
+    if is_narrow(axes):
+        label += "\n"  # the numbers stand below the name
+        numbers += "" if metric["win_rate"] is None else f"   ·   win rate {100 * metric['win_rate']:.0f}%"
     axes.set_title(label, fontweight="bold", pad=7)
-    axes.set_title(f"mean {means}", loc="right", color=GREY, fontsize=12, pad=7)
+    axes.set_title(numbers, loc="right", color=GREY, fontsize=12, pad=7)
     axes.axvline(0, color=GREY, linewidth=1.4)
     if mean is not None:
         colour, ends = INK, [mean]

@@ -12,16 +12,18 @@ from markupsafe import Markup
 from pipeline.config.overrides import experiment_command, override
 from pipeline.file_io import flatten
 from pipeline.report.browser import NUMBERS, browser_data, key_numbers, script_json
+from pipeline.report.figures import PANELS
 from pipeline.report.inputs import Inputs
-from pipeline.report.labels import MEANING, measured, percent
+from pipeline.report.labels import measured, percent
 from pipeline.report.style import signed
+from pipeline.report.terms import Terms
 from pipeline.report.text import visible
 
 EXAMPLES, OPEN_EXAMPLES = 12, 4  # held-out prompts shown, and how many of them at once
 SAMPLES = 4  # completions shown of a training step
 CAPTIONS = {
-    "overview": "Left, the mean reward of each step with its standard error and the baseline that is subtracted; "
-    "right, three signs of collapse.",
+    "overview": "The mean reward of each step with its standard error and the baseline that is subtracted; "
+    "beside or below it, three signs of collapse.",
     "reward": "Mean reward of the sampled completions with standard error, spread and baseline; at the right the "
     "held-out means of the reference model (also the dashed line) and of the trained policy",
     "variance": "The policy gradient comes from reward differences within a prompt: where that variance ends, "
@@ -30,6 +32,13 @@ CAPTIONS = {
     "A logprob gap above rounding at step 0 means that the loss does not score the tokens that were sampled.",
     "evaluate": "Both models on the same held-out prompts with the same random numbers, for every reward, "
     "each on its own scale",
+}
+DRAWN = {  # the terms that a figure shows
+    "overview": ("reward_mean", "reward_se", "baseline", "entropy", "ref_kl_k1", "distinct_completions"),
+    "reward": ("reward_mean", "reward_se", "reward_std_within", "reward_std_between", "baseline"),
+    "variance": ("reward_std_within", "reward_std_between", "zero_spread_share"),
+    "collapse": (*(column for series, _ in PANELS for column, _, _ in series), "logprob_gap", "nonfinite"),
+    "evaluate": ("held-out gain", "win rate"),
 }
 HOLLOW = "; a hollow grey point has an interval that includes zero"
 
@@ -46,8 +55,8 @@ def heldout_size(inputs: Inputs) -> str:
     return f"{prompts} held-out prompt{'s' * (prompts != 1)} × {len(samples)} sample{'s' * (len(samples) != 1)}"
 
 
-def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
-    """The page for a run; `figures` maps a name of CAPTIONS to PNG bytes."""
+def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) -> str:
+    """The page for a run; `figures` maps a name of CAPTIONS to PNG bytes, `narrow` to those for a phone."""
     folder = resources.files("pipeline.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "browser.js"))
     browser = browser_data(inputs)
@@ -75,8 +84,8 @@ def render(inputs: Inputs, figures: dict[str, bytes]) -> str:
             steps=len(inputs.history),
             numbers=NUMBERS,
             key_numbers=key_numbers(inputs),
-            meaning=MEANING,
-            figures=[(name, captions[name], base64.b64encode(content).decode()) for name, content in figures.items()],
+            figures=[(name, captions[name], base64_of(figures[name]), base64_of(narrow[name])) for name in figures],
+            drawn=DRAWN,
             rewards=sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0])),
             trained=inputs.trained,
             gained=inputs.rewards[inputs.trained]["difference"],
@@ -102,7 +111,7 @@ def treated(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def environment() -> jinja2.Environment:
-    """Templates that escape everything, with the filters they use."""
+    """Templates that escape everything, with the filters they use, for one page: it remembers which terms were used."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "."),
         autoescape=True,
@@ -111,8 +120,12 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters.update(visible=visible, number=signed, percent=percent, measured=measured, command_line=command_line)
-    made.globals.update(override=override)
+    made.globals.update(override=override, terms=Terms())
     return made
+
+
+def base64_of(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def policy_for(style: str, script: str | None = None) -> str:
@@ -135,7 +148,7 @@ def text_rows(inputs: Inputs) -> list[tuple[str, Any, Any]]:
     before, after = flatten(inputs.text["checkpoint"]), flatten(inputs.text["policy"])
     rows = [(name, value, after.get(name)) for name, value in before.items()]
     score = inputs.ref_logprob
-    return [*rows, ("logprob by the reference, nats a token", score["checkpoint"], score["policy"])]
+    return [*rows, ("ref_logprob", score["checkpoint"], score["policy"])]
 
 
 def examples(completions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import io
 import math
+import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -16,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
+from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, PackerBase, TextArea, VPacker
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 P = ParamSpec("P")
@@ -26,6 +28,10 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "
 INK, GREY, PALE = "#222222", "#666666", "#DDDDDD"
 STEPS_AXIS = "training steps"  # marks the axes that `steps_axis` made
 DPI = 100  # 12 pt are 17 px: still readable when the figure is shown at half its size
+NARROW = 500  # pixels: a figure for a phone, whose screen is some 350 wide; its text is then 12 px high
+NARROW_DPI = 150  # phones have two or three dots to a pixel
+LEGEND_CHARACTERS = 38  # of a line over a narrow figure's panel, in bold type
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 STYLE = {
     "font.family": ["DejaVu Sans"],  # the one that matplotlib ships
     "font.size": 13,
@@ -55,6 +61,7 @@ STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
+    "svg.hashsalt": "reinforce",  # else the names of its parts are drawn by chance
 }
 
 
@@ -77,8 +84,13 @@ def figure_function(function: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def canvas(width: int, height: int, title: str, footer: str) -> Figure:
-    """An empty figure of width x height pixels, with its title above and where it comes from below."""
-    bottom, top = 38 / height, 52 / height
+    """An empty figure of width x height pixels, with its title above and where it comes from below.
+
+    Both are broken into lines that fit; a narrow figure has room for two notes below its title.
+    """
+    title, footer = textwrap.fill(title, width // 17), textwrap.fill(footer, int(width / 8.2))
+    bottom, top = (38 + 17 * footer.count("\n")) / height, (52 + 29 * title.count("\n")) / height
+    top += 36 / height if width <= NARROW else 0
     layout = ConstrainedLayoutEngine(rect=(0.006, bottom, 0.988, 1 - bottom - top), w_pad=0.08, h_pad=0.06)
     figure = Figure(figsize=(width / DPI, height / DPI), layout=layout)
     figure.text(18 / width, 1 - 14 / height, title, ha="left", va="top", fontsize=18, fontweight="bold")
@@ -86,12 +98,38 @@ def canvas(width: int, height: int, title: str, footer: str) -> Figure:
     return figure
 
 
+def is_narrow(drawn: Figure | Axes) -> bool:
+    figure = drawn.get_figure(root=True)
+    return figure is not None and figure.get_figwidth() * DPI <= NARROW
+
+
+def note(figure: Figure, text: str, row: int, **options: Any) -> None:
+    """A note in the first or second row: right of the title, or below it where the figure is narrow."""
+    height = figure.get_figheight() * DPI
+    place: tuple[float, float, str] = (0.987, 1 - (14.4 if row == 0 else 35) / height, "right")
+    if is_narrow(figure):
+        above = 46 + 29 * figure.texts[0].get_text().count("\n") + 18 * row
+        place = (18 / NARROW, 1 - above / height, "left")
+    x, y, side = place
+    with styled():
+        figure.text(x, y, text, ha=side, va="top", **options)
+
+
 def png(figure: Figure) -> bytes:
     """The figure as PNG. No software version and no date in it, so that equal data give equal bytes."""
     buffer = io.BytesIO()
     with styled():
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        dpi = NARROW_DPI if is_narrow(figure) else DPI
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG, its letters as shapes: it looks the same in every browser. Equal data give equal text."""
+    text = io.StringIO()
+    with styled():
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return NOT_XML.sub("\ufffd", text.getvalue())  # a parameter may hold any character
 
 
 def line(
@@ -110,13 +148,24 @@ def line(
 
 
 def inline_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
-    """A panel's title that is also its legend: the name of each line in its colour, behind a piece of the line."""
+    """A panel's title that is also its legend: the name of each line in its colour, behind a piece of the line.
+
+    Beside each other, or below each other where they are too long for a narrow figure.
+    """
     dashes = ["━ ", "╍ "] if len(entries) > 1 else [""]
+    texts = [mark + text for mark, (text, _) in zip(dashes, entries, strict=True)]
+    stacked = is_narrow(axes) and sum(map(len, texts)) > LEGEND_CHARACTERS
+    if stacked:
+        texts = [textwrap.fill(text, LEGEND_CHARACTERS) for text in texts]
     parts: list[Artist] = [
-        TextArea(mark + text, textprops={"color": colour, "fontsize": 13, "fontweight": "bold"})
-        for mark, (text, colour) in zip(dashes, entries, strict=True)
+        TextArea(text, textprops={"color": colour, "fontsize": 13, "fontweight": "bold"})
+        for text, (_, colour) in zip(texts, entries, strict=True)
     ]
-    box = HPacker(children=parts, sep=14, pad=0, align="baseline")
+    box: PackerBase = (
+        VPacker(children=parts, sep=4, pad=0, align="left")
+        if stacked
+        else HPacker(children=parts, sep=14, pad=0, align="baseline")
+    )
     title = AnchoredOffsetbox(
         "lower left",
         child=box,
@@ -128,7 +177,7 @@ def inline_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
     )
     title.set_in_layout(False)  # a long one must not squeeze its panel; a plain empty title keeps the room
     axes.add_artist(title)
-    axes.set_title(" ")
+    axes.set_title("\n".join(" " for line in "\n".join(texts).split("\n")) if stacked else " ")
 
 
 def steps_axis(axes: Axes, steps: np.ndarray, label: bool = True) -> None:
@@ -153,9 +202,7 @@ def mark_onsets(figure: Figure, onsets: Sequence[int]) -> None:
     text = f"vertical line: onset, step {steps[0]}"
     if len(steps) > 1:
         text = f"vertical lines: onsets, steps {', '.join(map(str, steps))}"
-    with styled():
-        right, below_title = 0.987, 1 - 35 / (figure.get_figheight() * DPI)
-        figure.text(right, below_title, text, ha="right", va="top", fontsize=12)
+    note(figure, text, row=1, fontsize=12)
 
 
 def share_axis(axes: Axes, label: str) -> None:

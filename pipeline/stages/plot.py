@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw(data: Inputs) -> "dict[str, Figure]":
-    """All figures by file name, in the order of the page."""
+def draw(data: Inputs, narrow: bool = False) -> "dict[str, Figure]":
+    """All figures by file name, in the order of the page; narrow ones are for phones."""
     history, run, held_out = data.history, data.run, data.rewards[data.trained]
     drawn = {
-        "overview": figures.overview(history, held_out, run),
-        "reward": figures.reward(history, held_out, run),
-        "variance": figures.variance(history, run),
-        "collapse": figures.collapse(history, run),
-        "evaluate": heldout.evaluate(data.rewards, data.trained, run),
+        "overview": figures.overview(history, held_out, run, narrow),
+        "reward": figures.reward(history, held_out, run, narrow),
+        "variance": figures.variance(history, run, narrow),
+        "collapse": figures.collapse(history, run, narrow),
+        "evaluate": heldout.evaluate(data.rewards, data.trained, run, narrow),
     }
     for figure in drawn.values():
         style.mark_onsets(figure, [finding["onset"] for finding in data.diagnosis["findings"]])
@@ -30,8 +30,10 @@ def draw(data: Inputs) -> "dict[str, Figure]":
 def main() -> None:
     """Render everything, then write it. Raises UserError for missing or malformed inputs."""
     data = load()
-    pictures = {name: style.png(figure) for name, figure in draw(data).items()}
-    report = page.render(data, pictures)
+    pictures, narrow = (
+        {name: style.png(figure) for name, figure in draw(data, narrow).items()} for narrow in (False, True)
+    )
+    report = page.render(data, pictures, narrow)
     with atomic_folder(RUN_FILES.figures) as folder:
         for name, content in pictures.items():
             (folder / f"{name}.png").write_bytes(content)
