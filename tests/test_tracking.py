@@ -278,11 +278,12 @@ def test_the_description_follows_the_files_until_a_person_edits_it(tracking_fold
     make_reports()
     track.main()
     client, (run,) = stored_runs()
-    report = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/report.html"
-    assert note() == f"No sign of collapse.\n\nHeld-out gain over the reference model: undefined\n\n[Report]({report})"
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/report.html"
+    gain = f"Held-out gain over the reference model: undefined. [Report]({page}?workflowType=machine_learning)"
+    assert note() == f"**healthy.** No sign of collapse.\n\n{gain}"
     write_diagnosis("empty", 8, ["empty"], headline="From step 8 on most completions are empty.")
     track.main()
-    assert note().startswith("From step 8 on most completions are empty.\n\nHeld-out gain ")
+    assert note().startswith("**empty.** From step 8 on most completions are empty.\n\nHeld-out gain ")
     for edited in ("mine", ""):
         client.set_tag(run.info.run_id, "mlflow.note.content", edited)
         write_diagnosis()
@@ -307,7 +308,7 @@ def test_a_description_whose_digest_a_kill_has_lost_is_still_ours(tracking_folde
     track.main()
     write_diagnosis(headline="Otherwise.")
     track.main()
-    assert note().startswith("Otherwise.")
+    assert note().startswith("**healthy.** Otherwise.")
 
 
 def test_the_experiment_says_what_it_holds_and_which_columns_to_show(tracking_folder):
@@ -315,9 +316,13 @@ def test_the_experiment_says_what_it_holds_and_which_columns_to_show(tracking_fo
     track.main()
     client, (run,) = stored_runs()
     tags = client.get_experiment(run.info.experiment_id).tags
-    assert "reinforce compare" in tags["mlflow.note.content"]
+    assert f"#/experiments/{run.info.experiment_id}/runs?" in tags["mlflow.note.content"]
     columns = json.loads(json.loads(tags[presentation.VIEW_TAG])["state"])["selectedColumns"]
-    held = {f"params.`{key}`" for key in run.data.params} | {f"tags.`{key}`" for key in run.data.tags}
+    held = (
+        {"attributes.`Run Name`"}
+        | {f"params.`{key}`" for key in run.data.params}
+        | {f"tags.`{key}`" for key in run.data.tags}
+    )
     assert held >= set(columns)
 
 
@@ -330,7 +335,7 @@ def test_an_experiment_of_somebody_else_gets_what_it_lacks_and_keeps_what_it_has
     for state in ("new", "complete"):
         train_live(STEPS, status="FINISHED", key=md5(state.encode()).hexdigest() * 2)
         assert client.get_experiment(experiment).tags == {
-            **presentation.experiment_tags(),
+            **presentation.experiment_tags(experiment),
             "mlflow.note.content": "ours",
             "team": "a",
         }

@@ -11,7 +11,7 @@ import sys
 from pipeline.errors import UserError
 from pipeline.runs import workspace
 from pipeline.tracking import mlflow_store
-from pipeline.tracking.presentation import VIEW, VIEW_TAG, complete_experiment
+from pipeline.tracking.presentation import VIEW_TAG, complete_experiment, runs_page
 from pipeline.tracking.summaries import readable
 
 HOST = "127.0.0.1"
@@ -39,9 +39,7 @@ def main(options: argparse.Namespace) -> None:
     artifacts = (workspace.root() / "mlartifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts]
-    # MLflow 3 opens on its pages for traces and prompts; this is the one with the runs.
-    page = f"http://{HOST}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    print(f"MLflow at {page}&viewStateShareKey={VIEW} in about 20 s; stop it with Ctrl-C", flush=True)
+    print(f"MLflow at http://{HOST}:{port}/{runs_page(experiment)} in about 20 s; stop it with Ctrl-C", flush=True)
     os.execve(sys.executable, command, _environment())
 
 

@@ -20,7 +20,6 @@ from filelock import FileLock
 
 from pipeline.errors import UserError, cut, one_line
 from pipeline.runs import workspace
-from pipeline.tracking.presentation import experiment_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -165,7 +164,7 @@ def open_store() -> "tuple[MlflowClient, str]":
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return client, client.create_experiment(name, artifact_location=artifacts, tags=experiment_tags())
+                return client, client.create_experiment(name, artifact_location=artifacts)
             except MlflowException:  # made by somebody else since we looked, where the store is not ours to lock
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:

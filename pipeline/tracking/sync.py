@@ -85,7 +85,7 @@ def _describe(client: "MlflowClient", run: "Run", record: Record) -> None:
     for key, value in record.tags.items():
         client.set_tag(run_id, key, value)
     if record.headline:
-        presentation.describe_run(client, run, record.headline, record.tags.get("heldout_gain", "undefined"))
+        presentation.describe_run(client, run, record.headline, record.tags)
     if os.environ.get("DVC_EXP_NAME"):
         client.update_run(run_id, name=mlflow_store.run_name(record.params, record.train_key))
 
