@@ -74,7 +74,7 @@ def evaluation(mean, reward="embedding"):
     return {reward: of_reward, "text": sides, "ref_logprob_per_token": sides}
 
 
-def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None, headline="No sign of collapse."):
+def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None, headline="The verdict in words."):
     finding = {
         "title": "",
         "onset": 8,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from pipeline.commands import ui
 from pipeline.errors import UserError
 from pipeline.runs import workspace
 from pipeline.runs.follower import follower
@@ -280,7 +281,7 @@ def test_the_description_follows_the_files_until_a_person_edits_it(tracking_fold
     client, (run,) = stored_runs()
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/report.html"
     gain = f"Held-out gain over the reference model: undefined. [Report]({page}?workflowType=machine_learning)"
-    assert note() == f"**healthy.** No sign of collapse.\n\n{gain}"
+    assert note() == f"**healthy.** The verdict in words.\n\n{gain}"
     write_diagnosis("empty", 8, ["empty"], headline="From step 8 on most completions are empty.")
     track.main()
     assert note().startswith("**empty.** From step 8 on most completions are empty.\n\nHeld-out gain ")
@@ -339,6 +340,16 @@ def test_an_experiment_of_somebody_else_gets_what_it_lacks_and_keeps_what_it_has
             "mlflow.note.content": "ours",
             "team": "a",
         }
+
+
+def test_ui_opens_no_page_whose_view_is_missing(tracking_folder, monkeypatch):
+    """Where it is there, nothing slow is done: mlflow is not asked."""
+    client, experiment = mlflow_store.open_store()
+    assert presentation.VIEW_TAG not in client.get_experiment(experiment).tags
+    assert ui._experiment_id() == experiment
+    assert presentation.VIEW_TAG in client.get_experiment(experiment).tags
+    monkeypatch.setattr(mlflow_store, "open_store", lambda: pytest.fail("mlflow is asked"))
+    assert ui._experiment_id() == experiment
 
 
 def test_a_diagnosis_of_another_make_is_refused(tracking_folder):

@@ -170,7 +170,7 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
 
     # One run: its description leads to its report, which is among its artifacts.
     page.goto(f"{server}/#/experiments/{experiment}/runs/{runs[names[1]]}?{TRAINING}")
-    page.get_by_text("No sign of collapse.", exact=False).wait_for()
+    page.get_by_text("The verdict in words.", exact=False).wait_for()
     page.screenshot(path=pictures / "run.png")
     with page.expect_popup() as popup:
         page.get_by_role("link", name="Report", exact=True).click()
