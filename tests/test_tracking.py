@@ -327,7 +327,7 @@ def test_the_experiment_says_what_it_holds_and_which_columns_to_show(tracking_fo
     assert held >= set(columns)
 
 
-def test_an_experiment_of_somebody_else_gets_what_it_lacks_and_keeps_what_it_has(tracking_folder):
+def test_an_experiment_gets_what_it_lacks_and_keeps_what_it_has(tracking_folder):
     client = mlflow_store.open_store()[0]
     client.rename_experiment(client.get_experiment_by_name("reinforce").experiment_id, "another")
     experiment = client.create_experiment("reinforce", tags={"mlflow.note.content": "ours", "team": "a"})
