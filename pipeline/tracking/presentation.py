@@ -18,8 +18,8 @@ NOTE, NOTE_DIGEST = "mlflow.note.content", "note_digest"
 TRAINING = "workflowType=machine_learning"  # in an address: the pages for training, not those for traces and prompts
 VIEW = "reinforce"  # its id, in addresses
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-COLUMNS = {  # in this order; width in pixels, so that no name is cut and a laptop's screen holds them all
-    "attributes.`Run Name`": 260,
+COLUMNS = {  # in this order; widths in pixels: a gain is whole with its interval, and a screen shows all columns
+    "attributes.`Run Name`": 280,
     "params.`reward`": 100,
     "params.`recipe`": 90,
     "params.`seed`": 60,
