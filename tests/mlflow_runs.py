@@ -74,7 +74,7 @@ def evaluation(mean, reward="embedding"):
     return {reward: of_reward, "text": sides, "ref_logprob_per_token": sides}
 
 
-def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
+def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None, headline="The verdict in words."):
     finding = {
         "title": "",
         "onset": 8,
@@ -85,7 +85,7 @@ def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None):
         "reason": "",
         "source": "",
     }
-    diagnosis = {"verdict": verdict, "onset": onset, "headline": "", "steps": STEPS, "healthy_step": 0,
+    diagnosis = {"verdict": verdict, "onset": onset, "headline": headline, "steps": STEPS, "healthy_step": 0,
                  "findings": [{"kind": kind, **finding} for kind in kinds]}  # fmt: skip
     diagnosis["cure"] = {"changes": {"seed": 1}, "command": command} if command else None
     write(Path("reports/diagnosis.json"), json.dumps(diagnosis))

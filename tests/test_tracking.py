@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from pipeline.commands import ui
 from pipeline.errors import UserError
 from pipeline.runs import workspace
 from pipeline.runs.follower import follower
 from pipeline.stages import track
-from pipeline.tracking import mlflow_store, summaries
+from pipeline.tracking import mlflow_store, presentation, summaries
 from tests import mlflow_runs
 from tests.mlflow_runs import (
     COLUMNS,
@@ -38,6 +39,7 @@ from tests.mlflow_runs import (
     stored_runs,
     timestamp,
     train_live,
+    value,
     wait_until,
     write,
     write_diagnosis,
@@ -251,6 +253,103 @@ def test_the_held_out_gain_stands_beside_the_verdict(tracking_folder):
     assert stored_runs()[1][0].data.tags["heldout_gain"] == "+0.481 (95% interval +0.2 to +0.8)"
     (training,) = summaries.from_mlflow()
     assert (training.gain, training.gain_interval) == (0.4812, (0.2, 0.8))
+
+
+def test_reward_and_entropy_are_the_first_charts(tracking_folder):
+    """MLflow makes a section of charts for each name before the last slash, sections and charts sorted by name."""
+    make_reports()
+    track.main()
+    metrics = stored_runs()[1][0].data.metrics
+    section = lambda name: name.rpartition("/")[0]  # noqa: E731
+    charts = sorted(metrics, key=lambda name: (section(name), name))
+    assert charts[:2] == ["curves/entropy", "curves/reward_mean"]
+    assert section(charts[2]) != "curves"
+    for name in presentation.FIRST_METRICS:
+        points = [[(point.step, point.value) for point in history(f"{group}/{name}")] for group in ("curves", "train")]
+        assert points[0] == points[1] == [(step, value(name, step)) for step in range(STEPS)]
+
+
+def note():
+    return stored_runs()[1][0].data.tags.get("mlflow.note.content")
+
+
+def test_the_description_follows_the_files_until_a_person_edits_it(tracking_folder):
+    train_live(STEPS, status="FINISHED")
+    assert note() is None
+    make_reports()
+    track.main()
+    client, (run,) = stored_runs()
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/report.html"
+    gain = f"Held-out gain over the reference model: undefined. [Report]({page}?workflowType=machine_learning)"
+    assert note() == f"**healthy.** The verdict in words.\n\n{gain}"
+    write_diagnosis("empty", 8, ["empty"], headline="From step 8 on most completions are empty.")
+    track.main()
+    assert note().startswith("**empty.** From step 8 on most completions are empty.\n\nHeld-out gain ")
+    for edited in ("mine", ""):
+        client.set_tag(run.info.run_id, "mlflow.note.content", edited)
+        write_diagnosis()
+        track.main()
+        assert note() == edited
+
+
+def test_a_description_from_before_ours_is_kept(tracking_folder):
+    train_live(STEPS, status="FINISHED")
+    client, (run,) = stored_runs()
+    client.set_tag(run.info.run_id, "mlflow.note.content", "with the larger learning rate")
+    make_reports()
+    track.main()
+    assert note() == "with the larger learning rate"
+
+
+def test_a_description_whose_digest_a_kill_has_lost_is_still_ours(tracking_folder):
+    make_reports()
+    track.main()
+    client, (run,) = stored_runs()
+    client.delete_tag(run.info.run_id, presentation.NOTE_DIGEST)
+    track.main()
+    write_diagnosis(headline="Otherwise.")
+    track.main()
+    assert note().startswith("**healthy.** Otherwise.")
+
+
+def test_the_experiment_says_what_it_holds_and_which_columns_to_show(tracking_folder):
+    make_reports()
+    track.main()
+    client, (run,) = stored_runs()
+    tags = client.get_experiment(run.info.experiment_id).tags
+    assert f"#/experiments/{run.info.experiment_id}/runs?" in tags["mlflow.note.content"]
+    columns = json.loads(json.loads(tags[presentation.VIEW_TAG])["state"])["selectedColumns"]
+    held = (
+        {"attributes.`Run Name`"}
+        | {f"params.`{key}`" for key in run.data.params}
+        | {f"tags.`{key}`" for key in run.data.tags}
+    )
+    assert held >= set(columns)
+
+
+def test_an_experiment_gets_what_it_lacks_and_keeps_what_it_has(tracking_folder):
+    client = mlflow_store.open_store()[0]
+    client.rename_experiment(client.get_experiment_by_name("reinforce").experiment_id, "another")
+    experiment = client.create_experiment("reinforce", tags={"mlflow.note.content": "ours", "team": "a"})
+    mlflow_store.open_store()
+    assert client.get_experiment(experiment).tags.keys() == {"mlflow.note.content", "team"}, "looking changes nothing"
+    for state in ("new", "complete"):
+        train_live(STEPS, status="FINISHED", key=md5(state.encode()).hexdigest() * 2)
+        assert client.get_experiment(experiment).tags == {
+            **presentation.experiment_tags(experiment),
+            "mlflow.note.content": "ours",
+            "team": "a",
+        }
+
+
+def test_ui_opens_no_page_whose_view_is_missing(tracking_folder, monkeypatch):
+    """Where it is there, nothing slow is done: mlflow is not asked."""
+    client, experiment = mlflow_store.open_store()
+    assert presentation.VIEW_TAG not in client.get_experiment(experiment).tags
+    assert ui._experiment_id() == experiment
+    assert presentation.VIEW_TAG in client.get_experiment(experiment).tags
+    monkeypatch.setattr(mlflow_store, "open_store", lambda: pytest.fail("mlflow is asked"))
+    assert ui._experiment_id() == experiment
 
 
 def test_a_diagnosis_of_another_make_is_refused(tracking_folder):

@@ -21,6 +21,7 @@ from pipeline.commands import ui
 from pipeline.errors import UserError
 from pipeline.stages import track
 from pipeline.tracking import mlflow_store
+from pipeline.tracking.presentation import COLUMNS, TRAINING
 from tests import mlflow_runs
 from tests.browser import CHROMIUM, FLAGS
 from tests.mlflow_runs import PARAMS, belong_together, evaluation, timestamp, write, write_diagnosis
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium"),
 ]
-TRAINING = "workflowType=machine_learning"  # MLflow's pages for training, not those for traces and prompts
 STEPS = 50
 RUNS = {
     "lucky-otter": ("embedding", "stable"),
@@ -133,6 +133,9 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
     page.get_by_label("Close").first.click()  # MLflow's assistant opens itself on a first visit
     for name in names:
         page.get_by_text(name, exact=True).wait_for()
+    wait_for_columns(page)
+    page.get_by_text("Trainings of language models with REINFORCE", exact=False).wait_for()
+    page.screenshot(path=pictures / "opened.png")
     page.get_by_role("button", name="Columns").click()
     page.get_by_placeholder("Search columns").fill("train/")
     page.get_by_text("train/reward_mean", exact=True).click()
@@ -143,7 +146,13 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
 
     # Their curves over one another.
     experiment = page.url.split("/experiments/")[1].split("/")[0]
+    page.goto("about:blank")  # the page waits for ever where only the view is taken out of its address
     page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART&{TRAINING}")
+    wait_for_curves(page, 6)
+    page.screenshot(path=pictures / "first-charts.png")
+    text = page.inner_text("body")
+    places = [text.index(name) for name in ("curves/entropy", "curves/reward_mean", "evaluate/")]
+    assert places == sorted(places)
     page.get_by_placeholder("Search metric charts").fill("train/")
     page.get_by_text("train/reward_mean", exact=True).first.wait_for()
     wait_for_curves(page, 9)  # three metrics of three runs
@@ -159,13 +168,32 @@ def test_three_runs_side_by_side(server, runs, page, tmp_path):
         assert expected in text
     page.screenshot(path=pictures / "compare.png")
 
-    # One run: its artifacts and its report.
+    # One run: its description leads to its report, which is among its artifacts.
+    page.goto(f"{server}/#/experiments/{experiment}/runs/{runs[names[1]]}?{TRAINING}")
+    page.get_by_text("The verdict in words.", exact=False).wait_for()
+    page.screenshot(path=pictures / "run.png")
+    with page.expect_popup() as popup:
+        page.get_by_role("link", name="Report", exact=True).click()
+    popup.value.frame_locator("iframe").get_by_text("Report of embedding with notebook").wait_for()
     page.goto(f"{server}/#/experiments/{experiment}/runs/{runs[names[0]]}/artifacts?{TRAINING}")
     for name in ("figures", "tables", "report.html"):
         page.get_by_text(name, exact=True).first.wait_for()
     page.get_by_text("report.html", exact=True).first.click()
     page.frame_locator("iframe").get_by_text("Report of embedding with stable").wait_for()
     page.screenshot(path=pictures / "report.png")
+
+
+def wait_for_columns(page):
+    """Waits until the run table shows our columns from left to right; in the page's text they stand in any order."""
+    page.wait_for_function(
+        """names => {
+            const left = header => header.getBoundingClientRect().x
+            const headers = [...document.querySelectorAll('[role=columnheader]')]
+            const shown = headers.sort((a, b) => left(a) - left(b)).map(header => header.getAttribute('col-id'))
+            return shown.filter(name => names.includes(name)).join() == names.join()
+        }""",
+        arg=[*COLUMNS],
+    )
 
 
 def wait_for_curves(page, number):

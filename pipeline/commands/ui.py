@@ -11,6 +11,7 @@ import sys
 from pipeline.errors import UserError
 from pipeline.runs import workspace
 from pipeline.tracking import mlflow_store
+from pipeline.tracking.presentation import VIEW_TAG, complete_experiment, runs_page
 from pipeline.tracking.summaries import readable
 
 HOST = "127.0.0.1"
@@ -38,22 +39,26 @@ def main(options: argparse.Namespace) -> None:
     artifacts = (workspace.root() / "mlartifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts]
-    # MLflow 3 opens on its pages for traces and prompts; this is the one with the runs.
-    page = f"http://{HOST}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    print(f"MLflow at {page} in about 20 s; stop it with Ctrl-C", flush=True)
+    print(f"MLflow at http://{HOST}:{port}/{runs_page(experiment)} in about 20 s; stop it with Ctrl-C", flush=True)
     os.execve(sys.executable, command, _environment())
 
 
 def _experiment_id() -> str:
-    """Id of our experiment. Only where the store has none yet do we import mlflow: it doubles the waiting time."""
+    """Id of our experiment, which has the view that the page names: without it MLflow opens the page for traces.
+
+    Only where the store lacks either do we import mlflow: it doubles the waiting time.
+    """
     path = mlflow_store.sqlite_file()
     if path and path.is_file():
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as store:
-            query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
-            found = store.execute(query, [mlflow_store.experiment_name()]).fetchone()
+            query = "SELECT experiment_id FROM experiments JOIN experiment_tags USING (experiment_id)"
+            query += " WHERE name = ? AND lifecycle_stage = 'active' AND key = ?"
+            found = store.execute(query, [mlflow_store.experiment_name(), VIEW_TAG]).fetchone()
             if found:
                 return str(found[0])
-    return mlflow_store.open_store()[1]  # makes it under our lock: the server and a training must not both create it
+    client, experiment = mlflow_store.open_store()  # under our lock: the server and a training must not both create it
+    complete_experiment(client, experiment)
+    return experiment
 
 
 def _environment() -> dict[str, str]:

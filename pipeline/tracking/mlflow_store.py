@@ -164,9 +164,7 @@ def open_store() -> "tuple[MlflowClient, str]":
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                # The kind opens MLflow's pages for training, with charts, instead of those for traces and prompts.
-                tags = {"mlflow.experimentKind": "custom_model_development"}
-                return client, client.create_experiment(name, artifact_location=artifacts, tags=tags)
+                return client, client.create_experiment(name, artifact_location=artifacts)
             except MlflowException:  # made by somebody else since we looked, where the store is not ours to lock
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:

@@ -16,6 +16,7 @@ from pipeline.runs import consistency, provenance, workspace
 from pipeline.runs.dvc_git import git
 from pipeline.runs.results import gain_text, how_to_remake, read_result
 from pipeline.tracking.mlflow_store import Point, Scalar
+from pipeline.tracking.presentation import FIRST_CHARTS, FIRST_METRICS
 
 TAG_CHARACTERS = 5000  # the least that a store of MLflow keeps of a tag's value
 
@@ -28,9 +29,10 @@ class Record:
     status: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED
     params: dict[str, Scalar]
     steps: int
-    points: list[Point]  # train/ and time/
+    points: list[Point]  # train/, its first charts once more, and time/
     tags: dict[str, str]
     # of a finished run, with what the stages behind `train` made:
+    headline: str = ""
     evaluation: dict[str, float] = field(default_factory=dict)
     # name, digest, place, profile, what it is to the run
     datasets: list[tuple[str, str, str, Any, str]] = field(default_factory=list)
@@ -91,6 +93,7 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         points=_points(history, _timings(workspace.resume_folder(key)), files.history.stat().st_mtime_ns // 1_000_000),
         tags=_tags(run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]]))
         | _gain(evaluation.get(params["reward"])),
+        headline=diagnosis["headline"],
         evaluation={
             f"evaluate/{path.replace('.', '/')}": float(value)
             for path, value in flatten(evaluation).items()
@@ -125,10 +128,11 @@ def _points(
 
     An undefined value is a gap in MLflow's charts.
     """
+    first = {step: {name: row[name] for name in FIRST_METRICS if name in row} for step, row in history.items()}
     times = {step: int(row.get("timestamp_ms", otherwise_ms)) for step, row in timings.items()}
     return [
         Point(f"{group}/{name}", step, value, times.get(step, otherwise_ms))
-        for group, rows in (("train", history), ("time", timings))
+        for group, rows in ((FIRST_CHARTS, first), ("train", history), ("time", timings))
         for step in history
         for name, value in rows.get(step, {}).items()
         if name != "timestamp_ms" and math.isfinite(value)

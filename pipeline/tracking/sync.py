@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.paths import RUN_FILES
-from pipeline.tracking import mlflow_store
+from pipeline.tracking import mlflow_store, presentation
 from pipeline.tracking.mlflow_store import Point
 from pipeline.tracking.record import Record
 
@@ -44,13 +44,15 @@ def sync(record: Record, before: Synced | None = None) -> Synced:
             mlflow_store.log_params(client, run, record.params)
         mlflow_store.log_points(client, run_id, missing)
         if not before:
-            _describe(client, run_id, record)
+            _describe(client, run, record)
         if run.info.status != "FINISHED":  # a training that is repeated finds its run complete
             if record.status != "RUNNING":
                 end_ms = max([run.info.start_time, *(point.timestamp_ms for point in record.points)])
                 client.set_terminated(run_id, record.status, end_ms)
             elif not before:
                 client.update_run(run_id, status="RUNNING")
+        if not before:
+            presentation.complete_experiment(client, experiment)
     return Synced(client, experiment, run, logged + missing)
 
 
@@ -72,8 +74,9 @@ def _find(client: "MlflowClient", experiment: str, record: Record) -> "tuple[Run
     return run, logged
 
 
-def _describe(client: "MlflowClient", run_id: str, record: Record) -> None:
-    """Data sets, files, tags and name."""
+def _describe(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """Data sets, files, tags, description and name."""
+    run_id = run.info.run_id
     if record.datasets:
         client.log_inputs(run_id, datasets=[_dataset(*dataset) for dataset in record.datasets])
     for folder, files in record.artifacts.items():
@@ -81,6 +84,8 @@ def _describe(client: "MlflowClient", run_id: str, record: Record) -> None:
             client.log_artifact(run_id, str(file), folder or None)
     for key, value in record.tags.items():
         client.set_tag(run_id, key, value)
+    if record.headline:
+        presentation.describe_run(client, run, record.headline, record.tags)
     if os.environ.get("DVC_EXP_NAME"):
         client.update_run(run_id, name=mlflow_store.run_name(record.params, record.train_key))
 
@@ -88,7 +93,7 @@ def _describe(client: "MlflowClient", run_id: str, record: Record) -> None:
 def _contradict(logged: list[Point], points: list[Point]) -> bool:
     """Whether the run holds a training value twice, or one that the files do not. Clock times may differ."""
     values = {(point.key, point.step): point.value for point in points}
-    columns = {point.key for point in points if point.key.startswith("train/")}
+    columns = {point.key for point in points if not point.key.startswith("time/")}
     found = [point for point in logged if point.key in columns]
     different = any(not math.isclose(point.value, values.get((point.key, point.step), math.nan)) for point in found)
     return different or len({(point.key, point.step) for point in found}) < len(found)
