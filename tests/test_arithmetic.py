@@ -48,8 +48,10 @@ def test_products_are_those_of_torch(size: tuple[int, int, int], dtype: torch.dt
         assert close(
             kernels.addmm(c[0], left[0], right[0], beta=0.5, alpha=2), 0.5 * c[0].double() + 2 * exact[0], k + 2
         )
-        assert close(kernels.addmm(c[0, 0] if m else c.new_ones(n), left[0], right[0]),
-                     (c[0, 0] if m else c.new_ones(n)).double() + exact[0], k + 1)  # fmt: skip
+        bias = c[0, 0] if m else c.new_ones(n)
+        for scale in (1, 2):
+            found = kernels.addmm(bias, left[0], right[0], alpha=scale)
+            assert close(found, bias.double() + scale * exact[0], k + 2)
     nothing = torch.full_like(c[0], math.nan)
     assert close(kernels.addmm(nothing, a[0], b[0], beta=0), exact[0], k), "beta = 0 leaves c out, whatever it holds"
     assert kernels.mm(a[0], b[0]).dtype == dtype

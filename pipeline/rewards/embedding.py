@@ -27,7 +27,9 @@ def embedding_reward(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    states = Transformer(str(encoder), model_kwargs={"local_files_only": True, "dtype": dtype})
+    # eager: as fast as the fused attention of a CPU for short texts, and faster where portable kernels take its place
+    attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    states = Transformer(str(encoder), model_kwargs={"local_files_only": True, "dtype": dtype, **attention})
     end_dropout(states.tokenizer)
     pooling = Pooling(states.get_embedding_dimension(), pooling_mode="mean")
     model = SentenceTransformer(modules=[states, pooling], device=str(device))
