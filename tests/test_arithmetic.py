@@ -153,8 +153,8 @@ def test_a_cpu_without_the_instructions_trains_natively_and_says_so(
 
 
 @needs_portable
-def test_a_run_is_not_continued_in_the_other_arithmetic(here: Project) -> None:
-    here.edit(train__steps=1)
+def test_a_run_is_not_continued_in_the_other_arithmetic(here: Project, capfd: pytest.CaptureFixture[str]) -> None:
+    here.edit(train__steps=1, recipes__stable__precision="bfloat16")
     keys = set()
     for arithmetic in ("portable", "native"):
         here.edit(train__arithmetic=arithmetic)
@@ -162,6 +162,7 @@ def test_a_run_is_not_continued_in_the_other_arithmetic(here: Project) -> None:
         run = json.loads(Path("reports/train/run.json").read_text())
         assert run["arithmetic"] == arithmetic
         keys.add(run["train_key"])
+        assert ("multiplies bfloat16 in float32" in capfd.readouterr().err) == (arithmetic == "portable")
     assert len(keys) == len(list(here.root.glob(".checkpoints/*/"))) == 2
 
 

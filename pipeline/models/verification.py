@@ -1,4 +1,4 @@
-"""Is a model sampled, scored and differentiated as it is by itself?
+"""Checks that sampling, scoring and their gradient agree with the model's own forward pass.
 
 The truth is the model's plain forward pass of one sequence in float32: tokens and nothing else, no padding, packing,
 cache or memory settings. No list of architectures decides what works, only this comparison.

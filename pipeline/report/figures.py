@@ -237,7 +237,7 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
     right = [figure.add_subplot(grid[3 + row, 0] if narrow else grid[row, 1]) for row in range(3)]
     _panel(right[0], history, [("entropy", "entropy", BLUE)], zero=True)
     _panel(right[1], history, [("ref_kl_k1", "KL to the reference (k1)", BLUE)], zero=True)
-    _panel(right[2], history, [("distinct_completions", "distinct completions", BLUE)])
+    _panel(right[2], history, [("distinct_completions", METRICS["distinct_completions"].label, BLUE)])
     for panel in right:
         steps_axis(panel, _columns(history, "step")[0], label=panel is right[2])
         panel.tick_params(labelbottom=panel is right[2])
