@@ -21,6 +21,8 @@ WORDS = {
     "logprob": "natural logarithm of the probability that a model gives a token, in nats",
     "recipe": "the algorithm and its settings, a table of params.yaml",
     "seed": "what all random numbers of the run are derived from",
+    "arithmetic": "portable: kernels that give the same bytes on every x86-64 CPU with AVX2; native: the fastest ones "
+    "of one type of device",
     "onset": "the step from which a finding holds: the number of updates before it",
     "threshold": "the limit beyond which a value is a sign of collapse: fixed, or how far a batch of the reference "
     "model may stray by chance",
@@ -28,7 +30,7 @@ WORDS = {
     "equal runs",
     "code digest": "digest of the code that training depends on, and of the versions of its libraries",
 }
-OTHER_NAMES = {"train_key": "train key", "code": "code digest"}  # in run.json
+OTHER_NAMES = {"train_key": "train key", "code": "code digest", "arithmetic": "arithmetic"}  # in run.json
 
 
 class Terms:
