@@ -1,18 +1,22 @@
-"""Digests of everything that computes, to compare CPUs: `python -m tests.emulation operations|stages` prints a JSON
-object. `stages` runs in a folder that `write_project` made. Under another type of CPU: `qemu-x86_64 -cpu Haswell
+"""Digests of everything that computes, to compare CPUs: `python -m tests.emulation operations|stages FILE` writes a
+JSON object. `stages` runs in a folder that `write_project` made. Under another type of CPU: `qemu-x86_64 -cpu Haswell
 PYTHON -m ...`."""
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.arithmetic.environment import choose_kernels
+from pipeline.arithmetic.environment import NUMPY, VARIABLES, choose_kernels
 from tests.project import Project, copy_of_project
 from tests.small import OUTPUTS, SIZES, contents
 
+ROOT = Path(__file__).parents[1]
+QEMU = shutil.which("qemu-x86_64")
 CPUS = ("Haswell", "EPYC-Rome", "Skylake-Client")  # caches of different sizes, two makers
 # M, K, N: few rows as in sampling, many as in scoring, sums as long as a gradient's, a vocabulary, odd ones
 PRODUCTS = [
@@ -36,6 +40,20 @@ def write_project(base: Path, policy: Path, encoder: Path, arithmetic: str) -> P
     )  # fmt: skip
     made.keep_rewards("embedding", "length", "words")
     return made
+
+
+def run(what: str, folder: Path, cpu: str | None) -> dict[str, str]:
+    """The digests as a process of its own finds them, on this machine or under another CPU."""
+    target = folder.parent / f"{what}.json"
+    shutil.rmtree(folder / ".checkpoints", ignore_errors=True)
+    emulator = [str(QEMU), "-cpu", cpu] if cpu else []
+    kept = {name: value for name, value in os.environ.items() if name not in {**VARIABLES, **NUMPY}}
+    done = subprocess.run(
+        [*emulator, sys.executable, "-m", "tests.emulation", what, str(target)],
+        cwd=folder, env={**kept, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(target.read_text())
 
 
 def digest(content: bytes) -> str:
@@ -63,14 +81,11 @@ def stage_digests(root: Path) -> dict[str, str]:
 
 def operation_digests() -> dict[str, str]:
     """Of single operations of torch and numpy, with the portable kernels if the environment chose them."""
-    import os
-
     import numpy as np
     import torch
     import torch.nn.functional as F
     from torch import Tensor
 
-    from pipeline.arithmetic.environment import VARIABLES
     from pipeline.arithmetic.kernels import use_portable_kernels
 
     if VARIABLES.items() <= os.environ.items():

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,8 @@ from torch import Tensor
 from pipeline.arithmetic import environment, kernels
 from pipeline.arithmetic.environment import NUMPY, VARIABLES, choose_kernels
 from pipeline.stages import train
-from tests.emulation import CPUS, write_project
 from tests.project import Project
 
-QEMU = shutil.which("qemu-x86_64")
 needs_portable = pytest.mark.skipif(not environment.supports_portable(), reason="needs an x86-64 CPU with AVX2 and FMA")
 
 
@@ -164,54 +161,3 @@ def test_a_run_is_not_continued_in_the_other_arithmetic(here: Project, capfd: py
         keys.add(run["train_key"])
         assert ("multiplies bfloat16 in float32" in capfd.readouterr().err) == (arithmetic == "portable")
     assert len(keys) == len(list(here.root.glob(".checkpoints/*/"))) == 2
-
-
-# --- other types of CPU, emulated
-
-
-def digests(what: str, folder: Path, cpu: str | None) -> dict[str, str]:
-    """Of `tests.emulation`, on this machine or under another CPU."""
-    target = folder.parent / f"{what}.json"
-    shutil.rmtree(folder / ".checkpoints", ignore_errors=True)
-    emulator = [str(QEMU), "-cpu", cpu] if cpu else []
-    kept = {name: value for name, value in os.environ.items() if name not in {**VARIABLES, **NUMPY}}
-    done = subprocess.run(
-        [*emulator, sys.executable, "-m", "tests.emulation", what, str(target)],
-        cwd=folder, env={**kept, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(target.read_text())
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> dict[str, Path]:
-    """A small project for each arithmetic."""
-    from tests.repositories import write_pythia
-
-    base = tmp_path_factory.mktemp("emulated")
-    policy = write_pythia(base / "policy", None, hidden_size=64, vocabulary=257)
-    return {name: write_project(base / name, policy, bert, name).root for name in ("portable", "native")}
-
-
-@needs_portable
-@pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.skipif(QEMU is None, reason="needs Debian's qemu-user: apt-get install qemu-user")
-@pytest.mark.parametrize("what", ["operations", "stages"])
-def test_portable_gives_the_same_bytes_under_every_cpu(emulated: dict[str, Path], what: str) -> None:
-    """Each operation, and each file of a run, by name: a difference names what differs."""
-    here = digests(what, emulated["portable"], None)
-    for cpu in CPUS:
-        there = digests(what, emulated["portable"], cpu)
-        assert [name for name in here if here[name] != there[name]] == [], cpu
-        assert here.keys() == there.keys()
-
-
-@needs_portable
-@pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.skipif(QEMU is None, reason="needs Debian's qemu-user: apt-get install qemu-user")
-def test_native_operations_differ_between_cpus(emulated: dict[str, Path]) -> None:
-    """So the test above can fail: two makers of CPUs, two sets of bytes."""
-    intel, amd = (digests("operations", emulated["native"], cpu) for cpu in CPUS[:2])
-    assert {"gradient", "attention", "sqrt"} <= {name for name in intel if intel[name] != amd[name]}
