@@ -1,4 +1,4 @@
-"""Portable arithmetic: each operation gives the same bytes under each type of CPU, emulated; native arithmetic does not."""
+"""Portable arithmetic: each operation gives the same bytes under each emulated CPU; native arithmetic does not."""
 
 from pathlib import Path
 
