@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.report import cure_figure, cure_page, inputs, page, style
 from tests.clones import tiny
 from tests.html import Elements, words_of
-from tests.project import Project
+from tests.project import ROOT, Project
 from tests.reports import reports
 
 KIND = {"kind": "gibberish", "title": "Gibberish", "onset": 7}
@@ -197,7 +198,10 @@ def test_without_a_run_there_is_nothing_to_cure_yet(project: Project) -> None:
 def test_a_healthy_run_has_nothing_to_cure(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(workspace, verdict="healthy", findings=[], headline="No sign of collapse in 3 steps.", cure=None)
     cure.main()
-    assert capsys.readouterr().out == "nothing to cure: No sign of collapse in 3 steps.\n"
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "nothing to cure in this folder: No sign of collapse in 3 steps. `dvc exp apply NAME` brings"
+    )
     assert not (workspace / "cure.html").exists()
 
 
@@ -217,7 +221,12 @@ def test_a_failing_dvc_is_one_line(workspace: Path) -> None:
     with pytest.raises(UserError, match=r"^`git for-each-ref` failed: fatal: not a git repository"):
         cure.main()
     subprocess.run(["git", "init", "-q"], check=True)
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
     with pytest.raises(UserError, match="`dvc exp run` failed with exit code"):
+        cure.main()
+    Path("custom").mkdir()
+    shutil.copy(ROOT / "custom/example.py", "custom")
+    with pytest.raises(UserError, match=r"custom/example.py is not tracked by git.*`git add custom/example.py`"):
         cure.main()
 
 

@@ -36,6 +36,9 @@ def write(folder: Path, content: str | bytes) -> Path:
     return path
 
 
+OWN = "params:\n      mark: '?'"  # of the reward `questions`
+
+
 def edited(old: str, new: str) -> str:
     """The shipped file with the first `old` replaced; fails where the file no longer holds it."""
     assert old in TEXT, old
@@ -145,9 +148,9 @@ EDITS: list[tuple[str | bytes, list[str]]] = [
     (edited("steps: 50", "steps: 0x" + "f" * 5000), ["train.steps: an integer of more than 4300 digits"]),
     (edited("recipe: stable", "recipe: 0x" + "f" * 5000), ["recipe: an integer of more than 4300 digits"]),
     (TEXT + "? 0x" + "f" * 5000 + "\n: 3\n", ["a key: an integer of more than 4300 digits"]),
-    (edited("params: {}", "params: {a: [1, -0x" + "f" * 5000 + "]}"),
+    (edited(OWN, "params: {a: [1, -0x" + "f" * 5000 + "]}"),
      ["rewards.questions.params.a.1: an integer of more"]),
-    (edited("params: {}", "params: {a: !!set {0x" + "f" * 5000 + "}}"),
+    (edited(OWN, "params: {a: !!set {0x" + "f" * 5000 + "}}"),
      ["rewards.questions.params.a.0: an integer of more"]),
     (edited("prompts_per_step: 16", "prompts_per_step: 10000000"),
      ["train: prompts_per_step * samples_per_prompt * max_tokens = 1600000000: should be at most 1000000000"]),
@@ -192,12 +195,12 @@ EDITS: list[tuple[str | bytes, list[str]]] = [
     (edited("  questions:", "  text:"), ["rewards: 'text' is taken"]),
     (edited("  pythia-2_8b:", "  pythia-2.8b:"), ["key models.pythia-2.8b", "no dots"]),
     (edited("  questions:", "  ques.tions:"), ["key rewards.ques.tions", "no dots"]),
-    (edited("params: {}", "params: {a.b: 1}"), ["key rewards.questions.params.a.b", "no dots"]),
-    (edited("params: {}", "params: {a: [.nan]}"), ["rewards.questions.params.a = [nan]: should be a finite number"]),
+    (edited(OWN, "params: {a.b: 1}"), ["key rewards.questions.params.a.b", "no dots"]),
+    (edited(OWN, "params: {a: [.nan]}"), ["rewards.questions.params.a = [nan]: should be a finite number"]),
     (edited("  questions:", "  3:"), ["key rewards.3", "should be text"]),
     (edited("  questions:", "  ? [a, b]\n  :"), ["key rewards.", "should be text"]),
     (TEXT + "3: 4\n", ["key 3", "should be text"]),
-    (edited("params: {}", "params: {a: 2020-01-01}"), ["rewards.questions.params.a"]),
+    (edited(OWN, "params: {a: 2020-01-01}"), ["rewards.questions.params.a"]),
     (TEXT + "seed: 1\n", [f"line {TEXT.count(chr(10)) + 1}", 'duplicate key "seed"']),
     (edited("  steps: 50", "  steps: 50\n  steps: 51"), ["line 11", 'duplicate key "steps"']),
     (edited("target: Hi there!", "target: Hi: there"),
@@ -220,7 +223,7 @@ EDITS: list[tuple[str | bytes, list[str]]] = [
     ("# a\n", ["should hold keys such as model"]),
     ("- model: pocket\n", ["should hold keys such as model, reward and train, not list"]),
     ("pocket\n", ["should hold keys such as model, reward and train, not str"]),
-    (edited("params: {}", "params: {a: " + "[" * 300 + "]" * 300 + "}"),
+    (edited(OWN, "params: {a: " + "[" * 300 + "]" * 300 + "}"),
      ["rewards.questions.params.a: nested too deeply"]),
     ("a: " + "[" * 500, ["nested too deeply"]),
     (TEXT + "a: " + "[" * 500 + "]" * 500 + "\n", ["nested too deeply"]),
@@ -247,9 +250,9 @@ def bomb(indent: str, width: int = 9, depth: int = 9) -> str:
 
 ALIASES = {
     "bomb at the top": TEXT + bomb(""),
-    "bomb in the parameters of a custom reward": edited("    params: {}\n", "    params:\n" + bomb("      ")),
+    "bomb in the parameters of a custom reward": edited(f"    {OWN}\n", "    params:\n" + bomb("      ")),
     "list in itself": TEXT + "x: &a [*a]\n",
-    "table in itself": edited("    params: {}\n", "    params: &a\n      x: *a\n"),
+    "table in itself": edited(f"    {OWN}\n", "    params: &a\n      x: *a\n"),
     "everything in itself": "&a\n" + TEXT.replace("model: pocket", "model: *a", 1),
 }
 

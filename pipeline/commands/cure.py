@@ -11,13 +11,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pipeline.config.load import load_params
 from pipeline.config.overrides import option
 from pipeline.errors import UserError
 from pipeline.file_io import write_text
 from pipeline.paths import REPORTS, RUN_FILES
 from pipeline.report import cure_figure, cure_page, style
 from pipeline.report.inputs import Inputs, load
-from pipeline.runs.dvc_git import check_folder, dvc, environment, git
+from pipeline.runs.dvc_git import check_folder, check_tracked, dvc, environment, git
 from pipeline.runs.provenance import digest
 
 PAGE = REPORTS / "cure.html"
@@ -31,7 +32,10 @@ def main() -> None:
     refuse_stale()
     diagnosis = collapsed.diagnosis
     if diagnosis["verdict"] == "healthy":
-        print(f"nothing to cure: {diagnosis['headline']}")
+        print(
+            f"nothing to cure in this folder: {diagnosis['headline']} `dvc exp apply NAME` brings an experiment here, "
+            "`dvc exp show` has their names"
+        )
         return
     if not diagnosis["cure"]:
         raise UserError(f"{diagnosis['verdict']}: no change of params.yaml is known to cure it; see docs/COLLAPSE.md")
@@ -76,6 +80,7 @@ def find(name: str) -> str | None:
 def run(command: list[str], name: str) -> str:
     """Runs the experiment, its output as it comes, and returns its revision."""
     check_folder()
+    check_tracked(load_params().rewards.values())
     process = subprocess.Popen([sys.executable, "-m", *command], env=environment())
     try:
         status = process.wait()

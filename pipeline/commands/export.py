@@ -82,6 +82,15 @@ on {prompts} prompts with {len(inputs.completions) // prompts} completions each 
 | run | train_key `{run["train_key"]}` |
 | digest of `data/policy` | `{digest(folder_digests(POLICY))}` |
 
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+prompt = tokenizer("Hi there", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, do_sample=True, max_new_tokens=40)[0]))
+```
+
 Every parameter of the run:
 
 ```

@@ -61,7 +61,7 @@ def print_origin() -> None:
         return
     params, selected = trained["params"], chosen_params(load_params())
     chosen = ", ".join(f"{name} {params[name]}" for name in ("model", "prompts", "reward", "recipe", "seed"))
-    print(f"policy of the run {trained['train_key'][:12]}: {chosen}")
+    print(f"policy of the run {trained['train_key'][:12]}: {chosen}; each token is the most likely one")
     names = [name for name in selected if selected[name] != params.get(name)]
     selectors = [name for name in names if "." not in name]  # where another table is selected its values differ anyway
     if names:

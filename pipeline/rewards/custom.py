@@ -48,7 +48,7 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
     file, _, name = function.partition(":")
     path = Path(file)
     if not os.path.isfile(path):  # pathlib raises for names that are not valid, such as too long ones
-        raise UserError(f"reward {function}: there is no file {file}")
+        raise _missing(function, file)
     if reason := why_unwatched(path, [Path(FOLDER)]):
         raise UserError(f"reward {function}: the file must lie in {FOLDER}/: {reason}")
     loaded = _load(function, path)
@@ -115,13 +115,20 @@ def _run(function: str, what: str, settings: "OwnSettings", seed: str, root: Pat
             raise UserError(f"reward {function}{what} {_describe(error, root)}") from error
 
 
+def _missing(function: str, file: str) -> UserError:
+    workspace = os.environ.get("DVC_ROOT")
+    elsewhere = bool(workspace) and Path(workspace or ".").resolve() != Path.cwd()
+    hint = f" in this experiment's folder, which has what git tracks: `git add {file}`" if elsewhere else ""
+    return UserError(f"reward {function}: there is no file {file}{hint}")
+
+
 def check_custom(function: str, params: dict[str, Any]) -> None:
     """Check a custom reward without running it. Raises UserError for a missing file, function or parameter."""
     file, _, name = function.partition(":")
     try:
         tree = ast.parse(Path(file).read_bytes(), file)
     except FileNotFoundError:
-        raise UserError(f"reward {function}: there is no file {file}") from None
+        raise _missing(function, file) from None
     except (SyntaxError, ValueError) as error:
         raise UserError(f"reward {function}: {_describe(error, Path.cwd())}") from None
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+from pipeline.config.schema import Reward
 from pipeline.errors import UserError
+from pipeline.rewards.custom_files import custom_rewards
 from pipeline.runs import workspace
 
 
@@ -59,6 +62,19 @@ def check_folder() -> None:
             f"{path}: DVC keeps no --temp or --queue experiment in a shallow clone (`git clone --depth`); `git fetch "
             "--unshallow` first (`dvc repro` and `dvc exp run` work here)"
         )
+
+
+def check_tracked(rewards: Iterable[Reward]) -> None:
+    """Raises UserError where the file of a custom reward is not tracked by git: an experiment that runs beside the
+    workspace would not have it, and `check` and `evaluate` look at every reward."""
+    files = sorted({reward.function.partition(":")[0] for reward in custom_rewards(rewards)})
+    tracked = git("ls-files", "--", *files).splitlines() if files else []
+    for file in files:
+        if Path(file).is_file() and file not in tracked:
+            raise UserError(
+                f"{file} is not tracked by git, and an experiment in a folder of its own has only what is: `git add "
+                f"{file}` (`dvc exp apply` takes that back, `git commit` stays)"
+            )
 
 
 def _text(file: IO[bytes]) -> str:

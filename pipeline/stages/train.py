@@ -193,8 +193,8 @@ def loop(
             if signal and run.step < steps:
                 if processes.is_main_process:
                     print(
-                        f"stopped by a signal after step {run.step - 1}; the same command goes on; until it ends, git "
-                        f"shows {RUN_FILES.history.parent} as deleted",
+                        f"stopped by a signal after step {run.step - 1}; when DVC has ended, the same command goes on; "
+                        f"until then git shows {RUN_FILES.history.parent} as deleted",
                         file=sys.stderr,
                     )
                 processes.barrier()  # a launcher ends the others as soon as one has gone
