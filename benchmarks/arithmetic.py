@@ -1,6 +1,6 @@
 """What portable arithmetic costs: a training step beside native arithmetic, and beside native limited to AVX2.
 
-python -m benchmarks.arithmetic      # a quarter of an hour of two free cores, after `dvc repro`; prints the table of SPEED.md
+python -m benchmarks.arithmetic  # a quarter of an hour of two free cores, after `dvc repro`; the table of SPEED.md
 """
 
 import argparse
