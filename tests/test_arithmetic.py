@@ -62,6 +62,13 @@ def test_whole_numbers_are_multiplied_as_before() -> None:
 
 
 @needs_portable
+def test_an_overflow_is_infinite_without_a_warning() -> None:
+    huge = torch.full((2, 3, 3), 1e30)
+    assert kernels.bmm(huge, huge).isposinf().all()
+    assert kernels.mm(huge[0], huge[0]).isposinf().all()
+
+
+@needs_portable
 @pytest.mark.numeric
 def test_square_roots_are_those_of_ieee_754() -> None:
     """math.sqrt is exact in float64, and rounding it once more to float32 is right too (Figueroa 1995)."""

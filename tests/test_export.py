@@ -108,7 +108,8 @@ def test_it_says_whose_policy_it_is(adapted: Project) -> None:
     out, err = said()
     assert out.splitlines()[0] == (
         f"policy of the run {trained['train_key'][:12]}: model {params['model']}, prompts {params['prompts']}, "
-        f"reward {params['reward']}, recipe {params['recipe']}, seed {params['seed']}"
+        f"reward {params['reward']}, recipe {params['recipe']}, seed {params['seed']}; "
+        "each token is the most likely one"
     )
     assert err == ""
     kept = (adapted.root / "params.yaml").read_text()

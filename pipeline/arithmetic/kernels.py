@@ -64,7 +64,8 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
         return bmm(a.float(), b.float()).to(a.dtype)
     if _unfit(a, b):
         return torch.bmm(a, b, out=a.new_empty(*a.shape[:2], b.shape[2]))
-    return torch.from_numpy(np.matmul(a.detach().numpy(), b.detach().numpy()))
+    with np.errstate(all="ignore"):  # torch does not warn of what is not finite either
+        return torch.from_numpy(np.matmul(a.detach().numpy(), b.detach().numpy()))
 
 
 def baddbmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -76,7 +77,7 @@ def sqrt(x: Tensor) -> Tensor:
     """The square root, rounded as IEEE 754 has it."""
     if x.dtype not in (torch.float32, torch.float64):
         return torch.sqrt(x, out=torch.empty_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
         return torch.from_numpy(np.sqrt(x.detach().numpy(), out=np.empty(x.shape, str(x.dtype).removeprefix("torch."))))
 
 
