@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,16 @@ def here(ready: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return ready
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Callable[[str], Path]:
+    """Makes a small project with an arithmetic (see tests/emulation.py)."""
+    from tests.emulation import write_project
+
+    base = tmp_path_factory.mktemp("emulated")
+    policy = repositories.write_pythia(base / "policy", None, hidden_size=64, vocabulary=257)
+    return lambda arithmetic: write_project(base / arithmetic, policy, bert, arithmetic).root
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.arithmetic.environment import NUMPY, VARIABLES, choose_kernels
+import pytest
+
+from pipeline.arithmetic.environment import NUMPY, VARIABLES, choose_kernels, supports_portable
 from tests.project import Project, copy_of_project
 from tests.small import OUTPUTS, SIZES, contents
 
 ROOT = Path(__file__).parents[1]
 QEMU = shutil.which("qemu-x86_64")
 CPUS = ("Haswell", "EPYC-Rome", "Skylake-Client")  # caches of different sizes, two makers
+MARKS = [
+    pytest.mark.slow,
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(not supports_portable(), reason="needs an x86-64 CPU with AVX2 and FMA"),
+    pytest.mark.skipif(QEMU is None, reason="needs Debian's qemu-user: apt-get install qemu-user"),
+]
 # M, K, N: few rows as in sampling, many as in scoring, sums as long as a gradient's, a vocabulary, odd ones
 PRODUCTS = [
     (4, 256, 1024), (16, 1024, 256), (256, 64, 64), (64, 1856, 16), (16, 4096, 64), (1, 256, 1024), (37, 384, 128),

@@ -25,7 +25,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 def supports_portable() -> bool:
     """Whether this machine has what the portable kernels need: Linux on x86-64 with AVX2 and FMA."""
-    return platform.machine() == "x86_64" and CPU_INFO.is_file() and {"avx2", "fma"} <= _cpu_flags()
+    return platform.machine() == "x86_64" and {"avx2", "fma"} <= set(_cpu_info().get("flags", "").split())
 
 
 def choose_kernels() -> None:
@@ -37,23 +37,21 @@ def choose_kernels() -> None:
         return
     if wanted and supports_portable() and not {"torch", "numpy"} & sys.modules.keys():
         os.environ.update(VARIABLES)
-        if "avx512f" in _cpu_flags():
+        if "avx512f" in _cpu_info()["flags"].split():
             os.environ.update(NUMPY)
 
 
 def cpu_type() -> str:
     """What this machine's CPU is called, and the widest instructions that it has."""
+    info, known = _cpu_info(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    flags = [flag for flag in known if flag in info.get("flags", "").split()]
+    return f"{info.get('model name', platform.machine())} ({', '.join(flags)})"
+
+
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first core; nothing elsewhere."""
     if not CPU_INFO.is_file():
-        return platform.machine()
-    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    return f"{_cpu_info('model name') or platform.machine()} ({', '.join(f for f in known if f in _cpu_flags())})"
-
-
-def _cpu_flags() -> set[str]:
-    return set(_cpu_info("flags").split())
-
-
-def _cpu_info(field: str) -> str:
-    """A field of the first core."""
-    lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+        return {}
+    core, _, _ = CPU_INFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")
+    lines = (line.partition(":") for line in core.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}

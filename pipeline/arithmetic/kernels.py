@@ -77,8 +77,10 @@ def sqrt(x: Tensor) -> Tensor:
     """The square root, rounded as IEEE 754 has it."""
     if x.dtype not in (torch.float32, torch.float64):
         return torch.sqrt(x, out=torch.empty_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32))
+    root = torch.empty_like(x)
     with np.errstate(all="ignore"):
-        return torch.from_numpy(np.sqrt(x.detach().numpy(), out=np.empty(x.shape, str(x.dtype).removeprefix("torch."))))
+        np.sqrt(x.detach().numpy(), out=root.numpy())
+    return root
 
 
 def power(x: Tensor, exponent: float) -> Tensor:

@@ -18,7 +18,7 @@ from pipeline.file_io import write_text
 from pipeline.paths import REPORTS, RUN_FILES
 from pipeline.report import cure_figure, cure_page, style
 from pipeline.report.inputs import Inputs, load
-from pipeline.runs.dvc_git import check_folder, check_tracked, dvc, environment, git
+from pipeline.runs.dvc_git import check_beside_workspace, dvc, environment, git
 from pipeline.runs.provenance import digest
 
 PAGE = REPORTS / "cure.html"
@@ -79,8 +79,7 @@ def find(name: str) -> str | None:
 
 def run(command: list[str], name: str) -> str:
     """Runs the experiment, its output as it comes, and returns its revision."""
-    check_folder()
-    check_tracked(load_params().rewards.values())
+    check_beside_workspace(load_params().rewards.values())
     process = subprocess.Popen([sys.executable, "-m", *command], env=environment())
     try:
         status = process.wait()

@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.config.load import PARAMS_FILE, load_params
 from pipeline.errors import UserError
 from pipeline.file_io import sha256
-from pipeline.runs.dvc_git import check_folder, check_tracked, dvc, environment, git, head_commit
+from pipeline.runs.dvc_git import check_beside_workspace, dvc, environment, git, head_commit
 from pipeline.runs.provenance import digest
 
 POLL_SECONDS = 5.0  # between two looks at what is finished
@@ -35,8 +35,7 @@ def main(options: argparse.Namespace) -> None:
     stands still."""
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: should be 1 or more")
-    check_folder()
-    check_tracked(load_params().rewards.values())
+    check_beside_workspace(load_params().rewards.values())
     commit = head_commit()  # DVC keeps experiments by it; a commit meanwhile changes nothing
     wanted = experiments(options.overrides, commit)
     check(wanted.values())

@@ -4,6 +4,7 @@ Clones the commit into a temporary folder, runs `dvc repro` there without any ca
 and reports/ say with what is committed. The workspace stays as it is.
 """
 
+import json
 import math
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from typing import NamedTuple
 from pipeline.arithmetic.environment import cpu_type
 from pipeline.diagnosis.calibration import Row, null_statistics
 from pipeline.errors import UserError
-from pipeline.file_io import read_csv, read_json
+from pipeline.file_io import parse_csv
 from pipeline.paths import REPORTS, RUN_FILES, RunFiles
-from pipeline.runs.dvc_git import dvc, environment, git, git_bytes, head_commit
+from pipeline.runs.dvc_git import dvc, environment, git, head_commit
 from pipeline.runs.results import read_result
 
 ROUNDING = 1e-3  # relative; of the first step, where other kernels move a token's choice in one run of some hundred
@@ -39,20 +40,15 @@ class Difference(NamedTuple):
 
 def main() -> None:
     """Raises UserError for another result, where nothing is committed, and where `dvc repro` fails."""
-    commit, prefix = head_commit(), git("rev-parse", "--show-prefix")
-
-    def committed(file: Path, target: Path) -> Path:
-        target.write_bytes(git_bytes("show", f"{commit}:{prefix}{file.as_posix()}"))
-        return target
-
+    commit = head_commit()
+    history, diagnosis = (git("show", f"{commit}:./{file}") for file in (RUN_FILES.history, RUN_FILES.diagnosis))
+    committed, verdict = parse_csv(history), json.loads(diagnosis)["verdict"]
+    print(f"commit {commit[:12]} runs in a temporary folder, on {cpu_type()}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        history = read_csv(committed(RUN_FILES.history, Path(folder) / "history.csv"))
-        verdict = read_json(committed(RUN_FILES.diagnosis, Path(folder) / "diagnosis.json"))["verdict"]
-        print(f"commit {commit[:12]} runs in a temporary folder, on {cpu_type()}", flush=True)
         clone = Path(folder) / "clone"
         git("clone", "--quiet", "--no-checkout", git("rev-parse", "--show-toplevel"), str(clone))
         git("-C", str(clone), "checkout", "--quiet", "--detach", commit)
-        project = clone / prefix
+        project = clone / git("rev-parse", "--show-prefix")
         # data that a user tracks by DVC lies in the cache
         (project / ".dvc/config.local").write_text(
             f"[cache]\n    dir = {Path(dvc('cache', 'dir').strip()).resolve()}\n"
@@ -67,11 +63,11 @@ def main() -> None:
         files = RunFiles(project / REPORTS)
         run, found, calibration = (read_result(file) for file in (files.run, files.history, files.calibration))
         same_verdict = read_result(files.diagnosis)["verdict"] == verdict
-    difference = first_difference(history, found)
+    difference = first_difference(committed, found)
     if difference is None:
         raise UserError(f"another result: the training is the same to the byte, and these differ: {', '.join(changed)}")
     spread = null_statistics(calibration, run["params"]["train.prompts_per_step"])["reward_mean"]
-    if run["arithmetic"] == "native" and same_verdict and is_alike(history, found, spread.margin(TAIL)):
+    if run["arithmetic"] == "native" and same_verdict and is_alike(committed, found, spread.margin(TAIL)):
         print(
             f"another type of CPU, as native arithmetic has it: the first step is the same but for rounding, the last "
             f"rewards and the verdict are alike; {difference}"

@@ -116,8 +116,7 @@ def _run(function: str, what: str, settings: "OwnSettings", seed: str, root: Pat
 
 
 def _missing(function: str, file: str) -> UserError:
-    workspace = os.environ.get("DVC_ROOT")
-    elsewhere = bool(workspace) and Path(workspace or ".").resolve() != Path.cwd()
+    elsewhere = Path(os.environ.get("DVC_ROOT") or ".").resolve() != Path.cwd()
     hint = f" in this experiment's folder, which has what git tracks: `git add {file}`" if elsewhere else ""
     return UserError(f"reward {function}: there is no file {file}{hint}")
 

@@ -64,9 +64,11 @@ def check_folder() -> None:
         )
 
 
-def check_tracked(rewards: Iterable[Reward]) -> None:
-    """Raises UserError where the file of a custom reward is not tracked by git: an experiment that runs beside the
-    workspace would not have it, and `check` and `evaluate` look at every reward."""
+def check_beside_workspace(rewards: Iterable[Reward]) -> None:
+    """Before an experiment starts beside the workspace. Raises UserError as `check_folder` does, and where the file of
+    a custom reward is not tracked by git: the experiment would not have it, and `check` and `evaluate` look at every
+    reward."""
+    check_folder()
     files = sorted({reward.function.partition(":")[0] for reward in custom_rewards(rewards)})
     tracked = git("ls-files", "--", *files).splitlines() if files else []
     for file in files:

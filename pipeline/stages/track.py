@@ -17,7 +17,6 @@ from pipeline import file_io
 from pipeline.errors import UserError, run_stage
 from pipeline.paths import RUN_FILES
 from pipeline.runs import workspace
-from pipeline.runs.results import gain_text, read_result
 from pipeline.tracking import mlflow_store
 from pipeline.tracking.record import read_record
 from pipeline.tracking.sync import sync
@@ -55,15 +54,10 @@ def main() -> None:
         },
     )
     drop_resume_state(record.train_key)
-    print_result()
-
-
-def print_result() -> None:
-    """The last lines of a `dvc repro`: the verdict, what was learned, and where to read on."""
-    diagnosis, evaluation = read_result(RUN_FILES.diagnosis), read_result(RUN_FILES.metrics)
-    reward = read_result(RUN_FILES.run)["params"]["reward"]
-    print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
-    print(f"held-out {reward} reward over the reference model: {gain_text(evaluation[reward]['difference'])}")
+    # the last lines of a `dvc repro`: the verdict, what was learned, and where to read on
+    gain = record.tags.get("heldout_gain", "undefined")
+    print(f"{record.tags['verdict']}: {record.headline}")
+    print(f"held-out {record.params['reward']} reward over the reference model: {gain}")
     print(f"open {RUN_FILES.page} in a browser; `make ui` compares runs")
 
 
