@@ -553,8 +553,9 @@ def test_an_experiment_in_a_folder_of_its_own_goes_on_after_a_kill(piped: Piped)
     with contextlib.ExitStack() as faults:
         for _ in range(3):
             faults.enter_context(fault("kill -9 of dvc exp run --temp and train"))
-            with piped.start(*command):
-                piped.wait(lambda: piped.working("pipeline.stages.train"))
+            with piped.start(*command) as dvc:
+                # which ends at once where the kill before came too late, and an experiment of this name is there
+                piped.wait(lambda dvc=dvc: piped.working("pipeline.stages.train") or dvc.poll() is not None)
                 time.sleep(draw.uniform(0, 0.7) * piped.seconds)
         if not any(ref.endswith("/in-temp") for ref in piped.refs()):  # else it was through
             piped.clone(*command)

@@ -43,4 +43,9 @@ def test_a_family_is_exact_or_refused(family: str, tmp_path: Path, bert: Path) -
     "family", ["gpt2", "gpt_neox", "llama", "opt", "qwen3", "gemma2", "mixtral", "bloom", "mamba", "roberta", "lfm2"]
 )
 def test_memory_settings_change_no_number(family: str, changes: dict[str, int], tmp_path: Path, bert: Path) -> None:
-    assert families.try_cache(family, tmp_path, bert, **changes)[0] == table()[family][0]
+    result, said = families.try_cache(family, tmp_path, bert, **changes)
+    if family == "mamba" and changes.get("train.lora_rank"):
+        assert result == "refused"  # by peft: the fused kernel of a mixer passes by its output's adapter
+        assert "incompatible with Mamba" in said
+    else:
+        assert result == table()[family][0]

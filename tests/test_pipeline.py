@@ -129,7 +129,7 @@ def test_a_hub_model_and_dataset_pass_through_the_real_loading_code(
     made = Clone(tmp_path / "project", cache)
     made.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     out = made("dvc", "exp", "run", "-S", "model=pythia-70m", "-S", "prompts=oasst1", "evaluate")
-    assert made.ran(out) == ["prepare", "cache", "train", "evaluate"]
+    assert made.ran(out) == ["check", "prepare", "cache", "train", "evaluate"]
     run = json.loads(made.read("reports/train/run.json"))
     assert run["params"]["model.repo"] == PYTHIA
     assert (run["params"]["model"], run["params"]["prompts"]) == ("pythia-70m", "oasst1")

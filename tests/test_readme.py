@@ -54,7 +54,7 @@ def test_make_alone_prints_the_targets() -> None:
 @pytest.mark.exhaustive
 def test_the_commands_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     clone = Clone(tmp_path_factory.mktemp("readme") / "project", tmp_path_factory.mktemp("cache"), steps=2)
-    clone.keep_rewards("words", "length")
+    clone.keep_rewards("words", "length", "embedding")
     clone("dvc", "repro", "cache")
     clone.commit()
     found = [command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))]

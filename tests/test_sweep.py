@@ -91,31 +91,6 @@ def test_the_table_says_what_the_files_say(swept: Swept) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
-def test_both_records_give_one_table_and_an_evaluation_adds_no_seed(swept: Swept) -> None:
-    clone = swept.clone
-
-    def both() -> pd.DataFrame:
-        texts = set()
-        for source in ("dvc", "mlflow"):
-            rows = table(clone, "--from", source)
-            texts.add(clone.read("reports/compare/table.csv") + clone.read("reports/compare/curves.csv"))
-        assert len(texts) == 1
-        return rows
-
-    before = both()
-    again = ("--name", "again", "-S", "seed=1", "-S", "train.threads=1")
-    said = clone("dvc", "exp", "run", "--temp", *again, "-S", "evaluate.samples_per_prompt=3")
-    assert "evaluate" in clone.ran(said)
-    after = both()
-    assert list(after["seeds"]) == ["1 2"]
-    assert "again" in after["experiments"][0].split()
-    assert after["held_out_gain_mean"][0] != before["held_out_gain_mean"][0]
-    clone("dvc", "exp", "remove", "again")
-    clone("git", "diff", "--quiet")
-
-
-@pytest.mark.slow
 def test_another_clone_reads_pulled_experiments_without_mlflow(
     swept: Swept, tmp_path: Path
 ) -> None:  # fmt: skip
@@ -399,3 +374,29 @@ def test_make_passes_its_variables_on() -> None:
     expected = """reinforce sweep --jobs 3 -S 'recipe=stable' -S 'reward=embedding,length' -S 'seed=range(0,3)'
         -S train.threads=1 -S train.steps=10 -S model=pythia-70m -S 'models.pythia-70m.revision=step1000,step16000'"""
     assert said.split()[-len(expected.split()) :] == expected.split()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_both_records_give_one_table_and_an_evaluation_adds_no_seed(swept: Swept) -> None:
+    """The last one: the MLflow run of seed 1 then has the name of the experiment that evaluated it again."""
+    clone = swept.clone
+
+    def both() -> pd.DataFrame:
+        texts = set()
+        for source in ("dvc", "mlflow"):
+            rows = table(clone, "--from", source)
+            texts.add(clone.read("reports/compare/table.csv") + clone.read("reports/compare/curves.csv"))
+        assert len(texts) == 1
+        return rows
+
+    before = both()
+    again = ("--name", "again", "-S", "seed=1", "-S", "train.threads=1")
+    said = clone("dvc", "exp", "run", "--temp", *again, "-S", "evaluate.samples_per_prompt=3")
+    assert "evaluate" in clone.ran(said)
+    after = both()
+    assert list(after["seeds"]) == list(before["seeds"])
+    assert "again" in after["experiments"][0].split()
+    assert after["held_out_gain_mean"][0] != before["held_out_gain_mean"][0]
+    clone("dvc", "exp", "remove", "again")
+    clone("git", "diff", "--quiet")
