@@ -329,7 +329,7 @@ NOTEBOOK_EMPTY = {
 @pytest.mark.parametrize(("finding", "recipe", "settings", "changes"), [
     (found("misaligned"), "notebook", {}, {"alignment": "correct"}),
     (found("empty", metric="empty_share"), "notebook", {}, NOTEBOOK_EMPTY),
-    (found("mode"), "stable", {}, {"kl_coef": 0.3, "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {}, {"kl_coef": 0.6, "lr": 3e-5, "warmup_steps": 10}),
     (found("mode"), "stable", {"kl_target": 3.0}, {"kl_target": 1.0, "lr": 3e-5, "warmup_steps": 10}),
     (found("gibberish"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     (found("step-size"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
