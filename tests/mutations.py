@@ -291,7 +291,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(1 - least) * spread.mean", "least * spread.mean"),
         ("range(len(rows) - patience + 1)", "range(len(rows) - patience)"),
         ("all(shown[t : t + patience])", "all(shown[t : t + 1])"),
-        ("[(limits[\"risen\"], sign) for sign in broken]", "[(limits[\"fallen\"], sign) for sign in broken]"),
+        ("[(limits[\"risen\"], *signs) for signs in broken]", "[(limits[\"fallen\"], *signs) for signs in broken]"),
         ("[(limits[\"alike\"], full), (limits[\"certain\"], full)]", "[(limits[\"alike\"],), (limits[\"certain\"],)]"),
         ("[(limits[\"alike\"], full), (limits[\"certain\"], full)]", "[(limits[\"alike\"], full)]"),
         (" + rows[0][\"truncation_gap\"]", ""),

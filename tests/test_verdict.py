@@ -46,6 +46,8 @@ STEPS, PROMPTS = 20, 16
 NORMAL = {  # of the reference: mean and spread of a batch
     "reward_mean": (-6.5, 0.06), "entropy": (3.7, 0.05), "ref_logprob": (-3.6, 0.08), "empty_share": (0.03, 0.02),
     "distinct_completions": (0.97, 0.02), "repeated_3grams": (0.02, 0.01), "reward_std_within": (0.45, 0.03),
+    "ref_bits_per_byte": (1.4, 0.05), "ref_typicality": (0.0, 0.05), "shuffled_bits_per_byte": (3.2, 0.1),
+    "shuffled_typicality": (-3.5, 0.1),
 }  # fmt: skip
 REST = {"logprob_gap": 1e-5, "update_kl": 1e-3, "reward_se": 0.06}  # the other columns are zero
 
@@ -158,6 +160,14 @@ RUNS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "empty": ({"empty_share": since(2, 0.7)}, [("empty", 2)]),
     "repetition": ({"repeated_3grams": since(4, 0.8)}, [("repetition", 4)]),
     "gibberish": ({"ref_logprob": since(5, -9.0)}, [("gibberish", 5)]),
+    # the limits: 2.3 bits a byte, -0.7 nats a token
+    "gibberish of short, likely tokens": (
+        {"ref_bits_per_byte": since(5, 3.0), "ref_typicality": since(5, -1.2)}, [("gibberish", 5)]),
+    "a reward won by gibberish of short tokens": (
+        {"ref_bits_per_byte": since(5, 3.0), "ref_typicality": since(5, -1.2), "reward_mean": since(4, -3.0)},
+        [("hacking", 5), ("gibberish", 5)]),
+    "costly text that the reference expects": ({"ref_bits_per_byte": since(5, 3.0)}, []),  # names and numbers
+    "surprising text of few bytes": ({"ref_typicality": since(5, -1.2)}, []),
     "mode": ({"distinct_completions": since(6, 0.2)}, [("mode", 6)]),
     "step-size": ({"reward_mean": since(3, -7.4)}, [("step-size", 3)]),
     "hacking": (

@@ -18,6 +18,10 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
     def share(metric: str) -> str:
         return f"{row[metric]:.0%} at step {step}, {before(metric):.0%} for the reference"
 
+    bytewise = (
+        f"{row['ref_bits_per_byte']:.1f} bits a byte at step {step}, {before('ref_bits_per_byte'):.1f} for its own, "
+        f"{before('shuffled_bits_per_byte'):.1f} with their tokens shuffled"
+    )
     reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} for the reference"
     match finding.kind:
         case "numeric":
@@ -38,6 +42,7 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
                 "repeated_3grams": f"{row['repeated_3grams']:.0%} of their 3-grams are repeats",
                 "ref_logprob": "the reference model finds them "
                 f"{before('ref_logprob') - row['ref_logprob']:.1f} nats a token less likely than its own",
+                "ref_bits_per_byte": f"they cost the reference model {bytewise}",
             }
             said = " and ".join(text for metric, text in broken.items() if finding.passes(metric))
             return f"{since} the reward is higher ({reward}) for completions that have fallen apart: {said}."
@@ -46,10 +51,9 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
         case "repetition":
             return f"{since} completions repeat themselves; repeats among their 3-grams: {share('repeated_3grams')}."
         case "gibberish":
-            return (
-                f"{since} the reference model finds the completions improbable: {row['ref_logprob']:.1f} nats a token "
-                f"at step {step}, {before('ref_logprob'):.1f} for its own."
-            )
+            by_token = f"{row['ref_logprob']:.1f} nats a token at step {step}, {before('ref_logprob'):.1f} for its own"
+            cost = by_token if finding.passes("ref_logprob") else bytewise
+            return f"{since} the reference model finds the completions improbable: {cost}."
         case "mode":
             signs = {
                 "distinct_completions": f"different completions: {share('distinct_completions')}",

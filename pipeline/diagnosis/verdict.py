@@ -24,7 +24,7 @@ TITLES: dict[Kind, str] = {
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
 LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
-COMPARISONS = 6  # limits that chance could pass, a step; a rise of the reward alarms only beside another
+COMPARISONS = 7  # limits that chance could pass, a step; a rise of the reward alarms only beside another
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Thresholds:
     distinct: float = 0.5  # of the reference's share of different completions
     entropy: float = 0.2  # of the reference's
     unlikely: float = 2.0  # nats a token below the reference's own texts
+    # of the way from the reference's own texts to those with their tokens shuffled; both have to be passed
+    costly: float = 0.5  # bits a byte
+    atypical: float = 0.2  # log-probability plus entropy
     reward: float = 0.5  # of the spread of rewards within a prompt
     certain: float = 0.9  # where chance alone could reach any share, this one counts all the same
 
@@ -121,6 +124,12 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         spread = spreads.get(metric)
         return limit(metric, "below", (1 - least) * spread.mean if spread else math.nan)
 
+    def towards_shuffled(metric: str, shuffled: str, side: Literal["above", "below"], share: float) -> Limit:
+        """`share` of the distance between the reference's own texts and the same with their tokens shuffled."""
+        if metric not in spreads or shuffled not in spreads:
+            return limit(metric, side, math.nan)
+        return limit(metric, side, share * abs(spreads[shuffled].mean - spreads[metric].mean))
+
     # without any spread among the rewards there is no scale to call a change large on
     within = spreads["reward_std_within"].mean if "reward_std_within" in spreads else 0.0
     change = thresholds.reward * within or math.nan
@@ -130,6 +139,8 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         "alike": ratio("distinct_completions", thresholds.distinct),
         "certain": ratio("entropy", thresholds.entropy),
         "unlikely": limit("ref_logprob", "below", thresholds.unlikely),
+        "costly": towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
+        "atypical": towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
         "fallen": limit("reward_mean", "below", change),
         "risen": limit("reward_mean", "above", change),
     }
@@ -138,12 +149,14 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
 def detection_rules(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ...]]]:
     """By kind, the sets of limits each of which shows it when all of the set are passed at once."""
     empty, full = limits["empty"], not_passed(limits["empty"])
-    broken = (empty, limits["repetition"], limits["unlikely"])
+    # a text of short tokens is likely token by token; a list of names is costly, but no more surprising than expected
+    gibberish = [(limits["unlikely"],), (limits["costly"], limits["atypical"])]
+    broken = [(empty,), (limits["repetition"],), *gibberish]
     return {
-        "hacking": [(limits["risen"], sign) for sign in broken],  # the reward pays for text that has fallen apart
+        "hacking": [(limits["risen"], *signs) for signs in broken],  # the reward pays for text that has fallen apart
         "empty": [(empty,)],
         "repetition": [(limits["repetition"],)],
-        "gibberish": [(limits["unlikely"],)],
+        "gibberish": gibberish,
         # nothing said is the same text again, and certain: that is `empty`, not this
         "mode": [(limits["alike"], full), (limits["certain"], full)],
         "step-size": [(limits["fallen"],)],

@@ -7,6 +7,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -22,7 +24,7 @@ class Metric(NamedTuple):
     @property
     def title(self) -> str:
         """The label, with the unit where the label does not imply it."""
-        shown = self.unit.startswith(("nats", "tokens"))
+        shown = self.unit.startswith(("nats", "tokens", "bits"))
         return f"{self.label}, {self.unit.replace(' per ', ' a ')}" if shown else self.label
 
 
@@ -54,6 +56,12 @@ METRICS = {metric.name: metric for metric in (
         "KL divergence of the policy from the reference model, of whole completions"),
     Metric("ref_logprob", "nats per token", "logprob by the reference",
         "how likely the reference model finds what the policy said, mean log-probability a token", calibrated=True),
+    Metric("ref_bits_per_byte", "bits per byte", "bits a byte by the reference",
+        "bits that the reference model needs for a byte of the texts, however they are cut into tokens",
+        calibrated=True),
+    Metric("ref_typicality", "nats per token", "typicality by the reference",
+        "log-probability of a token by the reference model plus its entropy there, mean over the texts' tokens: 0 for "
+        "text as surprising as the reference expects it", calibrated=True),
     Metric("policy_logprob", "nats per token", "logprob by the policy",
         "how likely the policy finds what it said, mean log-probability a token"),
     Metric("certain_run", "tokens", "longest certain run",
@@ -99,7 +107,11 @@ METRICS = {metric.name: metric for metric in (
         "share of the completions' log-probabilities that are not finite"),
 )}  # fmt: skip
 HISTORY_COLUMNS = tuple(METRICS)
-CALIBRATION_COLUMNS = ("batch", *(metric.name for metric in METRICS.values() if metric.calibrated))
+# of the same completions with their tokens shuffled: what text that has fallen apart costs this reference
+SHUFFLED = {"ref_bits_per_byte": "shuffled_bits_per_byte", "ref_typicality": "shuffled_typicality"}
+CALIBRATION_COLUMNS = (
+    "batch", *(metric.name for metric in METRICS.values() if metric.calibrated), *SHUFFLED.values(),
+)  # fmt: skip
 CERTAIN = math.log(0.99)  # a token above this log-probability is near-certain
 
 
@@ -155,6 +167,21 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, grou
         "ref_kl_k3": k3[mask].mean().item(),
         "ref_kl_sequence": log_ratio.masked_fill(~mask, 0).sum(1).mean().item(),
         "ref_logprob": ref_logprobs[mask].mean().item(),
+    }
+
+
+def text_cost(logprobs: Tensor, entropy: Tensor, mask: Tensor, texts: Sequence[str]) -> dict[str, float]:
+    """What texts cost the model that gave logprobs and entropy, [n, T] in nats; mask: True = a token of the text.
+
+    ref_bits_per_byte: -sum log2 p over all tokens / UTF-8 bytes of all texts, the unit of language modelling: unlike
+    the mean over tokens it does not fall where a text is cut into more and shorter tokens. ref_typicality: mean over
+    tokens of log p + H (Meister et al., arXiv 2202.00666). Empty texts add nothing to either; NaN where all are.
+    """
+    size = sum(len(text.encode()) for text in texts)
+    nats = -logprobs[mask].double().sum().item()
+    return {
+        "ref_bits_per_byte": nats / math.log(2) / size if size else math.nan,
+        "ref_typicality": (logprobs + entropy)[mask].double().mean().item(),
     }
 
 

@@ -13,7 +13,7 @@ from pipeline.rl.advantages import (
     reward_scale,
     with_kl_penalty,
 )
-from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, sample_records, score_batch
+from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, sample_records, score_batch, text_costs
 from pipeline.rl.context import TrainContext, sync_rollout_model
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.metrics import (
@@ -57,7 +57,8 @@ def train_step(
     probe_rows = draw_probe_rows(params, step, context.device)
     ref_rows = probe_rows if recipe.kl == "none" else torch.arange(len(mask), device=context.device)
     with context.reference() as reference:
-        ref_logprobs = score_batch(reference, rollout.take(ref_rows), context).logprobs
+        ref_scores = score_batch(reference, rollout.take(ref_rows), context)
+    ref_logprobs = ref_scores.logprobs
 
     # KL penalty in the reward: r - kl_coef * (log pi(y | x) - log pi_ref(y | x))
     kl_coef = recipe.kl_coef if state.kl_coef is None else state.kl_coef
@@ -107,6 +108,7 @@ def train_step(
         **reference_metrics(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows], group_size),
         **update_metrics(gradient.logprobs[probe_rows], after, mask[probe_rows], group_size),
         **rollout_metrics(rollout, context),
+        **text_costs(rollout.take(ref_rows), ref_scores, context),
         "nonfinite_logprobs": nonfinite_share(gradient.logprobs[mask], after[mask[probe_rows]]),
         **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
         "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.loss_logprobs, mask),
