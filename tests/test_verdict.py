@@ -410,6 +410,52 @@ def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[
     }  # fmt: skip
 
 
+def heldout(before: dict[str, float] | None = None, **after: float) -> dict[str, Any]:
+    """metrics.json of a policy that writes as the reference does, but for `after`."""
+    text = {"empty_share": 0.03, "repeated_3grams": 0.02, "distinct_completions": 0.97, "ref_bits_per_byte": 1.4,
+            "ref_typicality": 0.0} | (before or {})  # fmt: skip
+    likelihood = {"checkpoint": -3.6, "policy": after.pop("ref_logprob", -3.6)}
+    return {"text": {"checkpoint": text, "policy": text | after}, "ref_logprob_per_token": likelihood}
+
+
+@pytest.mark.parametrize(("after", "said"), [
+    ({"empty_share": 0.6}, "60% are empty (3% of the reference's)"),
+    ({"repeated_3grams": 0.7}, "70% of their 3-grams are repeats"),
+    ({"distinct_completions": 0.4}, "40% are different"),
+    ({"ref_logprob": -5.7}, "-5.7 nats a token by the reference model (its own -3.6)"),
+    ({"ref_bits_per_byte": 2.5, "ref_typicality": -0.8}, "2.5 bits a byte by the reference model (its own 1.4)"),
+    ({"empty_share": 0.4, "repeated_3grams": 0.4, "distinct_completions": 0.6, "ref_logprob": -5.5}, ""),
+    ({"ref_bits_per_byte": 3.0}, ""),
+    ({"ref_typicality": -3.0}, ""),
+    ({"empty_share": math.nan}, ""),
+])  # fmt: skip
+def test_healthy_is_not_said_of_broken_held_out_texts(
+    after: dict[str, float], said: str, calibration: list[dict[str, float]]
+) -> None:
+    content = diagnose.diagnose(PARAMS, history(), calibration, [], chosen_params(PARAMS), heldout(**after))
+    assert content["verdict"] == ("heldout" if said else "healthy")
+    if said:
+        assert said in content["headline"]
+        assert "No step of training shows it" in content["headline"]
+        assert content["onset"] == STEPS - 1
+        assert content["cure"]
+    json.dumps(content, allow_nan=False)
+
+
+def test_a_reference_that_is_so_itself_is_no_loss(calibration: list[dict[str, float]]) -> None:
+    same = heldout({"empty_share": 0.9}, empty_share=0.9)
+    content = diagnose.diagnose(PARAMS, history(), calibration, [], chosen_params(PARAMS), same)
+    assert content["verdict"] == "healthy"
+
+
+def test_training_and_held_out_texts_that_disagree_are_shown(calibration: list[dict[str, float]]) -> None:
+    rows, aside = history(empty_share=since(6, 0.9)), "The held-out completions of the trained policy do not show it."
+    for evaluation, disagrees in ((heldout(), True), (heldout(empty_share=0.9), False), (None, False)):
+        content = diagnose.diagnose(PARAMS, rows, calibration, [], chosen_params(PARAMS), evaluation)
+        assert content["verdict"] == "empty"
+        assert (aside in content["headline"]) == disagrees
+
+
 def test_the_words_blame_an_update_from_before_the_fall(calibration: list[dict[str, float]]) -> None:
     sizes = [0.5 if step == 1 else 9.0 if step >= 3 else None for step in range(STEPS)]
     content = diagnose.diagnose(

@@ -4,23 +4,23 @@ docs/DETECTOR.md measures them and says how the thresholds were chosen.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.diagnosis.calibration import FALSE_ALARMS, Limit, Row, Spread
 
 Kind = Literal[
-    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size"
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size", "heldout"
 ]  # fmt: skip
 # where several begin together, the first of these names the verdict: the cause before what follows from it
 ORDER: tuple[Kind, ...] = (
-    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size",
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size", "heldout",
 )  # fmt: skip
 TITLES: dict[Kind, str] = {
     "numeric": "Numeric failure", "misaligned": "Misaligned objective", "starved": "Starved of signal",
     "hacking": "Reward hacking", "empty": "Empty completions", "repetition": "Repetition", "gibberish": "Gibberish",
-    "mode": "Mode collapse", "step-size": "Step-size failure",
+    "mode": "Mode collapse", "step-size": "Step-size failure", "heldout": "Held-out text fallen apart",
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
 LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
@@ -161,6 +161,53 @@ def detection_rules(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ..
         "mode": [(limits["alike"], full), (limits["certain"], full)],
         "step-size": [(limits["fallen"],)],
     }
+
+
+def heldout_finding(
+    text: Mapping[str, Mapping[str, Any]],
+    ref_logprob: Mapping[str, float | None],
+    spreads: dict[str, Spread],
+    steps: int,
+    thresholds: Thresholds = THRESHOLDS,
+) -> Finding | None:
+    """What the held-out completions of the trained policy have lost beside the reference's on the same prompts, by the
+    effect sizes of training; None = nothing.
+
+    text, ref_logprob: of metrics.json, by `checkpoint` (the reference) and `policy`. steps: of the run.
+    """
+    before, after = (
+        {**{name: math.nan if value is None else value for name, value in text[side].items()},
+         "ref_logprob": math.nan if (score := ref_logprob[side]) is None else score}
+        for side in ("checkpoint", "policy")
+    )  # fmt: skip
+
+    def limit(metric: str, side: Literal["above", "below"], threshold: float) -> Limit:
+        untouched = Spread(before.get(metric, math.nan), math.nan, 1, 1)
+        worse = threshold > untouched.mean if side == "above" else threshold < untouched.mean
+        return Limit(metric, side, threshold if worse else math.nan, untouched)
+
+    def towards_shuffled(metric: str, shuffled: str, side: Literal["above", "below"], share: float) -> Limit:
+        if metric not in spreads or shuffled not in spreads:
+            return limit(metric, side, math.nan)
+        return limit(
+            metric, side, before.get(metric, math.nan) + share * (spreads[shuffled].mean - spreads[metric].mean)
+        )
+
+    signs = [
+        (limit("empty_share", "above", thresholds.empty),),
+        (limit("repeated_3grams", "above", thresholds.repeated),),
+        (limit("distinct_completions", "below", thresholds.distinct * before.get("distinct_completions", math.nan)),),
+        (limit("ref_logprob", "below", before["ref_logprob"] - thresholds.unlikely),),
+        (
+            towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
+            towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
+        ),
+    ]
+    row = {limit.metric: after.get(limit.metric, math.nan) for limits in signs for limit in limits}
+    passed = [limit for limits in signs if all(limit.passed(row) for limit in limits) for limit in limits]
+    last = steps - 1
+    found = tuple(Evidence(limit, last, row[limit.metric]) for limit in passed)
+    return Finding("heldout", last, last, found) if found and steps else None
 
 
 def not_passed(limit: Limit) -> Limit:
