@@ -160,14 +160,15 @@ RUNS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "empty": ({"empty_share": since(2, 0.7)}, [("empty", 2)]),
     "repetition": ({"repeated_3grams": since(4, 0.8)}, [("repetition", 4)]),
     "gibberish": ({"ref_logprob": since(5, -9.0)}, [("gibberish", 5)]),
-    # the limits: 2.3 bits a byte, -0.7 nats a token
-    "gibberish of short, likely tokens": (
-        {"ref_bits_per_byte": since(5, 3.0), "ref_typicality": since(5, -1.2)}, [("gibberish", 5)]),
+    # the limits: 2.9 bits a byte; 2.3 together with -0.5 nats a token
+    "gibberish of short, likely tokens": ({"ref_bits_per_byte": since(5, 3.0)}, [("gibberish", 5)]),
+    "gibberish by two measures": (
+        {"ref_bits_per_byte": since(5, 2.5), "ref_typicality": since(5, -0.7)}, [("gibberish", 5)]),
     "a reward won by gibberish of short tokens": (
-        {"ref_bits_per_byte": since(5, 3.0), "ref_typicality": since(5, -1.2), "reward_mean": since(4, -3.0)},
+        {"ref_bits_per_byte": since(5, 2.5), "ref_typicality": since(5, -0.7), "reward_mean": since(4, -3.0)},
         [("hacking", 5), ("gibberish", 5)]),
-    "costly text that the reference expects": ({"ref_bits_per_byte": since(5, 3.0)}, []),  # names and numbers
-    "surprising text of few bytes": ({"ref_typicality": since(5, -1.2)}, []),
+    "costly text that the reference expects": ({"ref_bits_per_byte": since(5, 2.6)}, []),  # names and numbers
+    "surprising text that is not costly": ({"ref_typicality": since(5, -1.2)}, []),
     "mode": ({"distinct_completions": since(6, 0.2)}, [("mode", 6)]),
     "step-size": ({"reward_mean": since(3, -7.4)}, [("step-size", 3)]),
     "hacking": (
@@ -425,7 +426,8 @@ def heldout(before: dict[str, float] | None = None, **after: float) -> dict[str,
     ({"ref_logprob": -5.7}, "-5.7 nats a token by the reference model (its own -3.6)"),
     ({"ref_bits_per_byte": 2.5, "ref_typicality": -0.8}, "2.5 bits a byte by the reference model (its own 1.4)"),
     ({"empty_share": 0.4, "repeated_3grams": 0.4, "distinct_completions": 0.6, "ref_logprob": -5.5}, ""),
-    ({"ref_bits_per_byte": 3.0}, ""),
+    ({"ref_bits_per_byte": 3.0}, "3.0 bits a byte by the reference model (its own 1.4)"),
+    ({"ref_bits_per_byte": 2.6}, ""),
     ({"ref_typicality": -3.0}, ""),
     ({"empty_share": math.nan}, ""),
 ])  # fmt: skip

@@ -24,7 +24,7 @@ TITLES: dict[Kind, str] = {
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
 LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
-COMPARISONS = 7  # limits that chance could pass, a step; a rise of the reward alarms only beside another
+COMPARISONS = 8  # limits that chance could pass, a step; a rise of the reward alarms only beside another
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class Thresholds:
     distinct: float = 0.5  # of the reference's share of different completions
     entropy: float = 0.2  # of the reference's
     unlikely: float = 2.0  # nats a token below the reference's own texts
-    # of the way from the reference's own texts to those with their tokens shuffled; both have to be passed
-    costly: float = 0.5  # bits a byte
-    atypical: float = 0.2  # log-probability plus entropy
+    # of the way from the reference's own texts to the same with their tokens shuffled
+    broken: float = 0.85  # bits a byte, by themselves
+    costly: float = 0.5  # bits a byte, together with
+    atypical: float = 0.15  # log-probability plus entropy
     reward: float = 0.5  # of the spread of rewards within a prompt
     certain: float = 0.9  # where chance alone could reach any share, this one counts all the same
 
@@ -139,6 +140,7 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         "alike": ratio("distinct_completions", thresholds.distinct),
         "certain": ratio("entropy", thresholds.entropy),
         "unlikely": limit("ref_logprob", "below", thresholds.unlikely),
+        "broken": towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.broken),
         "costly": towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
         "atypical": towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
         "fallen": limit("reward_mean", "below", change),
@@ -150,7 +152,7 @@ def detection_rules(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ..
     """By kind, the sets of limits each of which shows it when all of the set are passed at once."""
     empty, full = limits["empty"], not_passed(limits["empty"])
     # a text of short tokens is likely token by token; a list of names is costly, but no more surprising than expected
-    gibberish = [(limits["unlikely"],), (limits["costly"], limits["atypical"])]
+    gibberish = [(limits["unlikely"],), (limits["broken"],), (limits["costly"], limits["atypical"])]
     broken = [(empty,), (limits["repetition"],), *gibberish]
     return {
         "hacking": [(limits["risen"], *signs) for signs in broken],  # the reward pays for text that has fallen apart
@@ -198,13 +200,14 @@ def heldout_finding(
         (limit("repeated_3grams", "above", thresholds.repeated),),
         (limit("distinct_completions", "below", thresholds.distinct * before.get("distinct_completions", math.nan)),),
         (limit("ref_logprob", "below", before["ref_logprob"] - thresholds.unlikely),),
+        (towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.broken),),
         (
             towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
             towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
         ),
     ]
     row = {limit.metric: after.get(limit.metric, math.nan) for limits in signs for limit in limits}
-    passed = [limit for limits in signs if all(limit.passed(row) for limit in limits) for limit in limits]
+    passed = dict.fromkeys(limit for limits in signs if all(limit.passed(row) for limit in limits) for limit in limits)
     last = steps - 1
     found = tuple(Evidence(limit, last, row[limit.metric]) for limit in passed)
     return Finding("heldout", last, last, found) if found and steps else None

@@ -60,8 +60,8 @@ METRICS = {metric.name: metric for metric in (
         "bits that the reference model needs for a byte of the texts, however they are cut into tokens",
         calibrated=True),
     Metric("ref_typicality", "nats per token", "typicality by the reference",
-        "log-probability of a token by the reference model plus its entropy there, mean over the texts' tokens, 0 where "
-        "they surprise it as it expects", calibrated=True),
+        "log-probability of a token by the reference model plus its entropy there, mean over the texts' tokens, "
+        "0 where they surprise it as it expects", calibrated=True),
     Metric("policy_logprob", "nats per token", "logprob by the policy",
         "how likely the policy finds what it said, mean log-probability a token"),
     Metric("certain_run", "tokens", "longest certain run",
