@@ -155,7 +155,7 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     from pipeline.diagnosis.text import text_statistics
     from pipeline.file_io import read_jsonl
     from pipeline.models.rollout import completion_texts, completion_tokens
-    from pipeline.models.scoring import score_microbatched, score_rollout
+    from pipeline.models.scoring import score_microbatched
     from pipeline.rl.batch import half_precision, reward_batch, sample_batch
     from pipeline.rl.seeding import draw_uniforms
 
@@ -166,9 +166,9 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     _, rewards = reward_batch(prompts, rollout, setting)
     with half_precision(recipe, setting.device):
         with setting.reference() as checkpoint:
-            reference = score_rollout(
+            reference = score_microbatched(
                 checkpoint, rollout, params.train.micro_batch, recipe.temperature, setting.layout.packing
-            )
+            ).logprobs
         scores = score_microbatched(
             policy, rollout, params.train.micro_batch, recipe.temperature, setting.layout.packing
         )

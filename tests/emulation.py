@@ -79,7 +79,7 @@ def stage_digests(root: Path) -> dict[str, str]:
         ("adapters", {"train__lora_rank": 2, "recipe": "notebook"}),
     ):
         project.edit(**changes)
-        for stage in (prepare, cache, train, diagnose, evaluate, plot):
+        for stage in (prepare, cache, train, evaluate, diagnose, plot):
             stage.main()
         found |= {f"{name}: {path}": digest(content) for path, content in contents(root).items()}
         for folder in OUTPUTS:

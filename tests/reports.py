@@ -43,6 +43,8 @@ def history(steps: int, collapsed: bool) -> pd.DataFrame:
     table["ref_kl_k3"] = np.where(fall > 0.9, np.exp(np.minimum(40 * fall, 700)), 0.09 * rise + 3 * fall) * (t > 0)
     table["ref_kl_sequence"] = 14 * table["ref_kl_k1"]
     table["ref_logprob"] = noisy(-3.1 - 0.1 * rise - 49 * fall, 0.04)
+    table["ref_bits_per_byte"] = noisy(1.5 + 0.05 * rise + 12 * fall, 0.04)
+    table["ref_typicality"] = noisy(-0.1 * rise - 49 * fall, 0.04)
     table["policy_logprob"] = noisy(-3.0 + 0.3 * rise + 3.0 * fall, 0.04)
     table["logprob_gap"] = np.where(collapsed, noisy(9 - 5 * fall, 0.5), np.abs(noisy(3e-6 * np.ones(steps), 1e-6)))
     table["truncation_gap"] = np.zeros(steps)

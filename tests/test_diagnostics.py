@@ -10,6 +10,7 @@ import torch
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.text import distinct_ngrams, empty_share, repeated_ngrams, text_statistics, top_token_share
 from pipeline.rl.advantages import BASELINES, advantages
+from pipeline.rl.calibrate import shuffle_tokens
 from pipeline.rl.metrics import (
     HISTORY_COLUMNS,
     largest_gap,
@@ -18,12 +19,13 @@ from pipeline.rl.metrics import (
     policy_metrics,
     reference_metrics,
     reward_metrics,
+    text_cost,
     token_mean_error,
     update_metrics,
     zero_spread,
 )
 from tests.enumeration import random
-from tests.models import mask_of
+from tests.models import EOS, mask_of, rollout_of
 
 pytestmark = pytest.mark.numeric
 
@@ -129,6 +131,37 @@ def test_logprob_gap_is_the_largest_difference_of_a_token_that_counts() -> None:
 # --- text
 
 
+def test_the_cost_of_texts_by_hand() -> None:
+    """log p of 1/2, 1/4 and 1/8 are 1, 2 and 3 bits; the third completion is empty, its end does not count."""
+    p = torch.tensor([[0.5, 0.25, 0.1], [0.125, 0.1, 0.1], [0.9, 0.1, 0.1]]).double()
+    mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    entropy = torch.tensor([[1.0, 2.0, 9.0], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]]).double()
+    measured = text_cost(p.log(), entropy, mask, ["a\u00e9", "b", ""])  # four bytes
+    assert measured == pytest.approx({"ref_bits_per_byte": 6 / 4, "ref_typicality": (3.5 - 6 * math.log(2)) / 3})
+    nothing = text_cost(p.log(), entropy, mask & False, ["", "", ""])
+    assert all(math.isnan(value) for value in nothing.values())
+
+
+def test_cutting_a_text_into_likelier_tokens_does_not_make_it_cheaper() -> None:
+    """One token of probability 1/64, or three of 1/4 each: the same text."""
+    whole = text_cost(torch.tensor([[1 / 64]]).log(), torch.zeros(1, 1), torch.ones(1, 1).bool(), ["abc"])
+    parts = text_cost(torch.full((1, 3), 1 / 4).log(), torch.zeros(1, 3), torch.ones(1, 3).bool(), ["abc"])
+    assert whole["ref_bits_per_byte"] == pytest.approx(parts["ref_bits_per_byte"])
+    assert parts["ref_typicality"] > whole["ref_typicality"] + 2  # which the mean over tokens calls likelier
+
+
+def test_shuffling_moves_the_tokens_of_a_text_and_nothing_else() -> None:
+    rollout = rollout_of([[1], [1], [1]], [[5, 6, 7, 8, 9, EOS], [EOS], [3, 4, 3, 4, 5, 6]])
+    shuffled = shuffle_tokens(rollout, (EOS,), torch.Generator().manual_seed(0))
+    before, after = rollout.completions.tolist(), shuffled.completions.tolist()
+    assert [row[:5] for row in after[:1]] != [row[:5] for row in before[:1]]
+    assert [sorted(row) for row in after] == [sorted(row) for row in before]
+    assert [row[n:] for row, n in zip(after, (5, 0, 6), strict=True)] == [
+        row[n:] for row, n in zip(before, (5, 0, 6), strict=True)
+    ]
+    assert torch.equal(rollout.text_mask((EOS,)).sum(1), torch.tensor([5, 0, 6]))
+
+
 def test_ngrams_by_hand() -> None:
     completions = [[1, 2, 1, 2], [3], []]
     assert distinct_ngrams(completions, 1) == 3 / 5
@@ -162,6 +195,7 @@ def test_every_metric_of_a_step_has_a_column() -> None:
         **reference_metrics(rewards, rewards, mask[:2], 1),
         **update_metrics(rewards, rewards, mask[:2], 1),
         **text_statistics(["a"] * 4, [[1]] * 4, 2),
+        **text_cost(rewards, rewards, mask[:2], ["a"] * 2),
     }
     assert set(measured) <= set(HISTORY_COLUMNS)
     assert len(set(HISTORY_COLUMNS)) == len(HISTORY_COLUMNS)

@@ -23,7 +23,7 @@ from tests.tracked import Tracked, left_over, logged
 from tests.training import OUTPUTS, contents, forget, make_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
-STAGES = ("prepare", "cache", "train", "diagnose", "evaluate", "plot", "track")
+STAGES = ("prepare", "cache", "train", "evaluate", "diagnose", "plot", "track")
 MADE = {
     "prepare": ["data/prompts", "reports/prepare.json"],
     "cache": ["data/checkpoint"],

@@ -25,7 +25,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Project:
     policy = write_pythia(tmp_path_factory.mktemp("models") / "small", None, vocabulary=257)
     made = small.make(tmp_path_factory.mktemp("export"), policy, bert)
     made.edit(train__lora_rank=2, recipes__stable__lr=0.05)
-    for stage in ("prepare", "cache", "train", "diagnose", "evaluate"):
+    for stage in ("prepare", "cache", "train", "evaluate", "diagnose"):
         done = made.run(stage)
         assert done.returncode == 0, done.stderr[-2000:]
     return made

@@ -25,7 +25,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Project:
         done = project.run(stage)
         assert done.returncode == 0, done.stderr
     project.edit(
-        recipes__stable__lr=1e-3, recipes__stable__kl_coef=0.05, evaluate__prompts=40, evaluate__bootstrap=100,
+        recipes__stable__lr=1e-3, recipes__stable__kl_coef=0.1, evaluate__prompts=40, evaluate__bootstrap=100,
         **{f"train__{key}": value for key, value in SIZES.items()},
     )  # fmt: skip
     project.keep_rewards("length", "words")

@@ -31,8 +31,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Clone:
         "prepare",
         "cache",
         "train",
-        "diagnose",
         "evaluate",
+        "diagnose",
         "plot",
         "track",
     ]
@@ -61,7 +61,7 @@ def test_the_trained_policy_loads_with_transformers(clone: Clone) -> None:
 def test_another_reward_reruns_train_and_what_follows_once(clone: Clone) -> None:
     before = clone.runs()
     out = clone("dvc", "exp", "run", "-S", "reward=length")
-    assert clone.ran(out) == ["check", "train", "diagnose", "evaluate", "plot", "track"]
+    assert clone.ran(out) == ["check", "train", "evaluate", "diagnose", "plot", "track"]
     added = set(clone.runs()) - set(before)
     assert len(added) == 1
     first = clone.read("reports/train/history.csv")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import SamplingParams
 from pipeline.models.sampling import Rollout, pad_prompts, sample
-from pipeline.models.scoring import score, score_rollout
+from pipeline.models.scoring import score, score_microbatched
 from tests.models import EOS, plain_logits, plain_logprobs, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
 
 pytestmark = pytest.mark.numeric
@@ -103,7 +103,7 @@ def test_scores_equal_the_sampled_logprobs(dtype: torch.dtype, tolerance: float,
 @pytest.mark.parametrize("micro_batch", [1, 2, 5, 100])
 def test_another_model_scores_a_rollout_in_any_micro_batches(rollout: Rollout, micro_batch: int) -> None:
     reference = tiny_neox(seed=9)
-    scored = score_rollout(reference, rollout, micro_batch)
+    scored = score_microbatched(reference, rollout, micro_batch).logprobs
     assert not scored.requires_grad
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         with torch.no_grad():

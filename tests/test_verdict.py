@@ -46,6 +46,8 @@ STEPS, PROMPTS = 20, 16
 NORMAL = {  # of the reference: mean and spread of a batch
     "reward_mean": (-6.5, 0.06), "entropy": (3.7, 0.05), "ref_logprob": (-3.6, 0.08), "empty_share": (0.03, 0.02),
     "distinct_completions": (0.97, 0.02), "repeated_3grams": (0.02, 0.01), "reward_std_within": (0.45, 0.03),
+    "ref_bits_per_byte": (1.4, 0.05), "ref_typicality": (0.0, 0.05), "shuffled_bits_per_byte": (3.2, 0.1),
+    "shuffled_typicality": (-3.5, 0.1),
 }  # fmt: skip
 REST = {"logprob_gap": 1e-5, "update_kl": 1e-3, "reward_se": 0.06}  # the other columns are zero
 
@@ -158,6 +160,15 @@ RUNS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "empty": ({"empty_share": since(2, 0.7)}, [("empty", 2)]),
     "repetition": ({"repeated_3grams": since(4, 0.8)}, [("repetition", 4)]),
     "gibberish": ({"ref_logprob": since(5, -9.0)}, [("gibberish", 5)]),
+    # the limits: 2.9 bits a byte; 2.3 together with -0.5 nats a token
+    "gibberish of short, likely tokens": ({"ref_bits_per_byte": since(5, 3.0)}, [("gibberish", 5)]),
+    "gibberish by two measures": (
+        {"ref_bits_per_byte": since(5, 2.5), "ref_typicality": since(5, -0.7)}, [("gibberish", 5)]),
+    "a reward won by gibberish of short tokens": (
+        {"ref_bits_per_byte": since(5, 2.5), "ref_typicality": since(5, -0.7), "reward_mean": since(4, -3.0)},
+        [("hacking", 5), ("gibberish", 5)]),
+    "costly text that the reference expects": ({"ref_bits_per_byte": since(5, 2.6)}, []),  # names and numbers
+    "surprising text that is not costly": ({"ref_typicality": since(5, -1.2)}, []),
     "mode": ({"distinct_completions": since(6, 0.2)}, [("mode", 6)]),
     "step-size": ({"reward_mean": since(3, -7.4)}, [("step-size", 3)]),
     "hacking": (
@@ -329,7 +340,7 @@ NOTEBOOK_EMPTY = {
 @pytest.mark.parametrize(("finding", "recipe", "settings", "changes"), [
     (found("misaligned"), "notebook", {}, {"alignment": "correct"}),
     (found("empty", metric="empty_share"), "notebook", {}, NOTEBOOK_EMPTY),
-    (found("mode"), "stable", {}, {"kl_coef": 0.3, "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {}, {"kl_coef": 0.6, "lr": 3e-5, "warmup_steps": 10}),
     (found("mode"), "stable", {"kl_target": 3.0}, {"kl_target": 1.0, "lr": 3e-5, "warmup_steps": 10}),
     (found("gibberish"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     (found("step-size"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
@@ -398,6 +409,53 @@ def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[
     assert content == {
         "verdict": "healthy", "onset": None, "headline": headline, "steps": steps, "findings": [], "cure": None,
     }  # fmt: skip
+
+
+def heldout(before: dict[str, float] | None = None, **after: float) -> dict[str, Any]:
+    """metrics.json of a policy that writes as the reference does, but for `after`."""
+    text = {"empty_share": 0.03, "repeated_3grams": 0.02, "distinct_completions": 0.97, "ref_bits_per_byte": 1.4,
+            "ref_typicality": 0.0} | (before or {})  # fmt: skip
+    likelihood = {"checkpoint": -3.6, "policy": after.pop("ref_logprob", -3.6)}
+    return {"text": {"checkpoint": text, "policy": text | after}, "ref_logprob_per_token": likelihood}
+
+
+@pytest.mark.parametrize(("after", "said"), [
+    ({"empty_share": 0.6}, "60% are empty (3% of the reference's)"),
+    ({"repeated_3grams": 0.7}, "70% of their 3-grams are repeats"),
+    ({"distinct_completions": 0.4}, "40% are different"),
+    ({"ref_logprob": -5.7}, "-5.7 nats a token by the reference model (its own -3.6)"),
+    ({"ref_bits_per_byte": 2.5, "ref_typicality": -0.8}, "2.5 bits a byte by the reference model (its own 1.4)"),
+    ({"empty_share": 0.4, "repeated_3grams": 0.4, "distinct_completions": 0.6, "ref_logprob": -5.5}, ""),
+    ({"ref_bits_per_byte": 3.0}, "3.0 bits a byte by the reference model (its own 1.4)"),
+    ({"ref_bits_per_byte": 2.6}, ""),
+    ({"ref_typicality": -3.0}, ""),
+    ({"empty_share": math.nan}, ""),
+])  # fmt: skip
+def test_healthy_is_not_said_of_broken_held_out_texts(
+    after: dict[str, float], said: str, calibration: list[dict[str, float]]
+) -> None:
+    content = diagnose.diagnose(PARAMS, history(), calibration, [], chosen_params(PARAMS), heldout(**after))
+    assert content["verdict"] == ("heldout" if said else "healthy")
+    if said:
+        assert said in content["headline"]
+        assert "No step of training shows it" in content["headline"]
+        assert content["onset"] == STEPS - 1
+        assert content["cure"]
+    json.dumps(content, allow_nan=False)
+
+
+def test_a_reference_that_is_so_itself_is_no_loss(calibration: list[dict[str, float]]) -> None:
+    same = heldout({"empty_share": 0.9}, empty_share=0.9)
+    content = diagnose.diagnose(PARAMS, history(), calibration, [], chosen_params(PARAMS), same)
+    assert content["verdict"] == "healthy"
+
+
+def test_training_and_held_out_texts_that_disagree_are_shown(calibration: list[dict[str, float]]) -> None:
+    rows, aside = history(empty_share=since(6, 0.9)), "The held-out completions of the trained policy do not show it."
+    for evaluation, disagrees in ((heldout(), True), (heldout(empty_share=0.9), False), (None, False)):
+        content = diagnose.diagnose(PARAMS, rows, calibration, [], chosen_params(PARAMS), evaluation)
+        assert content["verdict"] == "empty"
+        assert (aside in content["headline"]) == disagrees
 
 
 def test_the_words_blame_an_update_from_before_the_fall(calibration: list[dict[str, float]]) -> None:

@@ -151,15 +151,16 @@ class Recipe(Table):
     top_p: float = Field(gt=0, le=1, description="1 is off")
     baseline: Literal["none", "batch", "group", "rloo", "running", "greedy"]
     baseline_decay: float = Field(ge=0, lt=1, description="share of the running mean that a step keeps")
+    scale_rewards: Literal["none", "calibration"] = "none"
     advantage_norm: Literal["none", "group", "batch"]
     aggregation: Literal["sequence_sum", "sequence_mean", "token_mean", "constant_length"]
     importance: Literal["none", "token", "sequence"]
     clip_range: float = Field(ge=0, description="0 is off")
     epochs: int = Field(ge=1, le=1000, description="updates on each batch")
     kl: Literal["none", "reward_k1", "loss_k2", "loss_k3"]
-    kl_coef: float = Field(ge=0, description="reward units per nat")
+    kl_coef: float = Field(ge=0, description="scaled reward units per nat")
     kl_target: float = Field(ge=0, description="nats per completion; 0 keeps kl_coef fixed")
-    entropy_coef: float = Field(ge=0, description="reward units per nat; 0 is off")
+    entropy_coef: float = Field(ge=0, description="scaled reward units per nat; 0 is off")
     optimizer: Literal["adam", "sgd"]
     lr: float = Field(gt=0, le=1000, description="learning rate")
     adam_eps: float = Field(gt=0, le=1)

@@ -82,12 +82,12 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
 
 
 def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Changes) -> Changes:
-    """Smaller steps and a KL term in the units of the reward; where the recipe has one that did not hold, three times
-    as much of it."""
+    """Smaller steps and a KL term in the units of the reward, scaled where the recipe scales it; where the recipe has a
+    term that did not hold, three times as much of it."""
     if recipe.kl_target > 0:
         return {"kl_target": rounded(recipe.kl_target / 3), **slower}
     if recipe.kl == "none" or recipe.kl_coef == 0:
-        spread = spreads.get("reward_std_within")
+        spread = spreads.get("reward_std_within") if recipe.scale_rewards == "none" else None
         per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
         return {"kl": "reward_k1", "kl_coef": rounded(per_nat), **slower}
     return {"kl_coef": rounded(3 * recipe.kl_coef), **slower}

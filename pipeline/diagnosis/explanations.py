@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pipeline.diagnosis.calibration import Row, Spread
 from pipeline.diagnosis.verdict import THRESHOLDS, Finding
 
+OF_TEXT = ("hacking", "empty", "repetition", "gibberish", "mode")  # kinds that held-out completions would show
+
 
 def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -> str:
     """One sentence: what happened, with the numbers of the step that shows it beside the reference's."""
@@ -18,6 +20,10 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
     def share(metric: str) -> str:
         return f"{row[metric]:.0%} at step {step}, {before(metric):.0%} for the reference"
 
+    bytewise = (
+        f"{row['ref_bits_per_byte']:.1f} bits a byte at step {step}, {before('ref_bits_per_byte'):.1f} for its own, "
+        f"{before('shuffled_bits_per_byte'):.1f} with their tokens shuffled"
+    )
     reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} for the reference"
     match finding.kind:
         case "numeric":
@@ -38,6 +44,7 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
                 "repeated_3grams": f"{row['repeated_3grams']:.0%} of their 3-grams are repeats",
                 "ref_logprob": "the reference model finds them "
                 f"{before('ref_logprob') - row['ref_logprob']:.1f} nats a token less likely than its own",
+                "ref_bits_per_byte": f"they cost the reference model {bytewise}",
             }
             said = " and ".join(text for metric, text in broken.items() if finding.passes(metric))
             return f"{since} the reward is higher ({reward}) for completions that have fallen apart: {said}."
@@ -46,10 +53,9 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
         case "repetition":
             return f"{since} completions repeat themselves; repeats among their 3-grams: {share('repeated_3grams')}."
         case "gibberish":
-            return (
-                f"{since} the reference model finds the completions improbable: {row['ref_logprob']:.1f} nats a token "
-                f"at step {step}, {before('ref_logprob'):.1f} for its own."
-            )
+            by_token = f"{row['ref_logprob']:.1f} nats a token at step {step}, {before('ref_logprob'):.1f} for its own"
+            cost = by_token if finding.passes("ref_logprob") else bytewise
+            return f"{since} the reference model finds the completions improbable: {cost}."
         case "mode":
             signs = {
                 "distinct_completions": f"different completions: {share('distinct_completions')}",
@@ -58,16 +64,35 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
             }
             said = "; ".join(text for metric, text in signs.items() if finding.passes(metric))
             return f"{since} the policy gives almost the same completion every time; {said}."
+        case "heldout":
+            values = {shown.limit.metric: (shown.value, shown.limit.reference) for shown in finding.evidence}
+            formats = {
+                "empty_share": "{:.0%} are empty ({:.0%} of the reference's)",
+                "repeated_3grams": "{:.0%} of their 3-grams are repeats (the reference's {:.0%})",
+                "distinct_completions": "{:.0%} are different (the reference's {:.0%})",
+                "ref_logprob": "{:.1f} nats a token by the reference model (its own {:.1f})",
+                "ref_bits_per_byte": "{:.1f} bits a byte by the reference model (its own {:.1f})",
+            }
+            told = [
+                text.format(value, math.nan if untouched is None else untouched.mean)
+                for metric, text in formats.items() if metric in values
+                for value, untouched in [values[metric]]
+            ]  # fmt: skip
+            return (
+                "No step of training shows it, but the trained policy's held-out completions have fallen apart: "
+                f"{' and '.join(told)}."
+            )
         case "step-size":
             updates = [shown for shown in finding.evidence if shown.limit.metric == "update_kl"]
             large = "".join(f" The update of step {u.step} moved it by {u.value:.2g} nats a token." for u in updates)
             return f"{since} the policy earns less than the reference: {reward}.{large}"
 
 
-def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int) -> str:
+def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, heldout_sound: bool = False) -> str:
     """Return the verdict in one or two sentences: the first finding and the later one that is visible last.
 
-    The earliest onset breaks ties.
+    The earliest onset breaks ties. heldout_sound: the held-out completions of the trained policy were judged and have
+    lost nothing; where training shows broken text, the verdict says so.
     """
     if not found and steps < THRESHOLDS.patience:
         return f"Too short to tell: a collapse has to last {THRESHOLDS.patience} steps to count."
@@ -75,4 +100,7 @@ def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int) -> 
         return f"No sign of collapse in {steps} steps."
     later = [place for place in range(1, len(found)) if found[place].onset > found[0].onset]
     last = sorted(later, key=lambda place: (-found[place].shown_at, found[place].onset))
-    return " ".join(summaries[place] for place in [0, *last[:1]])
+    texts = [summaries[place] for place in [0, *last[:1]]]
+    if heldout_sound and any(finding.kind in OF_TEXT for finding in found):
+        texts.append("The held-out completions of the trained policy do not show it.")
+    return " ".join(texts)

@@ -4,27 +4,27 @@ docs/DETECTOR.md measures them and says how the thresholds were chosen.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.diagnosis.calibration import FALSE_ALARMS, Limit, Row, Spread
 
 Kind = Literal[
-    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size"
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size", "heldout"
 ]  # fmt: skip
 # where several begin together, the first of these names the verdict: the cause before what follows from it
 ORDER: tuple[Kind, ...] = (
-    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size",
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size", "heldout",
 )  # fmt: skip
 TITLES: dict[Kind, str] = {
     "numeric": "Numeric failure", "misaligned": "Misaligned objective", "starved": "Starved of signal",
     "hacking": "Reward hacking", "empty": "Empty completions", "repetition": "Repetition", "gibberish": "Gibberish",
-    "mode": "Mode collapse", "step-size": "Step-size failure",
+    "mode": "Mode collapse", "step-size": "Step-size failure", "heldout": "Held-out text fallen apart",
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
 LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
-COMPARISONS = 6  # limits that chance could pass, a step; a rise of the reward alarms only beside another
+COMPARISONS = 8  # limits that chance could pass, a step; a rise of the reward alarms only beside another
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Thresholds:
     distinct: float = 0.5  # of the reference's share of different completions
     entropy: float = 0.2  # of the reference's
     unlikely: float = 2.0  # nats a token below the reference's own texts
+    # of the way from the reference's own texts to the same with their tokens shuffled
+    broken: float = 0.85  # bits a byte, by themselves
+    costly: float = 0.5  # bits a byte, together with
+    atypical: float = 0.15  # log-probability plus entropy
     reward: float = 0.5  # of the spread of rewards within a prompt
     certain: float = 0.9  # where chance alone could reach any share, this one counts all the same
 
@@ -121,6 +125,12 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         spread = spreads.get(metric)
         return limit(metric, "below", (1 - least) * spread.mean if spread else math.nan)
 
+    def towards_shuffled(metric: str, shuffled: str, side: Literal["above", "below"], share: float) -> Limit:
+        """`share` of the distance between the reference's own texts and the same with their tokens shuffled."""
+        if metric not in spreads or shuffled not in spreads:
+            return limit(metric, side, math.nan)
+        return limit(metric, side, share * abs(spreads[shuffled].mean - spreads[metric].mean))
+
     # without any spread among the rewards there is no scale to call a change large on
     within = spreads["reward_std_within"].mean if "reward_std_within" in spreads else 0.0
     change = thresholds.reward * within or math.nan
@@ -130,6 +140,9 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         "alike": ratio("distinct_completions", thresholds.distinct),
         "certain": ratio("entropy", thresholds.entropy),
         "unlikely": limit("ref_logprob", "below", thresholds.unlikely),
+        "broken": towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.broken),
+        "costly": towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
+        "atypical": towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
         "fallen": limit("reward_mean", "below", change),
         "risen": limit("reward_mean", "above", change),
     }
@@ -138,16 +151,66 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
 def detection_rules(limits: dict[str, Limit]) -> dict[Kind, list[tuple[Limit, ...]]]:
     """By kind, the sets of limits each of which shows it when all of the set are passed at once."""
     empty, full = limits["empty"], not_passed(limits["empty"])
-    broken = (empty, limits["repetition"], limits["unlikely"])
+    # a text of short tokens is likely token by token; a list of names is costly, but no more surprising than expected
+    gibberish = [(limits["unlikely"],), (limits["broken"],), (limits["costly"], limits["atypical"])]
+    broken = [(empty,), (limits["repetition"],), *gibberish]
     return {
-        "hacking": [(limits["risen"], sign) for sign in broken],  # the reward pays for text that has fallen apart
+        "hacking": [(limits["risen"], *signs) for signs in broken],  # the reward pays for text that has fallen apart
         "empty": [(empty,)],
         "repetition": [(limits["repetition"],)],
-        "gibberish": [(limits["unlikely"],)],
+        "gibberish": gibberish,
         # nothing said is the same text again, and certain: that is `empty`, not this
         "mode": [(limits["alike"], full), (limits["certain"], full)],
         "step-size": [(limits["fallen"],)],
     }
+
+
+def heldout_finding(
+    text: Mapping[str, Mapping[str, Any]],
+    ref_logprob: Mapping[str, float | None],
+    spreads: dict[str, Spread],
+    steps: int,
+    thresholds: Thresholds = THRESHOLDS,
+) -> Finding | None:
+    """What the held-out completions of the trained policy have lost beside the reference's on the same prompts, by the
+    effect sizes of training; None = nothing.
+
+    text, ref_logprob: of metrics.json, by `checkpoint` (the reference) and `policy`. steps: of the run.
+    """
+    before, after = (
+        {**{name: math.nan if value is None else value for name, value in text[side].items()},
+         "ref_logprob": math.nan if (score := ref_logprob[side]) is None else score}
+        for side in ("checkpoint", "policy")
+    )  # fmt: skip
+
+    def limit(metric: str, side: Literal["above", "below"], threshold: float) -> Limit:
+        untouched = Spread(before.get(metric, math.nan), math.nan, 1, 1)
+        worse = threshold > untouched.mean if side == "above" else threshold < untouched.mean
+        return Limit(metric, side, threshold if worse else math.nan, untouched)
+
+    def towards_shuffled(metric: str, shuffled: str, side: Literal["above", "below"], share: float) -> Limit:
+        if metric not in spreads or shuffled not in spreads:
+            return limit(metric, side, math.nan)
+        return limit(
+            metric, side, before.get(metric, math.nan) + share * (spreads[shuffled].mean - spreads[metric].mean)
+        )
+
+    signs = [
+        (limit("empty_share", "above", thresholds.empty),),
+        (limit("repeated_3grams", "above", thresholds.repeated),),
+        (limit("distinct_completions", "below", thresholds.distinct * before.get("distinct_completions", math.nan)),),
+        (limit("ref_logprob", "below", before["ref_logprob"] - thresholds.unlikely),),
+        (towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.broken),),
+        (
+            towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
+            towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
+        ),
+    ]
+    row = {limit.metric: after.get(limit.metric, math.nan) for limits in signs for limit in limits}
+    passed = dict.fromkeys(limit for limits in signs if all(limit.passed(row) for limit in limits) for limit in limits)
+    last = steps - 1
+    found = tuple(Evidence(limit, last, row[limit.metric]) for limit in passed)
+    return Finding("heldout", last, last, found) if found and steps else None
 
 
 def not_passed(limit: Limit) -> Limit:

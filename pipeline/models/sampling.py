@@ -39,6 +39,11 @@ class Rollout:
         """[N, T] True = up to and including the first end. From lengths, never from ids: EOS is also the filler."""
         return torch.arange(self.completions.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
+    def text_mask(self, eos: Sequence[int]) -> Tensor:
+        """[N, T] True = a token of the text: `completion_mask` without the end-of-text token, one of `eos`."""
+        text = self.lengths - self.ended(eos).long()
+        return torch.arange(self.completions.shape[1], device=self.lengths.device) < text[:, None]
+
     def take(self, rows: Tensor) -> "Rollout":
         """The completions at these indices [n]."""
         return Rollout(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})

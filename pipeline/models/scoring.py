@@ -135,13 +135,6 @@ def score_microbatched(
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def score_rollout(
-    model: PreTrainedModel, rollout: Rollout, micro_batch: int, temperature: float = 1.0, packing: bool = True
-) -> Tensor:
-    """Log-probabilities [N, T] of a rollout under another model, such as the reference. No gradient."""
-    return score_microbatched(model, rollout, micro_batch, temperature, packing).logprobs
-
-
 def _truncated(logits: Tensor, positions: Tensor, tokens: Tensor, sampling_params: SamplingParams) -> Tensor:
     """[K] log-probabilities under what the sampler drew from, by logits [M, V]; each token itself is kept."""
     scaled = upcast(logits)[positions] / sampling_params.temperature

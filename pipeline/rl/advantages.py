@@ -6,10 +6,22 @@ B prompts, G samples a prompt; rewards are [B, G]. A baseline is one function (r
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+
+def reward_scale(calibration: Sequence[Mapping[str, float]]) -> float:
+    """What `scale_rewards: calibration` divides rewards by: s, their spread within a prompt before training.
+
+    s^2 = mean over the calibration batches of reward_std_within^2, which is the mean variance of a prompt's rewards.
+    s is a constant of the run, so the objective is E[R] / s - kl_coef * KL: the same for R and for a R + c, a > 0.
+    1 where no prompt's rewards differ, or where they overflow.
+    """
+    # products, not powers: Python's ** raises where floats overflow
+    variance = sum(row["reward_std_within"] * row["reward_std_within"] for row in calibration) / len(calibration)
+    return math.sqrt(variance) if variance > 0 and math.isfinite(variance) else 1.0
 
 
 def no_baseline(rewards: Tensor, outside: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.models.scoring import Scores, score_microbatched
 from pipeline.models.tokenization import encode_prompt
 from pipeline.rl.context import TrainContext
+from pipeline.rl.metrics import text_cost
 
 PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
 
@@ -96,6 +97,16 @@ def rollout_metrics(rollout: Rollout, context: TrainContext) -> dict[str, float]
         "completion_tokens": rollout.lengths.double().mean().item(),
         "ended_share": rollout.ended(eos).double().mean().item(),
     }
+
+
+def text_costs(
+    rollout: Rollout, scores: Scores, context: TrainContext, texts: list[str] | None = None
+) -> dict[str, float]:
+    """What completions cost the model that scored them. texts: whose bytes count, the completions' own if None."""
+    eos = context.eos
+    if texts is None:
+        texts = completion_texts(rollout, context.tokenizer, "strip", 1, eos)
+    return text_cost(scores.logprobs, scores.entropy, rollout.text_mask(eos), texts)
 
 
 def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:

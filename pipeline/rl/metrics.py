@@ -7,6 +7,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -22,7 +24,7 @@ class Metric(NamedTuple):
     @property
     def title(self) -> str:
         """The label, with the unit where the label does not imply it."""
-        shown = self.unit.startswith(("nats", "tokens"))
+        shown = self.unit.startswith(("nats", "tokens", "bits"))
         return f"{self.label}, {self.unit.replace(' per ', ' a ')}" if shown else self.label
 
 
@@ -37,11 +39,11 @@ METRICS = {metric.name: metric for metric in (
         "how much the prompts differ in reward, standard deviation of their means"),
     Metric("baseline", "reward units", "baseline",
         "mean of what is subtracted from each reward, so that a completion is compared with others"),
-    Metric("advantage_std", "reward units (1 where advantages are normalised)", "spread of the advantages",
-        "standard deviation of the advantages, reward minus baseline, normalised where the recipe says so"),
+    Metric("advantage_std", "scaled reward units (1 where advantages are normalised)", "spread of the advantages",
+        "standard deviation of the advantages, reward minus baseline, scaled and normalised where the recipe says so"),
     Metric("zero_spread_share", "share", "prompts whose samples all have the same reward",
         "share of prompts whose completions all have the same reward", calibrated=True),
-    Metric("loss", "reward units · nats", "loss", "the loss that was differentiated, see docs/THEORY.md"),
+    Metric("loss", "scaled reward units · nats", "loss", "the loss that was differentiated, see docs/THEORY.md"),
     Metric("entropy", "nats per token", "entropy of the policy",
         "how undecided the policy is about the next token, mean over tokens, 0 being certain", calibrated=True),
     Metric("ref_kl_k1", "nats per token", "KL to the reference (k1)",
@@ -54,6 +56,12 @@ METRICS = {metric.name: metric for metric in (
         "KL divergence of the policy from the reference model, of whole completions"),
     Metric("ref_logprob", "nats per token", "logprob by the reference",
         "how likely the reference model finds what the policy said, mean log-probability a token", calibrated=True),
+    Metric("ref_bits_per_byte", "bits per byte", "bits a byte by the reference",
+        "bits that the reference model needs for a byte of the texts, however they are cut into tokens",
+        calibrated=True),
+    Metric("ref_typicality", "nats per token", "typicality by the reference",
+        "log-probability of a token by the reference model plus its entropy there, mean over the texts' tokens, "
+        "0 where they surprise it as it expects", calibrated=True),
     Metric("policy_logprob", "nats per token", "logprob by the policy",
         "how likely the policy finds what it said, mean log-probability a token"),
     Metric("certain_run", "tokens", "longest certain run",
@@ -62,7 +70,7 @@ METRICS = {metric.name: metric for metric in (
         "largest difference of a token's log-probability between sampling and the loss"),
     Metric("truncation_gap", "nats", "largest |sampled − full softmax| logprob",
         "largest difference of a token's log-probability that top-k and top-p alone make"),
-    Metric("grad_norm", "reward units · nats per unit of parameter", "gradient norm before clipping",
+    Metric("grad_norm", "scaled reward units · nats per unit of parameter", "gradient norm before clipping",
         "L2 norm of the gradient over all parameters, before clipping"),
     Metric("grad_snr", "ratio", "signal over noise of the gradient", "signal over noise of the batch's gradient"),
     Metric("update_kl", "nats per token", "change by one update",
@@ -72,7 +80,7 @@ METRICS = {metric.name: metric for metric in (
     Metric("relative_update", "ratio", "change of the weights by one update, relative",
         "size of the weights' change in the batch's first update, relative to their own"),
     Metric("lr", "per step", "learning rate", "learning rate of this update, after warm-up and decay"),
-    Metric("kl_coef", "reward units per nat", "factor of the KL term",
+    Metric("kl_coef", "scaled reward units per nat", "factor of the KL term",
         "factor on the KL term in this step; moves only where the recipe has a kl_target"),
     Metric("clip_share", "share", "tokens whose importance ratio was clipped",
         "share of the tokens in the loss whose importance ratio was clipped, in the batch's last update"),
@@ -99,7 +107,11 @@ METRICS = {metric.name: metric for metric in (
         "share of the completions' log-probabilities that are not finite"),
 )}  # fmt: skip
 HISTORY_COLUMNS = tuple(METRICS)
-CALIBRATION_COLUMNS = ("batch", *(metric.name for metric in METRICS.values() if metric.calibrated))
+# of the same completions with their tokens shuffled: what text that has fallen apart costs this reference
+SHUFFLED = {"ref_bits_per_byte": "shuffled_bits_per_byte", "ref_typicality": "shuffled_typicality"}
+CALIBRATION_COLUMNS = (
+    "batch", *(metric.name for metric in METRICS.values() if metric.calibrated), *SHUFFLED.values(),
+)  # fmt: skip
 CERTAIN = math.log(0.99)  # a token above this log-probability is near-certain
 
 
@@ -155,6 +167,21 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, grou
         "ref_kl_k3": k3[mask].mean().item(),
         "ref_kl_sequence": log_ratio.masked_fill(~mask, 0).sum(1).mean().item(),
         "ref_logprob": ref_logprobs[mask].mean().item(),
+    }
+
+
+def text_cost(logprobs: Tensor, entropy: Tensor, mask: Tensor, texts: Sequence[str]) -> dict[str, float]:
+    """What texts cost the model that gave logprobs and entropy, [n, T] in nats; mask: True = a token of the text.
+
+    ref_bits_per_byte: -sum log2 p over all tokens / UTF-8 bytes of all texts, the unit of language modelling: unlike
+    the mean over tokens it does not fall where a text is cut into more and shorter tokens. ref_typicality: mean over
+    tokens of log p + H (Meister et al., arXiv 2202.00666). Empty texts add nothing to either; NaN where all are.
+    """
+    size = sum(len(text.encode()) for text in texts)
+    nats = -logprobs[mask].double().sum().item()
+    return {
+        "ref_bits_per_byte": nats / math.log(2) / size if size else math.nan,
+        "ref_typicality": (logprobs + entropy)[mask].double().mean().item(),
     }
 
 

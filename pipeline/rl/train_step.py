@@ -5,8 +5,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import Params, SamplingParams
-from pipeline.rl.advantages import BASELINES, adapted_kl_coef, advantages, next_running_mean, with_kl_penalty
-from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, sample_records, score_batch
+from pipeline.rl.advantages import (
+    BASELINES,
+    adapted_kl_coef,
+    advantages,
+    next_running_mean,
+    reward_scale,
+    with_kl_penalty,
+)
+from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, sample_records, score_batch, text_costs
 from pipeline.rl.context import TrainContext, sync_rollout_model
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.metrics import (
@@ -40,25 +47,28 @@ def train_step(
     mask = rollout.completion_mask
     watch.lap("sample")
 
-    # rewards: r(x, y)
+    # rewards: r(x, y), and in units of their spread before training
     completions, rewards = reward_batch(prompts, rollout, context)
+    scale = reward_scale(state.calibration) if recipe.scale_rewards == "calibration" else 1.0
+    scaled_rewards = rewards / scale
     watch.lap("reward")
 
     # reference logprobs: log pi_ref(y | x), of all completions for a KL term, else of some, to measure the distance
     probe_rows = draw_probe_rows(params, step, context.device)
     ref_rows = probe_rows if recipe.kl == "none" else torch.arange(len(mask), device=context.device)
     with context.reference() as reference:
-        ref_logprobs = score_batch(reference, rollout.take(ref_rows), context).logprobs
+        ref_scores = score_batch(reference, rollout.take(ref_rows), context)
+    ref_logprobs = ref_scores.logprobs
 
     # KL penalty in the reward: r - kl_coef * (log pi(y | x) - log pi_ref(y | x))
     kl_coef = recipe.kl_coef if state.kl_coef is None else state.kl_coef
     policy_logprobs = rollout.sampler_logprobs if recipe.loss_distribution == "sampler" else rollout.logprobs
-    rewards_with_kl = rewards
+    rewards_with_kl = scaled_rewards
     if recipe.kl == "reward_k1":
-        rewards_with_kl = with_kl_penalty(rewards, policy_logprobs, ref_logprobs, mask, kl_coef)
+        rewards_with_kl = with_kl_penalty(scaled_rewards, policy_logprobs, ref_logprobs, mask, kl_coef)
 
     # baseline b and advantages: A = r - b
-    inputs = baseline_inputs(state, context, prompts, kl_coef)
+    inputs = baseline_inputs(state, context, prompts, kl_coef, scale)
     baseline = BASELINES[recipe.baseline](rewards_with_kl, inputs)
     advantage = advantages(rewards_with_kl, baseline, recipe.advantage_norm)
     watch.lap("reference")
@@ -93,11 +103,12 @@ def train_step(
     after = score_batch(context.rollout_model, rollout.take(probe_rows), context).logprobs
     watch.lap("rescore")
     metrics = {
-        **reward_metrics(rewards, baseline, advantage),
+        **reward_metrics(rewards, baseline * scale, advantage),
         **policy_metrics(gradient.logprobs, gradient.entropy, mask),
         **reference_metrics(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows], group_size),
         **update_metrics(gradient.logprobs[probe_rows], after, mask[probe_rows], group_size),
         **rollout_metrics(rollout, context),
+        **text_costs(rollout.take(ref_rows), ref_scores, context),
         "nonfinite_logprobs": nonfinite_share(gradient.logprobs[mask], after[mask[probe_rows]]),
         **updated, "step": step, "loss": gradient.loss, "grad_snr": gradient.snr, "lr": lr, "kl_coef": kl_coef,
         "logprob_gap": largest_gap(rollout.sampler_logprobs, gradient.loss_logprobs, mask),
@@ -117,9 +128,11 @@ def train_step(
     state.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
 
 
-def baseline_inputs(state: TrainState, context: TrainContext, prompts: list[str], kl_coef: float) -> Tensor | None:
-    """What the recipe's baseline needs beyond the batch's own rewards, for prompts [B]: the running mean of earlier
-    rewards, or the rewards [B] of a greedy completion of each prompt."""
+def baseline_inputs(
+    state: TrainState, context: TrainContext, prompts: list[str], kl_coef: float, scale: float
+) -> Tensor | None:
+    """What the recipe's baseline needs beyond the batch's own rewards, for prompts [B], in units of `scale`: the
+    running mean of earlier rewards, or the rewards [B] of a greedy completion of each prompt."""
     recipe = context.params.selected_recipe
     if recipe.baseline == "running" and state.running_mean is not None:
         return torch.tensor(state.running_mean, dtype=torch.float64, device=context.device)
@@ -129,7 +142,7 @@ def baseline_inputs(state: TrainState, context: TrainContext, prompts: list[str]
     rollout = sample_batch(
         prompts, context, context.rollout_model, uniforms, SamplingParams(recipe.temperature, top_k=1)
     )
-    rewards = reward_batch(prompts, rollout, context)[1]  # [B, 1]
+    rewards = reward_batch(prompts, rollout, context)[1] / scale  # [B, 1]
     if recipe.kl == "reward_k1":  # the samples are penalised: without it, the penalty would stay in every advantage
         with context.reference() as reference:
             ref_logprobs = score_batch(reference, rollout, context).logprobs

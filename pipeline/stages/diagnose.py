@@ -10,7 +10,7 @@ from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import headline, summary
 from pipeline.diagnosis.text import repeated_ngrams
-from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings
+from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings, heldout_finding
 from pipeline.errors import run_stage
 from pipeline.file_io import finite_or_none, flatten, sha256, write_json
 from pipeline.paths import RUN_FILES
@@ -18,18 +18,20 @@ from pipeline.runs.consistency import raise_if_mixed
 from pipeline.runs.results import read_result
 
 SHOWN = 3  # completions a finding
+ENOUGH = 30  # held-out completions to judge their texts by
 
 
 def main() -> None:
-    """Raises UserError if a file of the stage `train` is missing, malformed, or of another run."""
+    """Raises UserError if a file of `train` or `evaluate` is missing, malformed, or of another run."""
     params = load_params()
     rows, calibration, samples, healthy = map(
         read_result, (RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy)
     )
     run, _ = map(read_result, (RUN_FILES.run, RUN_FILES.summary))
-    raise_if_mixed("train")
+    evaluation, completions, _ = map(read_result, (RUN_FILES.metrics, RUN_FILES.completions, RUN_FILES.measured))
+    raise_if_mixed("train", "evaluate")
     chosen = run["params"] | flatten({"evaluate": params.evaluate.model_dump()})
-    diagnosis = diagnose(params, rows, calibration, samples, chosen)
+    diagnosis = diagnose(params, rows, calibration, samples, chosen, evaluation if len(completions) >= ENOUGH else None)
     diagnosis |= {"healthy_step": healthy["step"], "history": sha256(RUN_FILES.history)}
     write_json(RUN_FILES.diagnosis, diagnosis)
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
@@ -43,11 +45,17 @@ def diagnose(
     calibration: list[dict[str, float]],
     samples: list[dict[str, Any]],
     chosen: dict[str, Any],
+    evaluation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of diagnosis.json, without the step of the healthy policy and the digest of the history. chosen:
-    every value of the run, which the command of the cure gives again."""
+    every value of the run, which the command of the cure gives again. evaluation: metrics.json; the run is healthy only
+    if training and held-out completions are; None = too few of these to tell."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
-    found = findings(rows, spreads, params.train.steps)
+    found, heldout = findings(rows, spreads, params.train.steps), None
+    if evaluation is not None:
+        heldout = heldout_finding(evaluation["text"], evaluation["ref_logprob_per_token"], spreads, len(rows))
+    if heldout and not found:
+        found = [heldout]
     summaries = [summary(finding, rows, spreads) for finding in found]
     cures = {finding.kind: cure(finding, params, spreads) for finding in found}
     changes: dict[str, Any] = {}
@@ -56,7 +64,7 @@ def diagnose(
     return {
         "verdict": found[0].kind if found else "healthy",
         "onset": found[0].onset if found else None,
-        "headline": headline(found, summaries, len(rows)),
+        "headline": headline(found, summaries, len(rows), evaluation is not None and heldout is None),
         "steps": len(rows),
         "findings": [
             report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)

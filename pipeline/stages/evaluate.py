@@ -20,11 +20,12 @@ from pipeline.file_io import finite_or_none, folder_digests, read_jsonl, sha256,
 from pipeline.models.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
 from pipeline.models.rollout import completion_limits, completion_texts, completion_tokens, longest_sequence
 from pipeline.models.sampling import Rollout, pad_prompts, sample
-from pipeline.models.scoring import score_rollout
+from pipeline.models.scoring import score_microbatched
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, POLICY, RUN_FILES
 from pipeline.rewards.build import build_reward
+from pipeline.rl.metrics import text_cost
 from pipeline.rl.seeding import draw_uniforms, generator
 from pipeline.runs.progress import progress
 
@@ -138,23 +139,30 @@ def measure(
     eos: tuple[int, ...],
     packing: bool,
 ) -> tuple[list[str], dict[str, float | None], float]:
-    """Texts [B * G] as the reward reads them, their statistics, and their mean log-probability per token under the
-    reference model, in nats."""
+    """Texts [B * G] as the reward reads them, their statistics, what they cost the reference model among these, and
+    their mean log-probability per token under it, in nats."""
     recipe, group = params.selected_recipe, params.evaluate.samples_per_prompt
     texts: list[str] = []
     plain: list[str] = []  # without special tokens
     tokens: list[list[int]] = []
     nats, counted, ended = 0.0, 0, 0
+    logprobs: list[Tensor] = []  # of the tokens of the texts
+    entropy: list[Tensor] = []
     for rollout in rollouts:
         texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group, eos)
         plain += completion_texts(rollout, tokenizer, "strip", group, eos)
         tokens += completion_tokens(rollout, eos)
-        ref_logprobs = score_rollout(reference, rollout, params.train.micro_batch, recipe.temperature, packing)
-        nats += ref_logprobs[rollout.completion_mask].double().sum().item()
+        scores = score_microbatched(reference, rollout, params.train.micro_batch, recipe.temperature, packing)
+        nats += scores.logprobs[rollout.completion_mask].double().sum().item()
+        text = rollout.text_mask(eos)
+        logprobs.append(scores.logprobs[text])
+        entropy.append(scores.entropy[text])
         counted += int(rollout.lengths.sum())
         ended += int(rollout.ended(eos).sum())
     statistics: dict[str, float] = text_statistics(plain, tokens, group)
     statistics |= {"completion_tokens": counted / len(texts), "ended_share": ended / len(texts)}
+    cost = torch.cat(logprobs), torch.cat(entropy)
+    statistics |= text_cost(*cost, torch.ones_like(cost[0], dtype=torch.bool), plain)
     return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
 
 
