@@ -131,8 +131,9 @@ def test_false_alarms_are_as_rare_as_promised(monkeypatch: pytest.MonkeyPatch) -
     learning may pass any limit. At least a tenth do: Bonferroni's inequality gives little away."""
     monkeypatch.setattr(verdict, "FALSE_ALARMS", 0.2)
     only_chance = replace(
-        THRESHOLDS, patience=1, empty=0, repeated=0, distinct=1, entropy=1, unlikely=0, reward=1e-9, certain=9
-    )
+        THRESHOLDS, patience=1, empty=0, repeated=0, distinct=1, entropy=1, unlikely=0, broken=0, costly=0, atypical=0,
+        reward=1e-9, certain=9,
+    )  # fmt: skip
     draw, runs, alarms = random.Random(3), 1000, 0
     for _ in range(runs):
         spreads = null_statistics([batch(draw) for _ in range(8)], PROMPTS)
