@@ -24,7 +24,9 @@ TITLES: dict[Kind, str] = {
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
 LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
-COMPARISONS = 8  # limits that chance could pass, a step; a rise of the reward alarms only beside another
+# limits that chance could pass, a step: a rise of the reward alarms only beside another, and where either sign by the
+# byte is passed, the lower limit of the two is
+COMPARISONS = 7
 
 
 @dataclass(frozen=True)
