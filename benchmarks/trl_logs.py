@@ -18,7 +18,7 @@ from pipeline.file_io import read_jsonl, write_jsonl, write_text
 
 LOGS = Path("tests/logs")
 STEPS, PROMPTS, SAMPLES, TOKENS = 24, 6, 8, 20
-KEPT = 16  # completions a step
+KEPT = 12  # completions a step
 
 
 class Plan(NamedTuple):

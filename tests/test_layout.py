@@ -27,7 +27,9 @@ from tests.project import ROOT, copy_checkout
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
 STAGES = {f"pipeline.stages.{name}" for name in DVC}
-COMMANDS = {f"pipeline.commands.{name}" for name in ("compare", "cure", "export", "generate", "sweep", "ui", "verify")}
+COMMANDS = {f"pipeline.commands.{name}" for name in (
+    "compare", "cure", "diagnose", "export", "generate", "sweep", "ui", "verify",
+)}  # fmt: skip
 CORE = ("pipeline.models", "pipeline.rl", "pipeline.diagnosis")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

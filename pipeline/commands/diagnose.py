@@ -23,10 +23,9 @@ from pipeline.tracking.logged_run import read_run
 from pipeline.tracking.summaries import readable
 
 MLFLOW = "mlflow:"
-# ours -> the column that it is estimated from, and how
-ESTIMATED = {
-    "empty_share": ("cut_off_share", "at least, from the mean length and the share that was cut off"),
-    "ref_logprob": ("token_kl", "from entropy and kl, for one temperature of 1"),
+ESTIMATED = {  # where it is not logged itself
+    "empty_share": "at least, from the mean length and the share that was cut off",
+    "ref_logprob": "from entropy and kl",
 }
 
 
@@ -44,7 +43,7 @@ def main(options: argparse.Namespace) -> None:
     if first and not 2 <= first < len(rows):
         raise UserError(f"--first {first}: should be 2 to {len(rows) - 1}, as the log has {len(rows)} rows; 0 is none")
     judged = judge(rows, calibration, first)
-    content = report(judged)
+    content = report(judged, table)
     print(to_json(content) if options.json else text(content), end="")
 
 
@@ -84,7 +83,7 @@ def add_completions(table: Table, place: Path) -> None:
 # --- what it says
 
 
-def report(judged: Judgement) -> dict[str, Any]:
+def report(judged: Judgement, table: Table) -> dict[str, Any]:
     """The content of `--json`. Steps are the log's."""
     rows, found, made = judged.rows, judged.found, [check for check in judged.checks if not check.lacks]
     compared = f"in the first {judged.first} rows" if judged.first else REFERENCE
@@ -100,7 +99,7 @@ def report(judged: Judgement) -> dict[str, Any]:
         "onset": step(rows, found[0].onset) if found else None,
         "headline": said,
         "rows": len(rows), "first_step": step(rows, 0), "last_step": step(rows, -1),
-        "compared_with": compared,
+        "compared_with": compared if judged.spreads else "",
         "findings": [
             {
                 "kind": finding.kind, "title": TITLES[finding.kind], "onset": step(rows, finding.onset),
@@ -115,14 +114,13 @@ def report(judged: Judgement) -> dict[str, Any]:
         "advice": list(dict.fromkeys(ADVICE[finding.kind] for finding in root_causes(found))),
         "made": by_kind(made, lambda check: ", ".join(check.metrics)),
         "not_made": by_kind([check for check in judged.checks if check.lacks], lambda check: ", ".join(check.lacks)),
-        "estimated": {name: how for name, (column, how) in ESTIMATED.items() if estimates(rows, name, column)},
+        "estimated": {name: ESTIMATED[name] for name in estimated(rows, table)},
     }  # fmt: skip
 
 
-def estimates(rows: list[dict[str, float]], name: str, column: str) -> bool:
-    return column in rows[0] and any(
-        math.isfinite(row[name]) and math.isfinite(row.get(column, math.nan)) for row in rows
-    )
+def estimated(rows: list[dict[str, float]], table: Table) -> list[str]:
+    return [name for name in ESTIMATED if any(math.isfinite(row[name]) for row in rows)
+        and not any(name in logged for logged in table)]  # fmt: skip
 
 
 def step(rows: list[dict[str, float]], place: int) -> int:
@@ -143,7 +141,7 @@ def text(content: dict[str, Any]) -> str:
     lines += [f"to try: {advice}" for advice in content["advice"]]
     compared = content["compared_with"].removeprefix("in ").removeprefix("for ")
     lines += ["", f"read: {content['rows']} rows, steps {content['first_step']} to {content['last_step']}"]
-    lines += [f"compared with: {compared}"]
+    lines += [f"compared with: {compared or 'nothing, the log is too short'}"]
     lines += [f"estimated: {name}, {how}" for name, how in content["estimated"].items()]
     lines += [f"made: {kind} ({'; '.join(metrics)})" for kind, metrics in made.items()]
     for kind, lacks in not_made.items():

@@ -25,7 +25,8 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread], c
         return spreads[metric].mean if metric in spreads else math.nan
 
     def share(metric: str) -> str:
-        return f"{row[metric]:.0%} at step {step}, {before(metric):.0%} {compared}"
+        beside = f", {before(metric):.0%} {compared}" if metric in spreads else ""
+        return f"{row[metric]:.0%} at step {step}{beside}"
 
     reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} {compared}"
     match finding.kind:

@@ -108,9 +108,11 @@ def history_rows(table: Sequence[Mapping[str, float | None]], history: Collectio
     rows, broken = [], False
     for logged in table:
         broken |= has_nonfinite(logged)
-        if sampled and not any(is_finite(logged.get(name)) for name in sampled):
+        if not any(is_finite(logged.get(name)) for name in sampled or logged.keys() - {"step"}):
             continue
-        row = dict.fromkeys(history, math.nan) | {name: value for name, value in logged.items() if value is not None}
+        row = dict.fromkeys((*history, *NAMES), math.nan) | {
+            name: value for name, value in logged.items() if value is not None
+        }
         if watched and logged.get("nonfinite") is None:
             row["nonfinite"] = float(broken)
         rows.append(row | derived(row))
@@ -128,10 +130,10 @@ def derived(row: Row) -> dict[str, float]:
     completion of one token that was not cut off is an EOS alone.
     """
     more = {}
-    if math.isnan(row["ref_logprob"]) and "token_kl" in row:
+    if math.isnan(row["ref_logprob"]):
         more["ref_logprob"] = -(row["entropy"] + row["token_kl"])
-    if math.isnan(row["empty_share"]) and "cut_off_share" in row:
-        more["empty_share"] = max(0.0, 2 - row["completion_tokens"] - row["cut_off_share"])
+    if math.isnan(row["empty_share"]) and math.isfinite(bound := 2 - row["completion_tokens"] - row["cut_off_share"]):
+        more["empty_share"] = max(0.0, bound)
     return more
 
 
