@@ -5,6 +5,7 @@ Nothing else is imported before the arguments are known, so that `reinforce --he
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NoReturn
 from pipeline.errors import UserError, run_stage
 
 ROOT_FILES = ("params.yaml", "dvc.yaml", "pipeline/__init__.py", "pipeline/__main__.py")  # what a project's root holds
+OF_A_LOG = ("completions", "calibration", "first", "json")  # options of `diagnose` that need one
 
 
 def main() -> None:
@@ -30,7 +32,11 @@ def run() -> None:
         import shtab
 
         print(shtab.complete(parser, options.shell))
+    elif options.command == "diagnose" and options.log is not None:
+        diagnose_log(options)
     else:
+        if options.command == "diagnose" and (given := [f"--{name}" for name in OF_A_LOG if getattr(options, name)]):
+            raise UserError(f"{given[0]} goes with a LOG; see `reinforce diagnose --help`")
         enter_project()
         run_command(options)
 
@@ -79,6 +85,19 @@ def run_command(options: argparse.Namespace) -> None:
             from pipeline.commands import ui
 
             ui.main(options)
+
+
+def diagnose_log(options: argparse.Namespace) -> None:
+    """Anybody's log, wherever it lies, without a project too. MLflow's store is that of the project around us."""
+    from pipeline.commands import diagnose
+
+    if options.log.startswith(diagnose.MLFLOW):
+        for name in ("completions", "calibration"):
+            path = getattr(options, name)
+            setattr(options, name, path and path.absolute())
+        with contextlib.suppress(UserError):
+            os.chdir(find_root(Path.cwd()))
+    diagnose.main(options)
 
 
 # --- the project
@@ -166,12 +185,34 @@ def build_parser() -> Parser:
         "Runs it as an experiment in a folder of its own. Writes both runs side by side to reports/cure.html.",
         "reinforce cure",
     )
-    add(
+    diagnose = add(
         "diagnose",
-        "print the run's verdict again and write reports/diagnosis.json",
-        "Reads the files that training left in reports/train/: whether, how and from which step the run collapsed.",
+        "print the run's verdict again, or that of a log of any trainer",
+        "Without LOG, reads what training left in reports/train/ and writes reports/diagnosis.json. With LOG, prints\n"
+        "whether, how and from which step that run collapsed, and which checks the log does not allow; writes nothing.",
         "reinforce diagnose",
+        "reinforce diagnose output/trainer_state.json --completions output/completions",
+        "reinforce diagnose mlflow:0f3a9c",
     )
+    diagnose.add_argument(
+        "log",
+        nargs="?",
+        metavar="LOG",
+        help="trl's trainer_state.json, a CSV or JSONL file of metrics, or mlflow:RUN_ID",
+    )
+    diagnose.add_argument(
+        "--completions",
+        type=Path,
+        metavar="FILE",
+        help="of LOG's steps: JSONL, CSV or Parquet, or trl's folder of them",
+    )
+    diagnose.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="a calibration.csv, batches without learning, to compare with"
+    )
+    diagnose.add_argument(
+        "--first", type=int, metavar="ROWS", help="without one, rows at the log's start to compare with (3 to 8)"
+    )
+    diagnose.add_argument("--json", action="store_true", help="print everything as JSON")
     export = add(
         "export",
         "write the trained policy as a model that needs nothing of this project",

@@ -27,7 +27,9 @@ from tests.project import ROOT, copy_checkout
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
 STAGES = {f"pipeline.stages.{name}" for name in DVC}
-COMMANDS = {f"pipeline.commands.{name}" for name in ("compare", "cure", "export", "generate", "sweep", "ui", "verify")}
+COMMANDS = {f"pipeline.commands.{name}" for name in (
+    "compare", "cure", "diagnose", "export", "generate", "sweep", "ui", "verify",
+)}  # fmt: skip
 CORE = ("pipeline.models", "pipeline.rl", "pipeline.diagnosis")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -282,6 +284,7 @@ NEVER_AT_IMPORT = {"pipeline.stages.train": {"mlflow", "dvc", "datasets", "sente
                    "pipeline.stages.prepare": HEAVY, "pipeline.stages.cache": HEAVY, "pipeline.stages.track": HEAVY,
                    "pipeline.commands.ui": HEAVY,
                    "pipeline.stages.diagnose": HEAVY, "pipeline.stages.plot": HEAVY - {"pandas", "matplotlib"},
+                   "pipeline.commands.diagnose": HEAVY,
                    "pipeline.commands.cure": HEAVY - {"pandas", "matplotlib"},
                    "pipeline.commands.compare": HEAVY - {"pandas", "matplotlib"},
                    "pipeline.__main__": HEAVY | {"shtab"}, "pipeline.commands.sweep": HEAVY,
@@ -299,12 +302,13 @@ def test_importing_loads_no_more_than_it_needs(module: str) -> None:
     assert {name for name in loaded if inside(name, ["pipeline"])} <= reached(module)
 
 
+READS_MLFLOW = {"pipeline.stages.track", *(f"pipeline.commands.{name}" for name in ("compare", "diagnose", "ui"))}
+
+
 def test_only_what_shows_or_reads_its_record_can_reach_mlflow() -> None:
     for stage in sorted(STAGES | COMMANDS):
         reaches = any(inside(name, ["mlflow"]) for module in reached(stage) for name in imported(syntax(module)))
-        assert reaches == (stage in ("pipeline.stages.track", "pipeline.commands.compare", "pipeline.commands.ui")), (
-            stage
-        )
+        assert reaches == (stage in READS_MLFLOW), stage
 
 
 # These never load torch, neither on import nor when they run: nothing that they reach imports it.

@@ -2,32 +2,42 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.diagnosis.calibration import Row, Spread
-from pipeline.diagnosis.verdict import THRESHOLDS, Finding
+from pipeline.diagnosis.verdict import THRESHOLDS, Evidence, Finding
+from pipeline.file_io import finite_or_none
+
+REFERENCE = "for the reference"
 
 OF_TEXT = ("hacking", "empty", "repetition", "gibberish", "mode")  # kinds that held-out completions would show
 
 
-def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -> str:
-    """One sentence: what happened, with the numbers of the step that shows it beside the reference's."""
-    row, step = rows[finding.shown_at], finding.shown_at
-    since = f"From step {finding.onset} on" if step == len(rows) - 1 else f"From step {finding.onset} to step {step}"
+def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread], compared: str = REFERENCE) -> str:
+    """One sentence: what happened, with the numbers of the step that shows it beside those it is compared with.
+
+    compared: where those are of, `for the reference` or `in the first 8 rows`. Steps are named as the rows name them.
+    """
+    row = rows[finding.shown_at]
+    onset, step = int(rows[finding.onset]["step"]), int(row["step"])
+    since = f"From step {onset} on" if finding.shown_at == len(rows) - 1 else f"From step {onset} to step {step}"
+    own = "its own" if compared == REFERENCE else f"those {compared}"
 
     def before(metric: str) -> float:
         return spreads[metric].mean if metric in spreads else math.nan
 
     def share(metric: str) -> str:
-        return f"{row[metric]:.0%} at step {step}, {before(metric):.0%} for the reference"
+        beside = f", {before(metric):.0%} {compared}" if metric in spreads else ""
+        return f"{row[metric]:.0%} at step {step}{beside}"
 
     bytewise = (
-        f"{row['ref_bits_per_byte']:.1f} bits a byte at step {step}, {before('ref_bits_per_byte'):.1f} for its own, "
+        f"{row['ref_bits_per_byte']:.1f} bits a byte at step {step}, {before('ref_bits_per_byte'):.1f} for {own}, "
         f"{before('shuffled_bits_per_byte'):.1f} with their tokens shuffled"
     )
-    reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} for the reference"
+    reward = f"{row['reward_mean']:.4g} at step {step}, {before('reward_mean'):.4g} {compared}"
     match finding.kind:
         case "numeric":
-            return f"At step {finding.onset} the loss, the gradient or a log-probability is not a finite number."
+            return f"At step {onset} the loss, the gradient or a log-probability is not a finite number."
         case "misaligned":
             return (
                 f"Before the first update the loss scores tokens up to {row['logprob_gap']:.1f} nats away from the "
@@ -43,7 +53,7 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
                 "empty_share": f"{row['empty_share']:.0%} are empty",
                 "repeated_3grams": f"{row['repeated_3grams']:.0%} of their 3-grams are repeats",
                 "ref_logprob": "the reference model finds them "
-                f"{before('ref_logprob') - row['ref_logprob']:.1f} nats a token less likely than its own",
+                f"{before('ref_logprob') - row['ref_logprob']:.1f} nats a token less likely than {own}",
                 "ref_bits_per_byte": f"they cost the reference model {bytewise}",
             }
             said = " and ".join(text for metric, text in broken.items() if finding.passes(metric))
@@ -53,14 +63,14 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
         case "repetition":
             return f"{since} completions repeat themselves; repeats among their 3-grams: {share('repeated_3grams')}."
         case "gibberish":
-            by_token = f"{row['ref_logprob']:.1f} nats a token at step {step}, {before('ref_logprob'):.1f} for its own"
+            by_token = f"{row['ref_logprob']:.1f} nats a token at step {step}, {before('ref_logprob'):.1f} for {own}"
             cost = by_token if finding.passes("ref_logprob") else bytewise
             return f"{since} the reference model finds the completions improbable: {cost}."
         case "mode":
             signs = {
                 "distinct_completions": f"different completions: {share('distinct_completions')}",
                 "entropy": f"entropy: {row['entropy']:.2g} nats a token at step {step}, "
-                f"{before('entropy'):.2g} for the reference",
+                f"{before('entropy'):.2g} {compared}",
             }
             said = "; ".join(text for metric, text in signs.items() if finding.passes(metric))
             return f"{since} the policy gives almost the same completion every time; {said}."
@@ -84,8 +94,11 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread]) -
             )
         case "step-size":
             updates = [shown for shown in finding.evidence if shown.limit.metric == "update_kl"]
-            large = "".join(f" The update of step {u.step} moved it by {u.value:.2g} nats a token." for u in updates)
-            return f"{since} the policy earns less than the reference: {reward}.{large}"
+            large = "".join(
+                f" The update of step {rows[u.step]['step']:.0f} moved it by {u.value:.2g} nats a token."
+                for u in updates
+            )
+            return f"{since} the policy earns less than {compared.removeprefix('for ')}: {reward}.{large}"
 
 
 def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, heldout_sound: bool = False) -> str:
@@ -104,3 +117,13 @@ def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, hel
     if heldout_sound and any(finding.kind in OF_TEXT for finding in found):
         texts.append("The held-out completions of the trained policy do not show it.")
     return " ".join(texts)
+
+
+def evidence(shown: Evidence) -> dict[str, Any]:
+    limit, spread = shown.limit, shown.limit.reference
+    return {
+        "metric": limit.metric, "step": shown.step, "value": finite_or_none(shown.value),
+        "untouched": finite_or_none(spread.mean) if spread else None,
+        "spread": finite_or_none(spread.std) if spread else None,
+        "threshold": finite_or_none(limit.threshold), "side": limit.side,
+    }  # fmt: skip

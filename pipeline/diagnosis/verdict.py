@@ -17,6 +17,7 @@ Kind = Literal[
 ORDER: tuple[Kind, ...] = (
     "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size", "heldout",
 )  # fmt: skip
+IN_TRAINING = ORDER[:-1]  # what a history shows
 TITLES: dict[Kind, str] = {
     "numeric": "Numeric failure", "misaligned": "Misaligned objective", "starved": "Starved of signal",
     "hacking": "Reward hacking", "empty": "Empty completions", "repetition": "Repetition", "gibberish": "Gibberish",

@@ -8,11 +8,11 @@ from pipeline.config.overrides import experiment_command
 from pipeline.config.schema import Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
-from pipeline.diagnosis.explanations import headline, summary
+from pipeline.diagnosis.explanations import evidence, headline, summary
 from pipeline.diagnosis.text import repeated_ngrams
-from pipeline.diagnosis.verdict import TITLES, Evidence, Finding, findings, heldout_finding
+from pipeline.diagnosis.verdict import TITLES, Finding, findings, heldout_finding
 from pipeline.errors import run_stage
-from pipeline.file_io import finite_or_none, flatten, sha256, write_json
+from pipeline.file_io import flatten, sha256, write_json
 from pipeline.paths import RUN_FILES
 from pipeline.runs.consistency import raise_if_mixed
 from pipeline.runs.results import read_result
@@ -80,16 +80,6 @@ def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, An
         "evidence": [evidence(shown) for shown in finding.evidence],
         "completions": examples(finding, samples),
         "changes": remedy.changes, "reason": remedy.reason, "source": remedy.source,
-    }  # fmt: skip
-
-
-def evidence(shown: Evidence) -> dict[str, Any]:
-    limit, spread = shown.limit, shown.limit.reference
-    return {
-        "metric": limit.metric, "step": shown.step, "value": finite_or_none(shown.value),
-        "untouched": finite_or_none(spread.mean) if spread else None,
-        "spread": finite_or_none(spread.std) if spread else None,
-        "threshold": finite_or_none(limit.threshold), "side": limit.side,
     }  # fmt: skip
 
 

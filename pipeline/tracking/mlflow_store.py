@@ -145,13 +145,31 @@ def defaults(timeout: int, retries: int) -> None:
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
 
 
+def reading_client() -> "MlflowClient":
+    """A client for who makes nothing in the store, not even a lock beside it."""
+    from mlflow import MlflowClient
+
+    quiet()
+    check_store()
+    uri = store_uri()
+    if path := sqlite_file():
+        _check_database(path)
+    elif re.match("postgresql|mysql|mssql", uri):
+        _check_server(uri)
+    return MlflowClient(tracking_uri=uri)
+
+
+def quiet() -> None:
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their notes on every new table and every retry
+
+
 def open_store() -> "tuple[MlflowClient, str]":
     """A client and the id of our experiment; store and experiment are made where they are missing."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # their notes on every new table and every retry
+    quiet()
     uri, name = store_uri(), experiment_name()
     artifacts = None if uri.startswith("http") else (workspace.root() / "mlartifacts").as_uri()
     check_store()
