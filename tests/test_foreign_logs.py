@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline import __main__ as cli
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.foreign import NAMES, first_rows, history_rows, judge, text_metrics
-from pipeline.diagnosis.verdict import ORDER, findings
+from pipeline.diagnosis.verdict import IN_TRAINING, findings
 from pipeline.errors import UserError
 from pipeline.file_io import read_jsonl, write_csv, write_jsonl
 from pipeline.rl.metrics import CALIBRATION_COLUMNS, HISTORY_COLUMNS
@@ -66,12 +66,12 @@ WITHOUT_KL = {"misaligned", "repetition", "gibberish", "hacking", "mode"}
 @pytest.mark.parametrize(
     ("log", "completions", "verdict", "onset", "lacking"),
     [
-        ("grpo-healthy", True, "healthy", None, {"misaligned"}),
-        ("grpo-healthy", False, "healthy", None, {"misaligned", "repetition", "hacking", "mode"}),
+        ("grpo-healthy", True, "healthy", None, {"misaligned", "gibberish", "hacking"}),
+        ("grpo-healthy", False, "healthy", None, {"misaligned", "gibberish", "repetition", "hacking", "mode"}),
         ("grpo-collapsed", True, "repetition", 8, {"misaligned", "gibberish", "hacking"}),
         ("grpo-collapsed", False, "mode", 8, WITHOUT_KL),
-        ("rloo-healthy", False, "healthy", None, {"misaligned", "repetition", "hacking", "mode"}),
-        ("rloo-collapsed", False, "empty", 9, {"misaligned", "repetition", "hacking", "mode"}),
+        ("rloo-healthy", False, "healthy", None, {"misaligned", "gibberish", "repetition", "hacking", "mode"}),
+        ("rloo-collapsed", False, "empty", 9, {"misaligned", "gibberish", "repetition", "hacking", "mode"}),
     ],
 )
 def test_trl_s_logs(
@@ -93,7 +93,7 @@ def test_a_person_reads_what_was_not_checked(
     assert lines[0].startswith("mode: From step 8 on the policy gives almost the same completion every time; entropy: ")
     assert lines[0].endswith(" in the first 6 rows.")
     assert "compared with: the first 6 rows" in lines
-    assert "not made: gibberish (lacks ref_logprob)" in lines
+    assert "not made: gibberish (lacks ref_logprob, or ref_bits_per_byte)" in lines
     assert "not made in full: mode (lacks distinct_completions)" in lines
     assert lines[-1] == "--completions FILE would tell empty_share, distinct_completions, repeated_3grams"
 
@@ -123,7 +123,7 @@ def test_our_history_with_its_calibration_is_judged_as_the_stage_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, calibration = collapsed(), [{**row, "batch": row["step"]} for row in batches(8, seed=2)]
-    calibration = [{name: row[name] for name in CALIBRATION_COLUMNS} for row in calibration]
+    calibration = [{name: row.get(name, 9.0) for name in CALIBRATION_COLUMNS} for row in calibration]  # shuffled: 9
     write_csv(tmp_path / "history.csv", rows)
     write_csv(tmp_path / "calibration.csv", calibration)
     found = content(monkeypatch, capsys, tmp_path / "history.csv", "--calibration", tmp_path / "calibration.csv")
@@ -141,7 +141,7 @@ def test_the_committed_run_is_healthy_by_all_checks(
     found = content(monkeypatch, capsys, ROOT / "reports/train/history.csv")
     stage = json.loads((ROOT / "reports/diagnosis.json").read_text())
     assert (found["verdict"], found["onset"]) == (stage["verdict"], stage["onset"])
-    assert found["made"].keys() == set(ORDER)
+    assert found["made"].keys() == set(IN_TRAINING)
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -306,7 +306,7 @@ def test_a_short_log_and_one_without_a_check_say_so(
     (tmp_path / "log.csv").write_text("step,reward\n1,2\n2,3\n")
     found = content(monkeypatch, capsys, tmp_path / "log.csv")
     assert (found["verdict"], found["made"]) == ("unknown", {})
-    assert found["not_made"].keys() == set(ORDER)
+    assert found["not_made"].keys() == set(IN_TRAINING)
 
 
 def test_it_needs_no_project(

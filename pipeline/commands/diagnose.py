@@ -113,7 +113,7 @@ def report(judged: Judgement, table: Table) -> dict[str, Any]:
         ],
         "advice": list(dict.fromkeys(ADVICE[finding.kind] for finding in root_causes(found))),
         "made": by_kind(made, lambda check: ", ".join(check.metrics)),
-        "not_made": by_kind([check for check in judged.checks if check.lacks], lambda check: ", ".join(check.lacks)),
+        "not_made": by_kind(lacking(judged.checks), lambda check: ", ".join(check.lacks)),
         "estimated": {name: ESTIMATED[name] for name in estimated(rows, table)},
     }  # fmt: skip
 
@@ -125,6 +125,14 @@ def estimated(rows: list[dict[str, float]], table: Table) -> list[str]:
 
 def step(rows: list[dict[str, float]], place: int) -> int:
     return int(rows[place]["step"])
+
+
+def lacking(checks: list[Check]) -> list[Check]:
+    """Those that were not made, but for what needs more columns than another one of its kind."""
+    lacks = [(check, set(check.lacks)) for check in checks if check.lacks]
+    return [
+        check for check, own in lacks if not any(other.kind == check.kind and less < own for other, less in lacks)
+    ]  # fmt: skip
 
 
 def by_kind(checks: list[Check], say: Callable[[Check], str]) -> dict[str, list[str]]:
