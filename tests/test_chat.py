@@ -51,7 +51,7 @@ def test_ids_are_those_of_apply_chat_template(prompt: str, system: str | None, o
     assert words.decode(ids).endswith("<think></think>" if options == SILENT else "<|im_start|>assistant\n")
 
 
-def test_a_tokenizer_without_a_template_and_a_table_without_it_read_plain_text() -> None:
+def test_without_a_template_a_prompt_is_plain_text() -> None:
     for words, chat in ((chat_tokenizer(None), ChatParams()), (chat_tokenizer(), None)):
         assert encode_prompt(words, "Hi", chat) == words("Hi")["input_ids"]
     assert encode_prompt(tokenizer("<bos> $A <eos>"), "say a word", ChatParams()) == [1, 4, 5, 6]
