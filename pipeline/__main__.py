@@ -224,12 +224,13 @@ def build_parser() -> Parser:
     generate = add(
         "generate",
         "continue prompts with the reference model and with the trained policy",
-        "Each token is the most likely one.",
+        "Each token is the most likely one. A chat model is spoken to as params.yaml says.",
         'reinforce generate "Hi there, how"',
         'reinforce generate --max-tokens 60 "Tell me" "What is"',
     )
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
-    generate.add_argument("--max-tokens", type=int, default=30, help="of prompt and continuation together (30)")
+    count = "of prompt and continuation together (30), without a chat template's own"
+    generate.add_argument("--max-tokens", type=int, default=30, help=count)
 
     sweep = add(
         "sweep",

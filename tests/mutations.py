@@ -23,7 +23,7 @@ from tests.project import CHECKOUT, ROOT, copy_checkout
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
     "verdict", "runtime",
-    "rewards", "large", "verification", "tokenization",
+    "rewards", "large", "verification", "tokenization", "chat", "stop_strings",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -39,6 +39,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("else part / temperature", "else part"),
         ("table[going, t] = values[self.running]", "table[self.present, t] = values"),
         ("lengths[going] = t + 1", "lengths[going] = t"),
+        ("self.tokens[self.present[rows], : t + 1]", "self.tokens[rows, : t + 1]"),
+        ("self.tokens[self.present[rows], : t + 1]", "self.tokens[self.present[rows], t : t + 1]"),
         ("(t + 1 < self.limits[self.present])", "(t < self.limits[self.present])"),
         ("(t + 1 < self.limits[self.present])", "(t + 1 < self.limits[: len(self.present)])"),
         ("(position[found.present] + t)[", "(position[found.present] + t + 1)["),
@@ -101,8 +103,17 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max_tokens - tokens)", "max_tokens - tokens + 1)"),
         ("lengths.view(-1, group).amax(1).repeat_interleave(group)", "lengths * 0 + lengths.amax()"),
         ("row[: length - ended]", "row[:length]"),
-        ('special_tokens == "strip"', 'special_tokens != "strip"'),
-        ("skip_special_tokens=True", "skip_special_tokens=False"),
+        ('special_tokens == "keep"', 'special_tokens != "keep"'),
+        ('skip_special_tokens=special_tokens == "strip"', "skip_special_tokens=False"),
+        ('one.tokens if one.ending == "stop_string" else row', "row"),
+        ("text + completion.rest", "text"),
+        ("None if ended or not stop_strings", "None if not stop_strings"),
+    ]),
+    "models/stop_strings.py": ("stop_strings", [
+        ("return min(", "return max("),
+        ("len(before) <= place", "len(before) < place"),
+        ("reversed(range(len(tokens)))", "range(len(tokens))"),
+        ("text[len(before) : place]", "text[:place]"),
     ]),
     "rl/advantages.py": ("objective", [
         ("/ (group - 1)", "/ group"),
@@ -198,6 +209,9 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max(0, limits[i] - SAMPLED)", "0"),
     ]),
     "models/tokenization.py": ("tokenization", [
+        ("return encode_text(tokenizer, prompt)", 'return list(tokenizer(prompt)["input_ids"])'),
+        ("add_generation_prompt=True, **", "**"),
+        ("tokenizer.apply_chat_template(messages, add", "tokenizer.apply_chat_template(messages[-1:], add"),
         ("return ids[: before + len(text)]", "return ids"),
         ("return ids[: before + len(text)]", "return text"),
         ('whole["special_tokens_mask"].index(0)', "0"),

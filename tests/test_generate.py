@@ -37,7 +37,7 @@ def greedy(ends: list[int]) -> str:
 def said(folder: Path) -> str:
     tokenizer, policy = load_tokenizer(folder), load_policy(folder, torch.device("cpu"))
     ends = end_of_text_ids(folder, tokenizer)
-    return continuation(policy, tokenizer, encode_prompt(tokenizer, PROMPT), ends, MAX_TOKENS)
+    return continuation(policy, tokenizer, encode_prompt(tokenizer, PROMPT, None), ends, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("settings", [

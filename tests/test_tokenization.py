@@ -22,7 +22,7 @@ from tests.word_tokenizer import WORDS, tokenizer, write
     ("<bos> $A", [1]), ("<bos> $A <eos>", [1]), ("<bos> $A <sep>", [1]),
 ])  # fmt: skip
 def test_what_a_tokenizer_appends_is_taken_off(template: str, before: list[int]) -> None:
-    assert encode_prompt(tokenizer(template), "say a word") == [*before, 4, 5, 6]
+    assert encode_prompt(tokenizer(template), "say a word", None) == [*before, 4, 5, 6]
 
 
 @pytest.mark.parametrize("template", ["$A <eos>", "<bos> $A <sep> <eos>"])
@@ -45,28 +45,28 @@ def test_a_tokenizer_loads_and_is_saved_without_what_it_appends(template: str, t
 def test_an_end_that_is_written_out_is_fed_as_it_is_written(template: str, prompt: str, ids: list[int]) -> None:
     """Whichever of a model's ends it is, at whichever place, and whatever the tokenizer adds."""
     before = [WORDS[template.split()[0]]] if template.startswith("<") else []
-    assert encode_prompt(tokenizer(template), prompt) == [*before, *ids]
+    assert encode_prompt(tokenizer(template), prompt, None) == [*before, *ids]
 
 
 @pytest.mark.parametrize("kind", [processors.BertProcessing, processors.RobertaProcessing])
 def test_other_processors_append_as_templates_do(kind: Any) -> None:
     words = tokenizer()
     words.backend_tokenizer.post_processor = kind(("<sep>", 2), ("<bos>", 1))
-    assert encode_prompt(words, "say a word") == [1, 4, 5, 6]
-    assert encode_prompt(words, "<sep>") == [1, 2]
-    assert encode_prompt(words, "say <sep>") == [1, 4, 2]
+    assert encode_prompt(words, "say a word", None) == [1, 4, 5, 6]
+    assert encode_prompt(words, "<sep>", None) == [1, 2]
+    assert encode_prompt(words, "say <sep>", None) == [1, 4, 2]
 
 
 @pytest.mark.parametrize("template", ["", "$A <eos>", "<eos> $A <eos>"])
 def test_characters_that_are_unknown_stay_where_the_unknown_token_is_eos(template: str) -> None:
     words = tokenizer(template, unknown="<eos>")
     before = [0] if template.startswith("<") else []
-    assert encode_prompt(words, "say \u2603") == [*before, 4, 0]
-    assert encode_prompt(words, "\u2603 \u2603") == [*before, 0, 0]
+    assert encode_prompt(words, "say \u2603", None) == [*before, 4, 0]
+    assert encode_prompt(words, "\u2603 \u2603", None) == [*before, 0, 0]
 
 
 def test_what_a_normalizer_puts_into_a_text_is_a_part_of_it() -> None:
-    assert encode_prompt(tokenizer(normalizer=normalizers.Prepend("a ")), "say") == [5, 4]
+    assert encode_prompt(tokenizer(normalizer=normalizers.Prepend("a ")), "say", None) == [5, 4]
 
 
 def subwords(dropout: float | None) -> PreTrainedTokenizerFast:
@@ -101,7 +101,7 @@ def test_a_prompt_beyond_the_vocabulary_is_refused_with_its_text() -> None:
 def test_a_prompt_without_a_token_is_refused_with_its_text(prompt: str) -> None:
     for template in ("", "$A <eos>", "<bos> $A"):
         with pytest.raises(UserError, match=r"prompt '.*': the tokenizer gives it no token"):
-            encode_prompt(tokenizer(template), prompt)
+            encode_prompt(tokenizer(template), prompt, None)
 
 
 def test_every_end_that_a_model_s_files_name_ends_a_text(tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def save_merged(folder: Path) -> None:
     save_policy(PeftModel.from_pretrained(reference, POLICY).merge_and_unload(), load_tokenizer(POLICY), folder)
 
 
+def prompt_code(params: dict[str, Any]) -> str:
+    """Python that makes a prompt of a text as the run did. A tokenizer without a template has none to apply."""
+    if params.get("model.chat_template") != "auto":
+        return 'prompt = tokenizer("Hi there", return_tensors="pt")'
+    system = params.get("model.system")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [{"role": "user", "content": "Hi there"}]
+    options = {name.partition("options.")[2]: v for name, v in params.items() if "model.chat_template_options." in name}
+    given = f"{messages!r}, add_generation_prompt=True, return_tensors='pt', **{options!r}"
+    return f"prompt = tokenizer.apply_chat_template({given})"
+
+
 def model_card(inputs: Inputs, manifest: dict[str, Any]) -> str:
     """README.md: what was trained on what, what came of it, and the digests to check it by."""
     run, diagnosis, commit = inputs.run, inputs.diagnosis, manifest["commit"]
@@ -87,7 +99,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file lies
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-prompt = tokenizer("Hi there", return_tensors="pt")
+{prompt_code(params)}
 print(tokenizer.decode(model.generate(**prompt, do_sample=True, max_new_tokens=40)[0]))
 ```
 

@@ -1,8 +1,9 @@
 """`reinforce generate`: continue prompts with the reference model and with the trained policy, greedily, as the
-notebook does."""
+notebook does; or have them answered, in the chat template that params.yaml says."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,8 @@ from pipeline.file_io import read_json
 from pipeline.models.load import end_of_text_ids, holds_model, load_policy, load_tokenizer
 from pipeline.models.rollout import context_length
 from pipeline.models.sampling import sample
-from pipeline.models.tokenization import check_vocabulary, encode_prompt
+from pipeline.models.stop_strings import stop_check
+from pipeline.models.tokenization import check_vocabulary, encode_prompt, encode_text
 from pipeline.paths import CHECKPOINT, POLICY, RUN_FILES
 from pipeline.runs.consistency import holds_policy_of, run_digests
 from pipeline.runs.provenance import chosen_params
@@ -24,7 +26,12 @@ FOLDERS = {"reference": CHECKPOINT / "policy", "policy": POLICY}
 
 
 def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: tuple[int, ...], max_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    eos: tuple[int, ...],
+    max_tokens: int,
+    stop_strings: Sequence[str] = (),
 ) -> str:
     """Prompt and most likely continuation, `max_tokens` tokens together, whatever the model's files say of its
     decoding.
@@ -42,6 +49,7 @@ def continuation(
         eos,
         SamplingParams(top_k=1),
         layout="no_cache",
+        stopped=stop_check(tokenizer, stop_strings),
     )
     return str(tokenizer.decode(ids + rollout.completions[0, : int(rollout.lengths[0])].tolist()))
 
@@ -78,6 +86,7 @@ def main(options: argparse.Namespace) -> None:
     if not present:
         raise UserError("no model in data/checkpoint/policy or data/policy; run `dvc repro` first")
     params = load_params()
+    chat, stop_strings = params.selected_model.chat, params.selected_recipe.stop_strings
     device = configure_torch("cpu", params.train.threads, params.train.arithmetic)
     if "policy" in present:
         print_origin()
@@ -87,8 +96,12 @@ def main(options: argparse.Namespace) -> None:
         if options.max_tokens > room:
             raise UserError(f"--max-tokens {options.max_tokens}: the context of {folder} has {room}")
         for prompt in options.prompts:
-            ids = encode_prompt(tokenizer, prompt)
+            plain, ids = encode_text(tokenizer, prompt), encode_prompt(tokenizer, prompt, chat)
             check_vocabulary(prompt, ids, model.config.get_text_config().vocab_size)
-            if len(ids) >= options.max_tokens:
+            if len(plain) >= options.max_tokens:
                 raise UserError(f"--max-tokens {options.max_tokens} leaves no room behind the prompt {prompt[:40]!r}")
-            print(f"{name}: {continuation(model, tokenizer, ids, eos, options.max_tokens)}")
+            whole = options.max_tokens + max(0, len(ids) - len(plain))  # the chat template's own tokens do not count
+            if whole > room:
+                needs = f"{whole} with the chat template's own"
+                raise UserError(f"--max-tokens {options.max_tokens}: {needs}; the context of {folder} has {room}")
+            print(f"{name}: {continuation(model, tokenizer, ids, eos, whole, stop_strings)}")

@@ -85,6 +85,8 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | 
     if head in sections:
         return path, sections[head]
     if head in tables:
+        if "chat_template_options" in path[2:]:
+            path = path[: path.index("chat_template_options", 2) + 2]  # below it pydantic's path also holds types
         return path, tables[head] if len(path) > 2 else None
     if head == "rewards" and len(path) > 2:
         model: type[Table] | None = REWARD_KINDS.get(str(path[2]))

@@ -1,10 +1,16 @@
 """The tables of params.yaml: each key with its type and bounds."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+# arguments of apply_chat_template that are no options of a template, and what templates are given besides
+NO_OPTIONS = (
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
+    "padding", "raise_exception", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+    "sanitize_control_tokens", "strftime_now", "tokenize", "tokenizer_kwargs", "truncation",
+)  # fmt: skip
 MOST_TOKENS = 10**9  # of a step: their random numbers alone take 8 GB
 SELECTORS = {
     "model": "models",
@@ -30,18 +36,45 @@ REPO, REVISION, SHA256 = "owner/name on the hub", "a commit, tag or branch", "a 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
+@dataclass(frozen=True)
+class ChatParams:
+    """How a chat model is spoken to: what its tokenizer's template is given beside the prompt."""
+
+    system: str | None = None  # message before the prompt
+    options: dict[str, Any] = field(default_factory=dict)  # the template's own, such as enable_thinking
+
+
 class Model(Table):
-    """A causal LM: a hub repository at a revision, or a directory (`source`)."""
+    """A causal LM: a hub repository at a revision, or a directory (`source`); and how it is spoken to."""
 
     repo: RepoId | None = Field(None, description=REPO)
     revision: Revision | None = Field(None, description=REVISION)
     source: Text | None = None
     # for a source outside the project, which DVC does not watch
     manifest_sha256: Sha256 | None = Field(None, description=SHA256)
+    # auto: prompts go through the tokenizer's chat template, if it has one; none: they are plain text to be continued
+    chat_template: Literal["auto", "none"] = "none"
+    system: Text | None = Field(None, description="the system message")
+    chat_template_options: dict[Key, JsonValue] = Field({}, description="what the template is given by name")
+
+    @property
+    def chat(self) -> ChatParams | None:
+        """What the chat template is given; None where prompts are plain text."""
+        return ChatParams(self.system, dict(self.chat_template_options)) if self.chat_template == "auto" else None
 
     @model_validator(mode="after")
     def one_origin(self) -> "Model":
         _exactly_one(self, "repo", "source")
+        return self
+
+    @model_validator(mode="after")
+    def effective(self) -> "Model":
+        for name in ("system", "chat_template_options"):
+            if self.chat_template == "none" and getattr(self, name):
+                raise ValueError(f"{name} needs chat_template: auto; without the template nobody reads it")
+        for name in self.chat_template_options:
+            if name in NO_OPTIONS:
+                raise ValueError(f"chat_template_options.{name} is no option of a template: the pipeline sets it")
         return self
 
 
@@ -149,6 +182,7 @@ class Recipe(Table):
     temperature: float = Field(gt=0, le=100)
     top_k: int = Field(ge=0, description="0 is off")
     top_p: float = Field(gt=0, le=1, description="1 is off")
+    stop_strings: tuple[Text, ...] = Field((), description="texts that end a completion", strict=False)
     baseline: Literal["none", "batch", "group", "rloo", "running", "greedy"]
     baseline_decay: float = Field(ge=0, lt=1, description="share of the running mean that a step keeps")
     scale_rewards: Literal["none", "calibration"] = "none"

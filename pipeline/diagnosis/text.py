@@ -39,10 +39,16 @@ def empty_share(texts: Sequence[str]) -> float:
     return sum(not text.strip() for text in texts) / len(texts)
 
 
+def ending_shares(endings: Sequence[str]) -> dict[str, float]:
+    """Shares of the completions that end with EOS, with a stop string, at the limit; they sum to 1."""
+    names = {"ended_share": "eos", "stopped_share": "stop_string", "limit_share": "limit"}
+    return {name: endings.count(ending) / len(endings) for name, ending in names.items()}
+
+
 def text_statistics(texts: Sequence[str], tokens: Sequence[Sequence[int]], group: int) -> dict[str, float]:
     """The statistics of one batch: N = B * G completions, prompt-major, `group` = G of each prompt.
 
-    texts: without special tokens. tokens: without EOS.
+    texts: without special tokens. tokens: without EOS, or what holds a stop string.
     """
     groups = [texts[i : i + group] for i in range(0, len(texts), group)]
     return {

@@ -1,6 +1,7 @@
 """How long completions may be, and the texts of sampled ones."""
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +9,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.models.sampling import Rollout
+from pipeline.models.stop_strings import before_stop
 from pipeline.models.tokenization import shown
+
+
+class Completion(NamedTuple):
+    """What is read of a completion: without what ended it."""
+
+    tokens: list[int]
+    rest: str  # text between them and a stop string, of a token that reaches into it
+    ending: Literal["eos", "stop_string", "limit"]
 
 
 def completion_limits(prompt_tokens: list[int], max_tokens: int, length_limit: str) -> Tensor:
@@ -51,20 +61,42 @@ def check_context(
             raise UserError(f"train.max_tokens: {needs}; at most {room - tokens} would do, or {shorter}")
 
 
+def read_completions(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], stop_strings: Sequence[str] = ()
+) -> list[Completion]:
+    """The N completions without the token that ends them, one of `eos`, or from their first stop string on."""
+    read = []
+    for tokens, ended in zip(completion_tokens(rollout, eos), rollout.ended(eos).tolist(), strict=True):
+        stopped = None if ended or not stop_strings else before_stop(tokenizer, tokens, stop_strings)
+        if stopped is not None:
+            read.append(Completion(*stopped, "stop_string"))
+        else:
+            read.append(Completion(tokens, "", "eos" if ended else "limit"))
+    return read
+
+
 def completion_texts(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, special_tokens: str, group: int, eos: Sequence[int]
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: str,
+    group: int,
+    eos: Sequence[int],
+    stop_strings: Sequence[str] = (),
 ) -> list[str]:
-    """Texts [N] as the reward reads them.
+    """Texts [N] as the reward reads them: up to a stop string, which is no part of them.
 
     strip: without the token that ends them, one of `eos`, which need not be a special one, and without special tokens.
     keep: with both, and with the EOS that fills up to the group's longest completion, which is what the notebook
     decodes.
     """
-    if special_tokens == "strip":
-        return tokenizer.batch_decode(completion_tokens(rollout, eos), skip_special_tokens=True)
-    lengths = rollout.lengths.view(-1, group).amax(1).repeat_interleave(group)
-    rows = zip(rollout.completions.tolist(), lengths.tolist(), strict=True)
-    return tokenizer.batch_decode([row[:length] for row, length in rows])
+    read = read_completions(rollout, tokenizer, eos, stop_strings)
+    rows = [completion.tokens for completion in read]
+    if special_tokens == "keep":
+        lengths = rollout.lengths.view(-1, group).amax(1).repeat_interleave(group)
+        filled = [row[:length] for row, length in zip(rollout.completions.tolist(), lengths.tolist(), strict=True)]
+        rows = [one.tokens if one.ending == "stop_string" else row for one, row in zip(read, filled, strict=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=special_tokens == "strip")
+    return [text + completion.rest for text, completion in zip(texts, read, strict=True)]
 
 
 def completion_tokens(rollout: Rollout, eos: Sequence[int]) -> list[list[int]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config.schema import SamplingParams
 from pipeline.models.logprobs import row_slices, upcast
+from pipeline.models.stop_strings import Stopped
 
 SamplingLayout = Literal["left_padding", "equal_lengths", "no_cache"]
 CDF_BLOCK = 128  # vocabulary entries summed together before the first look-up; divides Pythia's 50,304
@@ -30,7 +31,7 @@ class Rollout:
     prompt_ids: Tensor  # [N, P] int64, left-padded
     prompt_mask: Tensor  # [N, P] bool, True = a token of the prompt
     completions: Tensor  # [N, T] int64, filled with EOS behind the end
-    lengths: Tensor  # [N] int64, tokens up to and including the first end-of-text token
+    lengths: Tensor  # [N] int64, tokens up to and including the end: the first end-of-text token, or what stopped it
     sampler_logprobs: Tensor  # [N, T] nats under the distribution that was sampled
     logprobs: Tensor  # [N, T] nats under softmax(logits / temperature), not truncated
 
@@ -49,7 +50,7 @@ class Rollout:
         return Rollout(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     def ended(self, eos: Sequence[int]) -> Tensor:
-        """[N] True = the completion ended by itself, with one of the end-of-text ids `eos`."""
+        """[N] True = the completion ended with one of the end-of-text ids `eos`."""
         last = self.completions.gather(1, self.lengths[:, None] - 1).squeeze(1)
         return torch.isin(last, torch.tensor(eos, device=last.device))
 
@@ -116,6 +117,7 @@ def sample(
     eos: Sequence[int],  # end-of-text ids; the first one fills up behind an end
     sampling_params: SamplingParams = SamplingParams(),
     layout: SamplingLayout = "left_padding",
+    stopped: Stopped | None = None,  # asked after each token: does this one end the completion, too?
 ) -> Rollout:
     """Samples G = N / B completions a prompt.
 
@@ -144,6 +146,7 @@ def sample(
                 uniforms[rows],
                 eos,
                 partial(sample_tokens, sampling_params),
+                stopped,
             )
         )
         places.append(rows)
@@ -202,6 +205,7 @@ def _generate(
     uniforms: Tensor,
     eos: Sequence[int],
     choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    stopped: Stopped | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(completions, sampler_logprobs, logprobs [n, T], lengths [n]) of n = len(limits) completions, prompt-major."""
     group = len(limits) // len(prompt_ids)
@@ -216,7 +220,7 @@ def _generate(
     cache.batch_repeat_interleave(group)
     logits, mask = output.logits[:, -1].repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0)
     position = mask.sum(1)
-    found = _Completions(limits, eos)
+    found = _Completions(limits, eos, stopped)
     for t in range(found.width):
         token, *logprobs = choose(logits, uniforms[found.present, t])
         found.add(t, token, *logprobs)
@@ -249,6 +253,7 @@ def _generate_each_row(
     uniforms: Tensor,
     eos: Sequence[int],
     choose: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    stopped: Stopped | None,
     use_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_generate`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches,
@@ -258,7 +263,7 @@ def _generate_each_row(
     """
     ids = prompt_ids.repeat_interleave(len(limits) // len(prompt_ids), 0)
     last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    found = _Completions(limits, eos)
+    found = _Completions(limits, eos, stopped)
     cache: dict[str, Any] = {}
     for t in range(found.width):
         output = model(input_ids=ids, use_cache=use_cache, **cache, **last)
@@ -276,9 +281,9 @@ def _generate_each_row(
 class _Completions:
     """n completions as they grow, a token at a time."""
 
-    def __init__(self, limits: Tensor, eos: Sequence[int]) -> None:
+    def __init__(self, limits: Tensor, eos: Sequence[int], stopped: Stopped | None) -> None:
         self.limits, self.width = limits, int(limits.max())
-        self.eos = torch.tensor(eos, device=limits.device)
+        self.eos, self.stopped = torch.tensor(eos, device=limits.device), stopped
         self.present = torch.arange(len(limits), device=limits.device)  # the completion of each row of the cache
         self.running = torch.ones_like(self.present, dtype=torch.bool)  # rows that have not ended
         self.tokens = torch.full((len(limits), self.width), eos[0], device=limits.device)
@@ -294,6 +299,10 @@ class _Completions:
             table[going, t] = values[self.running]
         self.lengths[going] = t + 1
         self.running = self.running & ~torch.isin(token, self.eos) & (t + 1 < self.limits[self.present])
+        if self.stopped is not None:
+            rows = self.running.nonzero().squeeze(1)
+            stopped = self.stopped(self.tokens[self.present[rows], : t + 1].tolist())
+            self.running[rows] = ~torch.tensor(stopped, dtype=torch.bool, device=rows.device)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows of the cache are left."""

@@ -1,11 +1,88 @@
-"""Texts as tokens: prompts, and that a text always has the same ones."""
+"""Texts as tokens: prompts, plain or in a chat template, and that a text always has the same ones."""
+
+import re
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import UserError
+from pipeline.config.schema import ChatParams
+from pipeline.errors import UserError, did_you_mean
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: ChatParams | None) -> list[int]:
+    """Token ids of a prompt as the model is to read it: in the tokenizer's chat template, or as a text that is to be
+    continued, where `chat` is None or the tokenizer has no template.
+
+    Raises ChatTemplateError and UserError, see `encode_chat` and `encode_text`.
+    """
+    if chat is None or not tokenizer.chat_template:
+        return encode_text(tokenizer, prompt)
+    return encode_chat(tokenizer, prompt, chat)
+
+
+class ChatTemplateError(UserError):
+    """A chat template cannot be applied: the fault of the model's table, or of the prompt."""
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: ChatParams) -> list[int]:
+    """Token ids of a prompt in the chat template, up to where the answer begins. The template itself writes BOS.
+
+    Raises ChatTemplateError where the template refuses it.
+    """
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    messages = [*system, {"role": "user", "content": prompt}]
+    try:
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **chat.options)
+    except Exception as error:  # a template is a program, and may raise anything
+        raise ChatTemplateError(f"prompt {shown(prompt)}: the chat template refuses it: {error}") from None
+    if not encoded["input_ids"]:
+        raise ChatTemplateError(f"prompt {shown(prompt)}: the chat template gives it no token")
+    return list(encoded["input_ids"])
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: str, key: str) -> None:
+    """Raises UserError, naming the model by its key, where the chat template has no use for what it is given, or gives
+    the same prompt other tokens on another day. prompt: any of the run's."""
+    template = tokenizer.chat_template
+    if not template:
+        if chat.system is not None or chat.options:
+            name = "system" if chat.system is not None else "chat_template_options"
+            raise UserError(f"{key}.{name} has no effect: the tokenizer has no chat template")
+        return
+    try:
+        names = set(re.findall(r"[A-Za-z_]\w*", tokenizer.get_chat_template(tools=chat.options.get("tools"))))
+        for name in chat.options:
+            if name not in names:
+                unknown = f"{key}.chat_template_options.{name}: the chat template has no such option"
+                raise UserError(f"{unknown}{did_you_mean(name, sorted(names))}")
+        ids = encode_chat(tokenizer, prompt, chat)
+        if chat.system is not None and ids == encode_chat(tokenizer, prompt, replace(chat, system=None)):
+            raise UserError(f"{key}.system has no effect: the chat template leaves the system message out")
+    except (ChatTemplateError, ValueError) as error:  # ValueError: it has several templates, none of them the default
+        raise UserError(f"{key}: {error}") from None
+    try:
+        encode_chat(tokenizer, prompt, replace(chat, options={**chat.options, "strftime_now": None}))
+    except ChatTemplateError:  # it called the clock
+        dates = [name for name in sorted(names) if "date" in name.lower()]
+        hint = f"; to fix it, set {key}.chat_template_options.{dates[0]}" if dates else ""
+        raise UserError(f"{key}: the chat template writes today's date: each day has other prompts{hint}") from None
+
+
+def unnamed_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, eos: tuple[int, ...]) -> str | None:
+    """The special token that the chat template puts behind an answer, if it is none of the model's ends."""
+    answer = "An answer."
+    messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        after = str(tokenizer.apply_chat_template(messages, tokenize=False, **chat.options)).rpartition(answer)[2]
+    except Exception:  # such as one that allows no question without a system message: then nothing is known
+        return None
+    ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+    token = tokenizer.convert_ids_to_tokens(ids[:1])[0] if ids else ""
+    return token if token in tokenizer.get_added_vocab() and ids[0] not in eos else None
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a text that is to be continued: with what the tokenizer puts before a text, without what it appends.
 
     Many tokenizers are saved so that every text ends with EOS or [SEP]; a completion would then start behind an end.

@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import Recipe, SamplingParams
-from pipeline.diagnosis.text import text_statistics
+from pipeline.diagnosis.text import ending_shares, text_statistics
 from pipeline.file_io import finite_or_none
 from pipeline.models.memory import bf16_copy
-from pipeline.models.rollout import completion_limits, completion_texts, completion_tokens
+from pipeline.models.rollout import completion_limits, completion_texts, read_completions
 from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.models.scoring import Scores, score_microbatched
+from pipeline.models.stop_strings import stop_check
 from pipeline.models.tokenization import encode_prompt
 from pipeline.rl.context import TrainContext
 from pipeline.rl.metrics import text_cost
@@ -31,7 +32,7 @@ def sample_batch(
     sampling_params: the recipe's if None."""
     params, device = context.params, context.device
     recipe, group = params.selected_recipe, len(uniforms) // len(prompts)
-    ids = [encode_prompt(context.tokenizer, prompt) for prompt in prompts]
+    ids = [encode_prompt(context.tokenizer, prompt, params.selected_model.chat) for prompt in prompts]
     prompt_ids, prompt_mask = pad_prompts(ids, context.eos[0], device)
     limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
     mine, rows = context.processes.shard_slice(len(prompts)), context.processes.group_slice(len(uniforms), group)
@@ -44,6 +45,7 @@ def sample_batch(
         context.eos,
         sampling_params or recipe.sampling_params,
         context.layout.sampling,
+        stop_check(context.tokenizer, recipe.stop_strings),
     )
     gather = context.processes.gather
     return Rollout(
@@ -62,7 +64,9 @@ def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) ->
     Each process asks the reward about the completions of its own prompts.
     """
     recipe, group = context.params.selected_recipe, len(rollout.lengths) // len(prompts)
-    completions = completion_texts(rollout, context.tokenizer, recipe.special_tokens, group, context.eos)
+    completions = completion_texts(
+        rollout, context.tokenizer, recipe.special_tokens, group, context.eos, recipe.stop_strings
+    )
     repeated = [prompt for prompt in prompts for _ in range(group)]
     rows = context.processes.group_slice(len(completions), group)
     rewards = torch.tensor(
@@ -90,12 +94,13 @@ def score_batch(model: PreTrainedModel, rollout: Rollout, context: TrainContext)
 
 def rollout_metrics(rollout: Rollout, context: TrainContext) -> dict[str, float]:
     """Statistics of the completions as texts and tokens."""
-    group, eos = context.params.train.samples_per_prompt, context.eos
-    plain = completion_texts(rollout, context.tokenizer, "strip", group, eos)
+    group, ends = context.params.train.samples_per_prompt, (context.eos, context.params.selected_recipe.stop_strings)
+    plain = completion_texts(rollout, context.tokenizer, "strip", group, *ends)
+    read = read_completions(rollout, context.tokenizer, *ends)
     return {
-        **text_statistics(plain, completion_tokens(rollout, eos), group),
+        **text_statistics(plain, [completion.tokens for completion in read], group),
+        **ending_shares([completion.ending for completion in read]),
         "completion_tokens": rollout.lengths.double().mean().item(),
-        "ended_share": rollout.ended(eos).double().mean().item(),
     }
 
 
@@ -125,7 +130,8 @@ def sample_records(
     context: TrainContext,
 ) -> list[dict[str, Any]]:
     """The first completions of the first prompts [B], as rows of samples.jsonl."""
-    group, ended, rows = rewards.shape[1], rollout.ended(context.eos), []
+    group, rows = rewards.shape[1], []
+    read = read_completions(rollout, context.tokenizer, context.eos, context.params.selected_recipe.stop_strings)
     for b in range(min(PROMPTS_KEPT, len(prompts))):
         for g in range(min(SAMPLES_KEPT, group)):
             i = b * group + g
@@ -135,6 +141,6 @@ def sample_records(
                 "advantage": finite_or_none(advantage[b, g].item()), "tokens": tokens,
                 "pieces": [context.tokenizer.decode([token]) for token in tokens],
                 "token_logprobs": [finite_or_none(x) for x in logprobs[i, : len(tokens)].tolist()],
-                "ended": bool(ended[i]),
+                "ended": read[i].ending != "limit",
             })  # fmt: skip
     return rows

@@ -60,7 +60,7 @@ def build_context(
         rollout_model = load_reference(params, device)
         shard(policy, device, processes.world_size)
     tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(TRAIN_PROMPTS)]
-    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    lengths = [len(encode_prompt(tokenizer, prompt, params.selected_model.chat)) for prompt in prompts]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
     context = TrainContext(
         params,

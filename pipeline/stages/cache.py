@@ -102,6 +102,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     eos = end_of_text_ids(folder / "policy", tokenizer)
     name_ends(folder / "policy", eos)  # decoding an adapter reads the files of its checkpoint
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
+    note_chat(params, tokenizer, eos, key)
     probes, sampled = probe_prompts(tokens, limits)
     bfloat16 = params.selected_recipe.precision == "bfloat16"
     print(f"{key}: comparing sampling, scoring and saving with what transformers does")
@@ -122,9 +123,15 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
     from transformers import AutoConfig
 
     from pipeline.models.rollout import check_context, completion_limits, context_length
-    from pipeline.models.tokenization import check_certain, check_vocabulary, encode_prompt
+    from pipeline.models.tokenization import (
+        ChatTemplateError,
+        check_certain,
+        check_chat,
+        check_vocabulary,
+        encode_prompt,
+    )
 
-    table = f"prompt_sets.{params.prompts}"
+    table, key, chat = f"prompt_sets.{params.prompts}", f"models.{params.model}", params.selected_model.chat
     config = AutoConfig.from_pretrained(policy, local_files_only=True, trust_remote_code=False)
     room = context_length(config)
     tokens: list[list[int]] = []
@@ -133,11 +140,15 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         if not file.is_file():
             raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
         prompts = [row["prompt"] for row in read_jsonl(file)]
-        check_certain(tokenizer, prompts, f"models.{params.model}")
+        check_certain(tokenizer, prompts, key)
+        if chat is not None and prompts:
+            check_chat(tokenizer, chat, prompts[0], key)
         try:
-            ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+            ids = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
             for prompt, own in zip(prompts, ids, strict=True):
                 check_vocabulary(prompt, own, config.get_text_config().vocab_size)
+        except ChatTemplateError as error:
+            raise UserError(f"{key}: {file}: {error}") from None
         except UserError as error:
             raise UserError(f"{table}, {file}: {error}; take it out of its source") from None
         lengths = list(map(len, ids))
@@ -148,6 +159,24 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         tokens += [ids[i] for i in fits]
         limits += [allowed[i] for i in fits]
     return tokens, limits
+
+
+def note_chat(params: Params, tokenizer: Any, eos: tuple[int, ...], key: str) -> None:
+    """Say what a user may have meant otherwise: a chat model that is not spoken to in its template, or whose answers
+    end with a token that ends no completion."""
+    from pipeline.models.tokenization import unnamed_end_of_turn
+
+    chat = params.selected_model.chat
+    note = ""
+    if chat is None and tokenizer.chat_template:
+        note = "its tokenizer has a chat template; chat_template: auto puts prompts in it"
+    elif chat is not None and not tokenizer.chat_template:
+        note = "its tokenizer has no chat template; prompts are plain text"
+    elif chat is not None and (end := unnamed_end_of_turn(tokenizer, chat, eos)):
+        note = f"its chat template ends an answer with {end!r}, which no file of the model names as an end; "
+        note += f"recipes.{params.recipe}.stop_strings: [{json.dumps(end)}] ends completions there"
+    if note:
+        print(f"note: {key}: {note}", file=sys.stderr)
 
 
 def find(key: str, table: Model | Encoder, offline_choice: str) -> tuple[Path, dict[str, Any]]:

@@ -13,14 +13,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.load import load_params
 from pipeline.config.schema import Params
 from pipeline.diagnosis.bootstrap import interval
-from pipeline.diagnosis.text import text_statistics
+from pipeline.diagnosis.text import ending_shares, text_statistics
 from pipeline.distributed.device import configure_torch
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.models.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
-from pipeline.models.rollout import completion_limits, completion_texts, completion_tokens, longest_sequence
+from pipeline.models.rollout import (
+    Completion,
+    completion_limits,
+    completion_texts,
+    longest_sequence,
+    read_completions,
+)
 from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.models.scoring import score_microbatched
+from pipeline.models.stop_strings import Stopped, stop_check
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, POLICY, RUN_FILES
@@ -60,16 +67,17 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
         name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
     }
     tokenizer = load_tokenizer(POLICY)
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt, params.selected_model.chat) for prompt in prompts]
     longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected_recipe.length_limit)
     layout = load_layout(CHECKPOINT / "layout.json", longest)
     eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
+    stopped = stop_check(tokenizer, params.selected_recipe.stop_strings)
     # one model at a time: training held no more
-    rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout, "policy")}
+    rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout, "policy", stopped)}
     if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
         print("warning: the policy's log-probabilities are not finite; its texts mean nothing", file=sys.stderr)
     reference = load_policy(CHECKPOINT / "policy", device)
-    rollouts["checkpoint"] = sample_all(params, ids, reference, eos, layout, "reference")
+    rollouts["checkpoint"] = sample_all(params, ids, reference, eos, layout, "reference", stopped)
     texts: dict[str, list[str]] = {}
     metrics: dict[str, Any] = {"text": {}, "ref_logprob_per_token": {}}
     for name in NAMES:
@@ -95,7 +103,7 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
 def depends_on(params: Params) -> tuple[Any, ...]:
     """The parameters that this stage depends on, as dvc.yaml lists them."""
     p = params
-    return p.evaluate, p.selected_recipe, p.recipe, p.reward, p.rewards, p.seed, p.train
+    return p.evaluate, p.model, p.selected_model, p.selected_recipe, p.recipe, p.reward, p.rewards, p.seed, p.train
 
 
 def evaluation_identity(params: Params) -> dict[str, Any]:
@@ -107,7 +115,13 @@ def evaluation_identity(params: Params) -> dict[str, Any]:
 
 
 def sample_all(
-    params: Params, prompts: list[list[int]], policy: PreTrainedModel, eos: tuple[int, ...], layout: Layout, name: str
+    params: Params,
+    prompts: list[list[int]],
+    policy: PreTrainedModel,
+    eos: tuple[int, ...],
+    layout: Layout,
+    name: str,
+    stopped: Stopped | None,
 ) -> list[Rollout]:
     """Sample completions for the prompts (token ids), PROMPT_BATCH prompts at a time. `name` is shown meanwhile."""
     recipe, group, size = params.selected_recipe, params.evaluate.samples_per_prompt, params.train.max_tokens
@@ -126,6 +140,7 @@ def sample_all(
                 eos,
                 recipe.sampling_params,
                 layout.sampling,
+                stopped,
             )
         )
     return rollouts
@@ -144,25 +159,26 @@ def measure(
     recipe, group = params.selected_recipe, params.evaluate.samples_per_prompt
     texts: list[str] = []
     plain: list[str] = []  # without special tokens
-    tokens: list[list[int]] = []
-    nats, counted, ended = 0.0, 0, 0
-    logprobs: list[Tensor] = []  # of the tokens of the texts
+    said: list[str] = []  # the same with the stop string that ends them
+    read: list[Completion] = []
+    nats, counted = 0.0, 0
+    logprobs: list[Tensor] = []  # of the tokens of `said`
     entropy: list[Tensor] = []
     for rollout in rollouts:
-        texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group, eos)
-        plain += completion_texts(rollout, tokenizer, "strip", group, eos)
-        tokens += completion_tokens(rollout, eos)
+        texts += completion_texts(rollout, tokenizer, recipe.special_tokens, group, eos, recipe.stop_strings)
+        plain += completion_texts(rollout, tokenizer, "strip", group, eos, recipe.stop_strings)
+        said += completion_texts(rollout, tokenizer, "strip", group, eos)
+        read += read_completions(rollout, tokenizer, eos, recipe.stop_strings)
         scores = score_microbatched(reference, rollout, params.train.micro_batch, recipe.temperature, packing)
         nats += scores.logprobs[rollout.completion_mask].double().sum().item()
-        text = rollout.text_mask(eos)
-        logprobs.append(scores.logprobs[text])
-        entropy.append(scores.entropy[text])
+        mask = rollout.text_mask(eos)
+        logprobs.append(scores.logprobs[mask])
+        entropy.append(scores.entropy[mask])
         counted += int(rollout.lengths.sum())
-        ended += int(rollout.ended(eos).sum())
-    statistics: dict[str, float] = text_statistics(plain, tokens, group)
-    statistics |= {"completion_tokens": counted / len(texts), "ended_share": ended / len(texts)}
+    statistics: dict[str, float] = text_statistics(plain, [completion.tokens for completion in read], group)
+    statistics |= {"completion_tokens": counted / len(texts), **ending_shares([one.ending for one in read])}
     cost = torch.cat(logprobs), torch.cat(entropy)
-    statistics |= text_cost(*cost, torch.ones_like(cost[0], dtype=torch.bool), plain)
+    statistics |= text_cost(*cost, torch.ones_like(cost[0], dtype=torch.bool), said)
     return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
 
 
