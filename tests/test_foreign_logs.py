@@ -116,6 +116,25 @@ def test_the_bound_on_empty_completions_holds_on_trl_s_texts() -> None:
     assert all(row["empty_share"] <= texts[row["step"]]["empty_share"] + 1e-9 for row in rows)
 
 
+# --- rldoctor's simulated runs: drawn curves under trl's names, each with what was drawn into it
+
+SIMULATED = {
+    "entropy_collapse": {"mode"}, "clip_saturation": {"mode"}, "kl_blowup": {"gibberish", "hacking"},
+    "saturated_groups": {"healthy", "mode"},
+}  # fmt: skip
+
+
+def test_rldoctor_s_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate = pytest.importorskip("rl_doctor.simulate")
+    for scenario in simulate.SCENARIOS:
+        for seed in range(3):
+            write_jsonl(tmp_path / "run.jsonl", simulate.simulate(scenario, seed=seed)[0])
+            found = content(monkeypatch, capsys, tmp_path / "run.jsonl")
+            assert found["verdict"] in SIMULATED.get(scenario, {"healthy"}), (scenario, seed)
+
+
 # --- our own runs
 
 
@@ -255,7 +274,7 @@ BAD = {  # content -> what its one line says
     '{"step": 1}\n{"step": ': "line 2: not JSON",
     "[1, 2]": "no rows of names and values",
     '{"log_history": []}': "no rows",
-    "reward,entropy\n1,2\n": "no column of steps (step, _step, global_step",
+    "reward,entropy\n1,2\n": "no column of steps (step, global_step",
     "stepp,reward\n1,2\n": "did you mean 'step'?",
     "step,colour\n1,2\n": "no column that we know, such as reward_mean, reward, entropy",
     "step,entropyy\n1,2\n": "did you mean 'entropy'?",

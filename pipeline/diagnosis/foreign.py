@@ -20,7 +20,7 @@ from pipeline.diagnosis.verdict import (
     limits_of_run,
 )
 
-STEPS = ("step", "_step", "global_step", "training/global_step", "Step")  # the first of them that is there counts
+STEPS = ("step", "global_step", "training/global_step", "_step", "Step")  # the first of them that is there counts
 # ours -> trl's, OpenRLHF's and verl's key. Not here: what differs by an option that the log does not tell.
 NAMES = {
     "reward_mean": ("reward", "critic/score/mean"),
