@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_tokens": 12, "threads": 1, "checkpoint_every": 100,
          "calibration_batches": 6}  # fmt: skip
-STEPS = {"length": 8, "words": 20}  # a required word has to be said by chance first
+STEPS = {"length": 8, "words": 40}  # a required word has to be said by chance first
 
 
 @pytest.fixture(scope="module")
