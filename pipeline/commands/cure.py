@@ -59,7 +59,7 @@ def main() -> None:
 
 def refuse_stale() -> None:
     """Raises UserError unless the reports are those of the code and parameters that the experiment would start from."""
-    changed = json.loads(dvc("status", "--json", "--with-deps", "diagnose", "evaluate"))
+    changed = json.loads(dvc("status", "--json", "--with-deps", "evaluate", "diagnose"))
     if changed:
         raise UserError(
             f"the run in {REPORTS} is of other code, data or parameters ({', '.join(changed)}); run `dvc repro`"

@@ -64,5 +64,5 @@ def load(reports: Path = REPORTS) -> Inputs:
         trained=trained,
         sources=sources(files),
     )
-    raise_if_mixed("train", "diagnose", "evaluate", files=files)
+    raise_if_mixed("train", "evaluate", "diagnose", files=files)
     return found

@@ -3,8 +3,9 @@
 Stages run one by one, git and DVC put older files back, and `dvc commit` and `dvc exp save` record whatever is there as
 up to date. So each stage says of which files its results are:
 
-train: summary.json has the digests of all that it wrote; diagnose: diagnosis.json has that of history.csv; evaluate:
-measured.json has those of the policy and of its own files; plot: report.html has one over what it shows.
+train: summary.json has the digests of all that it wrote; evaluate: measured.json has those of the policy and of its own
+files; diagnose: diagnosis.json has that of history.csv; plot: report.html has one over what it shows. Advice names them
+in this order: the verdict needs the evaluation.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.runs.results import how_to_remake
 
 
 def raise_if_mixed(*stages: str, files: RunFiles = RUN_FILES) -> None:
-    """Raises UserError naming the files of these stages (train, diagnose, evaluate, plot) that are of another run than
+    """Raises UserError naming the files of these stages (train, evaluate, diagnose, plot) that are of another run than
     train/summary.json, and what makes them anew. Files that are missing or no JSON are the caller's to find first."""
     run = run_digests(files.summary)
     wrong = {stage: found for stage in stages if (found := _mismatches(stage, run, files))}

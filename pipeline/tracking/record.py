@@ -81,7 +81,7 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         raise UserError(
             f"{files.history}: {len(history)} rows, and {files.summary} says {steps} steps; {how_to_remake('train')}"
         )
-    consistency.raise_if_mixed("train", "diagnose", "evaluate", "plot")
+    consistency.raise_if_mixed("train", "evaluate", "diagnose", "plot")
     page = files.page.read_text(encoding="utf-8", errors="replace")
     if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
         raise UserError(f"{wrong[0]}: is not the figure in {files.page}; {how_to_remake('plot')}")
