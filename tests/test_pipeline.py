@@ -75,7 +75,7 @@ def test_another_reward_reruns_train_and_what_follows_once(clone: Clone) -> None
 
 def test_editing_a_reward_that_is_not_selected_never_retrains(clone: Clone) -> None:
     clone.edit(rewards={"length": {"kind": "length", "target": 33}})
-    assert clone.ran(clone("dvc", "repro")) == ["check", "evaluate", "plot", "track"]
+    assert clone.ran(clone("dvc", "repro")) == ["check", "evaluate", "diagnose", "plot", "track"]
     assert len(clone.runs()) == len(set(clone.runs())), "the same training is the same run"
     clone.restore()
 

@@ -41,6 +41,7 @@ def test_other_rounding_is_told_from_another_result() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_verify_runs_the_commit_and_compares_every_file(tmp_path: Path) -> None:
     clone = Clone(tmp_path / "project", tmp_path / "cache", steps=2)
     clone.keep_rewards("length")

@@ -119,8 +119,9 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "arithmetic": arithmetic_in_effect(params.train.arithmetic, device),
         **digests,
     }
-    # the tables too: flattened, different ones may look alike
-    return {"train_key": provenance.digest([parts, tables]), **parts}
+    # the tables too: flattened, different ones may look alike. Not which of the values are written and which defaults
+    told = {name: value for name, value in parts.items() if name != "written_params"}
+    return {"train_key": provenance.digest([told, tables]), **parts}
 
 
 def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> None:
