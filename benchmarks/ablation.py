@@ -38,7 +38,8 @@ CLEAN = ("alignment=correct", "special_tokens=strip")  # what the first table fi
 # a start: its recipe, and what is changed in it for all of its variants
 STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "notebook": ("notebook", ()), "clean": ("notebook", CLEAN),
-    "stable": ("stable", ("kl_coef=0.05",)),  # the recipe's when the runs were made; docs/COLLAPSE.md
+    # the recipe's when the runs were made; docs/COLLAPSE.md
+    "stable": ("stable", ("scale_rewards=none", "kl_coef=0.05")),
 }  # fmt: skip
 # a variant a line; keys without a dot are keys of the start's recipe
 VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -278,7 +278,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (".all(1)", ".any(1)"),
         ("advantages.std(correction=0)", "advantages.std()"),
         ("nats / math.log(2) / size", "nats / size"),
-        ("(logprobs + entropy)[mask].double()", "logprobs[mask].double()"),
+        ("(logprobs + entropy).double()", "logprobs.double()"),
         ("len(text.encode())", "len(text)"),
     ]),
     "diagnosis/text.py": ("diagnostics", [

@@ -136,16 +136,16 @@ def test_the_cost_of_texts_by_hand() -> None:
     p = torch.tensor([[0.5, 0.25, 0.1], [0.125, 0.1, 0.1], [0.9, 0.1, 0.1]]).double()
     mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
     entropy = torch.tensor([[1.0, 2.0, 9.0], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]]).double()
-    measured = text_cost(p.log(), entropy, mask, ["a\u00e9", "b", ""])  # four bytes
+    measured = text_cost(p.log()[mask], entropy[mask], ["a\u00e9", "b", ""])  # four bytes
     assert measured == pytest.approx({"ref_bits_per_byte": 6 / 4, "ref_typicality": (3.5 - 6 * math.log(2)) / 3})
-    nothing = text_cost(p.log(), entropy, mask & False, ["", "", ""])
+    nothing = text_cost(torch.zeros(0), torch.zeros(0), ["", "", ""])
     assert all(math.isnan(value) for value in nothing.values())
 
 
 def test_cutting_a_text_into_likelier_tokens_does_not_make_it_cheaper() -> None:
     """One token of probability 1/64, or three of 1/4 each: the same text."""
-    whole = text_cost(torch.tensor([[1 / 64]]).log(), torch.zeros(1, 1), torch.ones(1, 1).bool(), ["abc"])
-    parts = text_cost(torch.full((1, 3), 1 / 4).log(), torch.zeros(1, 3), torch.ones(1, 3).bool(), ["abc"])
+    whole = text_cost(torch.tensor([1 / 64]).log(), torch.zeros(1), ["abc"])
+    parts = text_cost(torch.full((3,), 1 / 4).log(), torch.zeros(3), ["abc"])
     assert whole["ref_bits_per_byte"] == pytest.approx(parts["ref_bits_per_byte"])
     assert parts["ref_typicality"] > whole["ref_typicality"] + 2  # which the mean over tokens calls likelier
 
@@ -195,7 +195,7 @@ def test_every_metric_of_a_step_has_a_column() -> None:
         **reference_metrics(rewards, rewards, mask[:2], 1),
         **update_metrics(rewards, rewards, mask[:2], 1),
         **text_statistics(["a"] * 4, [[1]] * 4, 2),
-        **text_cost(rewards, rewards, mask[:2], ["a"] * 2),
+        **text_cost(rewards[0], rewards[0], ["a"] * 2),
     }
     assert set(measured) <= set(HISTORY_COLUMNS)
     assert len(set(HISTORY_COLUMNS)) == len(HISTORY_COLUMNS)

@@ -128,12 +128,7 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         spread = spreads.get(metric)
         return limit(metric, "below", (1 - least) * spread.mean if spread else math.nan)
 
-    def towards_shuffled(metric: str, shuffled: str, side: Literal["above", "below"], share: float) -> Limit:
-        """`share` of the distance between the reference's own texts and the same with their tokens shuffled."""
-        if metric not in spreads or shuffled not in spreads:
-            return limit(metric, side, math.nan)
-        return limit(metric, side, share * abs(spreads[shuffled].mean - spreads[metric].mean))
-
+    to_shuffled = distances_to_shuffled(spreads)
     # without any spread among the rewards there is no scale to call a change large on
     within = spreads["reward_std_within"].mean if "reward_std_within" in spreads else 0.0
     change = thresholds.reward * within or math.nan
@@ -143,11 +138,20 @@ def limits_of_run(spreads: dict[str, Spread], steps: int, thresholds: Thresholds
         "alike": ratio("distinct_completions", thresholds.distinct),
         "certain": ratio("entropy", thresholds.entropy),
         "unlikely": limit("ref_logprob", "below", thresholds.unlikely),
-        "broken": towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.broken),
-        "costly": towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
-        "atypical": towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
+        "broken": limit("ref_bits_per_byte", "above", thresholds.broken * to_shuffled["ref_bits_per_byte"]),
+        "costly": limit("ref_bits_per_byte", "above", thresholds.costly * to_shuffled["ref_bits_per_byte"]),
+        "atypical": limit("ref_typicality", "below", thresholds.atypical * to_shuffled["ref_typicality"]),
         "fallen": limit("reward_mean", "below", change),
         "risen": limit("reward_mean", "above", change),
+    }
+
+
+def distances_to_shuffled(spreads: dict[str, Spread]) -> dict[str, float]:
+    """How far the reference's own texts are from the same with their tokens shuffled, >= 0; NaN where not measured."""
+    shuffled = {"ref_bits_per_byte": "shuffled_bits_per_byte", "ref_typicality": "shuffled_typicality"}
+    return {
+        own: abs(spreads[other].mean - spreads[own].mean) if own in spreads and other in spreads else math.nan
+        for own, other in shuffled.items()
     }
 
 
@@ -191,22 +195,17 @@ def heldout_finding(
         worse = threshold > untouched.mean if side == "above" else threshold < untouched.mean
         return Limit(metric, side, threshold if worse else math.nan, untouched)
 
-    def towards_shuffled(metric: str, shuffled: str, side: Literal["above", "below"], share: float) -> Limit:
-        if metric not in spreads or shuffled not in spreads:
-            return limit(metric, side, math.nan)
-        return limit(
-            metric, side, before.get(metric, math.nan) + share * (spreads[shuffled].mean - spreads[metric].mean)
-        )
-
+    bits, typicality = (before.get(name, math.nan) for name in ("ref_bits_per_byte", "ref_typicality"))
+    to_shuffled = distances_to_shuffled(spreads)
     signs = [
         (limit("empty_share", "above", thresholds.empty),),
         (limit("repeated_3grams", "above", thresholds.repeated),),
         (limit("distinct_completions", "below", thresholds.distinct * before.get("distinct_completions", math.nan)),),
         (limit("ref_logprob", "below", before["ref_logprob"] - thresholds.unlikely),),
-        (towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.broken),),
+        (limit("ref_bits_per_byte", "above", bits + thresholds.broken * to_shuffled["ref_bits_per_byte"]),),
         (
-            towards_shuffled("ref_bits_per_byte", "shuffled_bits_per_byte", "above", thresholds.costly),
-            towards_shuffled("ref_typicality", "shuffled_typicality", "below", thresholds.atypical),
+            limit("ref_bits_per_byte", "above", bits + thresholds.costly * to_shuffled["ref_bits_per_byte"]),
+            limit("ref_typicality", "below", typicality - thresholds.atypical * to_shuffled["ref_typicality"]),
         ),
     ]
     row = {limit.metric: after.get(limit.metric, math.nan) for limits in signs for limit in limits}

@@ -111,7 +111,8 @@ def text_costs(
     eos = context.eos
     if texts is None:
         texts = completion_texts(rollout, context.tokenizer, "strip", 1, eos)
-    return text_cost(scores.logprobs, scores.entropy, rollout.text_mask(eos), texts)
+    mask = rollout.text_mask(eos)
+    return text_cost(scores.logprobs[mask], scores.entropy[mask], texts)
 
 
 def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:

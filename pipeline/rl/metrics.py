@@ -175,18 +175,18 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, grou
     }
 
 
-def text_cost(logprobs: Tensor, entropy: Tensor, mask: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """What texts cost the model that gave logprobs and entropy, [n, T] in nats; mask: True = a token of the text.
+def text_cost(logprobs: Tensor, entropy: Tensor, texts: Sequence[str]) -> dict[str, float]:
+    """What texts cost the model that gave logprobs and entropy, in nats, of all of their tokens [K].
 
     ref_bits_per_byte: -sum log2 p over all tokens / UTF-8 bytes of all texts, the unit of language modelling: unlike
     the mean over tokens it does not fall where a text is cut into more and shorter tokens. ref_typicality: mean over
     tokens of log p + H (Meister et al., arXiv 2202.00666). Empty texts add nothing to either; NaN where all are.
     """
     size = sum(len(text.encode()) for text in texts)
-    nats = -logprobs[mask].double().sum().item()
+    nats = -logprobs.double().sum().item()
     return {
         "ref_bits_per_byte": nats / math.log(2) / size if size else math.nan,
-        "ref_typicality": (logprobs + entropy)[mask].double().mean().item(),
+        "ref_typicality": (logprobs + entropy).double().mean().item(),
     }
 
 

@@ -177,8 +177,7 @@ def measure(
         counted += int(rollout.lengths.sum())
     statistics: dict[str, float] = text_statistics(plain, [completion.tokens for completion in read], group)
     statistics |= {"completion_tokens": counted / len(texts), **ending_shares([one.ending for one in read])}
-    cost = torch.cat(logprobs), torch.cat(entropy)
-    statistics |= text_cost(*cost, torch.ones_like(cost[0], dtype=torch.bool), said)
+    statistics |= text_cost(torch.cat(logprobs), torch.cat(entropy), said)
     return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
 
 
