@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,28 @@ def test_a_reward_may_start_threads_and_processes_of_every_kind(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[how, [3.0, 5.0]] for how in ways]
     assert "stopping" not in done.stderr
+
+
+def test_a_process_that_was_just_forked_ends_at_sigterm() -> None:
+    """As a multiprocessing.Pool wants it that ends its workers as soon as it has started them."""
+    with caught_signals() as caught:
+        for _ in range(30):
+            child = os.fork()
+            if not child:
+                while True:
+                    signal.pause()
+            os.kill(child, signal.SIGTERM)
+            deadline, ended = time.monotonic() + 20, 0
+            while not ended and time.monotonic() < deadline:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                time.sleep(0.001)
+            if not ended:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert ended, "the signal was lost"
+            assert os.WTERMSIG(status) == signal.SIGTERM
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        assert caught == []
 
 
 def test_the_second_signal_does_what_it_would_do_without_us() -> None:

@@ -4,7 +4,41 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+TERM = {signal.SIGTERM}
+replaced: list[tuple[Callable[[int, Any], None], Any]] = []  # our handlers of SIGTERM, and those that they stand for
+
+
+def hold_sigterm_across_forks() -> None:
+    """A SIGTERM to a process that is being forked waits until the process has the handler from before `caught_signals`.
+
+    Python notes a signal and runs its handler later: a process that has just been forked forgets the note, and one that
+    goes to sleep in between sleeps on. A multiprocessing.Pool that ends its workers as soon as it has started them then
+    waits for ever; a handler of the system's ends them at once. Hooks of a fork cannot be taken away again.
+    """
+
+    blocked = threading.local()  # what the forking thread blocked before
+
+    def hold() -> None:
+        blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, TERM)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked.before)
+
+    def release_in_child() -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        for ours, before in replaced:
+            if handler is ours:
+                signal.signal(signal.SIGTERM, before)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_in_child)
+
+
+hold_sigterm_across_forks()
 
 
 @contextlib.contextmanager
@@ -17,10 +51,9 @@ def caught_signals() -> Iterator[list[int]]:
     owner = os.getpid()
 
     def note(number: int, _: object) -> None:
-        forked = os.getpid() != owner
-        if forked and number == signal.SIGINT:  # a terminal sends it to all; the step in progress needs its workers
+        if os.getpid() != owner:  # Ctrl-C: a terminal sends it to all, and the step in progress needs its workers
             return
-        if number in received or forked:  # multiprocessing.Pool ends its workers by SIGTERM
+        if number in received:
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
             return
@@ -28,8 +61,10 @@ def caught_signals() -> Iterator[list[int]]:
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    replaced.append((note, before[signal.SIGTERM]))
     try:
         yield received
     finally:
+        replaced.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
