@@ -398,8 +398,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("os.dup2(copy, number)", "pass"),
     ]),
     "runs/signals.py": ("isolation", [
-        ("number in received or ", ""),
-        (" or forked:", ":"),
+        ("if number in received:", "if False:"),
+        ("signal.signal(signal.SIGTERM, before)", "pass"),
     ]),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as a request to end in an orderly way."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ TERM = {signal.SIGTERM}
 replaced: list[tuple[Callable[[int, Any], None], Any]] = []  # our handlers of SIGTERM, and those that they stand for
 
 
+@functools.cache
 def hold_sigterm_across_forks() -> None:
     """A SIGTERM to a process that is being forked waits until the process has the handler from before `caught_signals`.
 
@@ -38,15 +40,13 @@ def hold_sigterm_across_forks() -> None:
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_in_child)
 
 
-hold_sigterm_across_forks()
-
-
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and Ctrl-C in a list, so that the run ends after the step in progress.
 
     A second signal ends it at once. Processes that a reward forked end at SIGTERM and ignore Ctrl-C.
     """
+    hold_sigterm_across_forks()
     received: list[int] = []
     owner = os.getpid()
 
