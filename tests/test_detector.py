@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from scipy.stats import beta
 
-from benchmarks import detector_tables
+from benchmarks import detector_tables, text_labels
 from benchmarks.detector import PLANS, params_of
 from benchmarks.labels import LASTING, bad, labels
 
@@ -80,3 +80,22 @@ def test_the_page_holds_the_tables_of_the_runs(capsys: pytest.CaptureFixture[str
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(lines) > 10
     assert [line for line in lines if line not in page] == []
+
+
+def test_labels_of_texts() -> None:
+    """The rule of docs/REAL_MODELS.md, on texts of five words."""
+    own = ["the cat sat on mats", "a dog ran in parks"] * 2
+    known = text_labels.word_pairs(["The cat sat on mats. A dog ran in parks."])
+    assert text_labels.known_share(own, known) == 1
+    assert text_labels.known_share(["the cat ran in mats"], known) == 2 / 4  # the cat, ran in
+    assert text_labels.repeated_share(["no no no no no", "one two"]) == pytest.approx(1 / 3)  # 2 of 3, and 0
+
+    assert text_labels.labels(own, own, known) == []
+    assert text_labels.labels(["mats the in ran cat", *own[1:]], own, known) == []  # one of four has lost its order
+    assert text_labels.labels(text_labels.shuffled(own), own, known) == ["salad"]
+    assert text_labels.labels(["", " ", "", own[1]], own, known) == ["empty"]
+    three = [f"{first} {second} {third}" for first, second, third in zip("abcd", "efgh", "ijkl", strict=True)]
+    same = text_labels.word_pairs([three[0]])
+    assert text_labels.labels([three[0]] * 4, three, same) == ["mode"]
+    assert text_labels.labels(["no no no no no", *own[1:]], own, known | {("no", "no")}) == []
+    assert text_labels.labels(["no no no no no no"] * 4, own, known | {("no", "no")}) == ["repetition"]

@@ -1,0 +1,194 @@
+"""`stable`, the verdict and its changes on a real model: SmolLM2-135M-Instruct over rewards, recipes and seeds.
+
+python -m benchmarks.real_models list                 # the runs, in their order
+python -m benchmarks.real_models run --jobs 2         # resumes where it stopped; 10 to 15 minutes a run on one core
+python -m benchmarks.real_models cures --jobs 2       # the recommended change of every run that is not healthy
+python -m benchmarks.real_models collect              # finished runs -> docs/real_models.csv, a row a run
+python -m benchmarks.real_models tables               # prints the tables of docs/REAL_MODELS.md
+python -m benchmarks.real_models texts                # prints its completions
+
+Needs models/local/smollm2 (`benchmarks/smollm2.py`) and the messages of OASST1 in data/local (docs/REAL_MODELS.md).
+The stages themselves make a run, in a clone of the current commit, one a job.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import Any, NamedTuple
+
+from pipeline.config.load import PARAMS_FILE
+
+RUNS = Path("benchmarks/runs/real_models")  # a folder a run: params.yaml and reports/
+SOURCES = ("models/local/smollm2", "data/local")
+STAGES = ("check", "prepare", "cache", "train", "evaluate", "diagnose")
+SETTING = (
+    "prompts=oasst1_short",
+    "++prompt_sets.oasst1_short={source: data/local, language: en, min_characters: 1, max_characters: 31, "
+    "first_character: upper, deduplicate: false}",
+    "++models.smollm2.source=models/local/smollm2",
+    "++models.smollm2_chat={source: models/local/smollm2, chat_template: auto}",
+    "train.steps=20", "train.prompts_per_step=8", "train.threads=1", "train.arithmetic=native",
+    "evaluate.prompts=60", "evaluate.samples_per_prompt=2",
+)  # fmt: skip
+MODELS = ("smollm2", "smollm2_chat")
+REWARDS = ("embedding", "length", "words", "short_greeting")
+
+LOOSE = ("recipe=stable", "recipes.stable.kl=none", "recipes.stable.warmup_steps=0", "recipes.stable.lr=0.0003")
+FAST = ("recipe=stable", "recipes.stable.lr=0.001")
+CLEAN = ("recipe=notebook", "recipes.notebook.alignment=correct", "recipes.notebook.special_tokens=strip")
+REWARD_UNITS = ("recipe=stable", "recipes.stable.scale_rewards=none", "recipes.stable.kl_coef=0.1")  # `stable` before
+
+
+class Plan(NamedTuple):
+    """A run: what is changed in params.yaml besides SETTING."""
+
+    group: str  # stable: the recipe as it is; other: meant to collapse; cure: of another run
+    name: str
+    changes: tuple[str, ...]
+
+
+def stable(model: str, reward: str, seed: int) -> Plan:
+    return Plan("stable", f"stable-{model}-{reward}-{seed}", (f"model={model}", f"reward={reward}", f"seed={seed}"))
+
+
+def other(name: str, changes: tuple[str, ...], model: str, reward: str, seed: int = 10) -> Plan:
+    chosen = (f"model={model}", f"reward={reward}", f"seed={seed}")
+    return Plan("other", f"{name}-{model}-{reward}-{seed}", chosen + changes)
+
+
+# Meant to collapse or not; whether they do is for the labels to say.
+OTHERS = [
+    other("loose", LOOSE, "smollm2", "length"),
+    other("loose", LOOSE, "smollm2_chat", "embedding"),
+    other("reward_units", REWARD_UNITS, "smollm2", "length"),
+    other("clean", CLEAN, "smollm2", "embedding"),
+    other("fast", FAST, "smollm2", "short_greeting"),
+    other("clean", CLEAN, "smollm2_chat", "length"),
+    other("notebook", ("recipe=notebook",), "smollm2", "embedding"),
+    other("fast", FAST, "smollm2", "length"),
+    other("loose", LOOSE, "smollm2", "short_greeting"),
+    other("fast", FAST, "smollm2_chat", "embedding"),
+    other("clean", CLEAN, "smollm2", "length"),
+    other("reward_units", REWARD_UNITS, "smollm2_chat", "length"),
+    other("loose", LOOSE, "smollm2", "embedding"),
+    other("fast", FAST, "smollm2", "words"),
+    other("notebook", ("recipe=notebook",), "smollm2_chat", "length"),
+    other("loose", LOOSE, "smollm2_chat", "length"),
+]
+STABLE = [stable(model, reward, seed) for seed in range(3) for reward in REWARDS for model in MODELS]
+
+
+def plans() -> list[Plan]:
+    """In the order in which they are made: so that the first ones say something of everything."""
+    first = len(MODELS) * len(REWARDS)
+    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + STABLE[2 * first :]
+
+
+def cure_plans() -> Iterator[Plan]:
+    """For each finished run with a change to try, the same run with that change."""
+    for plan in plans():
+        if (diagnosis := finished(plan)) and (cure := diagnosis["cure"]):
+            changes = tuple(f"{key}={value}" for key, value in cure["changes"].items())
+            yield Plan("cure", f"cure-{plan.name}", plan.changes + changes)
+
+
+def finished(plan: Plan) -> dict[str, Any] | None:
+    """The diagnosis of a finished run."""
+    file = RUNS / plan.name / "reports/diagnosis.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def run(plan: Plan, clone: Path) -> None:
+    """Makes one run in a clone: an interrupted one goes on from its resume states, if the clone gets it again."""
+    from dvc.utils.hydra import apply_overrides
+
+    subprocess.run(["git", "checkout", "--quiet", "--force", "HEAD"], cwd=clone, check=True)
+    apply_overrides(clone / PARAMS_FILE.name, [*SETTING, *plan.changes])
+    log = RUNS / f"{plan.name}.log"
+    with log.open("w") as output:
+        for stage in STAGES:
+            command = [sys.executable, "-m", f"pipeline.stages.{stage}"]
+            done = subprocess.run(command, cwd=clone, env=environment(clone), stdout=output, stderr=output)
+            if done.returncode:
+                print(f"failed: {plan.name}, stage {stage}: {log}", flush=True)
+                return
+    target = RUNS / plan.name
+    shutil.rmtree(target, ignore_errors=True)
+    half = target.with_suffix(".tmp")
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(clone / "reports", half / "reports")
+    shutil.copyfile(clone / PARAMS_FILE.name, half / PARAMS_FILE.name)
+    half.rename(target)
+    shutil.rmtree(clone / ".checkpoints", ignore_errors=True)
+    diagnosis = json.loads((target / "reports/diagnosis.json").read_text())
+    print(f"{plan.name}: {diagnosis['verdict']}: {diagnosis['headline']}", flush=True)
+
+
+def environment(clone: Path) -> dict[str, str]:
+    """The clone's own code, whatever is installed."""
+    return os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+
+
+def run_all(wanted: Iterable[Plan], jobs: int) -> None:
+    todo = [plan for plan in wanted if not finished(plan)]
+    clones: Queue[Path] = Queue()
+    for job in range(min(jobs, len(todo))):
+        clones.put(make_clone((RUNS / f"clone-{job}").resolve()))
+
+    def work(plan: Plan) -> None:
+        clone = clones.get()
+        try:
+            run(plan, clone)
+        finally:
+            clones.put(clone)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, todo))
+
+
+def make_clone(folder: Path) -> Path:
+    """A clone of the current commit with the model and the prompts. An older clone is brought to the commit."""
+    here = Path.cwd()
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["git", "clone", "--quiet", here, folder], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["git", "fetch", "--quiet", here, commit], cwd=folder, check=True)
+    subprocess.run(["git", "checkout", "--quiet", "--force", "--detach", commit], cwd=folder, check=True)
+    for source in SOURCES:
+        shutil.copytree(source, folder / source, dirs_exist_ok=True)
+    return folder
+
+
+def main() -> None:
+    from benchmarks import real_models_tables as results
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("list", "run", "cures", "collect", "tables", "texts"))
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    match arguments.command:
+        case "list":
+            for plan in plans():
+                print(plan.name, *plan.changes)
+        case "run":
+            run_all(plans(), arguments.jobs)
+        case "cures":
+            run_all(cure_plans(), arguments.jobs)
+        case "collect":
+            results.collect([*plans(), *cure_plans()], RUNS)
+        case "tables":
+            results.tables()
+        case "texts":
+            results.texts([*plans(), *cure_plans()], RUNS)
+
+
+if __name__ == "__main__":
+    main()
