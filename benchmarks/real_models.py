@@ -1,7 +1,7 @@
 """`stable`, the verdict and its changes on a real model: SmolLM2-135M-Instruct over rewards, recipes and seeds.
 
 python -m benchmarks.real_models list                 # the runs, in their order
-python -m benchmarks.real_models run --jobs 2         # resumes where it stopped; 10 to 15 minutes a run on one core
+python -m benchmarks.real_models run --jobs 2         # resumes where it stopped; about 5 minutes a run
 python -m benchmarks.real_models cures --jobs 2       # the recommended change of every run that is not healthy
 python -m benchmarks.real_models collect              # finished runs -> docs/real_models.csv, a row a run
 python -m benchmarks.real_models tables               # prints the tables of docs/REAL_MODELS.md
@@ -20,22 +20,22 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 from typing import Any, NamedTuple
 
 from pipeline.config.load import PARAMS_FILE
 
 RUNS = Path("benchmarks/runs/real_models")  # a folder a run: params.yaml and reports/
 SOURCES = ("models/local/smollm2", "data/local")
-STAGES = ("check", "prepare", "cache", "train", "evaluate", "diagnose")
+BEFORE, STAGES = ("prepare", "cache"), ("check", "train", "evaluate", "diagnose")
 SETTING = (
     "prompts=oasst1_short",
     "++prompt_sets.oasst1_short={source: data/local, language: en, min_characters: 1, max_characters: 31, "
     "first_character: upper, deduplicate: false}",
     "++models.smollm2.source=models/local/smollm2",
     "++models.smollm2_chat={source: models/local/smollm2, chat_template: auto}",
-    "train.steps=20", "train.prompts_per_step=8", "train.threads=1", "train.arithmetic=native",
+    "train.steps=15", "train.prompts_per_step=8", "train.threads=1", "train.arithmetic=native",
     "evaluate.prompts=60", "evaluate.samples_per_prompt=2",
+    "recipes.stable.precision=bfloat16", "recipes.notebook.precision=bfloat16",
 )  # fmt: skip
 MODELS = ("smollm2", "smollm2_chat")
 REWARDS = ("embedding", "length", "words", "short_greeting")
@@ -52,6 +52,12 @@ class Plan(NamedTuple):
     group: str  # stable: the recipe as it is; other: meant to collapse; cure: of another run
     name: str
     changes: tuple[str, ...]
+
+    @property
+    def checkpoint(self) -> str:
+        """What `prepare` and `cache` depend on."""
+        recipes = [change for change in self.changes if change.startswith("recipe=")]
+        return " ".join([self.changes[0], *recipes[:1]] if recipes else [self.changes[0], "recipe=stable"])
 
 
 def stable(model: str, reward: str, seed: int) -> Plan:
@@ -82,7 +88,7 @@ OTHERS = [
     other("notebook", ("recipe=notebook",), "smollm2_chat", "length"),
     other("loose", LOOSE, "smollm2_chat", "length"),
 ]
-STABLE = [stable(model, reward, seed) for seed in range(3) for reward in REWARDS for model in MODELS]
+STABLE = [stable(model, reward, seed) for seed in range(3) for model in MODELS for reward in REWARDS]
 
 
 def plans() -> list[Plan]:
@@ -111,14 +117,17 @@ def run(plan: Plan, clone: Path) -> None:
 
     subprocess.run(["git", "checkout", "--quiet", "--force", "HEAD"], cwd=clone, check=True)
     apply_overrides(clone / PARAMS_FILE.name, [*SETTING, *plan.changes])
-    log = RUNS / f"{plan.name}.log"
+    log, made = RUNS / f"{plan.name}.log", clone / "made.txt"
+    stages = STAGES if made.exists() and made.read_text() == plan.checkpoint else (*BEFORE, *STAGES)
+    made.unlink(missing_ok=True)
     with log.open("w") as output:
-        for stage in STAGES:
+        for stage in stages:
             command = [sys.executable, "-m", f"pipeline.stages.{stage}"]
             done = subprocess.run(command, cwd=clone, env=environment(clone), stdout=output, stderr=output)
             if done.returncode:
                 print(f"failed: {plan.name}, stage {stage}: {log}", flush=True)
                 return
+    made.write_text(plan.checkpoint)
     target = RUNS / plan.name
     shutil.rmtree(target, ignore_errors=True)
     half = target.with_suffix(".tmp")
@@ -138,19 +147,14 @@ def environment(clone: Path) -> dict[str, str]:
 
 def run_all(wanted: Iterable[Plan], jobs: int) -> None:
     todo = [plan for plan in wanted if not finished(plan)]
-    clones: Queue[Path] = Queue()
-    for job in range(min(jobs, len(todo))):
-        clones.put(make_clone((RUNS / f"clone-{job}").resolve()))
+    clones = [make_clone((RUNS / f"clone-{job}").resolve()) for job in range(min(jobs, len(todo)))]
 
-    def work(plan: Plan) -> None:
-        clone = clones.get()
-        try:
-            run(plan, clone)
-        finally:
-            clones.put(clone)
+    def work(clone: Path) -> None:
+        while todo:
+            run(todo.pop(0), clone)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, todo))
+        list(pool.map(work, clones))
 
 
 def make_clone(folder: Path) -> Path:

@@ -23,30 +23,38 @@ SMALL = {
 }
 
 
+def environment(cache: Path) -> dict[str, str]:
+    """Of commands in a clone: this Python's, nobody's settings of DVC, MLflow, git or the hub."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "HF_"))}
+    identity = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    nowhere = "http://127.0.0.1:9"  # nothing listens: a stage that asks a hub unbidden fails at once
+    return {**kept, **identity, "PATH": path, "HF_ENDPOINT": nowhere, "HF_HOME": str(cache / "hf")}
+
+
 class Clone:
-    """A git clone of the project as it lies in the work tree, with small sizes committed."""
+    """A git clone of the project as it lies in the work tree, with small sizes committed. A folder that is there is
+    taken as it is."""
 
     def __init__(self, root: Path, cache: Path, **train: int) -> None:
-        self.root = root
+        self.root, self.environment, there = root, environment(cache), root.exists()
+        if not there:
+            self.make(train)
+        # as `dvc cache dir --local` writes it, which takes seconds
+        (root / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache / 'dvc'}\n")
+        if not there:
+            self.commit()
+
+    def make(self, train: dict[str, int]) -> None:
         files = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.split("\0")
         for name in filter(None, files):
             if (ROOT / name).is_file() and name != "dvc.lock":
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, root / name)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "HF_"))}
-        identity = {
-            f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
-        }
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        nowhere = "http://127.0.0.1:9"  # nothing listens: a stage that asks a hub unbidden fails at once
-        self.environment = {**kept, **identity, "PATH": path, "HF_ENDPOINT": nowhere, "HF_HOME": str(cache / "hf")}
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, self.root / name)
         self.edit(train={**SMALL, **train}, evaluate={"prompts": 6, "samples_per_prompt": 2, "bootstrap": 100})
         self("git", "init", "-q")
-        # as `dvc cache dir --local` writes it, which takes seconds
-        (root / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache / 'dvc'}\n")
-        self.commit()
 
     def edit(self, **tables: dict[str, object]) -> None:
         yaml = YAML()
@@ -114,11 +122,16 @@ def end(clone: Clone) -> None:
     assert not processes_in(clone.root)
 
 
-def tiny(base: Path, cache: Path) -> Clone:
+def tiny(base: Path, prepared: Path) -> Clone:
+    """A copy of what the fixture `prepared` has made, with a cache of its own beside it."""
+    shutil.copytree(prepared, base, dirs_exist_ok=True)
+    return Clone(base / "project", base / "cache")
+
+
+def prepare_tiny(base: Path) -> None:
     """One reward, which needs no encoder; prompts and checkpoint made; no database."""
-    made = Clone(base / "project", cache)
+    made = Clone(base / "project", base / "cache")
     made.keep_rewards("length")
     made("dvc", "repro", "check", "prepare", "cache")
     made.commit()
     assert not (made.root / "mlflow.db").exists()
-    return made

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from pipeline.arithmetic.environment import choose_kernels
 from tests import faults, repositories
 from tests.browser import CHROMIUM, FLAGS
+from tests.clones import prepare_tiny
 from tests.forks import Forks
 from tests.hub import Hub
 from tests.project import SHARED, Project, copy_of_project
@@ -65,6 +67,18 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return copy_of_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `clones.tiny` copies, made once for all processes of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with FileLock(shared / "prepared.lock"):
+        if not (shared / "prepared").exists():
+            prepare_tiny(shared / "unfinished")
+            (shared / "unfinished").rename(shared / "prepared")
+    return shared / "prepared"
 
 
 @pytest.fixture(scope="session")

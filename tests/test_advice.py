@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,10 +18,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+def clone(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Clone]:
     """A whole run, committed."""
     base = tmp_path_factory.mktemp("advice")
-    made = tiny(base, base / "cache")
+    made = tiny(base, prepared)
     made("dvc", "repro")
     made.commit()
     yield made

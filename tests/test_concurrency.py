@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.exhaustive]  # t
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Iterator[Clone]:
-    made = tiny(tmp_path, tmp_path / "cache")
+def clone(tmp_path: Path, prepared: Path) -> Iterator[Clone]:
+    made = tiny(tmp_path, prepared)
     yield made
     end(made)
 
 
-def test_a_queue_of_experiments_at_two_jobs(clone: Clone) -> None:
+def test_a_queue_of_experiments_at_two_jobs(clone: Clone, prepared: Path) -> None:
     seeds = [1, 2, 3, 4, 5, 6]
     with fault("experiments of a queue at the same time"):
         clone("dvc", "exp", "run", "--queue", "-S", f"seed=range(1,{1 + len(seeds)})")
@@ -31,7 +31,7 @@ def test_a_queue_of_experiments_at_two_jobs(clone: Clone) -> None:
         histories = assert_complete(clone, seeds)
         assert len(set(histories.values())) == len(seeds)
     with fault("the same experiment alone gives the same bytes"):
-        alone = tiny(clone.root.parent / "alone", clone.root.parent / "alone/cache")
+        alone = tiny(clone.root.parent / "alone", prepared)
         alone("dvc", "exp", "run", "-S", "seed=2")
         assert alone.read("reports/train/history.csv") == histories[2]
 

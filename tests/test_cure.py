@@ -248,8 +248,8 @@ def answer_of(output: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path) -> None:
-    clone = tiny(tmp_path, tmp_path / "cache")
+def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(tmp_path: Path, prepared: Path) -> None:
+    clone = tiny(tmp_path, prepared)
     clone("dvc", "exp", "run", "-S", "recipe=notebook")  # leaves params.yaml modified, as a user would
 
     def files() -> dict[str, bytes]:

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # three more experiment
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Iterator[Clone]:
-    made = tiny(tmp_path, tmp_path / "cache")
+def clone(tmp_path: Path, prepared: Path) -> Iterator[Clone]:
+    made = tiny(tmp_path, prepared)
     yield made
     end(made)
 

@@ -35,10 +35,10 @@ class Swept(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
+def swept(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Swept]:
     """A sweep of two experiments at the same time."""
     base = tmp_path_factory.mktemp("swept")
-    clone = tiny(base, base / "cache")
+    clone = tiny(base, prepared)
     printed = clone("python", "-m", "pipeline", "sweep", "--jobs", "2", *GRID)
     yield Swept(clone, printed, sorted(set(re.findall(r"finished \d of \d: (\S+)", printed))))
     end(clone)

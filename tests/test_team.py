@@ -74,14 +74,14 @@ def join(first: Clone, root: Path, repository: Path) -> Clone:
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+def team(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Team]:
     """The first member has run the pipeline and pushed it; the second has cloned."""
     programs = postgres_programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     base = tmp_path_factory.mktemp("team")
     (base / "remote").mkdir()
-    first = tiny(base / "first", base / "first/cache")
+    first = tiny(base / "first", prepared)
     database = Postgres(programs, "a secret of the server's")
     files = SshServer(base / "remote", base / "key")
     server = MlflowServer(base, database.uri)

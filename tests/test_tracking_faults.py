@@ -250,10 +250,10 @@ def test_an_empty_file_in_the_place_of_the_database(tracking_folder, capsys):
 
 
 @pytest.mark.exhaustive  # trains for real
-def test_a_real_training_does_not_mind(tmp_path):
+def test_a_real_training_does_not_mind(tmp_path, prepared):
     histories = []
     for kind, uri in [("", ""), ("away", "http://127.0.0.1:9")]:
-        clone = tiny(tmp_path / (kind or "well"), tmp_path / (kind or "well") / "cache")
+        clone = tiny(tmp_path / (kind or "well"), prepared)
         with fault(f"MLflow {kind}, a training with DVC") if kind else contextlib.nullcontext():
             if uri:
                 clone.environment["MLFLOW_TRACKING_URI"] = uri
