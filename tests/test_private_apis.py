@@ -21,7 +21,7 @@ PRIVATE = {
         "distributed/launch.py", "accelerate.commands.config.config_args:load_config_from_file",
     ),
     "accelerate.commands.launch": ("distributed/launch.py", "accelerate.commands.launch:launch_command_parser"),
-    "dvc.utils.hydra": ("commands/sweep.py", "dvc.utils.hydra:get_hydra_sweeps"),
+    "dvc.utils.hydra": ("runs/dvc_queue.py", "dvc.utils.hydra:get_hydra_sweeps"),
     "mlflow.store.tracking.sqlalchemy_store": (
         "tracking/mlflow_store.py", "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore",
     ),

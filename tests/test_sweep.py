@@ -17,9 +17,9 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 
-from pipeline.commands import sweep
 from pipeline.errors import UserError
-from pipeline.runs.dvc_git import dvc
+from pipeline.runs import dvc_queue
+from pipeline.runs.dvc_git import dvc, head_commit
 from tests.clones import Clone, end, tiny
 from tests.experiments import PATIENCE_SECONDS, assert_complete, experiments
 from tests.project import ROOT
@@ -127,8 +127,8 @@ def test_the_same_sweep_again_is_a_table_only(swept: Swept) -> None:
 def test_a_failed_experiment_is_named_with_its_error(swept: Swept) -> None:
     clone = swept.clone
     size = ("-S", "train.max_tokens=9999")  # valid, and more than the model's context
-    quicker = "from pipeline.__main__ import main\nfrom pipeline.commands import sweep\n"
-    quicker += "sweep.POLL_SECONDS, sweep.QUEUE_EVERY = 2, 2\n"
+    quicker = "from pipeline.__main__ import main\nfrom pipeline.runs import dvc_queue\n"
+    quicker += "dvc_queue.POLL_SECONDS, dvc_queue.QUEUE_EVERY = 2, 2\n"
     quicker += "main()"
     said = clone(sys.executable, "-c", quicker, "sweep", *size, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -180,12 +180,12 @@ def test_an_experiment_that_an_ending_worker_took_along_is_queued_again(swept: S
     end(clone)  # the workers of what was swept before wait some seconds for more
     patched = """
 from pipeline.__main__ import main
-from pipeline.commands import sweep
-dvc, sweep.POLL_SECONDS, sweep.QUEUE_EVERY, sweep.PATIENCE = sweep.dvc, 0.1, 1, 1
-sweep.dvc = lambda *arguments: "" if arguments[:2] == ("queue", "start") else dvc(*arguments)
+from pipeline.runs import dvc_queue
+dvc, dvc_queue.POLL_SECONDS, dvc_queue.QUEUE_EVERY, dvc_queue.PATIENCE = dvc_queue.dvc, 0.1, 1, 1
+dvc_queue.dvc = lambda *arguments: "" if arguments[:2] == ("queue", "start") else dvc(*arguments)
 """
     grid, broker = ("-S", "train.steps=2", "-S", "seed=7"), clone.root / ".dvc/tmp/exps/celery/broker"
-    clone(sys.executable, "-c", f"{patched}sweep.wait = lambda *_: None\nmain()", "sweep", *grid, fails=True)
+    clone(sys.executable, "-c", f"{patched}dvc_queue.wait = lambda *_: None\nmain()", "sweep", *grid, fails=True)
     assert re.search("sweep-.* Queued", clone("dvc", "queue", "status"))
     (message,) = (broker / "in").glob("*.celery.msg")  # not what is left of talk with workers
     message.rename(broker / "processed" / message.name)
@@ -210,7 +210,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_each_combination_has_a_name_of_code_and_parameters(repository: Path) -> None:
     def names(*overrides: str) -> list[str]:
-        return list(sweep.experiments(list(overrides), sweep.head_commit()))
+        return list(dvc_queue.experiments(list(overrides), head_commit()))
 
     grid = ("recipe=notebook,stable", "seed=range(0,3)", "train.threads=1")
     first = names(*grid)
@@ -241,16 +241,16 @@ def test_each_combination_has_a_name_of_code_and_parameters(repository: Path) ->
 def test_an_experiment_needs_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^`git rev-parse` failed: fatal: not a git repository"):
-        sweep.head_commit()
+        head_commit()
     subprocess.run(["git", "init", "-q"], check=True)
     with pytest.raises(UserError, match="no commit yet, and experiments start from one: `git commit` first"):
-        sweep.head_commit()
+        head_commit()
 
 
 @pytest.mark.parametrize("override", ["recipe", "recipe=a,b)", "seed=glob(*)"])
 def test_an_override_that_is_none_is_refused(repository: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"^-S: .*should be KEY=VALUE"):
-        sweep.experiments([override], "HEAD")
+        dvc_queue.experiments([override], "HEAD")
 
 
 def test_a_combination_that_is_not_valid_is_refused_before_any_is_queued(
@@ -263,9 +263,9 @@ def test_a_combination_that_is_not_valid_is_refused_before_any_is_queued(
         (["recipe.lr=1"], r"^-S recipe.lr=1: .*"),
     ):
         with pytest.raises(UserError, match=message):
-            sweep.check(sweep.experiments(overrides, "HEAD").values())
+            dvc_queue.check(dvc_queue.experiments(overrides, "HEAD").values())
     before = (repository / "params.yaml").read_bytes()
-    sweep.check(sweep.experiments(["reward=length,words", "recipes.stable.lr=3e-5"], "HEAD").values())
+    dvc_queue.check(dvc_queue.experiments(["reward=length,words", "recipes.stable.lr=3e-5"], "HEAD").values())
     assert (repository / "params.yaml").read_bytes() == before
 
 
@@ -319,8 +319,8 @@ def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> 
         "6f2a1b0  sweep-a-0-19e714  05:11 AM      Failed\n"
         "\nWorker status: 2 active, 1 idle\n"
     )
-    monkeypatch.setattr(sweep, "dvc", lambda *arguments: printed)
-    assert sweep.status() == ({"sweep-a-0-19e714": "Running", "sweep-b-1-3c6bf8": "Failed", "other": "Success"}, 3)
+    monkeypatch.setattr(dvc_queue, "dvc", lambda *arguments: printed)
+    assert dvc_queue.status() == ({"sweep-a-0-19e714": "Running", "sweep-b-1-3c6bf8": "Failed", "other": "Success"}, 3)
 
 
 @pytest.mark.parametrize(
@@ -331,18 +331,18 @@ def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_queue_that_stands_still_ends_the_waiting(state: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
-    monkeypatch.setattr(sweep, "finished", lambda *_: set())
-    monkeypatch.setattr(sweep, "status", lambda: ({"one": state}, 0))
+    monkeypatch.setattr(dvc_queue, "POLL_SECONDS", 0)
+    monkeypatch.setattr(dvc_queue, "finished", lambda *_: set())
+    monkeypatch.setattr(dvc_queue, "status", lambda: ({"one": state}, 0))
     asked = []
 
     def dvc(*arguments: str) -> str:
         asked.append(arguments[:2])
         return "loading\nERROR: no\n"
 
-    monkeypatch.setattr(sweep, "dvc", dvc)
+    monkeypatch.setattr(dvc_queue, "dvc", dvc)
     with pytest.raises(UserError, match=message):
-        sweep.wait({"one": []}, "c", jobs=1)
+        dvc_queue.wait({"one": []}, "c", jobs=1)
     assert asked.count(("queue", "kill")) == (state == "Running")  # once, then a person has to look
 
 
@@ -356,12 +356,12 @@ def test_a_failed_experiment_ends_the_waiting_after_the_others_have_ended(
         states.update(zip(states, next(looks), strict=True))
         return dict(states), 1
 
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
-    monkeypatch.setattr(sweep, "status", status)
-    monkeypatch.setattr(sweep, "finished", lambda *_: {name for name in states if states[name] == "Success"})
-    monkeypatch.setattr(sweep, "dvc", lambda *arguments: "")
+    monkeypatch.setattr(dvc_queue, "POLL_SECONDS", 0)
+    monkeypatch.setattr(dvc_queue, "status", status)
+    monkeypatch.setattr(dvc_queue, "finished", lambda *_: {name for name in states if states[name] == "Success"})
+    monkeypatch.setattr(dvc_queue, "dvc", lambda *arguments: "")
     with pytest.raises(UserError, match="1 of 2 experiments failed: one; `dvc queue logs one` says why; the same"):
-        sweep.wait({"one": [], "two": []}, "c", jobs=1)
+        dvc_queue.wait({"one": [], "two": []}, "c", jobs=1)
     assert capsys.readouterr().out == "finished 1 of 2: two\n"
 
 

@@ -1,33 +1,15 @@
 """`reinforce sweep -S recipe=notebook,stable -S 'seed=range(0,3)'`: an experiment for each combination of values, by
-DVC's queue, then their comparison.
-
-The name of an experiment is of its parameters and of the code as it stands. So the same command goes on with a sweep
-that was interrupted, or of which experiments failed: what is finished is not done again.
-"""
+DVC's queue, then their comparison. The same command goes on with a sweep that was interrupted, or of which experiments
+failed."""
 
 import argparse
-import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterable
-from pathlib import Path
 
-from pipeline.config.load import PARAMS_FILE, load_params
+from pipeline.config.load import load_params
 from pipeline.errors import UserError
-from pipeline.file_io import sha256
-from pipeline.runs.dvc_git import check_beside_workspace, dvc, environment, git, head_commit
-from pipeline.runs.provenance import digest
-
-POLL_SECONDS = 5.0  # between two looks at what is finished
-QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
-PATIENCE = 4  # states of the queue in which nobody works
-NAME_DIGITS = 16  # of the digest in a name: what has the name of a finished experiment is not run again
-PENDING = ("Queued", "Running")
-ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
-WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
+from pipeline.runs import dvc_queue
+from pipeline.runs.dvc_git import check_beside_workspace, environment, head_commit
 
 
 def main(options: argparse.Namespace) -> None:
@@ -37,136 +19,8 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"--jobs {options.jobs}: should be 1 or more")
     check_beside_workspace(load_params().rewards.values())
     commit = head_commit()  # DVC keeps experiments by it; a commit meanwhile changes nothing
-    wanted = experiments(options.overrides, commit)
-    check(wanted.values())
-    print(f"{len(wanted)} experiments, {len(finished(wanted, commit))} of them finished", flush=True)
-    try:
-        queue(wanted, commit)
-        wait(wanted, commit, options.jobs)
-    except KeyboardInterrupt:
-        dvc("queue", "stop")
-        raise UserError(
-            "interrupted: running experiments end by themselves (`dvc queue stop --kill` ends them now), the others "
-            "stay queued; the same command goes on"
-        ) from None
+    wanted = dvc_queue.experiments(options.overrides, commit)
+    dvc_queue.check(wanted.values())
+    dvc_queue.run(wanted, commit, options.jobs)
     command = ["-m", "pipeline", "compare", "--from", "dvc", *wanted]
     sys.exit(subprocess.run([sys.executable, *command], env=environment()).returncode)
-
-
-def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
-    """The -S values of every combination by the name of its experiment. Raises UserError for what DVC cannot read."""
-    from dvc.utils.hydra import get_hydra_sweeps  # takes its time, and only this needs it
-
-    try:
-        combinations = [each["params.yaml"] for each in get_hydra_sweeps({"params.yaml": overrides})]
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("hydra", "dvc"):
-            raise
-        raise UserError(f"-S: {str(error).partition('See https')[0]}; should be KEY=VALUE or KEY=VALUE,VALUE") from None
-    state = [commit, edits(commit)]
-    swept = [place for place, values in enumerate(zip(*combinations, strict=True)) if len(set(values)) > 1]
-    found = {}
-    for values in combinations:
-        words = [re.sub(r"\W+", "-", values[place].partition("=")[2])[-20:].strip("-_") for place in swept]
-        found["-".join(["sweep", *words, digest([state, values])[:NAME_DIGITS]])] = values
-    return found
-
-
-def edits(commit: str) -> dict[str, str | None]:
-    """The files that differ from the commit with a digest of each, None for one that was removed. dvc.lock and reports/
-    are what runs leave behind: they make no other experiment. Contents, not a diff: the user's settings change what
-    that says."""
-    options = ("--name-only", "-z", "--no-renames", "--relative", "--no-ext-diff", "--ignore-submodules=none")
-    names = git("-c", "diff.autoRefreshIndex=true", "diff", *options, commit, "--", ".", ":!reports", ":!dvc.lock")
-    paths = sorted(name for name in names.split("\0") if name)
-    return {path: sha256(Path(path)) if Path(path).is_file() else None for path in paths}
-
-
-def check(combinations: Iterable[list[str]]) -> None:
-    """Raises UserError where params.yaml with one of them is not valid: before an hour of the others, not after it."""
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import apply_overrides
-
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, PARAMS_FILE.name)
-        for values in combinations:
-            try:
-                shutil.copyfile(PARAMS_FILE, copy)
-                apply_overrides(copy, values)
-                load_params(copy)
-            except UserError as error:
-                raise UserError(f"-S {' -S '.join(values)}: {str(error).replace(str(copy), copy.name)}") from None
-            except DvcException as error:
-                raise UserError(f"-S {' -S '.join(values)}: {error.__cause__ or error}") from None
-
-
-def finished(wanted: dict[str, list[str]], commit: str) -> set[str]:
-    """Those whose results DVC has."""
-    listing = git("for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{commit[:2]}/{commit[2:]}")
-    return set(listing.split()) & wanted.keys()
-
-
-def queue(wanted: dict[str, list[str]], commit: str) -> None:
-    """Queues what is neither finished nor in the queue."""
-    done, states = finished(wanted, commit), status()[0]
-    for place, (name, values) in enumerate(wanted.items(), start=1):
-        if name in done or states.get(name) in PENDING:
-            continue
-        if name in states:  # failed, or its result was removed
-            dvc("queue", "remove", name)
-        options = [part for value in values for part in ("-S", value)]
-        dvc("exp", "run", "--queue", "--name", name, *options)
-        print(f"queued {place} of {len(wanted)}: {name}", flush=True)
-
-
-def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
-    """Until every experiment is finished. Raises UserError where one failed, after the others have ended."""
-    seen, idle, lost, looks, revived = finished(wanted, commit), 0, 0, 0, False
-    if len(seen) < len(wanted):
-        dvc("queue", "start", "--jobs", str(jobs))
-    while len(seen) < len(wanted):
-        time.sleep(POLL_SECONDS)
-        looks, before, seen = looks + 1, seen, finished(wanted, commit)
-        for number, name in enumerate(sorted(seen - before), start=len(before) + 1):
-            print(f"finished {number} of {len(wanted)}: {name}", flush=True)
-        if len(seen) == len(wanted) or (looks % QUEUE_EVERY and not lost):
-            continue
-        states, workers = status()
-        left = sorted(wanted.keys() - finished(wanted, commit))  # and who is not pending either has failed
-        pending = {name: states[name] for name in left if states.get(name) in PENDING}
-        lost = lost + 1 if left and not pending else 0
-        if lost > 1:  # looked at twice: DVC calls an experiment failed while it saves its results
-            raise UserError(
-                f"{len(left)} of {len(wanted)} experiments failed: {', '.join(left)}; {why(left[0])}; "
-                "the same command tries them again"
-            )
-        idle = idle + 1 if pending and not workers else 0
-        if idle >= PATIENCE:
-            if revived:
-                raise UserError(f"nobody works on the queue, {len(pending)} experiments are left: the same command")
-            # A worker that ends takes experiments from the queue that it never starts: running, says DVC, for ever.
-            if stuck := sorted(name for name, state in pending.items() if state == "Running"):
-                dvc("queue", "kill", *stuck)
-            queue(wanted, commit)
-            dvc("queue", "start", "--jobs", str(jobs))
-            idle, revived = 0, True
-        if idle == 2 and "Queued" in pending.values():  # not at once: a second start beside a slow one doubles the jobs
-            dvc("queue", "start", "--jobs", str(jobs))  # the workers of a sweep that was interrupted have gone
-
-
-def status() -> tuple[dict[str, str], int]:
-    """The state of each experiment that the queue knows, by name, and how many workers there are."""
-    text = dvc("queue", "status")
-    workers = WORKERS.search(text)
-    # DVC may go on listing what was removed as failed: what is pending of the same name, later here, counts.
-    rows = sorted(ROW.findall(text), key=lambda row: row[1] in PENDING)
-    return dict(rows), sum(map(int, workers.groups())) if workers else 0
-
-
-def why(name: str) -> str:
-    """The line of an experiment's output that names its error, and how to see the rest."""
-    try:
-        lines = [line for line in dvc("queue", "logs", name).splitlines() if re.match("(error|ERROR):", line)]
-    except UserError:
-        lines = []
-    return f"`dvc queue logs {name}` says why" + (f": {lines[0]}" if lines else "")
