@@ -77,6 +77,10 @@ def run_command(options: argparse.Namespace) -> None:
             from pipeline.stages import track
 
             track.main()
+        case "tune":
+            from pipeline.commands import tune
+
+            tune.main(options)
         case "verify":
             from pipeline.commands import verify
 
@@ -134,7 +138,7 @@ def build_parser() -> Parser:
     """Return the parser of every command and its options."""
     parser = Parser(
         prog="reinforce",
-        description="Compare, diagnose and cure REINFORCE runs. Training itself is `dvc repro` and `dvc exp run`.",
+        description="Compare, diagnose, cure and tune REINFORCE runs. Training is `dvc repro` and `dvc exp run`.",
         epilog="`reinforce COMMAND --help` has the options and examples. Commands work in every folder of the project.",
         allow_abbrev=False,
     )
@@ -255,6 +259,28 @@ def build_parser() -> Parser:
         "For a database that was lost or a server that was away. A complete record stays as it is.",
         "reinforce track",
     )
+    tune = add(
+        "tune",
+        "search a learning rate and a KL strength for a model, prompts and a reward",
+        "Successive halving on DVC's queue: short runs first, the better of them longer. A run that collapses is\n"
+        "pruned, the held-out gain judges the others. Prints what was tried, and the best recipe as a table for\n"
+        "params.yaml. Interrupted or failed, the same command goes on: what has finished is not run again.",
+        "reinforce tune -S reward=length",
+        "reinforce tune --jobs 2 -S train.threads=1 -S model=pythia-70m -S prompts=oasst1",
+        "reinforce tune --trials 16 -S recipe=stable -S recipes.stable.lr=3e-5 -S train.steps=100",
+    )
+    tune.add_argument(
+        "-S",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as of `dvc exp run`; values of the searched keys are the middle of their ranges",
+    )
+    tune.add_argument("--trials", type=int, default=8, help="values to try, the recipe's own among them (8)")
+    tune.add_argument("--seed", type=int, default=0, help="of the search; that of the runs is params.yaml's (0)")
+    tune.add_argument("--jobs", type=int, default=1, help="experiments at a time (1)")
+    tune.add_argument("--eta", type=int, default=2, help="one in so many goes on, with so many times the steps (2)")
     add(
         "verify",
         "run the committed code again and compare every byte with the committed results",

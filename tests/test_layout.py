@@ -28,7 +28,7 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = (ROOT / "params.yaml").read_text()
 STAGES = {f"pipeline.stages.{name}" for name in DVC}
 COMMANDS = {f"pipeline.commands.{name}" for name in (
-    "compare", "cure", "diagnose", "export", "generate", "sweep", "ui", "verify",
+    "compare", "cure", "diagnose", "export", "generate", "sweep", "tune", "ui", "verify",
 )}  # fmt: skip
 CORE = ("pipeline.models", "pipeline.rl", "pipeline.diagnosis")
 MODULES = {
@@ -288,6 +288,7 @@ NEVER_AT_IMPORT = {"pipeline.stages.train": {"mlflow", "dvc", "datasets", "sente
                    "pipeline.commands.cure": HEAVY - {"pandas", "matplotlib"},
                    "pipeline.commands.compare": HEAVY - {"pandas", "matplotlib"},
                    "pipeline.__main__": HEAVY | {"shtab"}, "pipeline.commands.sweep": HEAVY,
+                   "pipeline.commands.tune": HEAVY | {"optuna"},
                    "pipeline.config.load": HEAVY, "pipeline.stages.check": HEAVY}  # fmt: skip
 
 
@@ -312,7 +313,7 @@ def test_only_what_shows_or_reads_its_record_can_reach_mlflow() -> None:
 
 
 # These never load torch, neither on import nor when they run: nothing that they reach imports it.
-WITHOUT_TORCH = ("prepare", "diagnose", "plot", "compare", "cure", "sweep")
+WITHOUT_TORCH = ("prepare", "diagnose", "plot", "compare", "cure", "sweep", "tune")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pipeline.config.schema import SELECTORS
 from pipeline.diagnosis.verdict import TITLES
 from pipeline.errors import one_line
+from pipeline.report.table import markdown_table
 from pipeline.tracking.summaries import RunSummary
 
 LAST_STEPS = 5  # as in summary.json
@@ -265,13 +266,7 @@ def markdown(found: Sequence[Configuration]) -> str:
         ]
         seeds = str(len(each.trainings)) if len(each.trainings) > 1 else "n=1"
         rows.append([*each.shown.values(), seeds, steps_of(each), *cells, verdicts(each)])
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
+    return markdown_table(rows)
 
 
 def partial(value: Spread, configuration: Configuration) -> bool:
