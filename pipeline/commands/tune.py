@@ -98,9 +98,8 @@ def plan(options: argparse.Namespace) -> tuple[Search, str]:
     trials = trial_values(space, options.trials, options.seed)
     least = params.selected_recipe.warmup_steps + 1  # what ends in the warm-up tells nothing of the learning rate
     steps = rungs(params.train.steps, options.eta, least, len(trials))
-    search = Search(params, values, trials, steps, options.eta, dvc_queue.code_state(head_commit()))
-    dvc_queue.check(search.experiment(trial, steps[-1])[1] for trial in range(len(trials)))
-    return search, note
+    state = dvc_queue.code_state(head_commit())
+    return Search(params, values, trials, steps, options.eta, state), note
 
 
 def key_of(value: str) -> str:
