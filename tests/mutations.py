@@ -23,7 +23,7 @@ from tests.project import CHECKOUT, ROOT, copy_checkout
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
     "verdict", "runtime",
-    "rewards", "large", "verification", "tokenization", "chat", "stop_strings",
+    "rewards", "large", "verification", "tokenization", "chat", "stop_strings", "halving",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -396,6 +396,22 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("np.random.set_state(before[1])", "pass"),
         ("torch.clear_autocast_cache()", "pass"),
         ("os.dup2(copy, number)", "pass"),
+    ]),
+    "runs/halving.py": ("halving", [
+        ("(-gains[trial], trial)", "(gains[trial], trial)"),
+        (' and outcome.verdict == "healthy"', ""),
+        ("return waiting[:free]", "return waiting"),
+        ("for batch in reversed(left) if", "for batch in left if"),
+        ("[] if ready else next(", "next("),
+        ("math.ceil(trials / eta**rung)", "math.ceil(trials / eta)"),
+        ("trials >= 2 * eta ** len(found)", "trials >= eta ** len(found)"),
+        ("steps // eta ** len(found) >= least", "steps // eta >= least"),
+        ("scramble=True, seed=seed", "scramble=True, seed=0"),
+        ("found = [present]", "found: list[dict[str, float]] = []"),
+        ("name: rounded(value) for", "name: value for"),
+        ("if values not in found:", "if True:"),
+        ("best_first(steps_of[-1], outcomes)", "best_first(steps_of[0], outcomes)"),
+        ("if recipe.kl_target > 0:", "if False:"),
     ]),
     "runs/signals.py": ("isolation", [
         ("if number in received:", "if False:"),

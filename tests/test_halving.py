@@ -82,6 +82,12 @@ def test_the_seed_alone_decides() -> None:
     assert halving.trial_values(SPACE, 16, seed=3)[:8] == halving.trial_values(SPACE, 8, seed=3), "more only adds"
 
 
+def test_no_values_come_twice() -> None:
+    """0.0001 to 0.0002 has eleven values of two digits."""
+    trials = halving.trial_values({"lr": Range(1e-4, 1e-4, 2e-4)}, 11, seed=0)
+    assert len({values["lr"] for values in trials}) == 11
+
+
 @pytest.mark.parametrize(
     ("changes", "names", "note"),
     [

@@ -13,11 +13,12 @@ from tests.project import ROOT
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", ROOT / "docs/EXPERIMENTS.md", ROOT / "docs/RECOVERY.md"]
-# minutes and more, or the hub; other tests run the first five
+# minutes and more, or the hub; other tests run the first six
 NOT_RUN = (
     "make repro",
     "make cure",
     "make sweep",
+    "reinforce tune",
     "make ui",
     "dvc repro --single-item --force train",
     "dvc exp run -S model=pythia-70m",
