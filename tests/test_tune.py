@@ -25,7 +25,7 @@ from tests.clones import end, tiny
 from tests.project import ROOT
 
 IDENTITY = {f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-QUICK = ("-S", "train.steps=4", "-S", "recipes.stable.warmup_steps=0")
+QUICK = ("-S", "train.steps=4", "-S", "recipes.stable.warmup_steps=0", "-S", "recipes.stable.lr=2e-4")
 
 
 @pytest.fixture
@@ -213,6 +213,14 @@ def test_the_gain_is_set_beside_that_of_the_recipe_as_it_stands(repository: Path
     assert "note: this gain may be chance" in tune.answer(search, outcomes, best=2)
 
 
+def test_where_the_recipe_as_it_stands_is_the_best_nothing_is_to_change(repository: Path) -> None:
+    search, outcomes = search_of_four(repository)
+    printed = tune.answer(search, outcomes, best=0)
+    assert printed.splitlines()[-1] == "Nothing to change: recipe stable of params.yaml is the best of what was tried."
+    search, outcomes = search_of_four(repository, "-S", "recipes.stable.lr=3e-5")
+    assert "    lr: 3e-05\n" in tune.answer(search, outcomes, best=0), "but it does where -S moved it"
+
+
 def test_a_name_that_is_taken_is_not_given_again(repository: Path) -> None:
     params = load_params()
     assert tune.free_name(params) == "tuned"
@@ -295,15 +303,18 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_a_real_search_ends_with_a_recipe_and_the_same_command_runs_nothing_again(clone: Any) -> None:
     command = ("python", "-m", "pipeline", "tune", "--trials", "4", "--jobs", "2", *QUICK)
     printed = clone(*command)
-    assert "4 trials around recipe stable: lr, kl_coef; runs: 4 of 2 steps, 2 of 4 steps" in printed
+    assert (
+        "4 trials of lr (2e-05 to 0.002) and kl_coef (0.025 to 1.6), the first one recipe stable as it stands"
+        in printed
+    )
+    assert "\n4 of 2 steps, then 2 of 4 steps: as many steps as 4 full runs, and 6 evaluations" in printed
     assert len(set(re.findall(r"finished \d of \d: (tune-\S+)", printed))) == 6
     assert clone("git", "status", "--porcelain") == ""
     again = clone(*command)
     assert "queued" not in again
     start = "\n| trial"
     assert again[again.index(start) :] == printed[printed.index(start) :]
-    apply = commands_of(printed)["Or take its run here"]
-    clone(*apply)
+    clone(*commands_of(printed)["Or take its run here"])
     applied = YAML(typ="safe", pure=True).load(clone.read("params.yaml"))
     block = printed.partition("params.yaml:\n\n")[2].partition("Train with it")[0]
     tuned = YAML(typ="safe", pure=True).load(block)["tuned"]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
+from pipeline.config.load import load_params
 from pipeline.config.overrides import override
 from pipeline.config.schema import Params, Recipe
 from pipeline.diagnosis.verdict import TITLES
@@ -25,6 +26,7 @@ from pipeline.runs import dvc_queue
 from pipeline.runs.dvc_git import check_beside_workspace, git_bytes, head_commit
 from pipeline.runs.halving import (
     Outcome,
+    Range,
     next_runs,
     places,
     ranking,
@@ -45,8 +47,9 @@ class Search(NamedTuple):
     """What is tried, and how an experiment of it is made."""
 
     params: Params  # with the -S values
+    space: dict[str, Range]  # by key of the recipe
     overrides: list[str]  # the -S values, as given
-    trials: list[dict[str, float]]  # values by key of the recipe; the first: the recipe as it stands
+    trials: list[dict[str, float]]  # values by the same keys; the first: the recipe as it stands
     steps: list[int]  # of each rung
     eta: int
     state: list[Any]  # the code that the experiments start from
@@ -64,12 +67,7 @@ class Search(NamedTuple):
 def main(options: argparse.Namespace) -> None:
     """Raises UserError for options that are not valid, where an experiment fails, and where every trial collapsed."""
     search, note = plan(options)
-    recipe, count = search.params.recipe, len(search.trials)
-    sizes = places(count, len(search.steps), search.eta)
-    work = sum(room * steps for room, steps in zip(sizes, search.steps, strict=True)) / search.steps[-1]
-    runs = ", ".join(f"{room} of {steps} steps" for room, steps in zip(sizes, search.steps, strict=True))
-    print(f"{count} trials around recipe {recipe}: {', '.join(search.trials[0])}; runs: {runs}")
-    print(f"as many steps as {work:.3g} full runs, and {sum(sizes)} evaluations; more where the best collapse late")
+    print(announcement(search))
     if note:
         print(f"note: {note}")
     outcomes = run_all(search, options.jobs)
@@ -99,7 +97,7 @@ def plan(options: argparse.Namespace) -> tuple[Search, str]:
     least = params.selected_recipe.warmup_steps + 1  # what ends in the warm-up tells nothing of the learning rate
     steps = rungs(params.train.steps, options.eta, least, len(trials))
     state = dvc_queue.code_state(head_commit())
-    return Search(params, values, trials, steps, options.eta, state), note
+    return Search(params, space, values, trials, steps, options.eta, state), note
 
 
 def key_of(value: str) -> str:
@@ -139,6 +137,18 @@ def read_outcome(name: str, commit: str, reward: str) -> Outcome:
 
 
 # --- what is printed
+
+
+def announcement(search: Search) -> str:
+    """What is searched, and what it takes."""
+    sizes = places(len(search.trials), len(search.steps), search.eta)
+    work = sum(room * steps for room, steps in zip(sizes, search.steps, strict=True)) / search.steps[-1]
+    ranges = " and ".join(f"{key} ({each.low:g} to {each.high:g})" for key, each in search.space.items())
+    runs = ", then ".join(f"{room} of {steps} steps" for room, steps in zip(sizes, search.steps, strict=True))
+    return (
+        f"{len(search.trials)} trials of {ranges}, the first one recipe {search.params.recipe} as it stands\n"
+        f"{runs}: as many steps as {work:.3g} full runs, and {sum(sizes)} evaluations; more if the best collapse late"
+    )
 
 
 def verdict(outcome: Outcome) -> str:
@@ -205,6 +215,11 @@ def answer(search: Search, outcomes: Outcomes, best: int) -> str:
     lines = [f"best: trial {best}, {said}, held-out gain {gain_text(gain)} after {steps} steps"]
     if best and (0, steps) in outcomes:
         lines.append(f"the recipe as it stands: {gain_text(outcomes[0, steps].gain)}, {verdict(outcomes[0, steps])}")
+    tuned = params.selected_recipe.model_copy(update=values)
+    if tuned == load_params().recipes.get(params.recipe):
+        return "\n".join(
+            [*lines, f"Nothing to change: recipe {params.recipe} of params.yaml is the best of what was tried."]
+        )
     if gain["low"] is None or gain["low"] <= 0:
         lines.append("note: this gain may be chance: its interval is not above 0; longer runs may tell more")
     kept = [each for each in search.overrides if key_of(each) not in ("recipe", "seed")]
@@ -218,14 +233,14 @@ def answer(search: Search, outcomes: Outcomes, best: int) -> str:
             "",
             "Put this below `recipes:` in params.yaml:",
             "",
-            recipe_table(name, params.selected_recipe.model_copy(update=values)),
+            recipe_table(name, tuned),
             f"Train with it:        dvc exp run {with_it}",
             f"Or take its run here: dvc exp apply {experiment}",
             f"Confirm it:           reinforce sweep {both}",
             "",
             f"The gain above is the best of {len(search.trials)} on the same held-out prompts and one seed: chosen, so "
             "rather too high. The last command",
-            "trains both recipes on three other seeds and compares them.",
+            "trains both recipes on three other seeds and compares them: six full runs.",
         ]
     )
 
