@@ -163,7 +163,7 @@ def test_one_that_collapses_late_gives_its_place_to_the_next_best() -> None:
     assert halving.winner(RUNGS, found) == 4
 
 
-def test_the_search_goes_back_to_shorter_runs_where_all_longer_ones_collapse() -> None:
+def test_where_all_longer_runs_collapse_it_goes_back_to_shorter_ones() -> None:
     def objective(trial: int, steps: int) -> Outcome:
         return collapsed(9) if trial > 1 and steps > 12 else healthy(trial)
 

@@ -300,7 +300,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_a_real_search_ends_with_a_recipe_and_the_same_command_runs_nothing_again(clone: Any) -> None:
+def test_a_real_search_ends_with_a_recipe_and_runs_nothing_twice(clone: Any) -> None:
     command = ("python", "-m", "pipeline", "tune", "--trials", "4", "--jobs", "2", *QUICK)
     printed = clone(*command)
     assert (
