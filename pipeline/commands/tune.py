@@ -27,6 +27,7 @@ from pipeline.runs.dvc_git import check_beside_workspace, git_bytes, head_commit
 from pipeline.runs.halving import (
     Outcome,
     Range,
+    best_first,
     next_runs,
     places,
     ranking,
@@ -35,7 +36,7 @@ from pipeline.runs.halving import (
     trial_values,
     winner,
 )
-from pipeline.runs.results import gain_text, read_result
+from pipeline.runs.results import Interval, gain_text, read_result
 
 MOST_TRIALS = 64  # of two values: more would differ by little
 CAUSES = ("misaligned", "starved")  # verdicts that no learning rate and no KL strength mends
@@ -187,7 +188,7 @@ def short_gain(outcome: Outcome) -> str:
 
 def legend(params: Params) -> str:
     return (
-        f"steps: held-out gain of reward {params.reward}, trained policy minus reference model, with its 95% interval "
+        f"below the steps: held-out gain of reward {params.reward}, trained policy minus reference model, with its 95% interval "
         "over held-out prompts; as it stands: the recipe's own values"
     )
 
@@ -215,13 +216,15 @@ def answer(search: Search, outcomes: Outcomes, best: int) -> str:
     lines = [f"best: trial {best}, {said}, held-out gain {gain_text(gain)} after {steps} steps"]
     if best and (0, steps) in outcomes:
         lines.append(f"the recipe as it stands: {gain_text(outcomes[0, steps].gain)}, {verdict(outcomes[0, steps])}")
+    if gain["low"] is None or gain["low"] <= 0:
+        lines.append("note: this gain may be chance: its interval is not above 0; longer runs may tell more")
+    if near := [str(trial) for trial in best_first(steps, outcomes)[1:] if within(outcomes[trial, steps].gain, gain)]:
+        lines.append(f"note: within that interval is also the gain of trial {', '.join(near)}: it may be as good")
     tuned = params.selected_recipe.model_copy(update=values)
     if tuned == load_params().recipes.get(params.recipe):
         return "\n".join(
             [*lines, f"Nothing to change: recipe {params.recipe} of params.yaml is the best of what was tried."]
         )
-    if gain["low"] is None or gain["low"] <= 0:
-        lines.append("note: this gain may be chance: its interval is not above 0; longer runs may tell more")
     kept = [each for each in search.overrides if key_of(each) not in ("recipe", "seed")]
     own = f"recipes.{params.recipe}."
     with_it = options_of([f"recipe={name}", *(each for each in kept if not key_of(each).startswith(own))])
@@ -243,6 +246,11 @@ def answer(search: Search, outcomes: Outcomes, best: int) -> str:
             "trains both recipes on three other seeds and compares them: six full runs.",
         ]
     )
+
+
+def within(gain: Interval, other: Interval) -> bool:
+    """Whether the other's interval holds the gain."""
+    return gain["mean"] is not None and other["low"] is not None and gain["mean"] >= other["low"]
 
 
 def options_of(values: list[str]) -> str:
