@@ -324,6 +324,31 @@ def test_the_queue_is_read_as_dvc_prints_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
+    ("looks", "expected"),
+    [
+        ([({}, 0)], 1),
+        ([({"old": "Running"}, 2), ({"old": "Success"}, 1), ({"old": "Success"}, 0)], 3),
+        ([({"another": "Running"}, 2)], 1),  # somebody's: these workers go on
+        ([({"old": "Success"}, 1)] * 99, dvc_queue.ENDING),
+    ],
+)
+def test_nothing_is_queued_while_workers_are_ending(
+    looks: list[tuple[dict[str, str], int]], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter(looks)
+    called: list[str] = []
+    monkeypatch.setattr(dvc_queue, "POLL_SECONDS", 0)
+    monkeypatch.setattr(dvc_queue, "results", lambda commit: {"old"})
+    monkeypatch.setattr(dvc_queue, "status", lambda: called.append("look") or next(seen))
+    monkeypatch.setattr(dvc_queue, "queue", lambda *_: called.append("queue"))
+    monkeypatch.setattr(dvc_queue, "wait", lambda *_: None)
+    dvc_queue.run({"new": []}, "c", jobs=2)
+    assert called == ["look"] * expected + ["queue"]
+    dvc_queue.run({"old": []}, "c", jobs=2)
+    assert called[expected + 1 :] == ["queue"], "which then queues nothing"
+
+
+@pytest.mark.parametrize(
     ("state", "message"),
     [
         ("Running", r"nobody works on the queue, 1 experiments are left: the same command"),

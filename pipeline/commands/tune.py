@@ -188,8 +188,8 @@ def short_gain(outcome: Outcome) -> str:
 
 def legend(params: Params) -> str:
     return (
-        f"below the steps: held-out gain of reward {params.reward}, trained policy minus reference model, with its 95% interval "
-        "over held-out prompts; as it stands: the recipe's own values"
+        f"below the steps: held-out gain of reward {params.reward}, trained policy minus reference model, with its 95% "
+        "interval over held-out prompts; as it stands: the recipe's own values"
     )
 
 

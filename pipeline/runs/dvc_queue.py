@@ -23,6 +23,7 @@ POLL_SECONDS = 5.0  # between two looks at what is finished
 QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
 PATIENCE = 4  # states of the queue in which nobody works
 NAME_DIGITS = 16  # of the digest in a name: what has the name of a finished experiment is not run again
+ENDING = 12  # looks at workers that should end by themselves
 PENDING = ("Queued", "Running")
 ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
 WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
@@ -31,8 +32,11 @@ WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 def run(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
     """Run what is not finished, `jobs` at a time, and wait. Raises UserError where DVC refuses an experiment, one
     fails, the queue stands still, or at Ctrl-C."""
-    print(f"{len(wanted)} experiments, {len(finished(wanted, commit))} of them finished", flush=True)
+    done = finished(wanted, commit)
+    print(f"{len(wanted)} experiments, {len(done)} of them finished", flush=True)
     try:
+        if len(done) < len(wanted):
+            let_workers_end(commit)
         queue(wanted, commit)
         wait(wanted, commit, jobs)
     except KeyboardInterrupt:
@@ -111,8 +115,26 @@ def params_with(values: list[str]) -> Params:
 
 def finished(wanted: dict[str, list[str]], commit: str) -> set[str]:
     """Those whose results DVC has."""
+    return results(commit) & wanted.keys()
+
+
+def results(commit: str) -> set[str]:
+    """The names of all experiments of a commit whose results DVC has."""
     listing = git("for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{commit[:2]}/{commit[2:]}")
-    return set(listing.split()) & wanted.keys()
+    return set(listing.split())
+
+
+def let_workers_end(commit: str) -> None:
+    """Wait until the workers that find nothing more in the queue have ended, which takes them seconds.
+
+    One that is about to end may take an experiment along. It runs it, but answers DVC no more: nobody seems to work.
+    """
+    for _ in range(ENDING):
+        states, workers = status()
+        pending = {name for name, state in states.items() if state in PENDING}
+        if not workers or pending - results(commit):  # a result is there some seconds before DVC calls it one
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def queue(wanted: dict[str, list[str]], commit: str) -> None:
