@@ -165,13 +165,11 @@ def table(search: Search, outcomes: Outcomes) -> str:
     for trial in ranking(search.steps, outcomes):
         ran = {steps: outcomes[trial, steps] for steps in search.steps if (trial, steps) in outcomes}
         last, outcome = list(ran.items())[-1]
-        fate = "best" if trial == best else "healthy"
+        fate = "best" if trial == best else f"healthy; others were better at {last}"
         if outcome.verdict != "healthy":
             fate = f"{verdict(outcome)}: pruned at {last}"
         elif outcome.gain["mean"] is None:
             fate = f"its gain is undefined: pruned at {last}"
-        elif last != search.steps[-1]:
-            fate = f"healthy; others were better at {last}"
         rows.append(
             [f"{trial}: as it stands" if trial == 0 else str(trial)]
             + [f"{value:g}" for value in search.trials[trial].values()]
@@ -225,11 +223,11 @@ def answer(search: Search, outcomes: Outcomes, best: int) -> str:
         return "\n".join(
             [*lines, f"Nothing to change: recipe {params.recipe} of params.yaml is the best of what was tried."]
         )
-    kept = [each for each in search.overrides if key_of(each) not in ("recipe", "seed")]
+    kept = [each for each in search.overrides if key_of(each) != "recipe"]
     own = f"recipes.{params.recipe}."
     with_it = options_of([f"recipe={name}", *(each for each in kept if not key_of(each).startswith(own))])
     seeds = f"seed=range({params.seed + 1},{params.seed + 4})"
-    both = options_of([f"recipe={params.recipe},{name}", seeds, *kept])
+    both = options_of([f"recipe={params.recipe},{name}", seeds, *(each for each in kept if key_of(each) != "seed")])
     return "\n".join(
         [
             *lines,
