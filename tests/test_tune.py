@@ -306,10 +306,10 @@ def test_an_experiment_without_its_reports_is_named(repository: Path, files: dic
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def clone(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Any]:
     """Without page and record, which take half of such a small run."""
     base = tmp_path_factory.mktemp("tuned")
-    made = tiny(base, base / "cache")
+    made = tiny(base, prepared)
     yaml = YAML()
     tree = yaml.load(made.root / "dvc.yaml")
     del tree["stages"]["plot"], tree["stages"]["track"]
