@@ -5,7 +5,7 @@ from pathlib import Path
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS = Path("data/prompts/train.jsonl"), Path("data/prompts/heldout.jsonl")
 CHECKPOINT = Path("data/checkpoint")  # policy/, encoder/, layout.json, manifest.json
-POLICY, HEALTHY = Path("data/policy"), Path("data/healthy")
+POLICY, HEALTHY, BEST = Path("data/policy"), Path("data/healthy"), Path("data/best")
 REPORTS, LOCK = Path("reports"), Path("dvc.lock")
 
 
@@ -18,10 +18,11 @@ class RunFiles:
         train, evaluate = reports / "train", reports / "evaluate"
         self.run, self.summary = train / "run.json", train / "summary.json"
         self.history, self.calibration = train / "history.csv", train / "calibration.csv"
-        self.samples = train / "samples.jsonl"
+        self.samples, self.heldout = train / "samples.jsonl", train / "heldout.jsonl"
         self.healthy = reports.parent / HEALTHY / "healthy.json"
+        self.best = reports.parent / BEST / "best.json"
         self.metrics, self.measured = evaluate / "metrics.json", evaluate / "measured.json"
-        self.completions = evaluate / "completions.jsonl"
+        self.completions, self.curve = evaluate / "completions.jsonl", evaluate / "curve.jsonl"
         self.figures, self.page = reports / "figures", reports / "page/report.html"
         self.custom = reports / "custom"
         self.track = reports / "track/track.json"

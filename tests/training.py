@@ -15,7 +15,7 @@ from pipeline.file_io import folder_digests
 from pipeline.stages.cache import name_float32
 from tests.project import Project
 
-OUTPUTS = ("data/policy", "data/healthy", "reports/train")
+OUTPUTS = ("data/policy", "data/healthy", "data/best", "reports/train")
 
 
 def with_encoder(policy: Path, encoder: Path) -> Path:

@@ -11,6 +11,7 @@ NO_OPTIONS = (
     "padding", "raise_exception", "return_assistant_tokens_mask", "return_dict", "return_tensors",
     "sanitize_control_tokens", "strftime_now", "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
+NO_REWARD = ("reference", "none")  # values of evaluate.independent that name no reward
 MOST_TOKENS = 10**9  # of a step: their random numbers alone take 8 GB
 SELECTORS = {
     "model": "models",
@@ -263,6 +264,15 @@ class Evaluate(Table):
     prompts: int = Field(ge=0, le=10_000_000, description="0 is all")
     samples_per_prompt: Count
     bootstrap: int = Field(ge=100, le=1_000_000, description="resamples")
+    every: int = Field(0, ge=0, le=10_000_000, description="steps; 0 is off")
+    curve_prompts: int = Field(100, ge=2, le=10_000_000, description="prompts, one half of which chooses data/best")
+    independent: str = Field("reference", description="reference, none, or the name of a reward")
+
+    @model_validator(mode="after")
+    def prompts_of_the_curve(self) -> "Evaluate":
+        if self.every and 0 < self.prompts < self.curve_prompts:
+            raise ValueError(f"curve_prompts {self.curve_prompts} exceeds prompts {self.prompts}, of which it is")
+        return self
 
 
 class Params(Table):
@@ -285,6 +295,19 @@ class Params(Table):
         for name in ("text", "ref_logprob_per_token"):
             if name in self.rewards:
                 raise ValueError(f"rewards: {name!r} is taken: reports/evaluate/metrics.json has a key of that name")
+        for name in NO_REWARD:
+            if name in self.rewards:
+                raise ValueError(f"rewards: {name!r} is taken: evaluate.independent has a value of that name")
+        return self
+
+    @model_validator(mode="after")
+    def independent_reward(self) -> "Params":
+        name = self.evaluate.independent
+        if name not in (*self.rewards, *NO_REWARD):
+            known = ", ".join((*NO_REWARD, *self.rewards))
+            raise ValueError(f"evaluate.independent: there is no reward {name!r}; should be one of {known}")
+        if name == self.reward:
+            raise ValueError(f"evaluate.independent: {name!r} is the trained reward; an independent one is another")
         return self
 
     @property

@@ -20,7 +20,7 @@ from pipeline.models.memory import cast_frozen_bf16
 from pipeline.models.rollout import longest_sequence
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
-from pipeline.paths import CHECKPOINT, TRAIN_PROMPTS
+from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, TRAIN_PROMPTS
 from pipeline.rewards.build import Reward, build_reward
 from pipeline.rl.seeding import generator
 
@@ -40,6 +40,7 @@ class TrainContext:
     eos: tuple[int, ...]  # ids that end a completion; the first one pads
     layout: Layout
     processes: DistContext = SINGLE_PROCESS
+    heldout: tuple[str, ...] = ()  # prompts that are measured on during training
 
 
 def build_context(
@@ -60,7 +61,8 @@ def build_context(
         rollout_model = load_reference(params, device)
         shard(policy, device, processes.world_size)
     tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(TRAIN_PROMPTS)]
-    lengths = [len(encode_prompt(tokenizer, prompt, params.selected_model.chat)) for prompt in prompts]
+    heldout = read_heldout(params, processes.world_size) if params.evaluate.every else []
+    lengths = [len(encode_prompt(tokenizer, prompt, params.selected_model.chat)) for prompt in [*prompts, *heldout]]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
     context = TrainContext(
         params,
@@ -73,8 +75,20 @@ def build_context(
         end_of_text_ids(CHECKPOINT / "policy", tokenizer),
         load_layout(CHECKPOINT / "layout.json", longest),
         processes,
+        tuple(heldout),
     )
     return context, policy
+
+
+def read_heldout(params: Params, processes: int) -> list[str]:
+    """The prompts of the held-out curve: the first ones, as in `evaluate`. Raises UserError where they are too few."""
+    prompts = [row["prompt"] for row in read_jsonl(HELDOUT_PROMPTS)][: params.evaluate.curve_prompts]
+    if len(prompts) < max(2, processes):
+        raise UserError(
+            f"evaluate.every: a curve needs a held-out prompt for each process, and one to choose by and one to report "
+            f"on; {HELDOUT_PROMPTS} and evaluate.curve_prompts leave {len(prompts)}"
+        )
+    return prompts
 
 
 def initial_policy(params: Params, device: torch.device, weights_device: torch.device) -> PreTrainedModel:

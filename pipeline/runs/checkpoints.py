@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,11 +44,19 @@ def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
-    """Write the state after `step` steps: its sha256, then torch's format.
+    """Write the state after `step` steps.
 
     Deletes older states, except the KEEP_LAST newest and the one that `last_before` finds.
     """
-    with atomic_path(folder / f"state-{step:08d}.pt") as temporary, temporary.open("wb") as target:
+    write(folder / f"state-{step:08d}.pt", state)
+    kept = {*_states(folder)[-KEEP_LAST:], last_before(folder, judged, every)}
+    for old in set(_states(folder)) - kept:
+        old.unlink()
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Its sha256, then torch's format."""
+    with atomic_path(path) as temporary, temporary.open("wb") as target:
         target.write(bytes(DIGEST))
         hashing = Hashing(target)
         torch.save(state, hashing)  # type: ignore[arg-type]  # it writes, and that is all torch asks of it
@@ -56,9 +64,6 @@ def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int
             raise hashing.failure
         target.seek(0)
         target.write(hashing.sha256.digest())
-    kept = {*_states(folder)[-KEEP_LAST:], last_before(folder, judged, every)}
-    for old in set(_states(folder)) - kept:
-        old.unlink()
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -117,10 +122,22 @@ def last_before(folder: Path, before: int, every: int) -> Path | None:
     return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 
 
+def candidate(folder: Path, step: int) -> Path:
+    """Where the weights after `step` steps lie that may become data/best."""
+    return folder / f"best-{step:08d}.pt"
+
+
+def keep_candidates(folder: Path, steps: Collection[int]) -> None:
+    """Deletes the candidates after other numbers of steps."""
+    for path in set(folder.glob("best-*.pt")) - {candidate(folder, step) for step in steps}:
+        path.unlink()
+
+
 def delete_checkpoints(folder: Path) -> None:
-    """Deletes the states."""
+    """Deletes the states, and the candidates for data/best."""
     for path in _states(folder):
         path.unlink()
+    keep_candidates(folder, [])
 
 
 def _states(folder: Path) -> list[Path]:

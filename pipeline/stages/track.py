@@ -83,7 +83,8 @@ def drop_resume_state(train_key: str) -> None:
         return
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=0):  # `train` holds it
-            for state in sorted(folder.glob("state-*.pt")):  # oldest first: a kill leaves the newest one
+            states = sorted(folder.glob("state-*.pt"))  # oldest first: a kill leaves the newest one
+            for state in [*states, *folder.glob("best-*.pt")]:
                 state.unlink()
     except Timeout:
         print("note: this very run is being trained again; its resume state is left alone", file=sys.stderr)

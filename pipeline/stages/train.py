@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pipeline.config.load import load_params
 from pipeline.config.schema import SELECTORS, Params
 from pipeline.diagnosis.calibration import null_statistics
-from pipeline.diagnosis.verdict import TITLES, confirmed_healthy_steps, findings
+from pipeline.diagnosis.verdict import TITLES, Finding, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
 from pipeline.distributed.device import arithmetic_in_effect, configure_torch
 from pipeline.distributed.dist_context import DistContext
@@ -34,10 +34,11 @@ from pipeline.file_io import (
     write_jsonl,
 )
 from pipeline.models.load import load_layout
-from pipeline.paths import CHECKPOINT, HEALTHY, POLICY, RUN_FILES, TRAIN_PROMPTS
+from pipeline.paths import BEST, CHECKPOINT, HEALTHY, HELDOUT_PROMPTS, POLICY, RUN_FILES, TRAIN_PROMPTS
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import TrainContext, build_context, gather_full_policy, initial_policy, sync_rollout_model
+from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure
 from pipeline.rl.optimizer import make_optimizer
 from pipeline.rl.state import TrainState
 from pipeline.rl.train_step import train_step
@@ -119,6 +120,9 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "arithmetic": arithmetic_in_effect(params.train.arithmetic, device),
         **digests,
     }
+    if params.evaluate.every:  # without it nothing is measured on held-out prompts
+        parts["curve"] = {"every": params.evaluate.every, "prompts": params.evaluate.curve_prompts}
+        parts["heldout_prompts"] = sha256(HELDOUT_PROMPTS)
     # the tables too: flattened, different ones may look alike. Not which of the values are written and which defaults
     told = {name: value for name, value in parts.items() if name != "written_params"}
     return {"train_key": provenance.digest([told, tables]), **parts}
@@ -134,11 +138,12 @@ def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> N
         "code": "pipeline/",
         "custom": "custom/",
         "prompts": TRAIN_PROMPTS,
+        "heldout_prompts": HELDOUT_PROMPTS,
         "checkpoint": CHECKPOINT,
         "layout": CHECKPOINT,
     }
     if now["train_key"] != identity["train_key"]:
-        changed = [str(name) for part, name in names.items() if now[part] != identity[part]] or ["params.yaml"]
+        changed = [str(name) for part, name in names.items() if now.get(part) != identity.get(part)] or ["params.yaml"]
         raise UserError(f"{', '.join(changed)} changed while this run trained; {UNDO}")
 
 
@@ -171,10 +176,12 @@ def loop(
     the process after the current step. Saves a resume state every `checkpoint_every` steps."""
     steps, every, processes = context.params.train.steps, context.params.train.checkpoint_every, context.processes
     spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
-    announced = {finding.kind for finding in findings(run.rows, spreads, steps)}
+    found = findings(run.rows, spreads, steps)
+    announced = {finding.kind for finding in found}
     bar = tqdm(total=steps, initial=run.step, disable=None if processes.is_main_process else True, unit="step")
     history = history_file(RUN_FILES.history, run.rows) if processes.is_main_process else nullcontext()
     with bar, caught_signals() as signals, history as record:
+        measure_heldout(run, context, policy, folder, found)
         while not is_finished(run, context.params):
             train_step(run, context, policy, optimizer)
             found = findings(run.rows, spreads, steps)
@@ -186,6 +193,7 @@ def loop(
                     if finding.kind not in announced:
                         tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")
                     announced.add(finding.kind)
+            measure_heldout(run, context, policy, folder, found)
             bar.update()
             signal = processes.all_reduce_max(signals[0] if signals else 0, context.device)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
@@ -200,6 +208,28 @@ def loop(
                     )
                 processes.barrier()  # a launcher ends the others as soon as one has gone
                 sys.exit(128 + signal)
+
+
+def measure_heldout(
+    run: TrainState, context: TrainContext, policy: PreTrainedModel, folder: Path, found: list[Finding]
+) -> None:
+    """Collective call: the held-out rewards where they are due, every `evaluate.every` steps, before the first step and
+    after the last. Keeps the weights that may become data/best, beside the resume states."""
+    every, step, here = context.params.evaluate.every, run.step, context.processes.is_main_process
+    if not every or (step % every and not is_finished(run, context.params)):
+        return
+    if run.heldout and run.heldout[-1]["step"] == step:  # it is in the resume state
+        return
+    rows = measure(context, step)
+    run.heldout += rows
+    kept = candidate_steps(run.heldout, found, step)
+    weights = trained_weights(policy, here) if step in kept else {}
+    if here:
+        mean = sum(row["reward"] for row in rows) / len(rows)
+        tqdm.write(f"Held-out reward after {step} steps: {mean:.4f}")
+        if weights:
+            checkpoints.write(checkpoints.candidate(folder, step), {"policy": weights})
+        checkpoints.keep_candidates(folder, kept)
 
 
 def is_finished(run: TrainState, params: Params) -> bool:
@@ -256,45 +286,72 @@ def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, fold
     """Restore the last weights from before the collapse and return their step. Raises UserError if their state is
     damaged; the same command then trains from the start."""
     path = checkpoints.last_before(folder, onset, context.params.train.checkpoint_every)
+    state = restore(policy, context, folder, path, "the policy before the collapse")
+    return len(state["run"]["rows"]) if state else 0
+
+
+def restore(
+    policy: PreTrainedModel, context: TrainContext, folder: Path, path: Path | None, what: str
+) -> dict[str, Any] | None:
+    """Load the weights of a file, which it returns, or those before the first update. Raises UserError where the file
+    is damaged or gone, and then deletes all states."""
     if path is None:
         load_weights(policy, trained_weights(initial_policy(context.params, context.device, policy.device)))
-        return 0
-    if (state := checkpoints.read(path)) is None:
+        return None
+    if (state := checkpoints.read(path) if path.exists() else None) is None:
         checkpoints.delete_checkpoints(folder)
-        raise UserError(
-            f"{path}, the policy before the collapse, is damaged; the same command trains again from step 0"
-        )
+        raise UserError(f"{path}, {what}, is damaged; the same command trains again from step 0")
     load_weights(policy, state["policy"])
-    return len(state["run"]["rows"])
+    return state
 
 
 def write_outputs(
     run: TrainState, identity: dict[str, Any], context: TrainContext, policy: PreTrainedModel, folder: Path
 ) -> None:
     """Write the last policy to data/policy, the last saved one before a collapse to data/healthy (without a collapse
-    only a note), and the reports."""
+    only a note), the best by the held-out curve to data/best (without one only a note), and the reports."""
     sizes, tokenizer = context.params.train, context.tokenizer
     found = findings(run.rows, null_statistics(run.calibration, sizes.prompts_per_step), sizes.steps)
-    with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside:
+    with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside, atomic_folder(BEST) as best:
         save_policy(policy, tokenizer, target)
         step = run.step
         if found:
             step = restore_before_collapse(policy, context, folder, found[0].onset)
             save_policy(policy, tokenizer, beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
+        write_best(run, context, policy, folder, found, best)
     # again: git may have replaced the growing file by an older one
     write_csv(RUN_FILES.history, run.rows)
     write_csv(RUN_FILES.calibration, run.calibration)
     write_jsonl(RUN_FILES.samples, run.samples)
+    write_jsonl(RUN_FILES.heldout, run.heldout)
     write_json(RUN_FILES.summary, run.summary() | {"digests": [output_digests(identity)]})
     write_json(RUN_FILES.run, run_record(identity, run))
+
+
+def write_best(
+    run: TrainState, context: TrainContext, policy: PreTrainedModel, folder: Path, found: list[Finding], target: Path
+) -> None:
+    """The best policy by the held-out curve, and best.json; only a note where it is the last one, or there is none."""
+    if not run.heldout:
+        write_json(target / "best.json", {"step": None, "weights": None, "why": "evaluate.every is 0: off"})
+        return
+    step = best_step(run.heldout, found)
+    if step < run.step:
+        restore(policy, context, folder, checkpoints.candidate(folder, step) if step else None, "the best policy")
+        save_policy(policy, context.tokenizer, target)
+    told = {"step": step, "weights": (BEST if step < run.step else POLICY).as_posix(), "reward": context.params.reward}
+    write_json(target / "best.json", told | best_report(run.heldout, step, context.params.seed))
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:
     """The digests of a run and its outputs. summary.json, which is in git, holds them in a list, which `dvc metrics
     show` leaves out; readers of the outputs compare them."""
     own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params")}
-    written = (RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.healthy)
+    written = (
+        RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.heldout, RUN_FILES.healthy,
+        RUN_FILES.best,
+    )  # fmt: skip
     files = {file.name: sha256(file) for file in written}
     return {**own, **files, "policy": provenance.digest(folder_digests(POLICY))}
 

@@ -1,0 +1,120 @@
+"""The held-out curve: one completion of each held-out prompt, every `evaluate.every` steps, and the best step by it.
+
+One completion a prompt: for the same cost more prompts tell more than more samples of each. Each prompt has random
+numbers of its own, the same at every step, so that steps differ by their policies. Nothing here touches what training
+draws.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.diagnosis.bootstrap import interval
+from pipeline.diagnosis.verdict import Finding, confirmed_healthy_steps
+from pipeline.file_io import finite_or_none
+from pipeline.models.rollout import completion_texts
+from pipeline.rl.batch import reward_batch, sample_batch, score_batch
+from pipeline.rl.context import TrainContext
+from pipeline.rl.seeding import draw_uniforms, generator
+
+RESAMPLES = 2000  # of prompts, for the interval of data/best
+
+
+def measure(context: TrainContext, step: int) -> list[dict[str, Any]]:
+    """Rows of heldout.jsonl: the policy after `step` updates. Collective call."""
+    prompts, most = context.heldout, context.params.train.prompts_per_step * context.params.train.samples_per_prompt
+    parts = -(-len(prompts) // most)  # no larger than the batch of a step
+    ends = [len(prompts) * part // parts for part in range(parts + 1)]
+    return [row for start, end in itertools.pairwise(ends) for row in _measure(context, step, start, end)]
+
+
+def _measure(context: TrainContext, step: int, start: int, end: int) -> list[dict[str, Any]]:
+    """Of the prompts `start` to `end` - 1.
+
+    kl: log pi(y | x) - log pi_ref(y | x), whose mean estimates the KL of whole completions (k1). text_*: of the tokens
+    of the text alone, EOS left out, of which `text_cost` makes bits a byte and typicality.
+    """
+    params, prompts = context.params, list(context.heldout[start:end])
+    uniforms = torch.cat([
+        draw_uniforms(params.seed, place, "heldout", 1, params.train.max_tokens) for place in range(start, end)
+    ])  # fmt: skip
+    rollout = sample_batch(prompts, context, context.rollout_model, uniforms)
+    completions, rewards = reward_batch(prompts, rollout, context)
+    with context.reference() as reference:
+        scores = score_batch(reference, rollout, context)
+    texts = completion_texts(rollout, context.tokenizer, "strip", 1, context.eos)
+    mask, text = rollout.completion_mask, rollout.text_mask(context.eos)
+    logprobs, ref_logprobs, ref_entropy = (x.double() for x in (rollout.logprobs, scores.logprobs, scores.entropy))
+    sums = {
+        "kl": (logprobs - ref_logprobs).masked_fill(~mask, 0),
+        "ref_logprob": ref_logprobs.masked_fill(~mask, 0),
+        "text_ref_logprob": ref_logprobs.masked_fill(~text, 0),
+        "text_ref_entropy": ref_entropy.masked_fill(~text, 0),
+    }
+    totals = {name: values.sum(1).tolist() for name, values in sums.items()}
+    counts = {"tokens": rollout.lengths.tolist(), "text_tokens": text.sum(1).tolist()}
+    return [
+        {
+            "step": step, "prompt": prompt, "completion": completions[i], "reward": rewards[i, 0].item(),
+            **{name: finite_or_none(values[i]) for name, values in totals.items()},
+            **{name: values[i] for name, values in counts.items()}, "text_bytes": len(texts[i].encode()),
+        }
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+
+
+def record_steps(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """The measured steps whose reward is above that of all earlier ones: its mean over the prompts at even places, the
+    half that chooses. Step 0 is the first; a step with a number that is not finite is none.
+
+    rows: of heldout.jsonl.
+    """
+    best, found = -math.inf, []
+    for step, measured in rows_by_step(rows).items():
+        half = [row["reward"] for row in measured[::2]]
+        finite = all(row["kl"] is not None for row in measured)
+        if step == 0 or (finite and sum(half) / len(half) > best):
+            best = sum(half) / len(half)
+            found.append(step)
+    return found
+
+
+def rows_by_step(rows: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["step"], []).append(row)
+    return found
+
+
+def candidate_steps(rows: Sequence[dict[str, Any]], found: Sequence[Finding], done: int) -> set[int]:
+    """The steps whose policies may still become the best one, after `done` steps: the best of those that are known to
+    be healthy, and better ones that a collapse may yet include. Of step 0 nothing need be kept."""
+    healthy = confirmed_healthy_steps(found, done)
+    collapsed = any(finding.kind != "starved" for finding in found)
+    records = record_steps(rows)
+    known = [step for step in records if step == 0 or step < healthy]
+    open_ones = [] if collapsed else [step for step in records if step not in known]
+    return {*known[-1:], *open_ones} - {0}
+
+
+def best_step(rows: Sequence[dict[str, Any]], found: Sequence[Finding]) -> int:
+    """The best measured step before any collapse; the earliest of equal ones. `starved` is no collapse here: nothing
+    was learnt, and nothing is broken."""
+    onset = min((finding.onset for finding in found if finding.kind != "starved"), default=math.inf)
+    return [step for step in record_steps(rows) if step == 0 or step < onset][-1]
+
+
+def best_report(rows: Sequence[dict[str, Any]], step: int, seed: int) -> dict[str, Any]:
+    """What best.json says of the best step: its mean reward on the half that chose it, and its difference to step 0 on
+    the other half, which did not: chosen by its own noise, the maximum of several is too high."""
+    start, best = ([row["reward"] for row in rows_by_step(rows)[at]] for at in (0, step))
+    chosen, reported = best[::2], torch.tensor([best[1::2], start[1::2]], dtype=torch.float64)
+    prompts = reported.shape[1]
+    indices = torch.randint(prompts, (RESAMPLES, prompts), generator=generator(seed, 0, "bootstrap"))
+    return {
+        "chosen_on": {"prompts": len(chosen), "mean": sum(chosen) / len(chosen)},
+        "reported_on": {"prompts": prompts, "difference": interval(reported[0] - reported[1], indices)},
+    }
