@@ -57,6 +57,8 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
     write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-6.5)))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
+    write(Path("reports/train/heldout.jsonl"), "")
+    write(Path("reports/evaluate/curve.jsonl"), "")
     write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.5\n")
     write(Path("reports/prepare.json"), json.dumps({"train": {"read": 500, "kept": 300}}))
     write(Path("reports/figures/reward.png"), "png")
@@ -86,6 +88,7 @@ def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None, headl
         "source": "",
     }
     diagnosis = {"verdict": verdict, "onset": onset, "headline": headline, "steps": STEPS, "healthy_step": 0,
+                 "independent": "reference", "over_optimisation": "", "best": None,
                  "findings": [{"kind": kind, **finding} for kind in kinds]}  # fmt: skip
     diagnosis["cure"] = {"changes": {"seed": 1}, "command": command} if command else None
     write(Path("reports/diagnosis.json"), json.dumps(diagnosis))

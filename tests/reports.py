@@ -77,7 +77,8 @@ def interval(mean: float, width: float) -> dict[str, float]:
 def diagnosis(steps: int, collapsed: bool) -> dict[str, Any]:
     """diagnosis.json; the collapsed run has two findings, and text of its completions in what it says."""
     verdict = {"verdict": "healthy", "onset": None, "headline": "No sign of collapse.", "steps": steps, "findings": [],
-               "cure": None, "healthy_step": steps}  # fmt: skip
+               "cure": None, "healthy_step": steps, "independent": "reference",
+               "over_optimisation": "Not over-optimised.", "best": None}  # fmt: skip
     if not collapsed:
         return verdict
     gap = {"metric": "logprob_gap", "step": 1, "value": 8.7, "untouched": None, "spread": None, "threshold": 0.5,
@@ -144,5 +145,7 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
     for name, lines in {"train/samples.jsonl": rows, "evaluate/completions.jsonl": completions}.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "train/calibration.csv").write_text("batch,entropy\n0,3.5\n")
+    (folder / "train/heldout.jsonl").write_text("")
+    (folder / "evaluate/curve.jsonl").write_text("")
     seal(folder)
     return folder

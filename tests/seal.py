@@ -16,17 +16,18 @@ def seal(reports: Path, policy: dict[str, str] = POLICY, **measured: Any) -> Non
     """Makes the files that are there those of one run; `measured`: changes of measured.json."""
     run = json.loads((reports / "train/run.json").read_text())
     files = {name: sha256((reports / "train" / name).read_bytes())
-             for name in ("calibration.csv", "history.csv", "samples.jsonl")}  # fmt: skip
+             for name in ("calibration.csv", "history.csv", "samples.jsonl", "heldout.jsonl")}  # fmt: skip
     digests = {"train_key": run["train_key"], **files, "policy": sha256(json.dumps(policy, sort_keys=True).encode())}
     healthy = reports.parent / "data/healthy/healthy.json"
     digests |= {"healthy.json": sha256(healthy.read_bytes())} if healthy.is_file() else {}
     edit(reports / "train/summary.json", digests=[digests])
     if (reports / "diagnosis.json").is_file():
         edit(reports / "diagnosis.json", history=files["history.csv"])
-    own = {name: sha256((reports / "evaluate" / name).read_bytes()) for name in ("completions.jsonl", "metrics.json")
-           if (reports / "evaluate" / name).is_file()}  # fmt: skip
+    own = {name: sha256((reports / "evaluate" / name).read_bytes()) for name in
+           ("completions.jsonl", "metrics.json", "curve.jsonl") if (reports / "evaluate" / name).is_file()}  # fmt: skip
     if own:
-        found = {"policy": policy, "prompts": "d4" * 32, "params": {"prompts": 0}, **own, **measured}
+        found = {"policy": policy, "prompts": "d4" * 32, "params": {"prompts": 0}, **own,
+                 "heldout.jsonl": files["heldout.jsonl"], **measured}  # fmt: skip
         (reports / "evaluate/measured.json").write_text(json.dumps([found]))
 
 

@@ -38,7 +38,8 @@ def make(base: Path, policy: Path, encoder: Path) -> Project:
     made.edit(
         model="mine", models__mine={"source": "models/local/policy"}, encoder="mine",
         encoders__mine={"source": "models/local/encoder"}, evaluate__prompts=4, evaluate__samples_per_prompt=2,
-        evaluate__bootstrap=100, reward="length", **{f"train__{key}": value for key, value in SIZES.items()},
+        evaluate__bootstrap=100, evaluate__every=2, evaluate__curve_prompts=4, reward="length",
+        **{f"train__{key}": value for key, value in SIZES.items()},
     )  # fmt: skip
     made.keep_rewards("length", "words")
     return made

@@ -53,7 +53,7 @@ def test_files_of_another_run(clone: Clone) -> None:
 
     # `dvc repro train` alone, and then `dvc exp save`, after which DVC takes all for right
     message, (forced,) = refused(clone, "pipeline.stages.track")
-    assert "reports/evaluate/metrics.json, reports/evaluate/completions.jsonl, reports/diagnosis.json" in message
+    assert "reports/evaluate/completions.jsonl, reports/evaluate/curve.jsonl, reports/diagnosis.json" in message
     clone("dvc", "exp", "save", "--name", "saved")
     assert "up to date" in clone("dvc", "repro")
     assert refused(clone, "pipeline.stages.track") == (message, [forced])

@@ -9,20 +9,35 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.diagnosis.verdict import Finding
+from pipeline.config.load import load_params
+from pipeline.config.schema import LIKELIHOOD
+from pipeline.diagnosis.calibration import Spread
+from pipeline.diagnosis.curve import curve_rows
+from pipeline.diagnosis.over_optimisation import Heldout, over_optimised
+from pipeline.diagnosis.verdict import Finding, heldout_finding
 from pipeline.errors import UserError
-from pipeline.file_io import read_json, read_jsonl
-from pipeline.rl.heldout import best_report, best_step, candidate_steps, record_steps
-from pipeline.stages import train
-from tests.project import Project
+from pipeline.file_io import read_json, read_jsonl, write_jsonl
+from pipeline.report import page, style
+from pipeline.report.inputs import load
+from pipeline.rl.batch import sample_batch
+from pipeline.rl.context import build_context
+from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure, record_steps
+from pipeline.rl.seeding import draw_uniforms
+from pipeline.runs.provenance import chosen_params
+from pipeline.stages import diagnose, plot, train
+from tests.html import words_of
+from tests.project import ROOT, Project
+from tests.reports import history as made_up_history
+from tests.reports import reports as made_up
+from tests.seal import edit, seal
 from tests.training import contents, forget
 
-TRAINED = ("data/policy/", "data/healthy/", "reports/train/history.csv", "reports/train/samples.jsonl",
+OF_TRAINING = ("data/policy/", "data/healthy/", "reports/train/history.csv", "reports/train/samples.jsonl",
            "reports/train/calibration.csv")  # fmt: skip
 
 
 def of_training(project: Project) -> dict[str, bytes]:
-    return {name: content for name, content in contents(project).items() if name.startswith(TRAINED)}
+    return {name: content for name, content in contents(project).items() if name.startswith(OF_TRAINING)}
 
 
 def best(project: Project) -> dict[str, Any]:
@@ -106,6 +121,38 @@ def test_the_best_policy_is_that_of_its_step_also_after_a_kill(here: Project, mo
     assert all(torch.equal(truth[name], kept[name]) for name in kept)
 
 
+@pytest.mark.numeric
+def test_what_a_row_says_is_transformers_own(here: Project) -> None:
+    """In two parts of two prompts: a step samples two completions. The policy is the reference with a louder head."""
+    here.edit(train__prompts_per_step=1, evaluate__every=1, evaluate__curve_prompts=4)
+    params = load_params()
+    context, policy = build_context(params, torch.device("cpu"))
+    reference = AutoModelForCausalLM.from_pretrained("data/checkpoint/policy")
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.mul_(30.0)
+    rows = measure(context, 7)
+    assert [row["prompt"] for row in rows] == list(context.heldout)
+    uniforms = torch.cat([draw_uniforms(0, place, "heldout", 1, params.train.max_tokens) for place in range(4)])
+    rollout = sample_batch(list(context.heldout), context, policy, uniforms)
+    for i, row in enumerate(rows):
+        prompt = rollout.prompt_ids[i][rollout.prompt_mask[i]]
+        said = rollout.completions[i, : row["tokens"]]
+        ids, text = torch.cat([prompt, said])[None], row["text_tokens"]
+        assert row["completion"] == context.tokenizer.decode(said, skip_special_tokens=True)
+        assert row["text_bytes"] == len(row["completion"].encode())
+        with torch.no_grad():
+            table, own = (m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (reference, policy))
+        ref, logprobs = (x.gather(1, said[:, None]).squeeze(1) for x in (table, own))
+        entropy = -(table.exp() * table).sum(1)
+        assert text == row["tokens"] - (said[-1] in context.eos)
+        truth = {"kl": (logprobs - ref).sum(), "ref_logprob": ref.sum(), "text_ref_logprob": ref[:text].sum(),
+                 "text_ref_entropy": entropy[:text].sum()}  # fmt: skip
+        assert {name: row[name] for name in truth} == pytest.approx(
+            {name: value.item() for name, value in truth.items()}, rel=1e-3, abs=1e-4
+        )
+    assert sum(row["kl"] for row in rows) > 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.numeric
 def test_a_curve_needs_two_prompts(here: Project) -> None:
@@ -158,3 +205,194 @@ def test_the_report_is_of_the_other_half() -> None:
     # of two differences, 1 and 3, resamples have means of 1, 2, 3 with odds 1 : 2 : 1
     assert four["reported_on"]["difference"] == {"mean": 2.0, "low": 1.0, "high": 3.0}
     assert math.isclose(four["chosen_on"]["mean"], 9.0)
+
+
+# --- the curve and over-optimisation
+
+
+def heldout_rows(kl: list[float], bits: list[float] | None = None, prompts: int = 4) -> list[dict[str, Any]]:
+    """At steps 0, 10, ...: completions of 4 tokens and as many bytes, at `bits` a byte."""
+    return [
+        {"step": 10 * at, "prompt": f"p{b}", "completion": "text", "reward": 0.0, "kl": distance, "tokens": 4,
+         "text_tokens": 4, "text_bytes": 4, "ref_logprob": -4 * cost * math.log(2),
+         "text_ref_logprob": -4 * cost * math.log(2), "text_ref_entropy": 4 * math.log(2)}
+        for at, (distance, cost) in enumerate(zip(kl, bits or [1.0] * len(kl), strict=True)) for b in range(prompts)
+    ]  # fmt: skip
+
+
+def draws(prompts: int) -> torch.Tensor:
+    """Every resample of so many prompts, by enumeration."""
+    return torch.cartesian_prod(*[torch.arange(prompts)] * prompts).view(-1, prompts)
+
+
+TRAINED = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2]], dtype=torch.float64)
+PEAKED = torch.tensor([[0, 0, 0, 0], [4, 2, 4, 4], [1, 1, 1, 1]], dtype=torch.float64)  # rises, then falls
+
+
+def test_the_curve_by_hand() -> None:
+    rows = curve_rows(heldout_rows([0.0, 4.0, 9.0], [1.0, 1.0, 3.0]), {"a": TRAINED, "b": PEAKED}, "a", draws)
+    assert [(row["step"], row["reward"]) for row in rows] == [
+        (step, name) for step in (0, 10, 20) for name in ("a", "b", LIKELIHOOD)
+    ]
+    assert [row["sqrt_kl"] for row in rows[::3]] == [0.0, 2.0, 3.0]
+    middle, last = rows[4], rows[7]
+    # of 4 ** 4 resamples of (4, 2, 4, 4) 1 has a mean of 2.0, 12 of 2.5, 54 of 3.0: the quantiles are 2.5 and 4
+    assert (middle["mean"], middle["low"], middle["high"]) == (3.5, 2.5, 4.0)
+    assert middle["gain"] == {"mean": 3.5, "low": 2.5, "high": 4.0}
+    # chosen by the prompts at places 0 and 2, reported by those at 1 and 3: 1 - 2 and 1 - 4
+    # whose four resamples have means of -3, -2, -2, -1, with 2.5% of the way between the first and the last two
+    assert last["best_step"] == 10
+    assert last["since_best"] == pytest.approx({"mean": -2.0, "low": -3 + 0.075, "high": -1 - 0.075})
+    assert last["trained_since_best"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert math.isclose(rows[8]["mean"], -3 * math.log(2))
+    assert math.isclose(rows[8]["text"]["ref_bits_per_byte"], 3.0)
+    assert math.isclose(rows[8]["text"]["ref_typicality"], -2 * math.log(2))
+    assert curve_rows([], {}, "a", draws) == []
+
+
+def test_a_mean_over_tokens_counts_tokens() -> None:
+    """Of a completion of one token at -1 nat and one of three at -9 in all: -10 / 4, not the mean of -1 and -3."""
+    rows = heldout_rows([0.0], prompts=2)
+    rows[0] |= {"tokens": 1, "ref_logprob": -1.0}
+    rows[1] |= {"tokens": 3, "ref_logprob": -9.0}
+    assert curve_rows(rows, {"a": TRAINED[:1, :2]}, "a", draws)[1]["mean"] == -2.5
+
+
+def test_the_figure_and_the_page_show_the_curve(tmp_path: Path) -> None:
+    """Each reward in units of its spread; one that has none is named; the step of data/best is ringed."""
+    spread = torch.tensor([-1.0, 1.0, -1.0, 1.0])  # a standard deviation of sqrt(4 / 3)
+    scores = {"embedding": 3 * TRAINED + spread, "other": PEAKED + spread, "flat": TRAINED}
+    rows = curve_rows(heldout_rows([0.0, 4.0, 9.0]), scores, "embedding", draws)
+    folder = made_up(tmp_path / "reports", steps=30)
+    write_jsonl(folder / "evaluate/curve.jsonl", rows)
+    best = {"step": 10, "weights": "data/best", "reported_on": {"prompts": 2, **interval(0.5, 1.5)}}
+    edit(folder / "diagnosis.json", best=best, independent="other", over_optimisation="Told in a line.")
+    seal(folder)
+    data = load(folder)
+    figure = plot.draw(data)["curve"]
+    left, right = figure.axes
+    drawn = {label.get_text(): line for label, line in zip(
+        left.get_legend().get_texts(), left.get_legend().get_lines(), strict=False)}  # fmt: skip
+    assert list(drawn) == ["embedding (trained)", "other (independent)"]
+    lines = [line for line in left.lines if line.get_color() == style.BLUE and len(line.get_xdata()) == 3]
+    assert [list(lines[0].get_xdata()), list(lines[0].get_ydata())] == [
+        [0.0, 2.0, 3.0], pytest.approx([0.0, 3 / math.sqrt(4 / 3), 6 / math.sqrt(4 / 3)]),
+    ]  # fmt: skip
+    ring = [line for line in left.lines if line.get_fillstyle() == "none"]
+    assert [list(line.get_xdata()) for line in ring] == [[2.0]]
+    assert "no spread at step 0: flat" in " ".join(text.get_text() for text in figure.texts)
+    assert list(right.lines[0].get_ydata()) == pytest.approx([-math.log(2)] * 3)
+    for narrow in (False, True):
+        assert style.png(plot.draw(data, narrow)["curve"]).startswith(b"\x89PNG")
+    words = words_of(page.render(data, *2 * [{"curve": b""}]))
+    assert "after 10 updates: +1 (95% interval +0.5 to +1.5) over step 0 on the 2 prompts that did not choose" in words
+    assert "Told in a line." in words
+    assert "evaluate.independent=other" in page.render(data, {}, {})
+
+
+def interval(low: float, high: float) -> dict[str, Any]:
+    return {"difference": {"mean": (low + high) / 2, "low": low, "high": high}}
+
+
+def judged(independent: str, evaluation: dict[str, Any], curve: list[dict[str, Any]] | None = None,
+           broken: Finding | None = None, best: int | None = None) -> tuple[Finding | None, str]:  # fmt: skip
+    return over_optimised(Heldout("a", independent, evaluation, curve or [], best), broken, SPREADS, 20)
+
+
+# own text at 1 bit a byte, shuffled at 3: half of the way, with a typicality 15% of the way down, is broken
+SPREADS = {name: Spread(mean, 0.1, 7, 8) for name, mean in {
+    "ref_bits_per_byte": 1.0, "shuffled_bits_per_byte": 3.0, "ref_typicality": 0.0, "shuffled_typicality": -2.0,
+}.items()}  # fmt: skip
+RISES, FALLS, UNSURE = interval(0.5, 1.5), interval(-1.5, -0.5), interval(-0.5, 0.5)
+
+
+@pytest.mark.parametrize(("trained", "other", "found"), [
+    (RISES, FALLS, True), (RISES, UNSURE, False), (UNSURE, FALLS, False), (RISES, RISES, False), (FALLS, FALLS, False),
+])  # fmt: skip
+def test_one_reward_rises_and_an_independent_one_falls(
+    trained: dict[str, Any], other: dict[str, Any], found: bool
+) -> None:
+    finding, told = judged("b", {"a": trained, "b": other})
+    assert bool(finding) == found
+    if finding:
+        assert (finding.kind, finding.onset) == ("over-optimised", 19)
+        assert "a has risen (+1, 95% interval +0.5 to +1.5) and b" in told
+    else:
+        assert told.startswith("Not over-optimised by the independent reward b")
+
+
+def test_the_curve_tells_since_when() -> None:
+    """Above the reference still, and past its best: the final evaluation alone does not see it."""
+    rows = curve_rows(heldout_rows([0.0, 4.0, 9.0]), {"a": TRAINED, "b": PEAKED}, "a", draws)
+    above = {"a": RISES, "b": RISES}
+    finding, told = judged("b", above, rows, best=20)
+    assert finding
+    assert finding.onset == 10
+    assert "from step 10 on, where the latter was best" in told
+    assert told.endswith("data/best, the policy after 20 updates, was chosen by the trained reward and is no way out.")
+    assert judged("b", above, rows, best=10)[1].endswith("the policy after 10 updates, from before that.")
+    falling = curve_rows(heldout_rows([0.0, 4.0, 9.0]), {"a": PEAKED, "b": PEAKED}, "a", draws)
+    assert judged("b", above, falling)[0] is None  # both fall: what is trained no longer rises
+    risen = curve_rows(heldout_rows([0.0, 4.0, 9.0]), {"a": TRAINED, "b": TRAINED}, "a", draws)
+    assert judged("b", above, risen)[0] is None
+
+
+def test_the_verdict_of_a_run_that_is_healthy_but_for_it() -> None:
+    params = load_params(ROOT / "params.yaml")
+    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"independent": "length"})})
+    text = {side: {"empty_share": 0.0} for side in ("checkpoint", "policy")}
+    evaluation = {"text": text, LIKELIHOOD: {"checkpoint": -3.0, "policy": -3.0}, "embedding": RISES, "length": FALLS}
+    rows = made_up_history(20, collapsed=False).to_dict("records")
+    calibration = [{"batch": float(i), "reward_se": 0.1} for i in range(8)]
+    content = diagnose.diagnose(params, rows, calibration, [], chosen_params(params), evaluation)
+    assert (content["verdict"], content["independent"]) == ("over-optimised", "length")
+    assert content["headline"] == content["over_optimisation"]
+    assert content["cure"]["changes"]["recipes.stable.kl_coef"] == 0.6  # three times what was
+    content = diagnose.diagnose(params, rows, calibration, [], chosen_params(params), evaluation | {"length": UNSURE})
+    assert content["verdict"] == "healthy"
+    json.dumps(content, allow_nan=False)
+
+
+def test_without_an_independent_measure_it_cannot_be_told() -> None:
+    finding, told = judged("none", {"a": RISES, "b": FALLS})
+    assert finding is None
+    assert told == "Over-optimisation cannot be told without an independent reward: evaluate.independent is none."
+
+
+def test_by_the_likelihood_only_broken_text_counts() -> None:
+    """Of the curve, the last stretch of broken text: at 1.9 bits a byte it is less likely, and not broken."""
+
+    def sides(bits: float) -> dict[str, Any]:
+        return {"ref_bits_per_byte": bits, "ref_typicality": 1.0 - bits}
+
+    def broken(bits: float) -> Finding | None:
+        text = {"checkpoint": sides(1.0), "policy": sides(bits)}
+        return heldout_finding(text, {"checkpoint": -1.0, "policy": -1.0}, SPREADS, 20)
+
+    assert judged("reference", {"a": RISES}, broken=broken(1.9))[0] is None
+    assert judged("reference", {"a": UNSURE}, broken=broken(2.1))[0] is None
+    assert over_optimised(Heldout("a", "reference", {"a": RISES}, [], None), broken(2.1), SPREADS, 20, True)[0] is None
+    finding, told = judged("reference", {"a": RISES}, broken=broken(2.1))
+    assert finding
+    assert finding.onset == 19
+    assert "2.1 bits a byte by the reference model (its own 1.0)" in told
+    curve = curve_rows(heldout_rows([0.0, 1.0, 2.0, 3.0], [1.0, 2.5, 1.9, 2.5]), {"a": torch.zeros(4, 4).double()}, "a",
+                       draws)  # fmt: skip
+    finding, _ = judged("reference", {"a": RISES}, curve[:8], broken=broken(2.1))
+    assert finding
+    assert finding.onset == 19  # not from the broken stretch that ended
+    finding, _ = over_optimised(Heldout("a", "reference", {"a": RISES}, curve, None), broken(2.1), SPREADS, 31)
+    assert finding
+    assert finding.onset == 30
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"evaluate__independent": "wrods"}, "there is no reward 'wrods'; should be one of reference, none, embedding"),
+    ({"evaluate__independent": "length"}, "'length' is the trained reward"),
+    ({"rewards__none": {"kind": "length", "target": 3}}, "rewards: 'none' is taken"),
+    ({"evaluate__every": 2, "evaluate__prompts": 50}, "curve_prompts 100 exceeds prompts 50"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(project: Project, changes: dict[str, Any], said: str) -> None:
+    project.edit(reward="length", **changes)
+    with pytest.raises(UserError, match=said):
+        load_params(project.root / "params.yaml")

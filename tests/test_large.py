@@ -33,8 +33,10 @@ from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt
 from tests.project import ROOT, Project
 from tests.training import (
     STEPS,
+    assert_same_curve,
     configured,
     contents,
+    curve,
     exactly,
     forget,
     history,
@@ -287,7 +289,7 @@ def exact(ready: Project) -> Project:
 @pytest.mark.slow
 def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Project, here: Project) -> None:
     train.main()
-    alone, run, samples = history(exact), recorded(exact), sampled(exact)
+    alone, run, samples, measured = history(exact), recorded(exact), sampled(exact), curve(exact)
     weights = load_policy(exact.root / "data/policy", torch.device("cpu")).state_dict()
     forget(exact)
     succeed(exact, **spread(exact, 2))
@@ -295,6 +297,7 @@ def test_a_policy_spread_over_processes_trains_as_one_in_one_piece(exact: Projec
     assert [json.loads(x)["tokens"] for x in sampled(exact).splitlines()] == [
         json.loads(x)["tokens"] for x in samples.splitlines()
     ]
+    assert_same_curve(exact, *measured)
     for row, truth in zip(history(exact), alone, strict=True):
         for name in set(truth) - {"grad_snr"}:  # not told of a spread policy
             assert row[name] == pytest.approx(truth[name], rel=1e-3, abs=1e-5, nan_ok=True), name

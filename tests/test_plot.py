@@ -224,6 +224,8 @@ BROKEN = {
     "train/samples.jsonl": ["{}\n", "nope\n", SAMPLE % '["a"]', SAMPLE % '["a", 3]'],
     "evaluate/metrics.json": ["{}", '{"embedding": {"checkpoint": 1}}'],
     "evaluate/completions.jsonl": ['{"prompt": 3}\n', "[1\n"],
+    "train/heldout.jsonl": ['{"step": "a"}\n'],
+    "evaluate/curve.jsonl": ["{}\n"],
     "prepare.json": ["3"],
     "diagnosis.json": ["{", '{"verdict": "healthy"}'],
 }

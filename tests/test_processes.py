@@ -26,8 +26,10 @@ from tests.project import Project, copy_of_project
 from tests.servers import free_port
 from tests.training import (
     STEPS,
+    assert_same_curve,
     configured,
     contents,
+    curve,
     exactly,
     forget,
     history,
@@ -73,7 +75,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Project:
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_several_processes_train_what_one_does(exact: Project, here: Project, two: Project, count: int) -> None:
     train.main()
-    alone, run, samples = history(exact), recorded(exact), sampled(exact)
+    alone, run, samples, measured = history(exact), recorded(exact), sampled(exact), curve(exact)
     assert run["processes"] == [1]
     assert alone[-1]["ref_kl_k3"] > 1e-6, "the policy has left the reference"
     several = two
@@ -84,6 +86,7 @@ def test_several_processes_train_what_one_does(exact: Project, here: Project, tw
     assert recorded(several) == {**run, "processes": [count]}, "the same train_key, wherever it is computed"
     tokens = [[json.loads(line)["tokens"] for line in text.splitlines()] for text in (samples, sampled(several))]
     assert tokens[0] == tokens[1]
+    assert_same_curve(several, *measured)
     for row, truth in zip(history(several), alone, strict=True):
         for name in set(truth) - {"grad_snr"}:  # the micro-batches are others, which is what it is computed from
             assert row[name] == pytest.approx(truth[name], rel=1e-3, abs=1e-5, nan_ok=True), name

@@ -84,6 +84,31 @@ def test_live_then_track_is_the_full_record(tracking_folder, capsys):
     assert run.info.artifact_uri.startswith((tracking_folder / "mlartifacts").as_uri())
 
 
+def test_the_held_out_curve_and_the_best_policy_are_in_mlflow(tracking_folder):
+    """Computed again with another reward, beside what was there: the run is not made anew."""
+    make_reports()
+    found = {"mean": None, "low": None, "high": None}
+    gain = {"prompts": 50, "difference": {"mean": 0.5, "low": 0.25, "high": 0.75}}
+    ids = set()
+    for mean in (-6.0, -6.0, -7.0):
+        row = {"step": 10, "reward": "words", "mean": mean, "low": None, "high": None, "sqrt_kl": 2.0, "gain": found,
+               "spread": 1.0, "best_step": 0, "since_best": found, "trained_since_best": found}  # fmt: skip
+        write(Path("reports/evaluate/curve.jsonl"), json.dumps(row) + "\n")
+        edit(Path("reports/diagnosis.json"), best={"step": 10, "weights": "data/best", "reported_on": gain})
+        belong_together()
+        track.main()
+        ids.add(stored_runs()[1][0].info.run_id)
+    assert len(ids) == 1
+    assert [(point.step, point.value) for point in history("heldout/words/mean")] == [(10, -6.0), (10, -7.0)]
+    assert [(point.step, point.value) for point in history("heldout/sqrt_kl")] == [(10, 2.0)]
+    metrics = stored_runs()[1][0].data.metrics
+    assert metrics["heldout/words/mean"] == -7.0
+    assert "heldout/words/low" not in metrics
+    assert {key: value for key, value in metrics.items() if key.startswith("best/")} == {
+        "best/step": 10.0, "best/gain/mean": 0.5, "best/gain/low": 0.25, "best/gain/high": 0.75,
+    }  # fmt: skip
+
+
 def status_after(steps):
     """Of the run, once MLflow has the step before."""
     wait_until(lambda: stored_runs()[1] and len(history("train/entropy")) == steps)
@@ -540,7 +565,7 @@ def test_files_of_another_run_are_refused(tracking_folder):
         for path, content in kept.items():
             path.write_bytes(content)
 
-    for name in ("calibration.csv", "history.csv", "samples.jsonl"):
+    for name in ("calibration.csv", "history.csv", "samples.jsonl", "heldout.jsonl"):
         path = Path("reports/train", name)
         path.write_text(path.read_text()[:-2] + "7\n")
         refused(path, "train")
@@ -551,13 +576,16 @@ def test_files_of_another_run_are_refused(tracking_folder):
     refused("reports/diagnosis.json, reports/page/report.html", "diagnose plot")
     write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-9.0)))
     refused("reports/evaluate/metrics.json", "evaluate")
-    write(Path("reports/evaluate/completions.jsonl"), "{}\n")
-    refused("reports/evaluate/completions.jsonl", "evaluate")
+    for file in ("reports/evaluate/completions.jsonl", "reports/evaluate/curve.jsonl"):
+        write(Path(file), "{}\n")
+        refused(file, "evaluate")
     belong_together(policy=other)  # which train then says it was
     summary = kept[Path("reports/train/summary.json")]
     Path("reports/train/summary.json").write_bytes(summary)
     refused(
-        "reports/evaluate/metrics.json, reports/evaluate/completions.jsonl, reports/page/report.html", "evaluate plot"
+        "reports/evaluate/metrics.json, reports/evaluate/completions.jsonl, reports/evaluate/curve.jsonl, "
+        "reports/page/report.html",
+        "evaluate plot",
     )
     write(Path("reports/page/report.html"), "<h1>Report</h1>" + KEY)
     refused("reports/page/report.html", "plot")

@@ -409,6 +409,8 @@ def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[
     content = diagnose.diagnose(PARAMS, history()[:steps], calibration, [], chosen_params(PARAMS))
     assert content == {
         "verdict": "healthy", "onset": None, "headline": headline, "steps": steps, "findings": [], "cure": None,
+        "independent": "reference",
+        "over_optimisation": "Over-optimisation cannot be told by fewer than 30 held-out completions.",
     }  # fmt: skip
 
 

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pipeline.distributed.launch import CONFIG
-from pipeline.file_io import folder_digests
+from pipeline.file_io import folder_digests, read_json, read_jsonl
 from pipeline.stages.cache import name_float32
 from tests.project import Project
 
@@ -127,8 +130,23 @@ SMOOTH_ADAM = {"recipes__stable__adam_eps": 1.0, "recipes__stable__lr": 0.1}
 
 def exactly(project: Project) -> Project:
     project.edit(recipes__stable__precision="float32", train__prompts_per_step=4, train__steps=STEPS, **SMOOTH_ADAM)
+    project.edit(evaluate__every=5, evaluate__curve_prompts=4)
     return project
 
 
 def sampled(project: Project) -> bytes:
     return contents(project)["reports/train/samples.jsonl"]
+
+
+def assert_same_curve(project: Project, rows: list[dict[str, Any]], best: dict[str, Any]) -> None:
+    """Of another number of processes: the same completions, distances to rounding."""
+    found = read_jsonl(project.root / "reports/train/heldout.jsonl")
+    words = [(row["step"], row["prompt"], row["completion"], row["reward"]) for row in rows]
+    assert [(row["step"], row["prompt"], row["completion"], row["reward"]) for row in found] == words
+    assert [row["kl"] for row in found] == pytest.approx([row["kl"] for row in rows], rel=1e-2, abs=1e-4)
+    assert read_json(project.root / "data/best/best.json") == best
+
+
+def curve(project: Project) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    root = project.root
+    return read_jsonl(root / "reports/train/heldout.jsonl"), read_json(root / "data/best/best.json")

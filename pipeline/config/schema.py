@@ -11,6 +11,7 @@ NO_OPTIONS = (
     "padding", "raise_exception", "return_assistant_tokens_mask", "return_dict", "return_tensors",
     "sanitize_control_tokens", "strftime_now", "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
+LIKELIHOOD = "ref_logprob_per_token"  # stands beside the rewards in what `evaluate` writes: no reward has this name
 NO_REWARD = ("reference", "none")  # values of evaluate.independent that name no reward
 MOST_TOKENS = 10**9  # of a step: their random numbers alone take 8 GB
 SELECTORS = {
@@ -292,7 +293,7 @@ class Params(Table):
 
     @model_validator(mode="after")
     def reward_names(self) -> "Params":
-        for name in ("text", "ref_logprob_per_token"):
+        for name in ("text", LIKELIHOOD):
             if name in self.rewards:
                 raise ValueError(f"rewards: {name!r} is taken: reports/evaluate/metrics.json has a key of that name")
         for name in NO_REWARD:

@@ -1,5 +1,8 @@
 """Bootstrap intervals."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,3 +20,20 @@ def interval(values: Tensor, indices: Tensor, level: float = 0.95) -> dict[str, 
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
     return {"mean": values.mean().item(), "low": low, "high": high}
+
+
+def interval_of(
+    statistic: Callable[[Tensor], Tensor], prompts: Tensor, resamples: Tensor, level: float = 0.95
+) -> dict[str, float | None]:
+    """The same of any statistic of prompts, and None where it is not finite.
+
+    statistic: indices of prompts [R, n] -> its value for each row [R]. prompts [n]: all of them. resamples [R, n].
+    """
+    mean, values = statistic(prompts[None]).item(), statistic(resamples)
+    if not math.isfinite(mean):
+        return {"mean": None, "low": None, "high": None}
+    if len(prompts) == 1 or not values.isfinite().all():
+        return {"mean": mean, "low": None, "high": None}
+    tail = (1 - level) / 2
+    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
+    return {"mean": mean, "low": low, "high": high}

@@ -74,6 +74,13 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
                 "steps hold what the mended gradient could still break"
             )
             source = "docs/COLLAPSE.md; Ahmadian et al. 2024 (arXiv 2402.14740)"
+        case "over-optimised":
+            changes = add_kl_and_slow_down(recipe, spreads, slower)
+            reason = (
+                "the trained reward is a stand-in, and pays for more than was meant; a KL term ends the run nearer to "
+                "the reference, as an earlier step does"
+            )
+            source = "Gao et al. 2022 (arXiv 2210.10760)"
         case _:
             changes = add_kl_and_slow_down(recipe, spreads, slower)
             reason = "a KL term makes leaving the reference's language cost reward; smaller steps leave it time to act"

@@ -75,23 +75,12 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread], c
             said = "; ".join(text for metric, text in signs.items() if finding.passes(metric))
             return f"{since} the policy gives almost the same completion every time; {said}."
         case "heldout":
-            values = {shown.limit.metric: (shown.value, shown.limit.reference) for shown in finding.evidence}
-            formats = {
-                "empty_share": "{:.0%} are empty ({:.0%} of the reference's)",
-                "repeated_3grams": "{:.0%} of their 3-grams are repeats (the reference's {:.0%})",
-                "distinct_completions": "{:.0%} are different (the reference's {:.0%})",
-                "ref_logprob": "{:.1f} nats a token by the reference model (its own {:.1f})",
-                "ref_bits_per_byte": "{:.1f} bits a byte by the reference model (its own {:.1f})",
-            }
-            told = [
-                text.format(value, math.nan if untouched is None else untouched.mean)
-                for metric, text in formats.items() if metric in values
-                for value, untouched in [values[metric]]
-            ]  # fmt: skip
             return (
                 "No step of training shows it, but the trained policy's held-out completions have fallen apart: "
-                f"{' and '.join(told)}."
+                f"{' and '.join(cost_texts(finding.evidence))}."
             )
+        case "over-optimised":
+            return finding.words
         case "step-size":
             updates = [shown for shown in finding.evidence if shown.limit.metric == "update_kl"]
             large = "".join(
@@ -99,6 +88,23 @@ def summary(finding: Finding, rows: Sequence[Row], spreads: dict[str, Spread], c
                 for u in updates
             )
             return f"{since} the policy earns less than {compared.removeprefix('for ')}: {reward}.{large}"
+
+
+def cost_texts(shown: Sequence[Evidence]) -> list[str]:
+    """What held-out completions have lost, in the order of these."""
+    values = {one.limit.metric: (one.value, one.limit.reference) for one in shown}
+    formats = {
+        "empty_share": "{:.0%} are empty ({:.0%} of the reference's)",
+        "repeated_3grams": "{:.0%} of their 3-grams are repeats (the reference's {:.0%})",
+        "distinct_completions": "{:.0%} are different (the reference's {:.0%})",
+        "ref_logprob": "{:.1f} nats a token by the reference model (its own {:.1f})",
+        "ref_bits_per_byte": "{:.1f} bits a byte by the reference model (its own {:.1f})",
+    }
+    return [
+        text.format(value, math.nan if untouched is None else untouched.mean)
+        for metric, text in formats.items() if metric in values
+        for value, untouched in [values[metric]]
+    ]  # fmt: skip
 
 
 def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, heldout_sound: bool = False) -> str:

@@ -11,17 +11,20 @@ from typing import Any, Literal, NamedTuple
 from pipeline.diagnosis.calibration import FALSE_ALARMS, Limit, Row, Spread
 
 Kind = Literal[
-    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size", "heldout"
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size",
+    "over-optimised", "heldout",
 ]  # fmt: skip
 # where several begin together, the first of these names the verdict: the cause before what follows from it
 ORDER: tuple[Kind, ...] = (
-    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size", "heldout",
+    "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size",
+    "over-optimised", "heldout",
 )  # fmt: skip
-IN_TRAINING = ORDER[:-1]  # what a history shows
+IN_TRAINING = ORDER[:-2]  # what a history shows
 TITLES: dict[Kind, str] = {
     "numeric": "Numeric failure", "misaligned": "Misaligned objective", "starved": "Starved of signal",
     "hacking": "Reward hacking", "empty": "Empty completions", "repetition": "Repetition", "gibberish": "Gibberish",
-    "mode": "Mode collapse", "step-size": "Step-size failure", "heldout": "Held-out text fallen apart",
+    "mode": "Mode collapse", "step-size": "Step-size failure", "over-optimised": "Over-optimised",
+    "heldout": "Held-out text fallen apart",
 }  # fmt: skip
 CAUSES = ("numeric", "misaligned", "starved")  # lead to the others; all others are what became of the texts or rewards
 LARGE_UPDATE = 0.015  # nats a token of one update's KL, where Spinning Up's PPO stops: 1.5 times its target_kl of 0.01
@@ -72,6 +75,7 @@ class Finding:
     evidence: tuple[
         Evidence, ...
     ]  # the limits that are passed there, and an update before the onset that was too large
+    words: str = ""  # what it says, where the numbers are none of a step of training
 
     def passes(self, metric: str) -> bool:
         return any(shown.limit.metric == metric for shown in self.evidence)
@@ -184,35 +188,60 @@ def heldout_finding(
 
     text, ref_logprob: of metrics.json, by `checkpoint` (the reference) and `policy`. steps: of the run.
     """
-    before, after = (
-        {**{name: math.nan if value is None else value for name, value in text[side].items()},
-         "ref_logprob": math.nan if (score := ref_logprob[side]) is None else score}
-        for side in ("checkpoint", "policy")
-    )  # fmt: skip
-
-    def limit(metric: str, side: Literal["above", "below"], threshold: float) -> Limit:
-        untouched = Spread(before.get(metric, math.nan), math.nan, 1, 1)
-        worse = threshold > untouched.mean if side == "above" else threshold < untouched.mean
-        return Limit(metric, side, threshold if worse else math.nan, untouched)
-
-    bits, typicality = (before.get(name, math.nan) for name in ("ref_bits_per_byte", "ref_typicality"))
-    to_shuffled = distances_to_shuffled(spreads)
+    before, after = ({**text[side], "ref_logprob": ref_logprob[side]} for side in ("checkpoint", "policy"))
     signs = [
-        (limit("empty_share", "above", thresholds.empty),),
-        (limit("repeated_3grams", "above", thresholds.repeated),),
-        (limit("distinct_completions", "below", thresholds.distinct * before.get("distinct_completions", math.nan)),),
-        (limit("ref_logprob", "below", before["ref_logprob"] - thresholds.unlikely),),
-        (limit("ref_bits_per_byte", "above", bits + thresholds.broken * to_shuffled["ref_bits_per_byte"]),),
+        (worse_limit(before, "empty_share", "above", thresholds.empty),),
+        (worse_limit(before, "repeated_3grams", "above", thresholds.repeated),),
         (
-            limit("ref_bits_per_byte", "above", bits + thresholds.costly * to_shuffled["ref_bits_per_byte"]),
-            limit("ref_typicality", "below", typicality - thresholds.atypical * to_shuffled["ref_typicality"]),
+            worse_limit(
+                before, "distinct_completions", "below", thresholds.distinct * or_nan(before, "distinct_completions")
+            ),
+        ),
+        *likelihood_signs(before, spreads, thresholds),
+    ]
+    last = steps - 1
+    found = tuple(Evidence(limit, last, or_nan(after, limit.metric)) for limit in passed_limits(signs, after))
+    return Finding("heldout", last, last, found) if found and steps else None
+
+
+def likelihood_signs(
+    before: Mapping[str, float | None], spreads: dict[str, Spread], thresholds: Thresholds
+) -> list[tuple[Limit, ...]]:
+    """By what the reference finds text broken, beside its own text, `before`."""
+    logprob, bits, typicality = (
+        or_nan(before, name) for name in ("ref_logprob", "ref_bits_per_byte", "ref_typicality")
+    )
+    to_shuffled = distances_to_shuffled(spreads)
+    byte, typical = to_shuffled["ref_bits_per_byte"], to_shuffled["ref_typicality"]
+    return [
+        (worse_limit(before, "ref_logprob", "below", logprob - thresholds.unlikely),),
+        (worse_limit(before, "ref_bits_per_byte", "above", bits + thresholds.broken * byte),),
+        (
+            worse_limit(before, "ref_bits_per_byte", "above", bits + thresholds.costly * byte),
+            worse_limit(before, "ref_typicality", "below", typicality - thresholds.atypical * typical),
         ),
     ]
-    row = {limit.metric: after.get(limit.metric, math.nan) for limits in signs for limit in limits}
-    passed = dict.fromkeys(limit for limits in signs if all(limit.passed(row) for limit in limits) for limit in limits)
-    last = steps - 1
-    found = tuple(Evidence(limit, last, row[limit.metric]) for limit in passed)
-    return Finding("heldout", last, last, found) if found and steps else None
+
+
+def worse_limit(
+    before: Mapping[str, float | None], metric: str, side: Literal["above", "below"], threshold: float
+) -> Limit:
+    """A limit that nothing passes where the reference's own text does."""
+    untouched = Spread(or_nan(before, metric), math.nan, 1, 1)
+    worse = threshold > untouched.mean if side == "above" else threshold < untouched.mean
+    return Limit(metric, side, threshold if worse else math.nan, untouched)
+
+
+def passed_limits(signs: Sequence[tuple[Limit, ...]], after: Mapping[str, float | None]) -> list[Limit]:
+    """The limits of the signs all of whose limits are passed."""
+    row = {limit.metric: or_nan(after, limit.metric) for limits in signs for limit in limits}
+    shown = [limits for limits in signs if all(limit.passed(row) for limit in limits)]
+    return list(dict.fromkeys(limit for limits in shown for limit in limits))
+
+
+def or_nan(row: Mapping[str, float | None], name: str) -> float:
+    value = row.get(name)
+    return math.nan if value is None else value
 
 
 def not_passed(limit: Limit) -> Limit:

@@ -1,5 +1,6 @@
 """The figures of training, each a pure function of the run's history (a row per step)."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from pipeline.config.schema import LIKELIHOOD
 from pipeline.paths import RUN_FILES
 from pipeline.report.style import (
     BLUE,
@@ -94,9 +96,9 @@ def _reward_lines(axes: Axes, history: pd.DataFrame, run: dict[str, Any], spread
     return dict(zip(labels, handles, strict=True))
 
 
-def _legend(axes: Axes, handles: dict[str, Any]) -> None:
-    """Above the axes, where it hides nothing: in one row, or in one column where the figure is narrow."""
-    columns, lines = (1, len(handles) + 1) if is_narrow(axes) else (len(handles), 1)
+def _legend(axes: Axes, handles: dict[str, Any], most: int = 10) -> None:
+    """Above the axes, where it hides nothing: `most` entries a row, or one where the figure is narrow."""
+    columns, lines = (1, len(handles) + 1) if is_narrow(axes) else (min(most, len(handles)), -(-len(handles) // most))
     axes.set_title("\n".join(" " * lines))  # keeps the room; the legend itself must not squeeze the axes
     legend = axes.legend(
         list(handles.values()),
@@ -242,6 +244,82 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
         steps_axis(panel, _columns(history, "step")[0], label=panel is right[2])
         panel.tick_params(labelbottom=panel is right[2])
     return figure
+
+
+@figure_function
+def curve(
+    rows: list[dict[str, Any]], trained: str, independent: str, best: int | None, run: dict[str, Any],
+    narrow: bool = False,
+) -> Figure:  # fmt: skip
+    """Held-out rewards over the distance from the reference, sqrt(KL), as Gao et al. 2022 (arXiv 2210.10760) draw them,
+    each in units of its spread at step 0; beside it the reference's likelihood."""
+    title = "Held-out rewards over the distance from the reference"
+    figure = canvas(*((NARROW, 1100) if narrow else (1400, 760)), title, footer(run, RUN_FILES.curve))
+    if narrow:
+        left, right = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    else:
+        left, right = figure.subplots(1, 2, sharex=True, width_ratios=[11, 5])
+    names = sorted({row["reward"] for row in rows} - {LIKELIHOOD}, key=lambda n: (n != trained, n != independent, n))
+    colours = itertools.cycle([ORANGE, GREEN, RED, PURPLE, GREY])
+    handles, flat = {}, []
+    for name in names:
+        own = [row for row in rows if row["reward"] == name]
+        if not own[0]["spread"]:
+            flat.append(name)
+            continue
+        bold, colour = name == trained, BLUE if name == trained else next(colours)
+        band = _path(left, own, "gain", own[0]["spread"], colour, bold)
+        words = " (trained)" if bold else " (independent)" if name == independent else ""
+        handles[f"{name}{words}"] = band
+        if bold:
+            _name_steps(left, own, best)
+    left.axhline(0, color=INK, linewidth=1.2, zorder=1)
+    _legend(left, handles, most=3)
+    left.set_ylabel("gain over step 0, in spreads at step 0")
+    _path(right, [row for row in rows if row["reward"] == LIKELIHOOD], None, 1.0, INK, True)
+    words = " (independent)" if independent == "reference" else ""
+    inline_legend(right, [(f"reference's log-likelihood{words}", INK)])
+    right.set_ylabel("nats / token")
+    for panel in (right,) if narrow else (left, right):
+        panel.set_xlabel("√KL to the reference, √nats a completion")
+    left.set_xlim(left=min(0.0, left.get_xlim()[0]))
+    if flat:
+        note(figure, f"not drawn, no spread at step 0: {', '.join(flat)}", row=0, fontsize=12, color=GREY)
+    return figure
+
+
+def _path(
+    axes: Axes, rows: list[dict[str, Any]], key: str | None, unit: float, colour: str, bold: bool
+) -> tuple[Line2D, Any]:
+    """A measure from step to step, with its 95% interval; what is undefined is a gap."""
+    x = np.array([row["sqrt_kl"] for row in rows], dtype=float)
+    y, low, high = (
+        np.array([(row[key] if key else row)[name] for row in rows], dtype=float) / unit
+        for name in ("mean", "low", "high")
+    )
+    (drawn,) = axes.plot(
+        x, y, "o-", color=colour, linewidth=3.4 if bold else 1.6, markersize=7 if bold else 4, zorder=3
+    )
+    bars = axes.errorbar(
+        x, y, (y - low, high - y), color=colour, alpha=0.55 if bold else 0.4, linestyle="none",
+        elinewidth=2.4 if bold else 1.2, zorder=2 if bold else 1.5,
+    )  # fmt: skip
+    return drawn, bars
+
+
+def _name_steps(axes: Axes, rows: list[dict[str, Any]], best: int | None) -> None:
+    """The step beside some of the points, the last one among them; a ring around the one of data/best."""
+    shown = rows[::-1][:: -(-len(rows) // 8)]
+    for row in rows:
+        x, gain = row["sqrt_kl"], row["gain"]["mean"]
+        if x is None or gain is None:
+            continue
+        place, chosen = (x, gain / row["spread"]), row["step"] == best
+        if chosen:
+            axes.plot(*place, "o", color=BLUE, markersize=16, fillstyle="none", markeredgewidth=1.8, zorder=4)
+        if chosen or row in shown:
+            options: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": BLUE, "fontsize": 12}
+            axes.annotate(f"{row['step']}", place, (-8, 7), fontweight="bold" if chosen else "normal", **options)
 
 
 def _from_zero(axes: Axes) -> None:

@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
     text: dict[str, Any]  # Sides of text statistics
     ref_logprob: dict[str, Any]  # Sides, nats a token
     completions: list[dict[str, Any]]
+    curve: list[dict[str, Any]]  # empty where nothing was measured during training
     prepare: dict[str, Any]
     diagnosis: dict[str, Any]
     trained: str  # the reward that training used
@@ -32,7 +33,11 @@ class Inputs(NamedTuple):
     @property
     def params(self) -> dict[str, Any]:
         """What the run was told, and how it was evaluated."""
-        return self.run["params"] | self.evaluate
+        curve = self.run.get("curve", {"every": 0})
+        names = {"every": "evaluate.every", "prompts": "evaluate.curve_prompts"}
+        told = {names[key]: value for key, value in curve.items()}
+        told |= {"evaluate.independent": self.diagnosis["independent"]}
+        return self.run["params"] | self.evaluate | told
 
 
 def load(reports: Path = REPORTS) -> Inputs:
@@ -42,7 +47,7 @@ def load(reports: Path = REPORTS) -> Inputs:
     """
     files = RunFiles(reports)
     run, metrics, history = read_result(files.run), read_result(files.metrics), read_result(files.history)
-    (measured,), _ = read_result(files.measured), read_result(files.summary)
+    (measured,), _, _ = read_result(files.measured), read_result(files.summary), read_result(files.heldout)
     trained, rewards = run["params"]["reward"], metrics.keys() - Evaluation.__annotations__
     if trained not in rewards:
         raise UserError(
@@ -59,6 +64,7 @@ def load(reports: Path = REPORTS) -> Inputs:
         text=metrics["text"],
         ref_logprob=metrics["ref_logprob_per_token"],
         completions=read_result(files.completions),
+        curve=read_result(files.curve),
         prepare=read_result(files.prepare),
         diagnosis=read_result(files.diagnosis),
         trained=trained,

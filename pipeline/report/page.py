@@ -18,6 +18,7 @@ from pipeline.report.labels import measured, percent
 from pipeline.report.style import signed
 from pipeline.report.terms import Terms
 from pipeline.report.text import visible
+from pipeline.runs.results import gain_text
 
 EXAMPLES, OPEN_EXAMPLES = 12, 4  # held-out prompts shown, and how many of them at once
 SAMPLES = 4  # completions shown of a training step
@@ -32,6 +33,9 @@ CAPTIONS = {
     "A logprob gap above rounding at step 0 means that the loss does not score the tokens that were sampled.",
     "evaluate": "Both models on the same held-out prompts with the same random numbers, for every reward, "
     "each on its own scale",
+    "curve": "Measured during training, a completion of each prompt, with 95% intervals. Each reward is in units of "
+    "its spread over completions at step 0. Over-optimisation: the trained reward rises and an independent one falls. "
+    "Numbers are training steps; the ring is the policy in data/best",
 }
 DRAWN = {  # the terms that a figure shows
     "overview": ("reward_mean", "reward_se", "baseline", "entropy", "ref_kl_k1", "distinct_completions"),
@@ -39,6 +43,7 @@ DRAWN = {  # the terms that a figure shows
     "variance": ("reward_std_within", "reward_std_between", "zero_spread_share"),
     "collapse": (*(column for series, _ in PANELS for column, _, _ in series), "logprob_gap", "nonfinite"),
     "evaluate": ("held-out gain", "win rate"),
+    "curve": ("held-out", "95% interval", "reward", "ref_kl_sequence", "ref_logprob"),
 }
 HOLLOW = "; a hollow grey point has an interval that includes zero"
 
@@ -65,6 +70,7 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
     captions = CAPTIONS | {
         "reward": f"{CAPTIONS['reward']} ({size}).",
         "evaluate": f"{CAPTIONS['evaluate']} ({size}){HOLLOW if intervals else ''}.",
+        "curve": f"{CAPTIONS['curve']}{best_words(inputs.diagnosis['best'])}.",
     }
     return (
         environment()
@@ -97,6 +103,17 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
             open_examples=OPEN_EXAMPLES,
             samples=samples(inputs.samples),
         )
+    )
+
+
+def best_words(best: dict[str, Any] | None) -> str:
+    """Of data/best: its step, and its gain on the prompts that did not choose it."""
+    if best is None or "reported_on" not in best:
+        return ""
+    told = best["reported_on"]
+    return (
+        f", after {best['step']} updates: {gain_text(told['difference'])} over step 0 on the {told['prompts']} prompts "
+        "that did not choose it"
     )
 
 

@@ -75,7 +75,8 @@ def _mismatches(stage: str, run: dict[str, str], files: RunFiles) -> list[Path]:
             files.calibration,
             files.history,
             files.samples,
-            *([files.healthy] if files.healthy.is_file() else []),
+            files.heldout,
+            *(file for file in (files.healthy, files.best) if file.is_file()),
         ]
         wrong = [file for file in written if sha256(file) != run.get(file.name)]
         return wrong + ([] if read_json(files.run).get("train_key") == run.get("train_key") else [files.run])
@@ -83,6 +84,7 @@ def _mismatches(stage: str, run: dict[str, str], files: RunFiles) -> list[Path]:
         return [] if read_json(files.diagnosis).get("history") == run.get("history.csv") else [files.diagnosis]
     if stage == "evaluate":
         measured = measured_in(read_json(files.measured))
-        same = evaluates(measured, run)
-        return [file for file in (files.metrics, files.completions) if not same or sha256(file) != measured[file.name]]
+        same = evaluates(measured, run) and measured.get("heldout.jsonl") == run.get("heldout.jsonl")
+        own = (files.metrics, files.completions, files.curve)
+        return [file for file in own if not same or sha256(file) != measured.get(file.name)]
     return [] if f'"{sources(files)}"' in files.page.read_text(encoding="utf-8", errors="replace") else [files.page]

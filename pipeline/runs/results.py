@@ -55,6 +55,17 @@ class Healthy(TypedDict):
     step: int
 
 
+class Best(TypedDict):
+    step: int | None  # None: nothing was measured
+
+
+class HeldoutRow(TypedDict):
+    step: int
+    prompt: str
+    completion: str
+    reward: float
+
+
 class Interval(TypedDict):
     """A mean with its bootstrap 95% interval; None is undefined, as the interval of one prompt."""
 
@@ -98,8 +109,29 @@ class Evaluation(TypedDict, extra_items=Comparison):  # type: ignore[call-arg]  
 
 Measured = TypedDict(
     "Measured",
-    {"policy": dict[str, str], "prompts": str, "params": Any, "metrics.json": str, "completions.jsonl": str},
+    {
+        "policy": dict[str, str],
+        "prompts": str,
+        "params": Any,
+        "metrics.json": str,
+        "completions.jsonl": str,
+        "curve.jsonl": str,
+        "heldout.jsonl": str,
+    },
 )
+
+
+class CurveRow(Interval):
+    """A reward of the held-out curve at a step."""
+
+    step: int
+    reward: str
+    gain: Interval
+    spread: float | None
+    sqrt_kl: float | None
+    best_step: int
+    since_best: Interval
+    trained_since_best: Interval
 
 
 class Completion(TypedDict):
@@ -158,6 +190,9 @@ class Diagnosis(TypedDict):
     findings: list[Finding]
     cure: Cure | None
     healthy_step: int
+    independent: str
+    over_optimisation: str
+    best: Best | None
 
 
 # file -> the stage that writes it, its shape
@@ -169,10 +204,13 @@ RESULTS: dict[str, tuple[str, Any]] = {
     "calibration.csv": ("train", list[dict[str, float]]),
     "samples.jsonl": ("train", list[Annotated[Sample, AfterValidator(check_tokens)]]),
     "healthy.json": ("train", Healthy),
+    "best.json": ("train", Best),
+    "heldout.jsonl": ("train", list[HeldoutRow]),
     "diagnosis.json": ("diagnose", Diagnosis),
     "metrics.json": ("evaluate", Evaluation),
     "measured.json": ("evaluate", Annotated[list[Measured], Field(min_length=1)]),
     "completions.jsonl": ("evaluate", list[Completion]),
+    "curve.jsonl": ("evaluate", list[CurveRow]),
 }
 READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv}
 

@@ -1,6 +1,7 @@
 """Stage `diagnose`: whether and how the run collapsed, from which step on, and what to try (reports/diagnosis.json)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config.load import load_params
@@ -9,8 +10,9 @@ from pipeline.config.schema import Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import evidence, headline, summary
+from pipeline.diagnosis.over_optimisation import Heldout, over_optimised
 from pipeline.diagnosis.text import repeated_ngrams
-from pipeline.diagnosis.verdict import TITLES, Finding, findings, heldout_finding
+from pipeline.diagnosis.verdict import ORDER, TITLES, Finding, findings, heldout_finding
 from pipeline.errors import run_stage
 from pipeline.file_io import flatten, sha256, write_json
 from pipeline.paths import RUN_FILES
@@ -19,6 +21,7 @@ from pipeline.runs.results import read_result
 
 SHOWN = 3  # completions a finding
 ENOUGH = 30  # held-out completions to judge their texts by
+TOO_FEW = f"Over-optimisation cannot be told by fewer than {ENOUGH} held-out completions."
 
 
 def main() -> None:
@@ -29,14 +32,19 @@ def main() -> None:
     )
     run, _ = map(read_result, (RUN_FILES.run, RUN_FILES.summary))
     evaluation, completions, _ = map(read_result, (RUN_FILES.metrics, RUN_FILES.completions, RUN_FILES.measured))
+    curve, best, _ = map(read_result, (RUN_FILES.curve, RUN_FILES.best, RUN_FILES.heldout))
     raise_if_mixed("train", "evaluate")
     chosen = run["params"] | flatten({"evaluate": params.evaluate.model_dump()})
-    diagnosis = diagnose(params, rows, calibration, samples, chosen, evaluation if len(completions) >= ENOUGH else None)
-    diagnosis |= {"healthy_step": healthy["step"], "history": sha256(RUN_FILES.history)}
+    enough = evaluation if len(completions) >= ENOUGH else None
+    diagnosis = diagnose(params, rows, calibration, samples, chosen, enough, curve, best["step"])
+    diagnosis |= {"healthy_step": healthy["step"], "best": best if best["step"] is not None else None}
+    diagnosis |= {"history": sha256(RUN_FILES.history)}
     write_json(RUN_FILES.diagnosis, diagnosis)
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
     if diagnosis["cure"]:
         print(f"to try: {diagnosis['cure']['command']}")
+    if diagnosis["over_optimisation"] not in diagnosis["headline"]:
+        print(diagnosis["over_optimisation"])
 
 
 def diagnose(
@@ -46,15 +54,23 @@ def diagnose(
     samples: list[dict[str, Any]],
     chosen: dict[str, Any],
     evaluation: dict[str, Any] | None = None,
+    curve: Sequence[dict[str, Any]] = (),
+    best: int | None = None,
 ) -> dict[str, Any]:
     """The content of diagnosis.json, without the step of the healthy policy and the digest of the history. chosen:
     every value of the run, which the command of the cure gives again. evaluation: metrics.json; the run is healthy only
-    if training and held-out completions are; None = too few of these to tell."""
+    if training and held-out completions are; None = too few of these to tell. curve: rows of curve.jsonl. best: the
+    step of data/best."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
     found, heldout = findings(rows, spreads, params.train.steps), None
+    independent, too_far, told = params.evaluate.independent, None, TOO_FEW
     if evaluation is not None:
         heldout = heldout_finding(evaluation["text"], evaluation["ref_logprob_per_token"], spreads, len(rows))
-    if heldout and not found:
+        measured = Heldout(params.reward, independent, evaluation, curve, best)
+        too_far, told = over_optimised(measured, heldout, spreads, len(rows), in_training=bool(found))
+    if too_far:
+        found = sorted([*found, too_far], key=lambda finding: (finding.onset, ORDER.index(finding.kind)))
+    elif heldout and not found:
         found = [heldout]
     summaries = [summary(finding, rows, spreads) for finding in found]
     cures = {finding.kind: cure(finding, params, spreads) for finding in found}
@@ -66,6 +82,8 @@ def diagnose(
         "onset": found[0].onset if found else None,
         "headline": headline(found, summaries, len(rows), evaluation is not None and heldout is None),
         "steps": len(rows),
+        "independent": independent,
+        "over_optimisation": told,
         "findings": [
             report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
         ],

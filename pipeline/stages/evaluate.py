@@ -4,6 +4,7 @@ All rewards of params.yaml are measured, not only the trained one.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.load import load_params
 from pipeline.config.schema import Params
 from pipeline.diagnosis.bootstrap import interval
+from pipeline.diagnosis.curve import curve_rows
 from pipeline.diagnosis.text import ending_shares, text_statistics
 from pipeline.distributed.device import configure_torch
 from pipeline.errors import UserError, run_stage
@@ -31,7 +33,7 @@ from pipeline.models.stop_strings import Stopped, stop_check
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, POLICY, RUN_FILES
-from pipeline.rewards.build import build_reward
+from pipeline.rewards.build import Reward, build_reward
 from pipeline.rl.metrics import text_cost
 from pipeline.rl.seeding import draw_uniforms, generator
 from pipeline.runs.progress import progress
@@ -47,12 +49,20 @@ def main() -> None:
         raise UserError(f"{HELDOUT_PROMPTS} holds no prompts; run `dvc repro`, which makes it")
     if params.evaluate.prompts:
         prompts = prompts[: params.evaluate.prompts]
+    if not RUN_FILES.heldout.exists():
+        raise UserError(f"{RUN_FILES.heldout}: no such file; run `dvc repro train`")
+    heldout = read_jsonl(RUN_FILES.heldout)
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
-    metrics, rows = evaluate(params, prompts, device)
+    rewards = {
+        name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
+    }
+    metrics, rows = evaluate(params, prompts, device, rewards)
+    curve = curve_rows(heldout, heldout_scores(heldout, params.reward, rewards), params.reward, partial(draw, params))
     if depends_on(load_params()) != depends_on(params):  # DVC would record the new values
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(RUN_FILES.completions, rows)
     write_json(RUN_FILES.metrics, metrics)
+    write_jsonl(RUN_FILES.curve, curve)
     write_json(RUN_FILES.measured, [evaluation_identity(params)])  # a list: `dvc metrics show` leaves it out
     trained = metrics[params.reward]
     low, mean, high = (trained["difference"][key] for key in ("low", "mean", "high"))
@@ -60,12 +70,11 @@ def main() -> None:
     print(f"held-out {params.reward}: {mean:+.4f} ({sure}) over the reference model")
 
 
-def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(
+    params: Params, prompts: list[str], device: torch.device, rewards: dict[str, Reward]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """metrics.json and the rows of completions.jsonl."""
     group = params.evaluate.samples_per_prompt
-    rewards = {
-        name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
-    }
     tokenizer = load_tokenizer(POLICY)
     ids = [encode_prompt(tokenizer, prompt, params.selected_model.chat) for prompt in prompts]
     longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected_recipe.length_limit)
@@ -102,16 +111,21 @@ def evaluate(params: Params, prompts: list[str], device: torch.device) -> tuple[
 
 def depends_on(params: Params) -> tuple[Any, ...]:
     """The parameters that this stage depends on, as dvc.yaml lists them."""
-    p = params
-    return p.evaluate, p.model, p.selected_model, p.selected_recipe, p.recipe, p.reward, p.rewards, p.seed, p.train
+    p, sizes = params, measured_params(params)
+    return sizes, p.model, p.selected_model, p.selected_recipe, p.recipe, p.reward, p.rewards, p.seed, p.train
+
+
+def measured_params(params: Params) -> dict[str, Any]:
+    """What of `evaluate` the measurement depends on: the curve is of training, and `independent` is the verdict's."""
+    return params.evaluate.model_dump(include={"prompts", "samples_per_prompt", "bootstrap"})
 
 
 def evaluation_identity(params: Params) -> dict[str, Any]:
     """What was evaluated and how, and the digests of the results. Only evaluations with the same prompts and parameters
     are comparable."""
-    files = {file.name: sha256(file) for file in (RUN_FILES.completions, RUN_FILES.metrics)}
-    policy = folder_digests(POLICY)
-    return {"policy": policy, "prompts": sha256(HELDOUT_PROMPTS), "params": params.evaluate.model_dump(), **files}
+    files = (RUN_FILES.completions, RUN_FILES.metrics, RUN_FILES.curve, RUN_FILES.heldout)
+    told = {"policy": folder_digests(POLICY), "prompts": sha256(HELDOUT_PROMPTS), "params": measured_params(params)}
+    return told | {file.name: sha256(file) for file in files}
 
 
 def sample_all(
@@ -181,6 +195,25 @@ def measure(
     return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
 
 
+def heldout_scores(heldout: list[dict[str, Any]], trained: str, rewards: dict[str, Reward]) -> dict[str, Tensor]:
+    """Rewards [steps, prompts] of the completions that training has sampled on held-out prompts; it has computed the
+    trained one."""
+    steps = list(dict.fromkeys(row["step"] for row in heldout))
+    scores: dict[str, list[float]] = {name: [] for name in rewards} if steps else {}
+    for step in steps:
+        rows = [row for row in heldout if row["step"] == step]
+        for name, values in scores.items():
+            prompts, completions = ([row[key] for row in rows] for key in ("prompt", "completion"))
+            values += [row["reward"] for row in rows] if name == trained else rewards[name](prompts, completions)
+    return {name: torch.tensor(v, dtype=torch.float64).view(len(steps), -1) for name, v in scores.items()}
+
+
+def draw(params: Params, prompts: int) -> Tensor:
+    """[resamples, prompts]: which prompts each resample of the bootstrap holds."""
+    drawn = generator(params.seed, 0, "bootstrap")
+    return torch.randint(prompts, (params.evaluate.bootstrap, prompts), generator=drawn)
+
+
 def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
     """Means with 95% intervals of both models and of the paired difference. The bootstrap resamples prompts.
 
@@ -190,8 +223,7 @@ def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
     checkpoint, policy = rewards.mean(2)  # [B]
     wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()
     pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
-    drawn = generator(params.seed, 0, "bootstrap")
-    indices = torch.randint(len(checkpoint), (params.evaluate.bootstrap, len(checkpoint)), generator=drawn)
+    indices = draw(params, len(checkpoint))
     return {name: interval(values, indices) for name, values in pairs.items()} | {"win_rate": wins.mean().item()}
 
 

@@ -22,6 +22,10 @@ def draw(data: Inputs, narrow: bool = False) -> "dict[str, Figure]":
         "collapse": figures.collapse(history, run, narrow),
         "evaluate": heldout.evaluate(data.rewards, data.trained, run, narrow),
     }
+    if data.curve:
+        best = data.diagnosis["best"]
+        told = data.trained, data.diagnosis["independent"], best["step"] if best else None
+        drawn["curve"] = figures.curve(data.curve, *told, run, narrow)
     for figure in drawn.values():
         style.mark_onsets(figure, [finding["onset"] for finding in data.diagnosis["findings"]])
     return drawn

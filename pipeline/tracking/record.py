@@ -34,6 +34,7 @@ class Record:
     # of a finished run, with what the stages behind `train` made:
     headline: str = ""
     evaluation: dict[str, float] = field(default_factory=dict)
+    curve: list[Point] = field(default_factory=list)  # heldout/, of the held-out curve
     # name, digest, place, profile, what it is to the run
     datasets: list[tuple[str, str, str, Any, str]] = field(default_factory=list)
     artifacts: dict[str, list[Path]] = field(default_factory=dict)  # folder of the artifact store -> files
@@ -61,11 +62,13 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         files.history,
         files.summary,
         files.samples,
+        files.heldout,
         files.calibration,
         files.diagnosis,
         files.metrics,
         files.measured,
         files.completions,
+        files.curve,
     ]
     for file in [*tables, files.page]:
         if not file.is_file():
@@ -85,12 +88,13 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
     page = files.page.read_text(encoding="utf-8", errors="replace")
     if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
         raise UserError(f"{wrong[0]}: is not the figure in {files.page}; {how_to_remake('plot')}")
+    written_ms = files.history.stat().st_mtime_ns // 1_000_000
     return Record(
         train_key=key,
         status="FINISHED",
         params={**params, "processes": ", then ".join(map(str, run.get("processes", [1])))},
         steps=len(history),
-        points=_points(history, _timings(workspace.resume_folder(key)), files.history.stat().st_mtime_ns // 1_000_000),
+        points=_points(history, _timings(workspace.resume_folder(key)), written_ms),
         tags=_tags(run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]]))
         | _gain(evaluation.get(params["reward"])),
         headline=diagnosis["headline"],
@@ -98,7 +102,9 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
             f"evaluate/{path.replace('.', '/')}": float(value)
             for path, value in flatten(evaluation).items()
             if value is not None
-        },
+        }
+        | _best(diagnosis["best"]),
+        curve=_curve(read_result(files.curve), written_ms),
         datasets=[
             (f"prompts-{params['prompts']}", run["prompts"], TRAIN_PROMPTS.as_posix(), prompts, "training"),
             (f"checkpoint-{params['model']}", run["checkpoint"], f"{CHECKPOINT}/policy", {}, "checkpoint"),
@@ -137,6 +143,22 @@ def _points(
         for name, value in rows.get(step, {}).items()
         if name != "timestamp_ms" and math.isfinite(value)
     ]
+
+
+def _curve(rows: list[dict[str, Any]], written_ms: int) -> list[Point]:
+    """The held-out curve: each reward's mean with its interval, and the distance from the reference."""
+    points = {
+        (f"heldout/{row['reward']}/{name}", row["step"]): row[name] for row in rows for name in ("mean", "low", "high")
+    }
+    points |= {("heldout/sqrt_kl", row["step"]): row["sqrt_kl"] for row in rows}
+    return [Point(key, step, value, written_ms) for (key, step), value in points.items() if value is not None]
+
+
+def _best(best: dict[str, Any] | None) -> dict[str, float]:
+    """Of data/best: its step, and its gain over step 0 on the prompts that did not choose it."""
+    told = flatten({"best": best | {"gain": best["reported_on"]["difference"]}}) if best else {}
+    names = ("best.step", "best.gain.mean", "best.gain.low", "best.gain.high")
+    return {name.replace(".", "/"): float(told[name]) for name in names if told.get(name) is not None}
 
 
 def _digests(run: dict[str, Any]) -> dict[str, str]:

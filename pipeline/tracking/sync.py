@@ -39,7 +39,7 @@ def sync(record: Record, before: Synced | None = None) -> Synced:
         run, logged = before[2:] if before else _find(client, experiment, record)
         run_id, known = run.info.run_id, {(point.key, point.step) for point in logged}
         missing = [point for point in record.points if (point.key, point.step) not in known]
-        missing += _new_evaluation(record, logged)
+        missing += _new_evaluation(record, logged) + _new_curve(record, logged)
         if not before:
             mlflow_store.log_params(client, run, record.params)
         mlflow_store.log_points(client, run_id, missing)
@@ -112,6 +112,20 @@ def _new_evaluation(record: Record, logged: list[Point]) -> list[Point]:
         if before is None or before.value != value:
             later_ms = max(now_ms, before.timestamp_ms + 1) if before else now_ms
             points.append(Point(key, last_step, value, later_ms))
+    return points
+
+
+def _new_curve(record: Record, logged: list[Point]) -> list[Point]:
+    """The points of the held-out curve whose newest logged value is another one: other rewards may have been edited
+    since the training."""
+    newest = {(point.key, point.step): point for point in sorted(logged, key=lambda point: point.timestamp_ms)}
+    points = []
+    for point in record.curve:
+        before = newest.get((point.key, point.step))
+        if before is None:
+            points.append(point)
+        elif before.value != point.value:
+            points.append(point._replace(timestamp_ms=max(point.timestamp_ms, before.timestamp_ms + 1)))
     return points
 
 

@@ -1,0 +1,91 @@
+"""The held-out curve of training: every reward and the reference's likelihood over the measured steps."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import LIKELIHOOD
+from pipeline.diagnosis.bootstrap import interval_of
+from pipeline.file_io import finite_or_none
+
+Statistic = Callable[[Tensor], Tensor]  # places of prompts [R, n] -> the statistic of each row [R]
+
+
+def curve_rows(
+    heldout: Sequence[Mapping[str, Any]], scores: Mapping[str, Tensor], trained: str, draw: Callable[[int], Tensor]
+) -> list[dict[str, Any]]:
+    """Rows of curve.jsonl: of each measured step, each reward and LIKELIHOOD.
+
+    heldout: rows of heldout.jsonl. scores: rewards [steps, prompts] by name. draw: prompts -> resamples of so many.
+    gain is over step 0, on all prompts. A reward's best step is chosen on the prompts at even places, and since_best is
+    measured on the others: the largest of several noisy means is too large. trained_since_best: of the trained reward,
+    from the same step on.
+    """
+    steps = list(dict.fromkeys(row["step"] for row in heldout))
+    if not steps:
+        return []
+    prompts = len(heldout) // len(steps)
+
+    def column(name: str) -> Tensor:
+        values = [math.nan if row[name] is None else row[name] for row in heldout]
+        return torch.tensor(values, dtype=torch.float64).view(len(steps), prompts)
+
+    kl, nats, tokens = column("kl"), column("ref_logprob"), column("tokens")
+    costs = [text_costs([row for row in heldout if row["step"] == step]) for step in steps]
+    statistics = {name: [mean_of(values) for values in table] for name, table in scores.items()}
+    statistics[LIKELIHOOD] = [ratio_of(top, bottom) for top, bottom in zip(nats, tokens, strict=True)]
+    spreads = {name: table[0].std().item() for name, table in scores.items()}
+    spreads[LIKELIHOOD] = (nats[0] / tokens[0]).std().item()
+    everywhere = torch.arange(prompts)
+    even, odd = everywhere[::2], everywhere[1::2]
+    all_draws, odd_draws = draw(prompts), odd[draw(len(odd))]
+
+    def difference(name: str, at: int, start: int, places: Tensor, draws: Tensor) -> dict[str, float | None]:
+        later, earlier = statistics[name][at], statistics[name][start]
+        return interval_of(lambda chosen: later(chosen) - earlier(chosen), places, draws)
+
+    rows = []
+    for at, step in enumerate(steps):
+        distance = kl[at].mean().item()
+        for name, by_step in statistics.items():
+            best = first_maximum([statistic(even[None]).item() for statistic in by_step])
+            rows.append({
+                "step": step, "reward": name, **interval_of(by_step[at], everywhere, all_draws),
+                "gain": difference(name, at, 0, everywhere, all_draws), "spread": finite_or_none(spreads[name]),
+                "sqrt_kl": math.sqrt(max(0.0, distance)) if math.isfinite(distance) else None,
+                "best_step": steps[best], "since_best": difference(name, at, best, odd, odd_draws),
+                "trained_since_best": difference(trained, at, best, odd, odd_draws),
+                **({"text": costs[at]} if name == LIKELIHOOD else {}),
+            })  # fmt: skip
+    return rows
+
+
+def first_maximum(values: Sequence[float]) -> int:
+    """Its place; NaN is none."""
+    return max(range(len(values)), key=lambda at: (-math.inf if math.isnan(values[at]) else values[at], -at))
+
+
+def mean_of(values: Tensor) -> Statistic:
+    return lambda places: values[places].mean(1)
+
+
+def ratio_of(tops: Tensor, bottoms: Tensor) -> Statistic:
+    """Of totals: a mean over tokens, where values [P] are sums over the tokens of a completion."""
+    return lambda places: tops[places].sum(1) / bottoms[places].sum(1)
+
+
+def text_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What the completions of one step cost the reference: as in training, from the sums that each row has."""
+
+    def total(name: str) -> float:
+        return sum(math.nan if row[name] is None else row[name] for row in rows)
+
+    nats, entropy, size, count = map(total, ("text_ref_logprob", "text_ref_entropy", "text_bytes", "text_tokens"))
+    return {
+        "ref_logprob": finite_or_none(total("ref_logprob") / total("tokens")),
+        "ref_bits_per_byte": finite_or_none(-nats / math.log(2) / size) if size else None,
+        "ref_typicality": finite_or_none((nats + entropy) / count) if count else None,
+    }
