@@ -22,7 +22,7 @@ from tests.project import CHECKOUT, ROOT, copy_checkout
 
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
-    "verdict", "runtime",
+    "verdict", "runtime", "heldout",
     "rewards", "large", "verification", "tokenization", "chat", "stop_strings", "halving",
 )  # fmt: skip
 
@@ -319,7 +319,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(limits[\"costly\"], limits[\"atypical\"])]", "(limits[\"costly\"],)]"),
         ("(limits[\"costly\"], limits[\"atypical\"])]", "(limits[\"atypical\"],)]"),
         ("threshold if worse else math.nan", "threshold"),
-        ("before[\"ref_logprob\"] - thresholds.unlikely", "-thresholds.unlikely"),
+        ("logprob - thresholds.unlikely", "-thresholds.unlikely"),
         ("min(mean, before.mean)", "mean"),
         ("min(mean, before.mean)", "before.mean"),
         ("onset, end = starts[0], starts[-1]", "onset, end = starts[-1], starts[-1]"),
@@ -334,6 +334,28 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("rounded(3 * recipe.kl_coef)", "rounded(recipe.kl_coef / 3)"),
         ("finding.onset == others[0].onset", "True"),
         ("{\"alignment\": \"correct\"}", "{\"alignment\": \"shifted\"}"),
+    ]),
+    "diagnosis/curve.py": ("heldout", [
+        ("everywhere[::2], everywhere[1::2]", "everywhere, everywhere"),
+        ("tops[places].sum(1) / bottoms[places].sum(1)", "(tops / bottoms)[places].mean(1)"),
+        ("difference(name, at, best, odd, odd_draws),\n                \"trained",
+        "difference(name, at, 0, odd, odd_draws),\n                \"trained"),
+        ("math.sqrt(max(0.0, distance))", "max(0.0, distance)"),
+    ]),
+    "diagnosis/over_optimisation.py": ("heldout", [
+        ("interval[\"high\"] < 0", "interval[\"low\"] < 0"),
+        ("interval[\"low\"] > 0", "interval[\"high\"] > 0"),
+        (" and above_zero(last[\"trained_since_best\"])", ""),
+        ("if not shown or not above_zero(gain)", "if not shown"),
+    ]),
+    "rl/heldout.py": ("heldout", [
+        ("row[\"reward\"] for row in measured[::2]", "row[\"reward\"] for row in measured"),
+        ("best[1::2], start[1::2]", "best[::2], start[::2]"),
+        ("if step == 0 or step < onset", "if step == 0 or step <= onset"),
+        ("finite and sum", "sum"),
+        ("sum(half) / len(half) > best", "sum(half) / len(half) >= best"),
+        ("{*known[-1:], *open_ones}", "{*known[-1:]}"),
+        ("(logprobs - ref_logprobs)", "(ref_logprobs - logprobs).abs()"),
     ]),
     "rl/seeding.py": ("runtime", [
         ('f"{seed}/{step}/{purpose}"', 'f"{seed}/{purpose}"'),

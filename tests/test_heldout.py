@@ -23,6 +23,7 @@ from pipeline.rl.batch import sample_batch
 from pipeline.rl.context import build_context
 from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure, record_steps
 from pipeline.rl.seeding import draw_uniforms
+from pipeline.runs.loaded_run import load_run
 from pipeline.runs.provenance import chosen_params
 from pipeline.stages import diagnose, plot, train
 from tests.html import words_of
@@ -287,6 +288,7 @@ def test_the_figure_and_the_page_show_the_curve(tmp_path: Path) -> None:
     words = words_of(page.render(data, *2 * [{"curve": b""}]))
     assert "after 10 updates: +1 (95% interval +0.5 to +1.5) over step 0 on the 2 prompts that did not choose" in words
     assert "Told in a line." in words
+    assert list(load_run(tmp_path).curve["step"]) == [row["step"] for row in rows]
     assert "evaluate.independent=other" in page.render(data, {}, {})
 
 

@@ -58,6 +58,11 @@ class LoadedRun:
         return pd.DataFrame(read_result(self.files.completions))
 
     @cached_property
+    def curve(self) -> pd.DataFrame:
+        """A row per measured step and reward of the held-out curve; empty without `evaluate.every`."""
+        return pd.DataFrame(read_result(self.files.curve))
+
+    @cached_property
     def summary(self) -> dict[str, Any]:
         return dict(read_result(self.files.summary))
 
@@ -78,7 +83,8 @@ class LoadedRun:
         return str(self.diagnosis["verdict"])
 
     def plot(self, name: str = "overview") -> Picture:
-        """A figure of the stage `plot`, by the name of its file: overview, reward, variance, collapse, evaluate."""
+        """A figure of the stage `plot`, by the name of its file: overview, reward, variance, collapse, evaluate, and
+        curve where there is one."""
         figures = {file.stem: file for file in sorted(self.files.figures.glob("*.png"))}
         if not figures:
             raise UserError(f"{self.files.figures}: no figures; {how_to_remake('plot')}")
