@@ -331,7 +331,7 @@ def test_the_curve_tells_since_when() -> None:
     assert finding
     assert finding.onset == 10
     assert "from step 10 on, where the latter was best" in told
-    assert told.endswith("data/best, the policy after 20 updates, was chosen by the trained reward and is no way out.")
+    assert told.endswith("data/best is the policy after 20 updates, later than that: the trained reward chose it.")
     assert judged("b", above, rows, best=10)[1].endswith("the policy after 10 updates, from before that.")
     falling = curve_rows(heldout_rows([0.0, 4.0, 9.0]), {"a": PEAKED, "b": PEAKED}, "a", draws)
     assert judged("b", above, falling)[0] is None  # both fall: what is trained no longer rises
@@ -383,9 +383,11 @@ def test_by_the_likelihood_only_broken_text_counts() -> None:
     finding, _ = judged("reference", {"a": RISES}, curve[:8], broken=broken(2.1))
     assert finding
     assert finding.onset == 19  # not from the broken stretch that ended
-    finding, _ = over_optimised(Heldout("a", "reference", {"a": RISES}, curve, None), broken(2.1), SPREADS, 31)
-    assert finding
-    assert finding.onset == 30
+    for best, where in ((20, "20 updates, from before that."), (30, "30 updates, later than that: the trained")):
+        finding, told = over_optimised(Heldout("a", "reference", {"a": RISES}, curve, best), broken(2.1), SPREADS, 31)
+        assert finding
+        assert finding.onset == 30
+        assert f"all show it from step 30 on. data/best is the policy after {where}" in told
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -53,7 +53,7 @@ def by_reward(heldout: Heldout, steps: int) -> tuple[Finding | None, str]:
         onset, since = last["best_step"], f"from step {last['best_step']} on, where the latter was best"
         fall, rise = last["since_best"], last["trained_since_best"]
     elif below_zero(before) and above_zero(after):
-        onset, since = (last["best_step"] if last else steps - 1), "beside the reference model"
+        onset, since = (last["best_step"] if last else steps - 1), "compared with the reference model"
         since += f"; of the measured steps the latter was best at step {onset}" if last else ""
         fall, rise = before, after
     else:
@@ -77,23 +77,25 @@ def by_likelihood(
             "Not over-optimised by the reference's likelihood, which tells broken text alone: another reward as "
             "evaluate.independent tells more."
         )
-    onset = min(onset_of_likelihood(heldout.curve, spreads, steps), steps - 1)
+    first = first_broken(heldout.curve, spreads, steps)
     words = f"Held-out, the trained reward {heldout.trained} has risen ({interval_text(gain)}) and the reference "
     words += f"model no longer finds the completions likely: {' and '.join(cost_texts(shown))}."
-    words += of_best(heldout, onset)
-    return Finding("over-optimised", onset, steps - 1, shown, words), words
+    words += f" Of the measured steps all show it from step {first} on." if heldout.curve else ""
+    words += of_best(heldout, first - 1)
+    return Finding("over-optimised", min(first, steps - 1), steps - 1, shown, words), words
 
 
-def onset_of_likelihood(curve: Sequence[Mapping[str, Any]], spreads: dict[str, Spread], steps: int) -> int:
-    """The first of the measured steps from which on all show broken text by the reference's likelihood."""
+def first_broken(curve: Sequence[Mapping[str, Any]], spreads: dict[str, Spread], steps: int) -> int:
+    """The first of the measured steps from which on all show broken text by the reference's likelihood; the end of
+    the run where none does."""
     measured = [row for row in curve if row["reward"] == LIKELIHOOD]
     signs = likelihood_signs(measured[0]["text"], spreads, THRESHOLDS) if measured else []
-    onset = steps - 1
+    first = steps
     for row in reversed(measured):
         if not passed_limits(signs, row["text"]):
             break
-        onset = row["step"]
-    return onset
+        first = row["step"]
+    return first
 
 
 def of_best(heldout: Heldout, onset: int) -> str:
@@ -102,7 +104,7 @@ def of_best(heldout: Heldout, onset: int) -> str:
         return ""
     if step <= onset:
         return f" data/best is the policy after {step} updates, from before that."
-    return f" data/best, the policy after {step} updates, was chosen by the trained reward and is no way out."
+    return f" data/best is the policy after {step} updates, later than that: the trained reward chose it."
 
 
 def above_zero(interval: Mapping[str, Any]) -> bool:
