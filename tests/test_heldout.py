@@ -355,6 +355,18 @@ def test_the_verdict_of_a_run_that_is_healthy_but_for_it() -> None:
     json.dumps(content, allow_nan=False)
 
 
+def test_a_reward_that_training_leaves_alone_hardly_ever_falls_from_its_best_step() -> None:
+    """Seven measurements, of nothing but noise. One in 40 by the interval; the same prompts to choose by and to tell
+    would find a fall in one run of eight."""
+    noise, falls, runs, rows = torch.Generator().manual_seed(0), 0, 200, heldout_rows([0.0] * 7, prompts=40)
+    draws = torch.randint(40, (200, 40), generator=noise), torch.randint(20, (200, 20), generator=noise)
+    for _ in range(runs):
+        scores = {"a": torch.randn(7, 40, generator=noise, dtype=torch.float64)}
+        last = curve_rows(rows, scores, "a", lambda prompts: draws[prompts == 20])[-2]
+        falls += last["since_best"]["high"] < 0
+    assert falls / runs < 0.06
+
+
 def test_without_an_independent_measure_it_cannot_be_told() -> None:
     finding, told = judged("none", {"a": RISES, "b": FALLS})
     assert finding is None
