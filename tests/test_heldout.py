@@ -355,7 +355,7 @@ def test_the_verdict_of_a_run_that_is_healthy_but_for_it() -> None:
     json.dumps(content, allow_nan=False)
 
 
-def test_a_reward_that_training_leaves_alone_hardly_ever_falls_from_its_best_step() -> None:
+def test_noise_alone_hardly_ever_falls_from_its_best_step() -> None:
     """Seven measurements, of nothing but noise. One in 40 by the interval; the same prompts to choose by and to tell
     would find a fall in one run of eight."""
     noise, falls, runs, rows = torch.Generator().manual_seed(0), 0, 200, heldout_rows([0.0] * 7, prompts=40)
