@@ -13,7 +13,8 @@ from scipy.stats import binomtest
 from benchmarks.detector import STEPS
 from benchmarks.labels import labels
 from pipeline.diagnosis.calibration import null_statistics
-from pipeline.diagnosis.verdict import CAUSES, IN_TRAINING, THRESHOLDS, Thresholds, findings
+from pipeline.diagnosis.thresholds import THRESHOLDS, Thresholds
+from pipeline.diagnosis.verdict import CAUSES, IN_TRAINING, findings
 
 CSV = Path("docs/detector.csv")
 TEXTS = ("labels", "findings", "rldoctor", "rldoctor_warnings")

@@ -23,9 +23,9 @@ from pipeline.diagnosis.calibration import (
     null_statistics,
 )
 from pipeline.diagnosis.cures import cure, root_causes
+from pipeline.diagnosis.thresholds import THRESHOLDS
 from pipeline.diagnosis.verdict import (
     ORDER,
-    THRESHOLDS,
     TITLES,
     Evidence,
     Finding,

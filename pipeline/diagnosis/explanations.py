@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.diagnosis.calibration import Row, Spread
-from pipeline.diagnosis.verdict import THRESHOLDS, Evidence, Finding
+from pipeline.diagnosis.thresholds import THRESHOLDS
+from pipeline.diagnosis.verdict import Evidence, Finding
 from pipeline.file_io import finite_or_none
 
 REFERENCE = "for the reference"

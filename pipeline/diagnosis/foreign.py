@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from pipeline.diagnosis.calibration import FALSE_ALARMS, Row, Spread, null_statistics
 from pipeline.diagnosis.text import distinct_share, empty_share, repeated_ngrams
+from pipeline.diagnosis.thresholds import THRESHOLDS
 from pipeline.diagnosis.verdict import (
     COMPARISONS,
     ORDER,
-    THRESHOLDS,
     Finding,
     Kind,
     detection_rules,

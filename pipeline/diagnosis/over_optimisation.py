@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from pipeline.config.schema import LIKELIHOOD
 from pipeline.diagnosis.calibration import Spread
 from pipeline.diagnosis.explanations import cost_texts
-from pipeline.diagnosis.verdict import THRESHOLDS, Finding, likelihood_signs, passed_limits
+from pipeline.diagnosis.thresholds import THRESHOLDS
+from pipeline.diagnosis.verdict import Finding, likelihood_signs, passed_limits
 
 OF_LIKELIHOOD = ("ref_logprob", "ref_bits_per_byte", "ref_typicality")
 

@@ -2,7 +2,6 @@
 
 import base64
 import math
-import os
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -13,12 +12,10 @@ from pipeline.errors import UserError
 from pipeline.file_io import flatten, read_csv, sha256
 from pipeline.paths import CHECKPOINT, RUN_FILES, TRAIN_PROMPTS, RunFiles
 from pipeline.runs import consistency, provenance, workspace
-from pipeline.runs.dvc_git import git
-from pipeline.runs.results import gain_text, how_to_remake, read_result
+from pipeline.runs.results import how_to_remake, read_result
 from pipeline.tracking.mlflow_store import Point, Scalar
 from pipeline.tracking.presentation import FIRST_CHARTS, FIRST_METRICS
-
-TAG_CHARACTERS = 5000  # the least that a store of MLflow keeps of a tag's value
+from pipeline.tracking.tags import digests, gain_tag, run_tags
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def read_growing(folder: Path, pid: int, status: str) -> Record:
     files = folder / "history.csv", folder / "timings.csv"
     history, timings = (_by_step(read_csv(file)) if file.exists() else {} for file in files)
     history = {step: row for step, row in history.items() if step in timings}  # written one after the other
-    tags = _digests(run) | {"host": socket.gethostname(), "pid": str(pid)}
+    tags = digests(run) | {"host": socket.gethostname(), "pid": str(pid)}
     return Record(run["train_key"], status, run["params"], len(history), _points(history, timings, 0), tags)
 
 
@@ -95,8 +92,10 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         params={**params, "processes": ", then ".join(map(str, run.get("processes", [1])))},
         steps=len(history),
         points=_points(history, _timings(workspace.resume_folder(key)), written_ms),
-        tags=_tags(run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]]))
-        | _gain(evaluation.get(params["reward"])),
+        tags=run_tags(
+            run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]])
+        )
+        | gain_tag(evaluation.get(params["reward"])),
         headline=diagnosis["headline"],
         evaluation={
             f"evaluate/{path.replace('.', '/')}": float(value)
@@ -159,49 +158,3 @@ def _best(best: dict[str, Any] | None) -> dict[str, float]:
     told = flatten({"best": best | {"gain": best["reported_on"]["difference"]}}) if best else {}
     names = ("best.step", "best.gain.mean", "best.gain.low", "best.gain.high")
     return {name.replace(".", "/"): float(told[name]) for name in names if told.get(name) is not None}
-
-
-def _digests(run: dict[str, Any]) -> dict[str, str]:
-    return {name: str(run.get(name, "")) for name in provenance.DIGESTS}
-
-
-def _tags(run: dict[str, Any], diagnosis: dict[str, Any], evaluate_key: str, measured: str) -> dict[str, str]:
-    """Where the run came from, as of now; what is unknown (no git, no experiment) keeps its earlier value."""
-    commit, changes = _commit()
-    tags = {
-        "evaluate_key": evaluate_key,
-        "measured": measured,  # what was evaluated on, and how
-        **_digests(run),
-        "git_commit": commit,
-        "mlflow.source.git.commit": commit,
-        "git_dirty": None if changes is None else str(bool(changes)).lower(),
-        "verdict": diagnosis["verdict"],
-        "collapse_onset": str(diagnosis["onset"]).lower(),  # none: healthy
-        "collapse_kinds": ", ".join(finding["kind"] for finding in diagnosis["findings"]) or "none",
-        "cure": _cure(diagnosis),
-        "dvc_exp_name": os.environ.get("DVC_EXP_NAME"),
-        "dvc_exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
-    }
-    return {key: value for key, value in tags.items() if value}
-
-
-def _cure(diagnosis: dict[str, Any]) -> str:
-    """The command, which is as long as a reward's list of words; MLflow would cut it, and half of it is another
-    command."""
-    command = diagnosis["cure"]["command"] if diagnosis["cure"] else "none"
-    return command if len(command) <= TAG_CHARACTERS else f"in {RUN_FILES.diagnosis}"
-
-
-def _gain(trained: Any) -> dict[str, str]:
-    """Beside the verdict: a healthy run need not have learned."""
-    return {"heldout_gain": gain_text(trained["difference"])} if trained else {}
-
-
-def _commit() -> tuple[str | None, str | None]:
-    """HEAD and what differs from it. None, and a note of what git says, where it tells neither."""
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=normal", "--", ".", ":!reports", ":!dvc.lock")
-        return git("rev-parse", "--verify", "HEAD"), changes
-    except UserError as error:
-        print(f"note: the run's commit is not recorded: {error}", file=sys.stderr)
-        return None, None
