@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import Recipe
+from pipeline.errors import UserError
 from pipeline.runs import halving
 from pipeline.runs.halving import Outcome, Range
 from tests.project import ROOT
@@ -108,6 +109,9 @@ def test_what_is_searched_goes_by_the_recipe_s_kl_term(changes: dict[str, object
 def test_a_range_never_leaves_what_the_schema_allows() -> None:
     space, _ = halving.search_space(STABLE.model_copy(update={"lr": 900.0}))
     assert space["lr"] == Range(900.0, 90.0, 1000.0)
+    for changes in ({"lr": 5e-324}, {"kl_coef": 1e308}):
+        with pytest.raises(UserError, match="leaves the numbers that can be computed with"):
+            halving.search_space(STABLE.model_copy(update=changes))
 
 
 # --- the rungs

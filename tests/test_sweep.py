@@ -359,6 +359,7 @@ def test_a_queue_that_stands_still_ends_the_waiting(state: str, message: str, mo
     monkeypatch.setattr(dvc_queue, "POLL_SECONDS", 0)
     monkeypatch.setattr(dvc_queue, "finished", lambda *_: set())
     monkeypatch.setattr(dvc_queue, "status", lambda: ({"one": state}, 0))
+    monkeypatch.setattr(dvc_queue, "raise_if_changed", lambda *_: None)
     asked = []
 
     def dvc(*arguments: str) -> str:

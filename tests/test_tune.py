@@ -67,6 +67,25 @@ def pretend(monkeypatch: pytest.MonkeyPatch, result: Callable[[str], Outcome]) -
 # --- what is refused, before anything runs
 
 
+def test_nothing_is_queued_of_other_code_than_its_name_says(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rungs are queued hours apart, and DVC queues what is there then."""
+    name, values = planned("--trials", "2").experiment(1, 50)
+    queued: list[str] = []
+    monkeypatch.setattr(dvc_queue, "status", lambda: ({}, 0))
+    monkeypatch.setattr(dvc_queue, "dvc", lambda *arguments: queued.append(arguments[4]))
+    commit = git("rev-parse", "HEAD").strip()
+    text = (repository / "params.yaml").read_text()
+    (repository / "params.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(UserError, match="files or the commit changed since this command began"):
+        dvc_queue.queue({name: values}, commit)
+    (repository / "params.yaml").write_text(text)
+    dvc_queue.queue({name: values}, commit)
+    git("commit", "-q", "--allow-empty", "-m", "another")
+    with pytest.raises(UserError, match="files or the commit changed"):
+        dvc_queue.queue({name: values}, commit)
+    assert queued == [name]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -177,12 +196,16 @@ def test_the_best_recipe_is_ready_for_params_yaml(repository: Path) -> None:
 
 def test_a_recipe_of_any_values_is_read_back(repository: Path) -> None:
     recipe = load_params().recipes["stable"].model_copy(
-        update={"stop_strings": ("\n\n", "no", "# x: y", "'\"", "é" * 200), "lr": 1e-05, "adam_eps": 1e-12}
+        update={"stop_strings": ("\n\n", "no", "# x: y", "'\"", "é" * 200, "é\u2028x", "a\x85"), "lr": 1e-05,
+                "adam_eps": 1e-12}
     )  # fmt: skip
     block = tune.recipe_table("tuned", recipe)
     assert all(line.startswith("  ") for line in block.splitlines())
     tree = YAML(typ="safe", pure=True).load(f"recipes:\n{block}")
     assert type(recipe).model_validate(tree["recipes"]["tuned"]) == recipe
+    older = YAML(typ="safe", pure=True)
+    older.version = "1.1"
+    assert older.load(f"recipes:\n{block}")["recipes"]["tuned"]["lr"] == 1e-05
 
 
 def commands_of(printed: str) -> dict[str, list[str]]:
@@ -232,7 +255,7 @@ def test_where_the_recipe_as_it_stands_is_the_best_nothing_is_to_change(reposito
     printed = tune.answer(search, outcomes, best=0)
     assert printed.splitlines()[-1] == "Nothing to change: recipe stable of params.yaml is the best of what was tried."
     search, outcomes = search_of_four(repository, "-S", "recipes.stable.lr=3e-5")
-    assert "    lr: 3e-05\n" in tune.answer(search, outcomes, best=0), "but it does where -S moved it"
+    assert "    lr: 3.0e-05\n" in tune.answer(search, outcomes, best=0), "but it does where -S moved it"
 
 
 def test_a_name_that_is_taken_is_not_given_again(repository: Path) -> None:
@@ -281,7 +304,10 @@ def experiment(repository: Path, files: dict[str, Any]) -> str:
     return head
 
 
-DIAGNOSIS = {"verdict": "mode", "onset": 4, "headline": "", "steps": 9, "findings": [], "cure": None, "healthy_step": 3}
+DIAGNOSIS = {
+    "verdict": "mode", "onset": 4, "headline": "", "steps": 9, "findings": [], "cure": None, "healthy_step": 3,
+    "independent": "none", "over_optimisation": "", "best": None,
+}  # fmt: skip
 SIDE = {"mean": 1.0, "low": 0.5, "high": 2.0}
 METRICS = {
     "length": {"checkpoint": SIDE, "policy": SIDE, "difference": {**SIDE, "mean": 0.75}, "win_rate": 0.5},

@@ -18,7 +18,7 @@ def main(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: should be 1 or more")
     check_beside_workspace(load_params().rewards.values())
-    commit = head_commit()  # DVC keeps experiments by it; a commit meanwhile changes nothing
+    commit = head_commit()  # DVC keeps experiments by it
     wanted = dvc_queue.experiments(options.overrides, commit)
     dvc_queue.check(wanted.values())
     dvc_queue.run(wanted, commit, options.jobs)

@@ -7,6 +7,7 @@ so the same command goes on after an interruption.
 
 import argparse
 import io
+import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -265,5 +266,7 @@ def recipe_table(name: str, recipe: Recipe) -> str:
     """All keys of a recipe, as they stand below `recipes:`."""
     yaml, text = YAML(), io.StringIO()
     yaml.width = 10_000  # a long text stays on its line
+    yaml.allow_unicode = False  # written as it is, U+2028 would be read back as a blank
     yaml.dump({name: recipe.model_dump(mode="json")}, text)
-    return "".join(f"  {line}\n" for line in text.getvalue().splitlines())
+    dotted = re.sub(r"(?m)(: \d+)(e[+-]\d+)$", r"\1.0\2", text.getvalue())  # YAML 1.1 reads 3e-05 as a text
+    return "".join(f"  {line}\n" for line in dotted.splitlines())

@@ -16,7 +16,7 @@ from pipeline.config.load import PARAMS_FILE, load_params
 from pipeline.config.schema import Params
 from pipeline.errors import UserError
 from pipeline.file_io import sha256
-from pipeline.runs.dvc_git import dvc, git
+from pipeline.runs.dvc_git import dvc, git, head_commit
 from pipeline.runs.provenance import digest
 
 POLL_SECONDS = 5.0  # between two looks at what is finished
@@ -145,9 +145,20 @@ def queue(wanted: dict[str, list[str]], commit: str) -> None:
             continue
         if name in states:  # failed, or its result was removed
             dvc("queue", "remove", name)
+        raise_if_changed(name, values)
         options = [part for value in values for part in ("-S", value)]
         dvc("exp", "run", "--queue", "--name", name, *options)
         print(f"queued {place} of {len(wanted)}: {name}", flush=True)
+
+
+def raise_if_changed(name: str, values: list[str]) -> None:
+    """Raises UserError where the code or the commit is no longer that of the experiment's name: DVC would queue what is
+    there now."""
+    if not name.endswith(digest([code_state(head_commit()), values])[:NAME_DIGITS]):
+        raise UserError(
+            f"files or the commit changed since this command began, so {name} was not queued; undo that and repeat the "
+            "command, which then goes on; or just repeat it, to begin anew with the change"
+        )
 
 
 def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:

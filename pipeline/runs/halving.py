@@ -5,6 +5,7 @@ verdict prunes, the held-out gain judges.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -55,7 +56,10 @@ def search_space(recipe: Recipe) -> tuple[dict[str, Range], str]:
 def ends(present: float, factor: float) -> tuple[float, float]:
     """The lowest and the highest value of two digits within a factor: what lies between them stays there when
     rounded."""
-    low, high = rounded(present / factor), rounded(present * factor)
+    least, most = present / factor, present * factor
+    if not (least >= sys.float_info.min and most <= sys.float_info.max / 10):
+        raise UserError(f"{present:g} times and divided by {factor:g} leaves the numbers that can be computed with")
+    low, high = rounded(least), rounded(most)
     step = 10.0 ** (math.floor(math.log10(low)) - 1)
     low = rounded(low + step) if low < present / factor * (1 - 1e-9) else low
     step = 10.0 ** (math.floor(math.log10(high)) - 1)
