@@ -3,7 +3,7 @@
 python -m benchmarks.real_models list                 # the runs, in their order
 python -m benchmarks.real_models run --jobs 2         # resumes where it stopped; about 5 minutes a run
 python -m benchmarks.real_models cures --jobs 2       # the recommended change of every run that is not healthy
-python -m benchmarks.real_models collect              # finished runs -> docs/real_models.csv, a row a run
+python -m benchmarks.real_models collect              # finished runs -> docs/real_models.jsonl, a row a run
 python -m benchmarks.real_models tables               # prints the tables of docs/REAL_MODELS.md
 python -m benchmarks.real_models texts                # prints its completions
 
@@ -20,8 +20,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from benchmarks import real_models_tables as results
 from pipeline.config.load import PARAMS_FILE
 
 RUNS = Path("benchmarks/runs/real_models")  # a folder a run: params.yaml and reports/
@@ -98,17 +99,17 @@ def plans() -> list[Plan]:
 
 
 def cure_plans() -> Iterator[Plan]:
-    """For each finished run with a change to try, the same run with that change."""
+    """For each collected run with a change to try, the same run with that change."""
+    found = {row["name"]: row["cure"] for row in results.read_rows()}
     for plan in plans():
-        if (diagnosis := finished(plan)) and (cure := diagnosis["cure"]):
-            changes = tuple(f"{key}={value}" for key, value in cure["changes"].items())
-            yield Plan("cure", f"cure-{plan.name}", plan.changes + changes)
+        if changes := found.get(plan.name):
+            added = tuple(f"{key}={value}" for key, value in changes.items())
+            yield Plan("cure", f"cure-{plan.name}", plan.changes + added)
 
 
-def finished(plan: Plan) -> dict[str, Any] | None:
-    """The diagnosis of a finished run."""
-    file = RUNS / plan.name / "reports/diagnosis.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def is_finished(plan: Plan) -> bool:
+    collected = {row["name"] for row in results.read_rows()}
+    return plan.name in collected or (RUNS / plan.name / "reports/diagnosis.json").is_file()
 
 
 def run(plan: Plan, clone: Path) -> None:
@@ -146,7 +147,7 @@ def environment(clone: Path) -> dict[str, str]:
 
 
 def run_all(wanted: Iterable[Plan], jobs: int) -> None:
-    todo = [plan for plan in wanted if not finished(plan)]
+    todo = [plan for plan in wanted if not is_finished(plan)]
     clones = [make_clone((RUNS / f"clone-{job}").resolve()) for job in range(min(jobs, len(todo)))]
 
     def work(clone: Path) -> None:
@@ -172,8 +173,6 @@ def make_clone(folder: Path) -> Path:
 
 
 def main() -> None:
-    from benchmarks import real_models_tables as results
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "run", "cures", "collect", "tables", "texts"))
     parser.add_argument("--jobs", type=int, default=2)
@@ -191,7 +190,7 @@ def main() -> None:
         case "tables":
             results.tables()
         case "texts":
-            results.texts([*plans(), *cure_plans()], RUNS)
+            results.texts()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""From finished runs on a real model to docs/real_models.csv, and from there to the tables of docs/REAL_MODELS.md."""
+"""From finished runs on a real model to docs/real_models.jsonl, and from there to the tables of docs/REAL_MODELS.md."""
 
-import csv
 import gzip
 import json
 import math
@@ -13,28 +12,30 @@ import pandas as pd
 
 from benchmarks import text_labels
 from benchmarks.detector_tables import of
+from pipeline.file_io import finite_or_none, read_jsonl, write_jsonl
 
-CSV = Path("docs/real_models.csv")
+FOUND = Path("docs/real_models.jsonl")  # a run a line: what is known of it, and ten of its completions
 CORPUS = Path("data/local/train.jsonl.gz")
 JUDGE = Path("data/pocket/checkpoint")  # shares neither weights nor vocabulary with the model that is trained
-TEXTS = ("labels", "findings", "rldoctor", "changes")
 HALFWAY = 0.5  # the witness's limit, from the reference's own texts to the same with their words in random order
 LEAST_FALL = -1.0  # nats a token that the reference's log-likelihood may fall by
 SHOWN = 10  # completions a run
 
 
 def collect(plans: Sequence[Any], runs: Path) -> None:
-    """One row a finished run."""
+    """One row a finished run, those of earlier days kept."""
     with gzip.open(CORPUS, "rt") as lines:
         known = text_labels.word_pairs(json.loads(line)["text"] for line in lines)
     judge = Judge()
-    rows = [row(plan, runs / plan.name / "reports", known, judge) for plan in finished(plans, runs)]
-    pd.DataFrame(rows).to_csv(CSV, index=False, float_format="%.6g", lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
-    print(f"{CSV}: {len(rows)} runs")
+    here = [plan for plan in plans if (runs / plan.name / "reports/diagnosis.json").is_file()]
+    rows = {each["name"]: each for each in read_rows()}
+    rows |= {plan.name: row(plan, runs / plan.name / "reports", known, judge) for plan in here}
+    write_jsonl(FOUND, [rows[plan.name] for plan in plans if plan.name in rows])
+    print(f"{FOUND}: {len(rows)} runs, {len(here)} of them from {runs}")
 
 
-def finished(plans: Sequence[Any], runs: Path) -> list[Any]:
-    return [plan for plan in plans if (runs / plan.name / "reports/diagnosis.json").is_file()]
+def read_rows() -> list[dict[str, Any]]:
+    return read_jsonl(FOUND) if FOUND.exists() else []
 
 
 def row(plan: Any, reports: Path, known: set[tuple[str, str]], judge: "Judge") -> dict[str, Any]:
@@ -58,6 +59,13 @@ def row(plan: Any, reports: Path, known: set[tuple[str, str]], judge: "Judge") -
     )
     broken = text_labels.shuffled(reference)
     likelihood = metrics["ref_logprob_per_token"]
+    measured = {
+        "known_pairs": text_labels.known_share(policy, known),
+        "known_pairs_reference": text_labels.known_share(reference, known),
+        "known_pairs_shuffled": text_labels.known_share(broken, known),
+        "judge": judge.bits_per_byte(policy), "judge_reference": judge.bits_per_byte(reference),
+        "judge_shuffled": judge.bits_per_byte(broken),
+    }  # fmt: skip
     return {
         "group": plan.group, "name": plan.name, "model": chosen["model"], "reward": chosen["reward"],
         "seed": chosen["seed"], "changes": " ".join(plan.changes[3:]), "steps": diagnosis["steps"],
@@ -67,12 +75,10 @@ def row(plan: Any, reports: Path, known: set[tuple[str, str]], judge: "Judge") -
         "reference_reward": metrics[chosen["reward"]]["checkpoint"]["mean"],
         "gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"],
         "ref_logprob_change": likelihood["policy"] - likelihood["checkpoint"],
-        "known_pairs": text_labels.known_share(policy, known),
-        "known_pairs_reference": text_labels.known_share(reference, known),
-        "known_pairs_shuffled": text_labels.known_share(broken, known),
-        "judge": judge.bits_per_byte(policy), "judge_reference": judge.bits_per_byte(reference),
-        "judge_shuffled": judge.bits_per_byte(broken),
+        **{name: finite_or_none(value) for name, value in measured.items()},
         "rldoctor": " ".join(verdict(history)[0]),
+        "cure": diagnosis["cure"]["changes"] if diagnosis["cure"] else {},
+        "completions": [each["policy"] for each in random.Random(0).sample(completions, SHOWN)],
     }  # fmt: skip
 
 
@@ -99,14 +105,9 @@ class Judge:
         return nats / math.log(2) / size if size else math.nan
 
 
-def read_runs() -> pd.DataFrame:
-    table = pd.read_csv(CSV, dtype=dict.fromkeys(TEXTS, str))
-    return table.fillna(dict.fromkeys(TEXTS, ""))
-
-
 def tables() -> None:
     """Markdown."""
-    runs = read_runs()
+    runs = pd.DataFrame(read_rows())
     for part in (stable_rows, other_rows, detection_rows, cure_rows):
         print(*part(runs), "", sep="\n")
 
@@ -186,15 +187,10 @@ def cells(*values: object) -> str:
     return f"| {' | '.join(map(str, values))} |"
 
 
-def texts(plans: Sequence[Any], runs: Path) -> None:
-    """Random completions of each run's policy, always the same ones."""
-    for plan in finished(plans, runs):
-        file = runs / plan.name / "reports/evaluate/completions.jsonl"
-        completions = [json.loads(line) for line in file.read_text().splitlines()]
-        print(
-            f"\n`{plan.name}`:",
-            ", ".join(f"`{text(each['policy'])}`" for each in random.Random(0).sample(completions, SHOWN)),
-        )
+def texts() -> None:
+    """Random completions of each run's policy."""
+    for each in read_rows():
+        print(f"\n`{each['name']}`:", ", ".join(f"`{text(one)}`" for one in each["completions"]))
 
 
 def text(completion: str) -> str:
