@@ -38,7 +38,8 @@ def test_one_process_of_several_shows_it(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_step_s_line_has_its_seconds_and_the_time_left() -> None:
     row = {"step": 1, "baseline": 0.0, "reward_mean": 0.0, "reward_std_within": 0.0}
     timings = [{"seconds_sample": 10.0, "seconds_update": 10.0}, {"seconds_sample": 3.0, "seconds_update": 37.0}]
-    run = TrainState([{**row, "step": 0}, row], [{"step": 1, "completion": "a"}], timings)
+    rows, samples = [{**row, "step": 0}, row], [{"step": 1, "completion": "a"}]
+    run = TrainState(rows=rows, samples=samples, timings=timings)
     assert re.match(r"Step: 1 \(40\.0 s, 04:00 left\) Baseline", run.progress_line(10))  # 8 more of 30 s
 
 
