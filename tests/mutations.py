@@ -354,7 +354,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if step == 0 or step < onset", "if step == 0 or step <= onset"),
         ("finite and sum", "sum"),
         ("sum(half) / len(half) > best", "sum(half) / len(half) >= best"),
-        ("{*known[-1:], *open_ones}", "{*known[-1:]}"),
+        ("*records[len(known) :]}", "}"),
+        ("for row in rows if row[\"step\"] <= done]", "for row in rows]"),
         ("(logprobs - ref_logprobs)", "(ref_logprobs - logprobs).abs()"),
     ]),
     "rl/seeding.py": ("runtime", [

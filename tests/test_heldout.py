@@ -2,7 +2,10 @@
 
 import json
 import math
+import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,9 @@ from pipeline.config.schema import LIKELIHOOD
 from pipeline.diagnosis.calibration import Spread
 from pipeline.diagnosis.curve import curve_rows
 from pipeline.diagnosis.over_optimisation import Heldout, over_optimised
+from pipeline.diagnosis.thresholds import THRESHOLDS
 from pipeline.diagnosis.verdict import Finding, heldout_finding
+from pipeline.distributed.dist_context import DistContext
 from pipeline.errors import UserError
 from pipeline.file_io import read_json, read_jsonl, write_jsonl
 from pipeline.report import page, style
@@ -23,6 +28,8 @@ from pipeline.rl.batch import sample_batch
 from pipeline.rl.context import build_context
 from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure, record_steps
 from pipeline.rl.seeding import draw_uniforms
+from pipeline.rl.state import TrainState
+from pipeline.runs import checkpoints
 from pipeline.runs.loaded_run import load_run
 from pipeline.runs.provenance import chosen_params
 from pipeline.stages import diagnose, plot, train
@@ -196,6 +203,89 @@ def test_the_weights_that_are_kept_by_hand() -> None:
     assert candidate_steps(CURVE, [], 18) == {16}
     assert candidate_steps(CURVE, collapse("hacking", 15), 17) == {4}
     assert candidate_steps(CURVE[:2], [], 0) == set()
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3, 4])
+def test_the_best_step_is_always_among_the_kept(patience: int) -> None:
+    """Whenever a collapse is confirmed: `patience` steps after its onset, a number that is not finite at once."""
+    thresholds = replace(THRESHOLDS, patience=patience)
+    for seed in range(200):
+        draw, steps = random.Random(seed), 8
+        onsets = {"hacking": draw.randrange(2 * steps), "numeric": draw.randrange(2 * steps)}
+        seen, rows, kept = {"hacking": patience, "numeric": 1}, [], set()
+        for done in range(steps + 1):
+            rows += measured(**{f"at{done}": [draw.random(), 0.0]})
+            found = [f for kind, at in onsets.items() if at + seen[kind] <= done for f in collapse(kind, at)]
+            candidates = candidate_steps(rows, found, done, thresholds)
+            assert candidates <= kept | {done}
+            kept = candidates
+            assert best_step(rows, found) in kept | {0}
+    # of the states too: one known to be healthy, and as many newer ones as a collapse may yet leave
+    assert THRESHOLDS.patience <= checkpoints.KEEP_LAST
+
+
+def at_a_step(here: Project, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run without a model, whose weights are its step, and what it measures a dict."""
+    params = SimpleNamespace(train=load_params().train.model_copy(update={"steps": 12, "checkpoint_every": 5}),
+                             evaluate=SimpleNamespace(every=2))  # fmt: skip
+    context, values = SimpleNamespace(params=params, processes=DistContext()), {}
+    monkeypatch.setattr(train, "measure", lambda _, step: measured(**{f"at{step}": [values[step], 0.0]}))
+    monkeypatch.setattr(train, "trained_weights", lambda step, _: {"step": torch.tensor(step)})
+    monkeypatch.setattr(train, "optimizer_state", lambda *_: {})
+    monkeypatch.setattr(train, "findings", lambda *_: [])
+    monkeypatch.setattr(train, "load_weights", lambda *_: None)
+    monkeypatch.setattr("pipeline.rl.heldout.findings", lambda *_: [])
+    monkeypatch.setattr(train, "null_statistics", lambda *_: {})
+
+    def run(measures: dict[int, float], until: int = 12) -> TrainState:
+        values.update(measures)
+        state = checkpoints.load(folder)
+        run = TrainState(**state["run"]) if state else TrainState()
+        while True:
+            train.measure_heldout(run, context, run.step, folder, [])
+            if run.step and (run.step % 5 == 0 or run.step == 12):
+                train.save_checkpoint(folder, run, run.step, None, context, [])
+            if run.step == until:
+                return run
+            run.rows.append({"step": float(run.step)})
+            run.timings.append({"seconds": 0.0})
+
+    folder = here.root / "states"
+    folder.mkdir()
+    return folder, context, run
+
+
+def test_what_is_measured_anew_may_differ(here: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 8, with a state after 5: the first life's better step 6 is none of the second's, which needs
+    step 4. The same where the newest state is damaged."""
+    folder, _, run = at_a_step(here, monkeypatch)
+    run({0: 0.0, 2: 1.0, 4: 3.0, 6: 3.1, 8: 2.0}, until=8)
+    finished = run({6: 2.9, 8: 2.0, 10: 2.5, 12: 2.0})
+    assert best_step(finished.heldout, []) == 4
+    assert checkpoints.read(checkpoints.candidate(folder, 4)) == {"policy": {"step": 4}}
+
+    checkpoints.delete_checkpoints(folder)
+    run({0: 0.0, 2: 1.0, 4: 3.0, 6: 3.1, 8: 3.2, 10: 3.3}, until=11)
+    (folder / "state-00000010.pt").write_bytes(b"damaged")
+    finished = run({6: 2.9, 8: 2.0, 10: 2.5})
+    assert best_step(finished.heldout, []) == 4
+    assert checkpoints.read(checkpoints.candidate(folder, 4)) == {"policy": {"step": 4}}
+    assert not checkpoints.candidate(folder, 10).exists()
+
+
+def test_a_lost_candidate_is_made_again_from_the_state_before(here: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, context, run = at_a_step(here, monkeypatch)
+    run({0: 0.0, 2: 1.0, 4: 3.0, 6: 2.0, 8: 2.0, 10: 2.0, 12: 4.0})
+    checkpoints.candidate(folder, 12).unlink()
+    with pytest.raises(UserError, match="is damaged; the same command trains again from step 10"):
+        train.restore(None, context, folder, checkpoints.candidate(folder, 12), "the best policy")
+    assert checkpoints.saved_steps(folder) == [10]
+    assert best_step(run({}).heldout, []) == 12
+    assert train.restore(None, context, folder, checkpoints.candidate(folder, 12), "the best policy")
+    checkpoints.candidate(folder, 4).unlink(missing_ok=True)  # both states have its row
+    with pytest.raises(UserError, match="is damaged; the same command trains again from step 0"):
+        train.restore(None, context, folder, checkpoints.candidate(folder, 4), "the best policy")
+    assert not list(folder.glob("*.pt"))
 
 
 def test_the_report_is_of_the_other_half() -> None:

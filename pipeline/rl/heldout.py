@@ -7,13 +7,15 @@ draws.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from pipeline.diagnosis.bootstrap import interval
-from pipeline.diagnosis.verdict import Finding, confirmed_healthy_steps
+from pipeline.diagnosis.calibration import Row, Spread
+from pipeline.diagnosis.thresholds import THRESHOLDS, Thresholds
+from pipeline.diagnosis.verdict import Finding, confirmed_healthy_steps, findings
 from pipeline.file_io import finite_or_none
 from pipeline.models.rollout import completion_texts
 from pipeline.rl.batch import reward_batch, sample_batch, score_batch
@@ -89,22 +91,45 @@ def rows_by_step(rows: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any
     return found
 
 
-def candidate_steps(rows: Sequence[dict[str, Any]], found: Sequence[Finding], done: int) -> set[int]:
+def candidate_steps(
+    rows: Sequence[dict[str, Any]], found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS
+) -> set[int]:
     """The steps whose policies may still become the best one, after `done` steps: the best of those that are known to
     be healthy, and better ones that a collapse may yet include. Of step 0 nothing need be kept."""
-    healthy = confirmed_healthy_steps(found, done)
-    collapsed = any(finding.kind != "starved" for finding in found)
-    records = record_steps(rows)
+    healthy = confirmed_healthy_steps(found, done, thresholds)
+    records = _before_collapse(rows, found)
     known = [step for step in records if step == 0 or step < healthy]
-    open_ones = [] if collapsed else [step for step in records if step not in known]
-    return {*known[-1:], *open_ones} - {0}
+    return {*known[-1:], *records[len(known) :]} - {0}
+
+
+def needed_candidates(
+    rows: Sequence[dict[str, Any]],
+    history: Sequence[Row],
+    states: Iterable[int],
+    spreads: dict[str, Spread],
+    steps: int,
+) -> set[int]:
+    """The steps whose policies a run may ask for that goes on from any of the states after so many steps: what it
+    measures anew need not come out the same to the last digit.
+
+    rows: of heldout.jsonl. history: of history.csv. steps: the planned length of the run.
+    """
+    needed: set[int] = set()
+    for done in states:
+        found = findings(history[:done], spreads, steps)
+        needed |= candidate_steps([row for row in rows if row["step"] <= done], found, done)
+    return needed
 
 
 def best_step(rows: Sequence[dict[str, Any]], found: Sequence[Finding]) -> int:
     """The best measured step before any collapse; the earliest of equal ones. `starved` is no collapse here: nothing
     was learnt, and nothing is broken."""
+    return _before_collapse(rows, found)[-1]
+
+
+def _before_collapse(rows: Sequence[dict[str, Any]], found: Sequence[Finding]) -> list[int]:
     onset = min((finding.onset for finding in found if finding.kind != "starved"), default=math.inf)
-    return [step for step in record_steps(rows) if step == 0 or step < onset][-1]
+    return [step for step in record_steps(rows) if step == 0 or step < onset]
 
 
 def best_report(rows: Sequence[dict[str, Any]], step: int, seed: int) -> dict[str, Any]:

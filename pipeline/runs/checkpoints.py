@@ -118,7 +118,7 @@ def last_before(folder: Path, before: int, every: int) -> Path | None:
 
     The states that a signal leaves at other steps must not change a result.
     """
-    steps = {int(path.stem.partition("-")[2]): path for path in _states(folder)}
+    steps = {step_of(path): path for path in _states(folder)}
     return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 
 
@@ -133,11 +133,21 @@ def keep_candidates(folder: Path, steps: Collection[int]) -> None:
         path.unlink()
 
 
-def delete_checkpoints(folder: Path) -> None:
-    """Deletes the states, and the candidates for data/best."""
-    for path in _states(folder):
-        path.unlink()
-    keep_candidates(folder, [])
+def delete_checkpoints(folder: Path, first: int = 0) -> int:
+    """Deletes the states after `first` steps or more, and the candidates for data/best, which going on from an earlier
+    state makes again. Returns the step to go on from."""
+    for path in [*_states(folder), *folder.glob("best-*.pt")]:
+        if step_of(path) >= first:
+            path.unlink()
+    return max(saved_steps(folder), default=0)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return list(map(step_of, _states(folder)))
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
 
 
 def _states(folder: Path) -> list[Path]:

@@ -38,7 +38,7 @@ from pipeline.paths import BEST, CHECKPOINT, HEALTHY, HELDOUT_PROMPTS, POLICY, R
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import TrainContext, build_context, gather_full_policy, initial_policy, sync_rollout_model
-from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure
+from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure, needed_candidates
 from pipeline.rl.optimizer import make_optimizer
 from pipeline.rl.state import TrainState
 from pipeline.rl.train_step import train_step
@@ -197,8 +197,7 @@ def loop(
             bar.update()
             signal = processes.all_reduce_max(signals[0] if signals else 0, context.device)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
-                judged = confirmed_healthy_steps(found, run.step)
-                save_checkpoint(folder, run, policy, optimizer, processes, judged, every)
+                save_checkpoint(folder, run, policy, optimizer, context, found)
             if signal and run.step < steps:
                 if processes.is_main_process:
                     print(
@@ -214,7 +213,7 @@ def measure_heldout(
     run: TrainState, context: TrainContext, policy: PreTrainedModel, folder: Path, found: list[Finding]
 ) -> None:
     """Collective call: the held-out rewards where they are due, every `evaluate.every` steps, before the first step and
-    after the last. Keeps the weights that may become data/best, beside the resume states."""
+    after the last. Writes the weights that may become data/best, beside the resume states."""
     every, step, here = context.params.evaluate.every, run.step, context.processes.is_main_process
     if not every or (step % every and not is_finished(run, context.params)):
         return
@@ -222,14 +221,12 @@ def measure_heldout(
         return
     rows = measure(context, step)
     run.heldout += rows
-    kept = candidate_steps(run.heldout, found, step)
-    weights = trained_weights(policy, here) if step in kept else {}
+    weights = trained_weights(policy, here) if step in candidate_steps(run.heldout, found, step) else {}
     if here:
         mean = sum(row["reward"] for row in rows) / len(rows)
         tqdm.write(f"Held-out reward after {step} steps: {mean:.4f}")
         if weights:
             checkpoints.write(checkpoints.candidate(folder, step), {"policy": weights})
-        checkpoints.keep_candidates(folder, kept)
 
 
 def is_finished(run: TrainState, params: Params) -> bool:
@@ -262,17 +259,19 @@ def save_checkpoint(
     run: TrainState,
     policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    processes: DistContext,
-    judged: int,
-    every: int,
+    context: TrainContext,
+    found: list[Finding],
 ) -> None:
-    """Collective call: rank 0 saves the resume state and the progress. The policies of fewer than `judged` updates are
-    known to be healthy: the last of them is kept too."""
-    here = processes.is_main_process
+    """Collective call: rank 0 saves the resume state and the progress. The last of the policies that are known to be
+    healthy is kept too, and so are the candidates for data/best that any of the states left may ask for."""
+    here, sizes = context.processes.is_main_process, context.params.train
     weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
     if not here:
         return
-    checkpoints.save(folder, run.step, {**weights, "run": dataclasses.asdict(run)}, judged, every)
+    judged = confirmed_healthy_steps(found, run.step)
+    checkpoints.save(folder, run.step, {**weights, "run": dataclasses.asdict(run)}, judged, sizes.checkpoint_every)
+    spreads, states = null_statistics(run.calibration, sizes.prompts_per_step), checkpoints.saved_steps(folder)
+    checkpoints.keep_candidates(folder, needed_candidates(run.heldout, run.rows, states, spreads, sizes.steps))
     write_progress(folder, run)
 
 
@@ -284,7 +283,7 @@ def write_progress(folder: Path, run: TrainState) -> None:
 
 def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, folder: Path, onset: int) -> int:
     """Restore the last weights from before the collapse and return their step. Raises UserError if their state is
-    damaged; the same command then trains from the start."""
+    damaged; the same command then trains from before it."""
     path = checkpoints.last_before(folder, onset, context.params.train.checkpoint_every)
     state = restore(policy, context, folder, path, "the policy before the collapse")
     return len(state["run"]["rows"]) if state else 0
@@ -294,13 +293,13 @@ def restore(
     policy: PreTrainedModel, context: TrainContext, folder: Path, path: Path | None, what: str
 ) -> dict[str, Any] | None:
     """Load the weights of a file, which it returns, or those before the first update. Raises UserError where the file
-    is damaged or gone, and then deletes all states."""
+    is damaged or gone, and then deletes the states from which training would not make it again."""
     if path is None:
         load_weights(policy, trained_weights(initial_policy(context.params, context.device, policy.device)))
         return None
     if (state := checkpoints.read(path) if path.exists() else None) is None:
-        checkpoints.delete_checkpoints(folder)
-        raise UserError(f"{path}, {what}, is damaged; the same command trains again from step 0")
+        left = checkpoints.delete_checkpoints(folder, checkpoints.step_of(path))
+        raise UserError(f"{path}, {what}, is damaged; the same command trains again from step {left}")
     load_weights(policy, state["policy"])
     return state
 
