@@ -355,7 +355,6 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("finite and sum", "sum"),
         ("sum(half) / len(half) > best", "sum(half) / len(half) >= best"),
         ("*records[len(known) :]}", "}"),
-        ("for row in rows if row[\"step\"] <= done]", "for row in rows]"),
         ("(logprobs - ref_logprobs)", "(ref_logprobs - logprobs).abs()"),
     ]),
     "rl/seeding.py": ("runtime", [

@@ -422,7 +422,13 @@ def test_the_curve_tells_since_when() -> None:
     assert finding.onset == 10
     assert "from step 10 on, where the latter was best" in told
     assert told.endswith("data/best is the policy after 20 updates, later than that: the trained reward chose it.")
-    assert judged("b", above, rows, best=10)[1].endswith("the policy after 10 updates, from before that.")
+    assert judged("b", above, rows, best=10)[1].endswith("the policy after 10 updates, no later than that.")
+    below = {"a": RISES, "b": FALLS}  # best at the last step, which no row of a history has
+    finding, told = judged("b", below, curve_rows(heldout_rows([0.0, 4.0, 9.0]), {"a": TRAINED, "b": TRAINED}, "a",
+                                                  draws), best=20)  # fmt: skip
+    assert finding
+    assert finding.onset == 19
+    assert told.endswith("was best at step 20. data/best is the policy after 20 updates, no later than that.")
     falling = curve_rows(heldout_rows([0.0, 4.0, 9.0]), {"a": PEAKED, "b": PEAKED}, "a", draws)
     assert judged("b", above, falling)[0] is None  # both fall: what is trained no longer rises
     risen = curve_rows(heldout_rows([0.0, 4.0, 9.0]), {"a": TRAINED, "b": TRAINED}, "a", draws)
@@ -443,6 +449,33 @@ def test_the_verdict_of_a_run_that_is_healthy_but_for_it() -> None:
     content = diagnose.diagnose(params, rows, calibration, [], chosen_params(params), evaluation | {"length": UNSURE})
     assert content["verdict"] == "healthy"
     json.dumps(content, allow_nan=False)
+
+
+@pytest.mark.parametrize(("independent", "bits", "kinds"), [
+    ("length", 1.0, ["over-optimised", "heldout"]), ("reference", 9.0, ["over-optimised", "heldout"]),
+    ("reference", 1.0, ["heldout"]),
+])  # fmt: skip
+def test_texts_that_fell_apart_are_said_beside_over_optimisation(
+    independent: str, bits: float, kinds: list[str]
+) -> None:
+    """Nearly all of them empty, which neither another reward nor the likelihood tells."""
+    params = load_params(ROOT / "params.yaml")
+    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"independent": independent})})
+    text = {"checkpoint": {"empty_share": 0.0, "ref_bits_per_byte": 1.0, "ref_typicality": 0.0},
+            "policy": {"empty_share": 0.95, "ref_bits_per_byte": bits, "ref_typicality": 0.0}}  # fmt: skip
+    evaluation = {"text": text, LIKELIHOOD: {"checkpoint": -3.0, "policy": -3.0}, "embedding": RISES, "length": FALLS}
+    rows = made_up_history(20, collapsed=False).to_dict("records")
+    costs = {"ref_bits_per_byte": 1.0, "shuffled_bits_per_byte": 3.0, "ref_typicality": 0.0, "shuffled_typicality": -2}
+    calibration = [{"batch": float(i), "reward_se": 0.1} | costs for i in range(8)]
+    told = chosen_params(params)
+    # a history whose own texts the reference finds likely
+    rows = [row | {"ref_bits_per_byte": 1.0, "ref_typicality": 0.0} for row in rows]
+    content = diagnose.diagnose(params, rows, calibration, [], told, evaluation)
+    assert [finding["kind"] for finding in content["findings"]] == kinds
+    assert content["verdict"] == kinds[0]
+    assert "95% are empty" in content["headline"]
+    metrics = [[shown["metric"] for shown in finding["evidence"]] for finding in content["findings"]]
+    assert metrics[-1] == ["empty_share"]
 
 
 def test_noise_alone_hardly_ever_falls_from_its_best_step() -> None:
@@ -482,10 +515,12 @@ def test_by_the_likelihood_only_broken_text_counts() -> None:
     assert "2.1 bits a byte by the reference model (its own 1.0)" in told
     curve = curve_rows(heldout_rows([0.0, 1.0, 2.0, 3.0], [1.0, 2.5, 1.9, 2.5]), {"a": torch.zeros(4, 4).double()}, "a",
                        draws)  # fmt: skip
-    finding, _ = judged("reference", {"a": RISES}, curve[:8], broken=broken(2.1))
-    assert finding
-    assert finding.onset == 19  # not from the broken stretch that ended
-    for best, where in ((20, "20 updates, from before that."), (30, "30 updates, later than that: the trained")):
+    for best, where in ((10, "10 updates, no later than that."), (20, "20 updates, the one that shows it: the trai")):
+        finding, told = judged("reference", {"a": RISES}, curve[:6], broken=broken(2.1), best=best)
+        assert finding
+        assert finding.onset == 19  # not from the broken stretch that ended
+        assert f"None of the measured steps shows it yet. data/best is the policy after {where}" in told
+    for best, where in ((20, "20 updates, no later than that."), (30, "30 updates, later than that: the trained")):
         finding, told = over_optimised(Heldout("a", "reference", {"a": RISES}, curve, best), broken(2.1), SPREADS, 31)
         assert finding
         assert finding.onset == 30

@@ -109,7 +109,8 @@ def cost_texts(shown: Sequence[Evidence]) -> list[str]:
 
 
 def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, heldout_sound: bool = False) -> str:
-    """Return the verdict in one or two sentences: the first finding and the later one that is visible last.
+    """Return the verdict in one or two sentences: the first finding and the later one that is visible last, or what
+    became of the held-out texts.
 
     The earliest onset breaks ties. heldout_sound: the held-out completions of the trained policy were judged and have
     lost nothing; where training shows broken text, the verdict says so.
@@ -118,7 +119,10 @@ def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, hel
         return f"Too short to tell: a collapse has to last {THRESHOLDS.patience} steps to count."
     if not found:
         return f"No sign of collapse in {steps} steps."
-    later = [place for place in range(1, len(found)) if found[place].onset > found[0].onset]
+    later = [
+        place for place in range(1, len(found))
+        if found[place].onset > found[0].onset or found[place].kind == "heldout"
+    ]  # fmt: skip
     last = sorted(later, key=lambda place: (-found[place].shown_at, found[place].onset))
     texts = [summaries[place] for place in [0, *last[:1]]]
     if heldout_sound and any(finding.kind in OF_TEXT for finding in found):

@@ -60,10 +60,9 @@ def by_reward(heldout: Heldout, steps: int) -> tuple[Finding | None, str]:
     else:
         told = f"{interval_text(before)} over the reference model" if before else "not measured"
         return None, f"Not over-optimised by the independent reward {name}: {told}."
-    onset = min(onset, steps - 1)
     words = f"Held-out, the trained reward {trained} has risen ({interval_text(rise)}) and {name}, which is "
     words += f"independent of it, has fallen ({interval_text(fall)}) {since}.{of_best(heldout, onset)}"
-    return Finding("over-optimised", onset, steps - 1, (), words), words
+    return Finding("over-optimised", min(onset, steps - 1), steps - 1, (), words), words
 
 
 def by_likelihood(
@@ -78,20 +77,23 @@ def by_likelihood(
             "Not over-optimised by the reference's likelihood, which tells broken text alone: another reward as "
             "evaluate.independent tells more."
         )
-    first = first_broken(heldout.curve, spreads, steps)
+    first = first_broken(heldout.curve, spreads)
     words = f"Held-out, the trained reward {heldout.trained} has risen ({interval_text(gain)}) and the reference "
     words += f"model no longer finds the completions likely: {' and '.join(cost_texts(shown))}."
-    words += f" Of the measured steps all show it from step {first} on." if heldout.curve else ""
-    words += of_best(heldout, first - 1)
-    return Finding("over-optimised", min(first, steps - 1), steps - 1, shown, words), words
+    if first is not None:
+        words += f" Of the measured steps all show it from step {first} on.{of_best(heldout, first - 1)}"
+    elif heldout.curve:
+        words += f" None of the measured steps shows it yet.{of_best(heldout, steps - 1, 'the one that shows it')}"
+    onset = steps - 1 if first is None else min(first, steps - 1)
+    return Finding("over-optimised", onset, steps - 1, shown, words), words
 
 
-def first_broken(curve: Sequence[Mapping[str, Any]], spreads: dict[str, Spread], steps: int) -> int:
-    """The first of the measured steps from which on all show broken text by the reference's likelihood; the end of
-    the run where none does."""
+def first_broken(curve: Sequence[Mapping[str, Any]], spreads: dict[str, Spread]) -> int | None:
+    """The first of the measured steps from which on all show broken text by the reference's likelihood; None where
+    the last one does not."""
     measured = [row for row in curve if row["reward"] == LIKELIHOOD]
     signs = likelihood_signs(measured[0]["text"], spreads, THRESHOLDS) if measured else []
-    first = steps
+    first = None
     for row in reversed(measured):
         if not passed_limits(signs, row["text"]):
             break
@@ -99,13 +101,12 @@ def first_broken(curve: Sequence[Mapping[str, Any]], spreads: dict[str, Spread],
     return first
 
 
-def of_best(heldout: Heldout, onset: int) -> str:
+def of_best(heldout: Heldout, onset: int, otherwise: str = "later than that") -> str:
     step = heldout.best_step
     if step is None:
         return ""
-    if step <= onset:
-        return f" data/best is the policy after {step} updates, from before that."
-    return f" data/best is the policy after {step} updates, later than that: the trained reward chose it."
+    where = "no later than that" if step <= onset else f"{otherwise}: the trained reward chose it"
+    return f" data/best is the policy after {step} updates, {where}."
 
 
 def above_zero(interval: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config.load import load_params
@@ -68,10 +69,10 @@ def diagnose(
         heldout = heldout_finding(evaluation["text"], evaluation["ref_logprob_per_token"], spreads, len(rows))
         measured = Heldout(params.reward, independent, evaluation, curve, best)
         too_far, told = over_optimised(measured, heldout, spreads, len(rows), in_training=bool(found))
-    if too_far:
-        found = sorted([*found, too_far], key=lambda finding: (finding.onset, ORDER.index(finding.kind)))
-    elif heldout and not found:
-        found = [heldout]
+    also = [] if found else remaining(heldout, too_far)
+    found = sorted(
+        [*found, *filter(None, [too_far]), *also], key=lambda finding: (finding.onset, ORDER.index(finding.kind))
+    )
     summaries = [summary(finding, rows, spreads) for finding in found]
     cures = {finding.kind: cure(finding, params, spreads) for finding in found}
     changes: dict[str, Any] = {}
@@ -89,6 +90,13 @@ def diagnose(
         ],
         "cure": {"changes": changes, "command": experiment_command(chosen, changes)} if changes else None,
     }
+
+
+def remaining(heldout: Finding | None, told: Finding | None) -> list[Finding]:
+    """What the held-out texts have lost beside what `told` says of them already."""
+    known = {shown.limit.metric for shown in told.evidence} if told else set()
+    shown = tuple(shown for shown in heldout.evidence if shown.limit.metric not in known) if heldout else ()
+    return [replace(heldout, evidence=shown)] if heldout and shown else []
 
 
 def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, Any]]) -> dict[str, Any]:
