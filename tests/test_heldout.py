@@ -341,6 +341,31 @@ def test_the_curve_by_hand() -> None:
     assert curve_rows([], {}, "a", draws) == []
 
 
+def test_the_curve_and_data_best_choose_the_same_step() -> None:
+    """Of the same rewards in another order, which add up otherwise in floating point, the earlier step; none where a
+    number is not finite."""
+    draw = random.Random(0)
+    for _ in range(100):
+        half = [draw.choice([-0.1, -0.2, -0.3, 0.1, 0.7, 1 / 3]) for _ in range(5)]
+        steps = [[value for x in draw.sample(half, 5) for value in (x, draw.random())] for _ in range(3)]
+        table = torch.tensor(steps, dtype=torch.float64)
+        rows = [row | {"reward": value} for row, value in zip(heldout_rows([0.0, 1.0, 4.0], prompts=10),
+                                                              table.flatten().tolist(), strict=True)]  # fmt: skip
+        assert record_steps(rows) == [0]
+        assert {
+            row["best_step"] for row in curve_rows(rows, {"a": table}, "a", lambda n: torch.arange(n)[None])[::2]
+        } == {0}
+    for place, best in {0: 10, 10: 20, 20: 10}.items():  # the row with the number
+        table = torch.tensor([[0.0], [1.0], [0.5]], dtype=torch.float64).expand(3, 10)
+        rows = [row | {"reward": value} | ({"kl": None} if at == place else {}) for at, (row, value) in enumerate(zip(
+            heldout_rows([0.0, 1.0, 4.0], prompts=10), table.flatten().tolist(), strict=True))]  # fmt: skip
+        chosen = [
+            best_step(rows, []),
+            curve_rows(rows, {"a": table}, "a", lambda n: torch.arange(n)[None])[0]["best_step"],
+        ]
+        assert chosen == [best, best]
+
+
 def test_a_mean_over_tokens_counts_tokens() -> None:
     """Of a completion of one token at -1 nat and one of three at -9 in all: -10 / 4, not the mean of -1 and -3."""
     rows = heldout_rows([0.0], prompts=2)

@@ -1,10 +1,15 @@
 """Bootstrap intervals."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def mean(values: Sequence[float]) -> float:
+    """Rounded once: the same in any order, so that steps with the same rewards are equal, and by any Python."""
+    return math.fsum(values) / len(values)
 
 
 def interval(values: Tensor, indices: Tensor, level: float = 0.95) -> dict[str, float | None]:

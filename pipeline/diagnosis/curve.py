@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import LIKELIHOOD
-from pipeline.diagnosis.bootstrap import interval_of
+from pipeline.diagnosis.bootstrap import interval_of, mean
 from pipeline.file_io import finite_or_none
 
 Statistic = Callable[[Tensor], Tensor]  # places of prompts [R, n] -> the statistic of each row [R]
@@ -20,9 +20,9 @@ def curve_rows(
     """Rows of curve.jsonl: of each measured step, each reward and LIKELIHOOD.
 
     heldout: rows of heldout.jsonl. scores: rewards [steps, prompts] by name. draw: prompts -> resamples of so many.
-    gain is over step 0, on all prompts. A reward's best step is chosen on the prompts at even places, and since_best is
-    measured on the others: the largest of several noisy means is too large. trained_since_best: of the trained reward,
-    from the same step on.
+    gain is over step 0, on all prompts. A reward's best step is chosen on the prompts at even places, as `record_steps`
+    chooses that of data/best, and since_best is measured on the others: the largest of several noisy means is too
+    large. trained_since_best: of the trained reward, from the same step on.
     """
     steps = list(dict.fromkeys(row["step"] for row in heldout))
     if not steps:
@@ -42,6 +42,13 @@ def curve_rows(
     everywhere = torch.arange(prompts)
     even, odd = everywhere[::2], everywhere[1::2]
     all_draws, odd_draws = draw(prompts), odd[draw(len(odd))]
+    halves = {name: [mean(values[::2].tolist()) for values in table] for name, table in scores.items()}
+    halves[LIKELIHOOD] = [statistic(even[None]).item() for statistic in statistics[LIKELIHOOD]]
+    sound = [at == 0 or bool(values.isfinite().all()) for at, values in enumerate(kl)]
+    best_of = {
+        name: first_maximum([value if fine else math.nan for value, fine in zip(values, sound, strict=True)])
+        for name, values in halves.items()
+    }
 
     def difference(name: str, at: int, start: int, places: Tensor, draws: Tensor) -> dict[str, float | None]:
         later, earlier = statistics[name][at], statistics[name][start]
@@ -51,7 +58,7 @@ def curve_rows(
     for at, step in enumerate(steps):
         distance = kl[at].mean().item()
         for name, by_step in statistics.items():
-            best = first_maximum([statistic(even[None]).item() for statistic in by_step])
+            best = best_of[name]
             rows.append({
                 "step": step, "reward": name, **interval_of(by_step[at], everywhere, all_draws),
                 "gain": difference(name, at, 0, everywhere, all_draws), "spread": finite_or_none(spreads[name]),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.diagnosis.bootstrap import interval
+from pipeline.diagnosis.bootstrap import interval, mean
 from pipeline.diagnosis.calibration import Row, Spread
 from pipeline.diagnosis.thresholds import THRESHOLDS, Thresholds
 from pipeline.diagnosis.verdict import Finding, confirmed_healthy_steps, findings
@@ -76,10 +76,10 @@ def record_steps(rows: Sequence[dict[str, Any]]) -> list[int]:
     """
     best, found = -math.inf, []
     for step, measured in rows_by_step(rows).items():
-        half = [row["reward"] for row in measured[::2]]
+        half = mean([row["reward"] for row in measured[::2]])
         finite = all(row["kl"] is not None for row in measured)
-        if step == 0 or (finite and sum(half) / len(half) > best):
-            best = sum(half) / len(half)
+        if step == 0 or (finite and half > best):
+            best = half
             found.append(step)
     return found
 
@@ -140,6 +140,6 @@ def best_report(rows: Sequence[dict[str, Any]], step: int, seed: int) -> dict[st
     prompts = reported.shape[1]
     indices = torch.randint(prompts, (RESAMPLES, prompts), generator=generator(seed, 0, "bootstrap"))
     return {
-        "chosen_on": {"prompts": len(chosen), "mean": sum(chosen) / len(chosen)},
+        "chosen_on": {"prompts": len(chosen), "mean": mean(chosen)},
         "reported_on": {"prompts": prompts, "difference": interval(reported[0] - reported[1], indices)},
     }
