@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -166,6 +168,11 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
         return {path: tree}
     below = (flatten(value, f"{path}.{name}" if path else str(name)) for name, value in tree.items())
     return {place: leaf for leaves in below for place, leaf in leaves.items()}
+
+
+def total(values: Iterable[float]) -> float:
+    """Added from left to right: from Python 3.12 on `sum` compensates for rounding, which makes other bytes."""
+    return functools.reduce(operator.add, values, 0.0)
 
 
 def finite_or_none(value: float) -> float | None:

@@ -190,7 +190,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if batch.old_logprobs is None else batch.old_logprobs[rows]", ""),
         ("int((cut & batch.loss_mask[rows]).sum())", "int((~cut & batch.loss_mask[rows]).sum())"),
         ("ratio.masked_fill(cut, 0.0)", "ratio"),
-        ("(whole - sum(parts)) / rest", "whole - sum(parts)"),
+        ("(whole - total(parts)) / rest", "whole - total(parts)"),
         ("signal / (whole - signal) if", "signal / whole if"),
         ("and micro_batch % group == 0", ""),
         ("sums[parameter].add_(gradient)", "gradient"),

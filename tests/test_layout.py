@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipeline.config.schema import SELECTORS
+from pipeline.file_io import total
 from pipeline.report.terms import WORDS
 from pipeline.rl.metrics import METRICS
 from pipeline.runs.provenance import UNRELATED, local_modules
@@ -101,6 +102,23 @@ def test_packages_hold_nothing_but_what_belongs_there() -> None:
             assert [type(node) for node in syntax(module).body] == [ast.Expr], module
 
 
+WHOLE_NUMBERS = {
+    "sum((len(text.encode()) for text in texts))", "sum((not text.strip() for text in texts))", "sum(sizes)",
+    "sum(there)", "sum((int((~part.isfinite()).sum()) for part in (before, after)))",
+}  # fmt: skip
+TIMES = {"sum((v for name, v in row.items() if name.startswith('seconds_')))", "sum(seconds)"}  # in no hashed file
+
+
+def test_floats_are_added_in_a_way_that_no_python_changes() -> None:
+    """From Python 3.12 on `sum` compensates for rounding."""
+    assert total([1e16, 1.0, -1e16]) == 0.0
+    for module in MODULES:
+        if inside(module, ("pipeline.rl", "pipeline.diagnosis", "pipeline.rewards")):
+            added = [call for name, call in calls(syntax(module)) if name == "sum" and isinstance(call.func, ast.Name)]
+            plain = {ast.unparse(call) for call in added}
+            assert plain <= WHOLE_NUMBERS | TIMES, module
+
+
 # these two read models and prompts from folders; the rest of the core reads no file
 READERS = ("pipeline.models.load", "pipeline.rl.context")
 CORE_MODULES = [module for module in MODULES if inside(module, CORE) and module not in READERS]
@@ -153,7 +171,8 @@ def test_the_core_touches_nothing_outside(module: str) -> None:
 
 def test_the_core_imports_itself_and_what_touches_nothing() -> None:
     harmless = ("pipeline.config.schema", "pipeline.errors", "pipeline.timing", "pipeline.distributed.dist_context",
-                "pipeline.distributed.sharding", "pipeline.file_io.finite_or_none", *CORE)  # fmt: skip
+                "pipeline.distributed.sharding", "pipeline.file_io.finite_or_none",
+                "pipeline.file_io.total", *CORE)  # fmt: skip
     for module in CORE_MODULES:
         names = {name for name in imported(syntax(module)) if inside(name, ["pipeline"])}
         packages = {name.rpartition(".")[0] for name in names}  # `from package import name` gives both

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.file_io import total
+
 FALSE_ALARMS = 0.01  # a run, over all of its steps and metrics
 
 Row = Mapping[str, float]
@@ -53,13 +55,13 @@ def null_statistics(rows: Sequence[Row], prompts: int) -> dict[str, Spread]:
     for name in [column for column in rows[0] if column != "batch"]:
         values = [row[name] for row in rows if math.isfinite(row[name])]
         if len(values) >= 2:
-            mean = sum(values) / len(values)
+            mean = total(values) / len(values)
             # products, not powers: Python's ** raises where floats overflow
-            variance = sum((value - mean) * (value - mean) for value in values) / (len(values) - 1)
+            variance = total((value - mean) * (value - mean) for value in values) / (len(values) - 1)
             spreads[name] = Spread(mean, math.sqrt(variance), len(values) - 1, len(values))
     errors = [row["reward_se"] for row in rows if math.isfinite(row["reward_se"])]
     if errors and "reward_mean" in spreads:
-        pooled = math.sqrt(sum(error * error for error in errors) / len(errors))
+        pooled = math.sqrt(total(error * error for error in errors) / len(errors))
         spreads["reward_mean"] = Spread(
             spreads["reward_mean"].mean, pooled, len(errors) * (prompts - 1), spreads["reward_mean"].batches
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config.schema import LIKELIHOOD
 from pipeline.diagnosis.bootstrap import interval_of, mean
-from pipeline.file_io import finite_or_none
+from pipeline.file_io import finite_or_none, total
 
 Statistic = Callable[[Tensor], Tensor]  # places of prompts [R, n] -> the statistic of each row [R]
 
@@ -87,12 +87,12 @@ def ratio_of(tops: Tensor, bottoms: Tensor) -> Statistic:
 def text_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """What the completions of one step cost the reference: as in training, from the sums that each row has."""
 
-    def total(name: str) -> float:
-        return sum(math.nan if row[name] is None else row[name] for row in rows)
+    def all_of(name: str) -> float:
+        return total(math.nan if row[name] is None else row[name] for row in rows)
 
-    nats, entropy, size, count = map(total, ("text_ref_logprob", "text_ref_entropy", "text_bytes", "text_tokens"))
+    nats, entropy, size, count = map(all_of, ("text_ref_logprob", "text_ref_entropy", "text_bytes", "text_tokens"))
     return {
-        "ref_logprob": finite_or_none(total("ref_logprob") / total("tokens")),
+        "ref_logprob": finite_or_none(all_of("ref_logprob") / all_of("tokens")),
         "ref_bits_per_byte": finite_or_none(-nats / math.log(2) / size) if size else None,
         "ref_typicality": finite_or_none((nats + entropy) / count) if count else None,
     }

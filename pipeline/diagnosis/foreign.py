@@ -19,6 +19,7 @@ from pipeline.diagnosis.verdict import (
     findings,
     limits_of_run,
 )
+from pipeline.file_io import total
 
 STEPS = ("step", "global_step", "training/global_step", "_step", "Step")  # the first of them that is there counts
 # ours -> trl's, OpenRLHF's and verl's key. Not here: what differs by an option that the log does not tell.
@@ -185,7 +186,7 @@ def start_statistics(rows: Sequence[Row], prompts: int, steps: int) -> dict[str,
         squares = [(after - before) * (after - before) for before, after in itertools.pairwise(values)]
         count = len(values)
         freedom = max(1, 2 * (count - 1) ** 2 // (3 * count - 4))
-        spreads[name] = replace(spread, std=math.sqrt(sum(squares) / len(squares) / 2), dof=freedom)
+        spreads[name] = replace(spread, std=math.sqrt(total(squares) / len(squares) / 2), dof=freedom)
     for name in FALLS & spreads.keys():
         most, margin = (
             THRESHOLDS.certain * spreads[name].mean,

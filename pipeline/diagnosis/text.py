@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from pipeline.file_io import total
+
 
 def distinct_ngrams(completions: Sequence[Sequence[int]], n: int) -> float:
     """distinct-n: different n-grams over all n-grams of the batch, in (0, 1] (Li et al., arXiv 1510.03055).
@@ -20,7 +22,7 @@ def repeated_ngrams(completions: Sequence[Sequence[int]], n: int) -> float:
     Completions shorter than n are left out; NaN where that leaves none.
     """
     shares = [1 - len(set(grams)) / len(grams) for tokens in completions if (grams := _ngrams(tokens, n))]
-    return sum(shares) / len(shares) if shares else math.nan
+    return total(shares) / len(shares) if shares else math.nan
 
 
 def top_token_share(completions: Sequence[Sequence[int]]) -> float:
@@ -54,7 +56,7 @@ def text_statistics(texts: Sequence[str], tokens: Sequence[Sequence[int]], group
     return {
         "empty_share": empty_share(texts),
         "distinct_completions": distinct_share(texts),
-        "distinct_within": sum(map(distinct_share, groups)) / len(groups),
+        "distinct_within": total(map(distinct_share, groups)) / len(groups),
         "distinct_1": distinct_ngrams(tokens, 1),
         "distinct_2": distinct_ngrams(tokens, 2),
         "repeated_3grams": repeated_ngrams(tokens, 3),

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.diagnosis.calibration import FALSE_ALARMS, Limit, Row, Spread
 from pipeline.diagnosis.thresholds import LARGE_UPDATE, THRESHOLDS, Thresholds
+from pipeline.file_io import total
 
 Kind = Literal[
     "numeric", "misaligned", "starved", "hacking", "empty", "repetition", "gibberish", "mode", "step-size",
@@ -273,7 +274,7 @@ def zero_reward_variance(rows: Sequence[Row], spreads: dict[str, Spread], thresh
     if len(rows) < thresholds.no_signal_steps or before is None:
         return None
     limit = Limit("zero_spread_share", "above", thresholds.no_signal, before)
-    mean = sum(row["zero_spread_share"] for row in rows) / len(rows)
+    mean = total(row["zero_spread_share"] for row in rows) / len(rows)
     # a policy that collapses at once has no signal either, but that is not how it began
     without = min(mean, before.mean) >= thresholds.no_signal
     return Finding("starved", 0, len(rows) - 1, (Evidence(limit, len(rows) - 1, mean),)) if without else None

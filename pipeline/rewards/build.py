@@ -12,6 +12,7 @@ import torch
 
 from pipeline.config.schema import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
 from pipeline.errors import UserError
+from pipeline.file_io import total
 from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward
@@ -53,7 +54,7 @@ def _weighted_sum(name: str, table: SumReward, encoder: Path, device: torch.devi
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         scored = [(weight, function(prompts, completions)) for weight, function in terms]
-        return [sum(weight * values[i] for weight, values in scored) for i in range(len(completions))]
+        return [total(weight * values[i] for weight, values in scored) for i in range(len(completions))]
 
     return reward
 

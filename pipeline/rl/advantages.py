@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.file_io import total
+
 
 def reward_scale(calibration: Sequence[Mapping[str, float]]) -> float:
     """What `scale_rewards: calibration` divides rewards by: s, their spread within a prompt before training.
@@ -20,7 +22,7 @@ def reward_scale(calibration: Sequence[Mapping[str, float]]) -> float:
     1 where no prompt's rewards differ, or where they overflow.
     """
     # products, not powers: Python's ** raises where floats overflow
-    variance = sum(row["reward_std_within"] * row["reward_std_within"] for row in calibration) / len(calibration)
+    variance = total(row["reward_std_within"] * row["reward_std_within"] for row in calibration) / len(calibration)
     return math.sqrt(variance) if variance > 0 and math.isfinite(variance) else 1.0
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from pipeline.errors import one_line
-from pipeline.file_io import finite_or_none
+from pipeline.file_io import finite_or_none, total
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.timing import time_left
 
@@ -48,7 +48,7 @@ class TrainState:
         """summary.json: the metrics' means over the first and the last SUMMARY_STEPS steps."""
         ends = {"first": self.rows[:SUMMARY_STEPS], "last": self.rows[-SUMMARY_STEPS:]}
         means = {
-            end: {c: finite_or_none(sum(row[c] for row in rows) / len(rows)) for c in HISTORY_COLUMNS[1:]}
+            end: {c: finite_or_none(total(row[c] for row in rows) / len(rows)) for c in HISTORY_COLUMNS[1:]}
             for end, rows in ends.items()
         }
         return {"steps": self.step, "stopped": self.stopped, **means}

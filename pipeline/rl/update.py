@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import Recipe
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
+from pipeline.file_io import total
 from pipeline.models.memory import activation_checkpointing
 from pipeline.models.sampling import Rollout
 from pipeline.models.scoring import Scores, score
@@ -224,8 +225,8 @@ def signal_to_noise(whole: float, parts: list[float], sizes: list[int]) -> float
     |G_m|^2; sizes: samples in each. NaN for a single micro-batch, or without any gradient.
     """
     shares = [size / sum(sizes) for size in sizes]
-    rest = 1 - sum(share**2 for share in shares)
+    rest = 1 - total(share**2 for share in shares)
     if len(parts) < 2:
         return math.nan
-    signal = (whole - sum(parts)) / rest
+    signal = (whole - total(parts)) / rest
     return signal / (whole - signal) if whole != signal else math.nan
