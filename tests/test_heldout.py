@@ -316,6 +316,10 @@ def draws(prompts: int) -> torch.Tensor:
     return torch.cartesian_prod(*[torch.arange(prompts)] * prompts).view(-1, prompts)
 
 
+def draws_of_one(prompts: int) -> torch.Tensor:
+    return torch.arange(prompts)[None]
+
+
 TRAINED = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2]], dtype=torch.float64)
 PEAKED = torch.tensor([[0, 0, 0, 0], [4, 2, 4, 4], [1, 1, 1, 1]], dtype=torch.float64)  # rises, then falls
 
@@ -352,16 +356,14 @@ def test_the_curve_and_data_best_choose_the_same_step() -> None:
         rows = [row | {"reward": value} for row, value in zip(heldout_rows([0.0, 1.0, 4.0], prompts=10),
                                                               table.flatten().tolist(), strict=True)]  # fmt: skip
         assert record_steps(rows) == [0]
-        assert {
-            row["best_step"] for row in curve_rows(rows, {"a": table}, "a", lambda n: torch.arange(n)[None])[::2]
-        } == {0}
+        assert {row["best_step"] for row in curve_rows(rows, {"a": table}, "a", draws_of_one)[::2]} == {0}
     for place, best in {0: 10, 10: 20, 20: 10}.items():  # the row with the number
         table = torch.tensor([[0.0], [1.0], [0.5]], dtype=torch.float64).expand(3, 10)
         rows = [row | {"reward": value} | ({"kl": None} if at == place else {}) for at, (row, value) in enumerate(zip(
             heldout_rows([0.0, 1.0, 4.0], prompts=10), table.flatten().tolist(), strict=True))]  # fmt: skip
         chosen = [
             best_step(rows, []),
-            curve_rows(rows, {"a": table}, "a", lambda n: torch.arange(n)[None])[0]["best_step"],
+            curve_rows(rows, {"a": table}, "a", draws_of_one)[0]["best_step"],
         ]
         assert chosen == [best, best]
 
@@ -372,6 +374,32 @@ def test_a_mean_over_tokens_counts_tokens() -> None:
     rows[0] |= {"tokens": 1, "ref_logprob": -1.0}
     rows[1] |= {"tokens": 3, "ref_logprob": -9.0}
     assert curve_rows(rows, {"a": TRAINED[:1, :2]}, "a", draws)[1]["mean"] == -2.5
+
+
+def test_a_spread_is_not_what_rounding_leaves() -> None:
+    """Of 0.1 seven times floating point makes one; a sparse reward has the first that there is."""
+    scores = {
+        "constant": torch.full((3, 7), 0.1, dtype=torch.float64),
+        "sparse": torch.tensor([[0.1] * 7, [0.1] * 6 + [1.1], [1.1] * 3 + [0.1] * 4], dtype=torch.float64),
+    }
+    assert scores["constant"][0].std() > 0
+    rows = curve_rows(heldout_rows([0.0, 1.0, 4.0], [0.1] * 3, prompts=7), scores, "sparse", draws_of_one)
+    spreads = {row["reward"]: row["spread"] for row in rows}
+    assert spreads == {"constant": 0.0, "sparse": pytest.approx(math.sqrt(1 / 7)), LIKELIHOOD: 0.0}
+    broken = [row | {"ref_logprob": None} for row in heldout_rows([0.0], prompts=7)]
+    assert curve_rows(broken, {"a": TRAINED[:1, :1].expand(1, 7)}, "a", draws_of_one)[1]["spread"] == 0.0
+
+
+def test_a_mean_beside_its_interval_is_drawn(tmp_path: Path) -> None:
+    """Each prompt gains the same: an interval without width, which rounding puts beside the mean."""
+    folder = made_up(tmp_path / "reports", steps=30)
+    rows = curve_rows(heldout_rows([0.0, 4.0], prompts=2), {"embedding": TRAINED[:2, :2] + torch.tensor([0.0, 1.0])},
+                      "embedding", draws)  # fmt: skip
+    for row in rows:
+        row["gain"] = {"mean": 1 / 3, "low": 1 / 3 + 1e-16, "high": 1 / 3 + 1e-16}
+    write_jsonl(folder / "evaluate/curve.jsonl", rows)
+    seal(folder)
+    assert plot.draw(load(folder))["curve"]
 
 
 def test_the_figure_and_the_page_show_the_curve(tmp_path: Path) -> None:
@@ -396,7 +424,7 @@ def test_the_figure_and_the_page_show_the_curve(tmp_path: Path) -> None:
     ]  # fmt: skip
     ring = [line for line in left.lines if line.get_fillstyle() == "none"]
     assert [list(line.get_xdata()) for line in ring] == [[2.0]]
-    assert "no spread at step 0: flat" in " ".join(text.get_text() for text in figure.texts)
+    assert "no spread at any step: flat" in " ".join(text.get_text() for text in figure.texts)
     assert list(right.lines[0].get_ydata()) == pytest.approx([-math.log(2)] * 3)
     for narrow in (False, True):
         assert style.png(plot.draw(data, narrow)["curve"]).startswith(b"\x89PNG")

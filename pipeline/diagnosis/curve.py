@@ -37,8 +37,7 @@ def curve_rows(
     costs = [text_costs([row for row in heldout if row["step"] == step]) for step in steps]
     statistics = {name: [mean_of(values) for values in table] for name, table in scores.items()}
     statistics[LIKELIHOOD] = [ratio_of(top, bottom) for top, bottom in zip(nats, tokens, strict=True)]
-    spreads = {name: table[0].std().item() for name, table in scores.items()}
-    spreads[LIKELIHOOD] = (nats[0] / tokens[0]).std().item()
+    spreads = {name: first_spread(table) for name, table in {**scores, LIKELIHOOD: nats / tokens}.items()}
     everywhere = torch.arange(prompts)
     even, odd = everywhere[::2], everywhere[1::2]
     all_draws, odd_draws = draw(prompts), odd[draw(len(odd))]
@@ -68,6 +67,13 @@ def curve_rows(
                 **({"text": costs[at]} if name == LIKELIHOOD else {}),
             })  # fmt: skip
     return rows
+
+
+def first_spread(table: Tensor) -> float:
+    """Standard deviation over completions at the first step that has one, [steps, prompts]: a sparse reward may have
+    none before it is learned. Of equal values it is 0, and not what rounding leaves of it."""
+    spreads = [values.std().item() if values.max() > values.min() else 0.0 for values in table]
+    return next((spread for spread in spreads if spread > 0), 0.0)
 
 
 def first_maximum(values: Sequence[float]) -> int:

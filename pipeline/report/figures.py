@@ -252,7 +252,7 @@ def curve(
     narrow: bool = False,
 ) -> Figure:  # fmt: skip
     """Held-out rewards over the distance from the reference, sqrt(KL), as Gao et al. 2022 (arXiv 2210.10760) draw them,
-    each in units of its spread at step 0; beside it the reference's likelihood."""
+    each in units of its spread; beside it the reference's likelihood."""
     title = "Held-out rewards over the distance from the reference"
     figure = canvas(*((NARROW, 1100) if narrow else (1400, 760)), title, footer(run, RUN_FILES.curve))
     if narrow:
@@ -275,7 +275,7 @@ def curve(
             _name_steps(left, own, best)
     left.axhline(0, color=INK, linewidth=1.2, zorder=1)
     _legend(left, handles, most=3)
-    left.set_ylabel("gain over step 0, in spreads at step 0")
+    left.set_ylabel("gain over step 0, in spreads of the reward")
     _path(right, [row for row in rows if row["reward"] == LIKELIHOOD], None, 1.0, INK, True)
     words = " (independent)" if independent == "reference" else ""
     inline_legend(right, [(f"reference's log-likelihood{words}", INK)])
@@ -284,7 +284,7 @@ def curve(
         panel.set_xlabel("√KL to the reference, √nats a completion")
     left.set_xlim(left=min(0.0, left.get_xlim()[0]))
     if flat:
-        note(figure, f"not drawn, no spread at step 0: {', '.join(flat)}", row=0, fontsize=12, color=GREY)
+        note(figure, f"not drawn, no spread at any step: {', '.join(flat)}", row=0, fontsize=12, color=GREY)
     return figure
 
 
@@ -300,8 +300,9 @@ def _path(
     (drawn,) = axes.plot(
         x, y, "o-", color=colour, linewidth=3.4 if bold else 1.6, markersize=7 if bold else 4, zorder=3
     )
+    # rounding may put a mean beside an interval without any width
     bars = axes.errorbar(
-        x, y, (y - low, high - y), color=colour, alpha=0.55 if bold else 0.4, linestyle="none",
+        x, y, np.maximum((y - low, high - y), 0), color=colour, alpha=0.55 if bold else 0.4, linestyle="none",
         elinewidth=2.4 if bold else 1.2, zorder=2 if bold else 1.5,
     )  # fmt: skip
     return drawn, bars

@@ -34,7 +34,8 @@ CAPTIONS = {
     "evaluate": "Both models on the same held-out prompts with the same random numbers, for every reward, "
     "each on its own scale",
     "curve": "Measured during training, a completion of each prompt, with 95% intervals. Each reward is in units of "
-    "its spread over completions at step 0. Over-optimisation: the trained reward rises and an independent one falls. "
+    "its spread over completions at step 0, or at the first measured step that has one. Over-optimisation: the "
+    "trained reward rises and an independent one falls. "
     "Numbers are training steps; the ring is the policy in data/best",
 }
 DRAWN = {  # the terms that a figure shows
