@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+JUDGED = ("calibration.csv", "samples.jsonl", "heldout.jsonl", "healthy.json", "best.json")
 POLICY = {"model.safetensors": "5a" * 32}  # digests of its files
 
 
@@ -21,14 +22,16 @@ def seal(reports: Path, policy: dict[str, str] = POLICY, **measured: Any) -> Non
     healthy = reports.parent / "data/healthy/healthy.json"
     digests |= {"healthy.json": sha256(healthy.read_bytes())} if healthy.is_file() else {}
     edit(reports / "train/summary.json", digests=[digests])
-    if (reports / "diagnosis.json").is_file():
-        edit(reports / "diagnosis.json", history=files["history.csv"])
     own = {name: sha256((reports / "evaluate" / name).read_bytes()) for name in
            ("completions.jsonl", "metrics.json", "curve.jsonl") if (reports / "evaluate" / name).is_file()}  # fmt: skip
     if own:
         found = {"policy": policy, "prompts": "d4" * 32, "params": {"prompts": 0}, **own,
                  "heldout.jsonl": files["heldout.jsonl"], **measured}  # fmt: skip
         (reports / "evaluate/measured.json").write_text(json.dumps([found]))
+    if (reports / "diagnosis.json").is_file():
+        judged = {name: digests[name] for name in JUDGED if name in digests}
+        judged |= {"measured.json": sha256((reports / "evaluate/measured.json").read_bytes())} if own else {}
+        edit(reports / "diagnosis.json", history=files["history.csv"], digests=[judged])
 
 
 def edit(path: Path, **values: Any) -> None:

@@ -22,6 +22,7 @@ from pipeline.diagnosis.verdict import Finding, heldout_finding
 from pipeline.distributed.dist_context import DistContext
 from pipeline.errors import UserError
 from pipeline.file_io import read_json, read_jsonl, write_jsonl
+from pipeline.paths import RunFiles
 from pipeline.report import page, style
 from pipeline.report.inputs import load
 from pipeline.rl.batch import sample_batch
@@ -30,6 +31,7 @@ from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure
 from pipeline.rl.seeding import draw_uniforms
 from pipeline.rl.state import TrainState
 from pipeline.runs import checkpoints
+from pipeline.runs.consistency import raise_if_mixed
 from pipeline.runs.loaded_run import load_run
 from pipeline.runs.provenance import chosen_params
 from pipeline.stages import diagnose, plot, train
@@ -433,6 +435,22 @@ def test_the_figure_and_the_page_show_the_curve(tmp_path: Path) -> None:
     assert "Told in a line." in words
     assert list(load_run(tmp_path).curve["step"]) == [row["step"] for row in rows]
     assert "evaluate.independent=other" in page.render(data, {}, {})
+
+
+@pytest.mark.parametrize("file", ["train/heldout.jsonl", "train/calibration.csv", "evaluate/metrics.json"])
+def test_a_verdict_is_of_its_curve_too(tmp_path: Path, file: str) -> None:
+    """After an edit of evaluate.every the history has the same bytes, and the verdict is another run's all the same."""
+    folder = made_up(tmp_path / "reports", steps=3)
+    files, before = RunFiles(folder), (folder / "diagnosis.json").read_bytes()
+    raise_if_mixed("train", "evaluate", "diagnose", files=files)
+    (folder / file).write_bytes((folder / file).read_bytes() + b"\n")
+    seal(folder)
+    raise_if_mixed("train", "evaluate", "diagnose", files=files)
+    (folder / "diagnosis.json").write_bytes(before)
+    with pytest.raises(
+        UserError, match=r"diagnosis\.json: of another run than .*`dvc repro -f -s diagnose && dvc repro`"
+    ):
+        raise_if_mixed("train", "evaluate", "diagnose", files=files)
 
 
 def interval(low: float, high: float) -> dict[str, Any]:

@@ -574,6 +574,8 @@ def test_files_of_another_run_are_refused(tracking_folder):
     edit(Path("reports/diagnosis.json"), history="77" * 32)
     # what the page shows is not what is there
     refused("reports/diagnosis.json, reports/page/report.html", "diagnose plot")
+    edit(Path("reports/diagnosis.json"), digests=[{"heldout.jsonl": "77" * 32}])
+    refused("reports/diagnosis.json, reports/page/report.html", "diagnose plot")
     write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-9.0)))
     refused("reports/evaluate/metrics.json", "evaluate")
     for file in ("reports/evaluate/completions.jsonl", "reports/evaluate/curve.jsonl"):

@@ -4,8 +4,8 @@ Stages run one by one, git and DVC put older files back, and `dvc commit` and `d
 up to date. So each stage says of which files its results are:
 
 train: summary.json has the digests of all that it wrote; evaluate: measured.json has those of the policy and of its own
-files; diagnose: diagnosis.json has that of history.csv; plot: report.html has one over what it shows. Advice names them
-in this order: the verdict needs the evaluation.
+files; diagnose: diagnosis.json has those of what it judged; plot: report.html has one over what it shows. Advice names
+them in this order: the verdict needs the evaluation.
 """
 
 from pathlib import Path
@@ -16,6 +16,9 @@ from pipeline.file_io import folder_digests, read_json, sha256
 from pipeline.paths import POLICY, RUN_FILES, RunFiles
 from pipeline.runs.provenance import digest
 from pipeline.runs.results import how_to_remake
+
+# of `train`; that of history.csv stands beside them
+JUDGED = ("calibration.csv", "samples.jsonl", "heldout.jsonl", "healthy.json", "best.json")
 
 
 def raise_if_mixed(*stages: str, files: RunFiles = RUN_FILES) -> None:
@@ -39,10 +42,10 @@ def run_digests(summary: Path) -> dict[str, str]:
     return found
 
 
-def digests_in(summary: Any) -> dict[str, str]:
-    """The same of a summary that was read; empty where an older version wrote it."""
+def digests_in(told: Any) -> dict[str, str]:
+    """The same of a file that was read; empty where an older version wrote it."""
     try:
-        return dict(summary["digests"][0])
+        return dict(told["digests"][0])
     except (KeyError, IndexError, TypeError, ValueError):
         return {}
 
@@ -57,6 +60,11 @@ def measured_in(measured: Any) -> dict[str, Any]:
 def evaluates(measured: dict[str, Any], run: dict[str, str]) -> bool:
     """Whether an evaluation is of the policy of a run."""
     return bool(measured) and digest(measured["policy"]) == run.get("policy")
+
+
+def judged(run: dict[str, str], measured: Path) -> dict[str, str]:
+    """The digests of what a diagnosis is of, besides the history."""
+    return {name: run[name] for name in JUDGED if name in run} | {measured.name: sha256(measured)}
 
 
 def holds_policy_of(run: dict[str, str], folder: Path = POLICY) -> bool:
@@ -81,7 +89,9 @@ def _mismatches(stage: str, run: dict[str, str], files: RunFiles) -> list[Path]:
         wrong = [file for file in written if sha256(file) != run.get(file.name)]
         return wrong + ([] if read_json(files.run).get("train_key") == run.get("train_key") else [files.run])
     if stage == "diagnose":
-        return [] if read_json(files.diagnosis).get("history") == run.get("history.csv") else [files.diagnosis]
+        told = read_json(files.diagnosis)
+        same = told.get("history") == run.get("history.csv") and digests_in(told) == judged(run, files.measured)
+        return [] if same else [files.diagnosis]
     if stage == "evaluate":
         measured = measured_in(read_json(files.measured))
         same = evaluates(measured, run) and measured.get("heldout.jsonl") == run.get("heldout.jsonl")

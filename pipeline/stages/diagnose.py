@@ -17,7 +17,7 @@ from pipeline.diagnosis.verdict import ORDER, TITLES, Finding, findings, heldout
 from pipeline.errors import run_stage
 from pipeline.file_io import flatten, sha256, write_json
 from pipeline.paths import RUN_FILES
-from pipeline.runs.consistency import raise_if_mixed
+from pipeline.runs.consistency import judged, raise_if_mixed, run_digests
 from pipeline.runs.results import read_result
 
 SHOWN = 3  # completions a finding
@@ -39,7 +39,11 @@ def main() -> None:
     enough = evaluation if len(completions) >= ENOUGH else None
     diagnosis = diagnose(params, rows, calibration, samples, chosen, enough, curve, best["step"])
     diagnosis |= {"healthy_step": healthy["step"], "best": best if best["step"] is not None else None}
-    diagnosis |= {"history": sha256(RUN_FILES.history)}
+    digests = judged(run_digests(RUN_FILES.summary), RUN_FILES.measured)
+    diagnosis |= {
+        "history": sha256(RUN_FILES.history),
+        "digests": [digests],
+    }  # a list: `dvc metrics show` leaves it out
     write_json(RUN_FILES.diagnosis, diagnosis)
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
     if diagnosis["cure"]:
@@ -58,10 +62,10 @@ def diagnose(
     curve: Sequence[dict[str, Any]] = (),
     best: int | None = None,
 ) -> dict[str, Any]:
-    """The content of diagnosis.json, without the step of the healthy policy and the digest of the history. chosen:
-    every value of the run, which the command of the cure gives again. evaluation: metrics.json; the run is healthy only
-    if training and held-out completions are; None = too few of these to tell. curve: rows of curve.jsonl. best: the
-    step of data/best."""
+    """The content of diagnosis.json, without the steps of the healthy and the best policy and the digests of what was
+    judged. chosen: every value of the run, which the command of the cure gives again. evaluation: metrics.json; the run
+    is healthy only if training and held-out completions are; None = too few of these to tell. curve: rows of
+    curve.jsonl. best: the step of data/best."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
     found, heldout = findings(rows, spreads, params.train.steps), None
     independent, too_far, told = params.evaluate.independent, None, TOO_FEW

@@ -23,7 +23,7 @@ from pipeline.config.schema import SELECTORS, Params
 from pipeline.errors import UserError
 from pipeline.file_io import parse_csv
 from pipeline.paths import RUN_FILES
-from pipeline.runs.consistency import digests_in, evaluates, measured_in
+from pipeline.runs.consistency import JUDGED, digests_in, evaluates, measured_in
 from pipeline.runs.dvc_git import git, git_bytes, head_commit
 from pipeline.runs.provenance import digest, flat_params, params_digests
 from pipeline.tracking import mlflow_store
@@ -276,6 +276,9 @@ def _diagnosis(
     if text is None or history is None or not {"findings", "onset"} <= diagnosis.keys():
         return None
     if diagnosis.get("history", None if run else _sha256(history)) != _sha256(history):
+        return None
+    told = digests_in(diagnosis)  # older commits have none
+    if any(run.get(name) != value for name, value in told.items() if name in JUDGED):
         return None
     return diagnosis if run or _up_to_date("diagnose", DIAGNOSIS, text, stages, recorded) else None
 
