@@ -163,6 +163,13 @@ def test_what_a_row_says_is_transformers_own(here: Project) -> None:
     assert sum(row["kl"] for row in rows) > 0.1
 
 
+def test_a_curve_without_prompts_is_one_line(here: Project) -> None:
+    (here.root / "data/prompts/heldout.jsonl").unlink()
+    here.edit(evaluate__every=1)
+    with pytest.raises(UserError, match=r"^data/prompts/heldout\.jsonl is missing; run `dvc repro`"):
+        train.main()
+
+
 @pytest.mark.slow
 @pytest.mark.numeric
 def test_a_curve_needs_two_prompts(here: Project) -> None:

@@ -4,7 +4,10 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -23,16 +26,21 @@ def resume_folder(train_key: str) -> Path:
     return root() / ".checkpoints" / train_key
 
 
-def is_committed(run_json: str, lock: Path = LOCK) -> bool:
+def is_committed(run_json: str, lock: Path = LOCK, untold: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Return whether DVC has committed this run.
 
     dvc.lock has this run.json and a policy as outputs of `train`, and DVC's cache has the policy: a fresh clone has the
-    lock alone.
+    lock alone. untold: values of params.yaml, by key, that `train` depends on and run.json leaves out; they are the
+    same.
     """
     if not lock.is_file():
         return False
     stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    recorded = {out["path"]: str(out.get("md5")) for out in stages.get("train", {}).get("outs", [])}
+    stage = stages.get("train", {})
+    recorded = {out["path"]: str(out.get("md5")) for out in stage.get("outs", [])}
+    told = stage.get("params", {}).get("params.yaml", {})
+    if any(told.get(key, value) != value for key, value in untold.items()):
+        return False
     digest = hashlib.md5(run_json.encode(), usedforsecurity=False).hexdigest()
     policy = recorded.get(POLICY.as_posix(), "")
     return recorded.get(RUN_FILES.run.as_posix()) == digest and policy.endswith(".dir") and _in_cache(policy)

@@ -68,6 +68,8 @@ def main() -> None:
     launch.relaunch_with_accelerate("pipeline.stages.train", workspace.root())
     if not TRAIN_PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{TRAIN_PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
+    if params.evaluate.every and not HELDOUT_PROMPTS.exists():
+        raise UserError(f"{HELDOUT_PROMPTS} is missing; run `dvc repro`, which makes it first")
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     identity = run_identity(params, device)
     if identity["arithmetic"] != params.train.arithmetic:
