@@ -440,6 +440,15 @@ def test_the_figure_and_the_page_show_the_curve(tmp_path: Path) -> None:
     words = words_of(page.render(data, *2 * [{"curve": b""}]))
     assert "after 10 updates: +1 (95% interval +0.5 to +1.5) over step 0 on the 2 prompts that did not choose" in words
     assert "Told in a line." in words
+    for step, said in (
+        (0, "no measured step before any collapse that training shows was better."),
+        (10, "by the trained reward on held-out prompts before any collapse that training shows."),
+    ):
+        edit(folder / "diagnosis.json", best=best | {"step": step}, verdict="over-optimised")
+        seal(folder)
+        words = words_of(page.render(load(folder), *2 * [{"curve": b""}]))
+        assert said in words
+        assert ("the ring is the policy in data/best: no measured step was better than step 0." in words) == (not step)
     assert list(load_run(tmp_path).curve["step"]) == [row["step"] for row in rows]
     assert "evaluate.independent=other" in page.render(data, {}, {})
 

@@ -106,7 +106,7 @@ def of_best(heldout: Heldout, onset: int, otherwise: str = "later than that") ->
     if step is None:
         return ""
     where = "no later than that" if step <= onset else f"{otherwise}: the trained reward chose it"
-    return f" data/best is the policy after {step} updates, {where}."
+    return f" data/best is the policy after {step} update{'s' * (step != 1)}, {where}."
 
 
 def above_zero(interval: Mapping[str, Any]) -> bool:

@@ -111,11 +111,12 @@ def best_words(best: dict[str, Any] | None) -> str:
     """Of data/best: its step, and its gain on the prompts that did not choose it."""
     if best is None or "reported_on" not in best:
         return ""
+    if best["step"] == 0:
+        return ": no measured step was better than step 0"
     told = best["reported_on"]
-    return (
-        f", after {best['step']} updates: {gain_text(told['difference'])} over step 0 on the {told['prompts']} prompts "
-        "that did not choose it"
-    )
+    updates = f"{best['step']} update{'s' * (best['step'] != 1)}"
+    gain, prompts = gain_text(told["difference"]), told["prompts"]
+    return f", after {updates}: {gain} over step 0 on the {prompts} prompts that did not choose it"
 
 
 def treated(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
