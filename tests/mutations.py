@@ -343,12 +343,15 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "difference(name, at, 0, odd, odd_draws),\n                \"trained"),
         ("math.sqrt(max(0.0, distance))", "max(0.0, distance)"),
         ("value if fine else math.nan", "value"),
+        ("values.std().item() if values.max() > values.min() else 0.0", "values.std().item()"),
+        ("for spread in spreads if spread > 0", "for spread in spreads"),
     ]),
     "diagnosis/over_optimisation.py": ("heldout", [
         ("interval[\"high\"] < 0", "interval[\"low\"] < 0"),
         ("interval[\"low\"] > 0", "interval[\"high\"] > 0"),
         (" and above_zero(last[\"trained_since_best\"])", ""),
         ("if not shown or not above_zero(gain)", "if not shown"),
+        ("(heldout, onset)}\"\n    return", "(heldout, min(onset, steps - 1))}\"\n    return"),
     ]),
     "rl/heldout.py": ("heldout", [
         ("row[\"reward\"] for row in measured[::2]", "row[\"reward\"] for row in measured"),

@@ -631,6 +631,15 @@ def test_metrics_that_are_not_those_that_were_measured_are_left_out(commits: Com
     assert [training.gain for training in summaries.from_dvc(every_commit=False)] == [None]
 
 
+def test_a_verdict_on_another_curve_is_left_out(commits: Commits) -> None:
+    """The history may be the same to the byte. What a commit does not say is no reason: older ones say less."""
+    path = commits.root / "reports/diagnosis.json"
+    for digests, kinds in (({"measured.json": "of a file"}, ("empty",)), ({"heldout.jsonl": "another"}, None)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"digests": [digests]}))
+        commits.git("commit", "-qam", "a diagnosis")
+        assert [training.kinds for training in summaries.from_dvc(every_commit=False)] == [kinds]
+
+
 def test_a_lock_of_other_parameters_than_those_of_the_run_is_left_out(
     commits: Commits, capsys: pytest.CaptureFixture[str]
 ) -> None:
