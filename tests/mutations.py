@@ -133,7 +133,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (".to(rewards.dtype).detach()", ".to(rewards.dtype)"),
         (".sum(1).view_as(rewards)", ".mean(1).view_as(rewards)"),
         ("1 + 0.1 * min", "1 - 0.1 * min"),
-        ("kl / target - 1, -0.2), 0.2", "kl / target - 1, -0.2), 2"),
+        ("min(max(kl / target, 0.5), 2.0)", "min(max(kl / target, 0.5), 4.0)"),
+        ("max(least, coef * min", "(coef * min"),
     ]),
     "rl/loss.py": ("objective", [
         ("return -((weights", "return ((weights"),

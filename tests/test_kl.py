@@ -1,6 +1,7 @@
 """KL terms and the entropy bonus against the exact KL and entropy, by enumeration."""
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,12 +66,33 @@ def test_k2_token_by_token_and_k3_in_the_loss_have_not() -> None:
     assert difference(one.expected(summed_k3, 1), forward_gradient(one)) < 1e-12
 
 
-def test_the_coefficient_adapts_as_published() -> None:
-    """Ziegler et al. 2019, section 2.2: e = clip(KL / target - 1, -0.2, 0.2), beta <- beta (1 + 0.1 e)."""
-    for kl, expected in ((6.0, 0.5), (6.6, 0.5 * 1.01), (5.7, 0.5 * 0.995), (60.0, 0.51), (0.0, 0.49), (-3.0, 0.49)):
-        assert adapted_kl_coef(0.5, kl, 6.0) == pytest.approx(expected, rel=1e-12)
-    assert adapted_kl_coef(0.5, 60.0, 0.0) == 0.5  # no target: fixed
-    assert adapted_kl_coef(0.5, float("nan"), 6.0) == 0.5
+def test_the_coefficient_follows_the_kl() -> None:
+    """By KL / target, at most doubled or halved a step; never below the recipe's own."""
+    for kl, expected in ((6.0, 0.5), (6.6, 0.55), (5.4, 0.45), (60.0, 1.0), (0.0, 0.25), (-3.0, 0.25)):
+        assert adapted_kl_coef(0.5, kl, 6.0, 0.1) == pytest.approx(expected, rel=1e-12)
+    assert adapted_kl_coef(0.5, 3.0, 6.0, 0.4) == 0.4
+    assert adapted_kl_coef(0.4, 5.9, 6.0, 0.4) == 0.4, "within the budget nothing moves"
+    assert adapted_kl_coef(0.5, 60.0, 0.0, 0.1) == 0.5  # no target: fixed
+    assert adapted_kl_coef(0.5, float("nan"), 6.0, 0.1) == 0.5
+
+
+@pytest.mark.parametrize(("target", "last"), [(0.0, math.log(1000)), (3.0, 3.0)])
+def test_a_budget_holds_where_a_fixed_coefficient_does_not(target: float, last: float) -> None:
+    """Exact gradients of E[R] - beta KL, in steps of one length, for a reward of 10 on one text in a thousand. At 0.2 a
+    nat its optimum, rho exp(R / beta), says nothing but that text, at a KL of log 1000."""
+    rho = torch.full((1000,), 1 / 1000, dtype=torch.float64)
+    reward, logits, beta, kls = torch.zeros_like(rho), rho.log(), 0.2, []
+    reward[0] = 10.0
+    for _ in range(200):
+        pi = logits.softmax(0)
+        gain = reward - beta * (pi / rho).log()
+        gradient = pi * (gain - (pi * gain).sum())
+        logits = logits + 0.2 * gradient / gradient.norm()
+        pi = logits.softmax(0)
+        kls.append((pi * (pi / rho).log()).sum().item())
+        beta = adapted_kl_coef(beta, kls[-1], target, 0.2)
+    assert sum(kls[100:]) / 100 == pytest.approx(last, abs=0.3)
+    assert (pi[0].item() > 0.99) == (not target)
 
 
 def test_the_entropy_bonus_raises_the_entropy_where_the_policy_has_been() -> None:

@@ -108,12 +108,13 @@ def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mas
     return rewards - coef * log_ratio.to(rewards.dtype).detach()
 
 
-def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
-    """coef * (1 + 0.1 clip(kl / target - 1, -0.2, 0.2)): up where the KL is above its target, down where below.
+def adapted_kl_coef(coef: float, kl: float, target: float, least: float) -> float:
+    """max(least, coef * clip(kl / target, 1/2, 2)): up where the KL is above its target, and down again where below.
 
-    kl: nats per completion, measured on this step's samples; target: where it should be; 0 leaves coef as it is
-    (Ziegler et al., arXiv 1909.08593, section 2.2). A kl that is no number leaves it too.
+    kl: nats per completion, measured on this step's samples; target: the most that it should be; 0 leaves coef as it
+    is. least: the recipe's kl_coef. A kl that is no number leaves coef too. The idea of an adapting coefficient is that
+    of Ziegler et al. (arXiv 1909.08593, section 2.2), whose step of 2% is for thousands of updates.
     """
     if target == 0 or math.isnan(kl):
         return coef
-    return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+    return max(least, coef * min(max(kl / target, 0.5), 2.0))

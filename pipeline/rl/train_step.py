@@ -123,7 +123,7 @@ def train_step(
         state.running_mean = next_running_mean(state.running_mean, rewards_with_kl, recipe.baseline_decay)
     if recipe.kl_target > 0:
         kl = torch.where(mask, policy_logprobs - ref_logprobs, 0.0).sum(1).mean().item()
-        state.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target)
+        state.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target, recipe.kl_coef)
     watch.lap("diagnostics")
     state.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
 
