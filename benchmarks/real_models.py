@@ -163,7 +163,8 @@ def make_clone(folder: Path) -> Path:
     here = Path.cwd()
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["git", "clone", "--quiet", here, folder], check=True)
+        quiet = ("-c", "advice.detachedHead=false", "clone", "--quiet")
+        subprocess.run(["git", *quiet, here, folder], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     subprocess.run(["git", "fetch", "--quiet", here, commit], cwd=folder, check=True)
     subprocess.run(["git", "checkout", "--quiet", "--force", "--detach", commit], cwd=folder, check=True)
