@@ -132,7 +132,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("torch.where(mask, logprobs - ref_logprobs, 0.0)", "(logprobs - ref_logprobs)"),
         (".to(rewards.dtype).detach()", ".to(rewards.dtype)"),
         (".sum(1).view_as(rewards)", ".mean(1).view_as(rewards)"),
-        ("1 + 0.1 * min", "1 - 0.1 * min"),
+        ("max(kl / target, 0.5)", "max(target / kl, 0.5)"),
         ("min(max(kl / target, 0.5), 2.0)", "min(max(kl / target, 0.5), 4.0)"),
         ("max(least, coef * min", "(coef * min"),
     ]),
