@@ -121,8 +121,9 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def write_jsonl(target: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A line a row; of no rows an empty line, since DVC warns of empty outputs."""
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-    write_text(target, "".join(line + "\n" for line in lines))
+    write_text(target, "".join(line + "\n" for line in lines) or "\n")
 
 
 def write_csv(target: Path, rows: list[dict[str, float]]) -> None:

@@ -64,7 +64,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_measuring_changes_no_trained_byte(here: Project, changes: dict[str, Any]) -> None:
     here.edit(train__steps=5, **changes)
     train.main()
-    assert (here.root / "reports/train/heldout.jsonl").read_bytes() == b""
+    assert (here.root / "reports/train/heldout.jsonl").read_bytes() == b"\n"
     assert best(here)["weights"] is None
     without = of_training(here)
     forget(here)
