@@ -12,7 +12,6 @@ The stages themselves make a run, in a clone of the current commit, one a job.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,9 @@ from typing import NamedTuple
 
 from benchmarks import real_models_tables as results
 from pipeline.config.load import PARAMS_FILE
+from pipeline.file_io import atomic_folder, read_json
+from pipeline.paths import REPORTS, RUN_FILES
+from pipeline.runs.dvc_git import head_commit
 
 RUNS = Path("benchmarks/runs/real_models")  # a folder a run: params.yaml and reports/
 SOURCES = ("models/local/smollm2", "data/local")
@@ -45,6 +47,7 @@ LOOSE = ("recipe=stable", "recipes.stable.kl=none", "recipes.stable.warmup_steps
 FAST = ("recipe=stable", "recipes.stable.lr=0.001")
 CLEAN = ("recipe=notebook", "recipes.notebook.alignment=correct", "recipes.notebook.special_tokens=strip")
 REWARD_UNITS = ("recipe=stable", "recipes.stable.scale_rewards=none", "recipes.stable.kl_coef=0.1")  # `stable` before
+NOTEBOOK = ("recipe=notebook",)
 
 
 class Plan(NamedTuple):
@@ -57,45 +60,50 @@ class Plan(NamedTuple):
     @property
     def checkpoint(self) -> str:
         """What `prepare` and `cache` depend on."""
-        recipes = [change for change in self.changes if change.startswith("recipe=")]
-        return " ".join([self.changes[0], *recipes[:1]] if recipes else [self.changes[0], "recipe=stable"])
+        recipe = next((change for change in self.changes if change.startswith("recipe=")), "recipe=stable")
+        return f"{self.changes[0]} {recipe}"
 
 
-def stable(model: str, reward: str, seed: int) -> Plan:
-    return Plan("stable", f"stable-{model}-{reward}-{seed}", (f"model={model}", f"reward={reward}", f"seed={seed}"))
-
-
-def other(name: str, changes: tuple[str, ...], model: str, reward: str, seed: int = 10) -> Plan:
+def planned(group: str, name: str, model: str, reward: str, seed: int, changes: tuple[str, ...] = ()) -> Plan:
     chosen = (f"model={model}", f"reward={reward}", f"seed={seed}")
-    return Plan("other", f"{name}-{model}-{reward}-{seed}", chosen + changes)
+    return Plan(group, f"{name}-{model}-{reward}-{seed}", chosen + changes)
 
 
 # Meant to collapse or not; whether they do is for the labels to say.
 OTHERS = [
-    other("loose", LOOSE, "smollm2", "length"),
-    other("loose", LOOSE, "smollm2_chat", "embedding"),
-    other("reward_units", REWARD_UNITS, "smollm2", "length"),
-    other("clean", CLEAN, "smollm2", "embedding"),
-    other("fast", FAST, "smollm2", "short_greeting"),
-    other("clean", CLEAN, "smollm2_chat", "length"),
-    other("notebook", ("recipe=notebook",), "smollm2", "embedding"),
-    other("fast", FAST, "smollm2", "length"),
-    other("loose", LOOSE, "smollm2", "short_greeting"),
-    other("fast", FAST, "smollm2_chat", "embedding"),
-    other("clean", CLEAN, "smollm2", "length"),
-    other("reward_units", REWARD_UNITS, "smollm2_chat", "length"),
-    other("loose", LOOSE, "smollm2", "embedding"),
-    other("fast", FAST, "smollm2", "words"),
-    other("notebook", ("recipe=notebook",), "smollm2_chat", "length"),
-    other("loose", LOOSE, "smollm2_chat", "length"),
+    planned("other", name, model, reward, 10, changes)
+    for name, changes, model, reward in (
+        ("loose", LOOSE, "smollm2", "length"),
+        ("loose", LOOSE, "smollm2_chat", "embedding"),
+        ("reward_units", REWARD_UNITS, "smollm2", "length"),
+        ("clean", CLEAN, "smollm2", "embedding"),
+        ("fast", FAST, "smollm2", "short_greeting"),
+        ("clean", CLEAN, "smollm2_chat", "length"),
+        ("notebook", NOTEBOOK, "smollm2", "embedding"),
+        ("fast", FAST, "smollm2", "length"),
+        ("loose", LOOSE, "smollm2", "short_greeting"),
+        ("fast", FAST, "smollm2_chat", "embedding"),
+        ("clean", CLEAN, "smollm2", "length"),
+        ("reward_units", REWARD_UNITS, "smollm2_chat", "length"),
+        ("loose", LOOSE, "smollm2", "embedding"),
+        ("fast", FAST, "smollm2", "words"),
+        ("notebook", NOTEBOOK, "smollm2_chat", "length"),
+        ("loose", LOOSE, "smollm2_chat", "length"),
+    )
 ]
-STABLE = [stable(model, reward, seed) for seed in range(3) for model in MODELS for reward in REWARDS]
+STABLE = [
+    planned("stable", "stable", model, reward, seed) for seed in range(3) for model in MODELS for reward in REWARDS
+]
+BUDGETS = [  # of a run of `stable`, with a KL budget in nats a completion
+    planned("other", f"budget{nats}", "smollm2_chat", "embedding", 0, (f"recipes.stable.kl_target={nats}.0",))
+    for nats in (6, 10)
+]
 
 
 def plans() -> list[Plan]:
     """In the order in which they are made: so that the first ones say something of everything."""
     first = len(MODELS) * len(REWARDS)
-    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + STABLE[2 * first :]
+    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + BUDGETS + STABLE[2 * first :]
 
 
 def cure_plans() -> Iterator[Plan]:
@@ -105,11 +113,6 @@ def cure_plans() -> Iterator[Plan]:
         if changes := found.get(plan.name):
             added = tuple(f"{key}={value}" for key, value in changes.items())
             yield Plan("cure", f"cure-{plan.name}", plan.changes + added)
-
-
-def is_finished(plan: Plan) -> bool:
-    collected = {row["name"] for row in results.read_rows()}
-    return plan.name in collected or (RUNS / plan.name / "reports/diagnosis.json").is_file()
 
 
 def run(plan: Plan, clone: Path) -> None:
@@ -129,15 +132,11 @@ def run(plan: Plan, clone: Path) -> None:
                 print(f"failed: {plan.name}, stage {stage}: {log}", flush=True)
                 return
     made.write_text(plan.checkpoint)
-    target = RUNS / plan.name
-    shutil.rmtree(target, ignore_errors=True)
-    half = target.with_suffix(".tmp")
-    shutil.rmtree(half, ignore_errors=True)
-    shutil.copytree(clone / "reports", half / "reports")
-    shutil.copyfile(clone / PARAMS_FILE.name, half / PARAMS_FILE.name)
-    half.rename(target)
+    with atomic_folder(RUNS / plan.name) as target:
+        shutil.copytree(clone / REPORTS, target / REPORTS)
+        shutil.copyfile(clone / PARAMS_FILE.name, target / PARAMS_FILE.name)
     shutil.rmtree(clone / ".checkpoints", ignore_errors=True)
-    diagnosis = json.loads((target / "reports/diagnosis.json").read_text())
+    diagnosis = read_json(clone / RUN_FILES.diagnosis)
     print(f"{plan.name}: {diagnosis['verdict']}: {diagnosis['headline']}", flush=True)
 
 
@@ -147,7 +146,8 @@ def environment(clone: Path) -> dict[str, str]:
 
 
 def run_all(wanted: Iterable[Plan], jobs: int) -> None:
-    todo = [plan for plan in wanted if not is_finished(plan)]
+    collected = {row["name"] for row in results.read_rows()}
+    todo = [plan for plan in wanted if plan.name not in collected and not results.is_finished(plan, RUNS)]
     clones = [make_clone((RUNS / f"clone-{job}").resolve()) for job in range(min(jobs, len(todo)))]
 
     def work(clone: Path) -> None:
@@ -165,7 +165,7 @@ def make_clone(folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         quiet = ("-c", "advice.detachedHead=false", "clone", "--quiet")
         subprocess.run(["git", *quiet, here, folder], check=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    commit = head_commit()
     subprocess.run(["git", "fetch", "--quiet", here, commit], cwd=folder, check=True)
     subprocess.run(["git", "checkout", "--quiet", "--force", "--detach", commit], cwd=folder, check=True)
     for source in SOURCES:

@@ -13,6 +13,8 @@ import pandas as pd
 from benchmarks import text_labels
 from benchmarks.detector_tables import of
 from pipeline.file_io import finite_or_none, read_jsonl, write_jsonl
+from pipeline.paths import REPORTS, RunFiles
+from pipeline.runs.results import read_result
 
 FOUND = Path("docs/real_models.jsonl")  # a run a line: what is known of it, and ten of its completions
 CORPUS = Path("data/local/train.jsonl.gz")
@@ -27,26 +29,30 @@ def collect(plans: Sequence[Any], runs: Path) -> None:
     with gzip.open(CORPUS, "rt") as lines:
         known = text_labels.word_pairs(json.loads(line)["text"] for line in lines)
     judge = Judge()
-    here = [plan for plan in plans if (runs / plan.name / "reports/diagnosis.json").is_file()]
+    here = [plan for plan in plans if is_finished(plan, runs)]
     rows = {each["name"]: each for each in read_rows()}
-    rows |= {plan.name: row(plan, runs / plan.name / "reports", known, judge) for plan in here}
+    rows |= {plan.name: row(plan, files_of(plan, runs), known, judge) for plan in here}
     write_jsonl(FOUND, [rows[plan.name] for plan in plans if plan.name in rows])
     print(f"{FOUND}: {len(rows)} runs, {len(here)} of them from {runs}")
+
+
+def files_of(plan: Any, runs: Path) -> RunFiles:
+    return RunFiles(runs / plan.name / REPORTS)
+
+
+def is_finished(plan: Any, runs: Path) -> bool:
+    return files_of(plan, runs).diagnosis.is_file()
 
 
 def read_rows() -> list[dict[str, Any]]:
     return read_jsonl(FOUND) if FOUND.exists() else []
 
 
-def row(plan: Any, reports: Path, known: set[tuple[str, str]], judge: "Judge") -> dict[str, Any]:
+def row(plan: Any, files: RunFiles, known: set[tuple[str, str]], judge: "Judge") -> dict[str, Any]:
     from benchmarks.rldoctor_alarms import verdict
 
-    diagnosis, metrics = (
-        json.loads((reports / name).read_text()) for name in ("diagnosis.json", "evaluate/metrics.json")
-    )
-    completions = [json.loads(line) for line in (reports / "evaluate/completions.jsonl").read_text().splitlines()]
-    history = pd.read_csv(reports / "train/history.csv")
-    chosen = json.loads((reports / "train/run.json").read_text())["params"]
+    diagnosis, metrics, completions = map(read_result, (files.diagnosis, files.metrics, files.completions))
+    history, chosen = pd.read_csv(files.history), read_result(files.run)["params"]
     policy, reference = ([each[side] for each in completions] for side in ("policy", "checkpoint"))
     gain = metrics[chosen["reward"]]["difference"]
     found = text_labels.labels(policy, reference, known)

@@ -10,6 +10,8 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 
+from pipeline.diagnosis.text import empty_share
+
 WORD = re.compile(r"[a-z']+|[^\sa-z']")  # a word, or one other character
 WAY = 0.75  # from the reference's own texts to the same with their words in random order
 
@@ -55,7 +57,7 @@ def repeated_share(texts: Sequence[str]) -> float:
 def labels(policy: Sequence[str], reference: Sequence[str], known: set[tuple[str, str]]) -> list[str]:
     """The ways in which the policy's completions have fallen apart beside the reference's on the same prompts."""
     own, broken = known_share(reference, known), known_share(shuffled(reference), known)
-    empty = sum(not text.strip() for text in policy) / len(policy)
+    empty = empty_share(policy)
     found = {
         "empty": empty > 0.5,
         "repetition": repeated_share(policy) > 0.5,
