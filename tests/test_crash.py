@@ -28,7 +28,7 @@ from tests.faults import fault, first, rounds
 from tests.forks import Forks, until
 from tests.project import Project, copy_of_project
 from tests.tracked import Tracked, logged
-from tests.training import OUTPUTS, contents, forget, history, make_ready, states
+from tests.training import OUTPUTS, contents, end_before, forget, history, make_ready, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -160,22 +160,12 @@ DAMAGES: dict[str, Damage] = {
 
 
 @pytest.fixture
-def interrupted(here: Project, monkeypatch: pytest.MonkeyPatch) -> tuple[Project, dict[str, bytes]]:
+def interrupted(here: Project) -> tuple[Project, dict[str, bytes]]:
     """A project whose run was ended after 4 of its 6 steps, and what it would have made."""
     train.main()
     undisturbed = contents(here)
     forget(here)
-    real = train.train_step
-
-    def dies_after_four(run: Any, *arguments: Any) -> None:
-        if run.step == 4:
-            raise KeyboardInterrupt
-        real(run, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", dies_after_four)
-        with pytest.raises(KeyboardInterrupt):
-            train.main()
+    end_before(4)
     assert [path.name for path in states(here)][-2:] == ["state-00000003.pt", "state-00000004.pt"]
     shutil.copytree(here.root / ".checkpoints", here.root / "kept")
     return here, undisturbed
@@ -205,26 +195,17 @@ def afresh(project: Project) -> None:
 
 
 def test_without_a_whole_state_training_starts_again_and_saves_again(
-    interrupted: tuple[Project, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    interrupted: tuple[Project, dict[str, bytes]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The damaged states of later steps must not stand in the way of the new ones, of earlier steps."""
     project, undisturbed = interrupted
-    draw, real = random.Random(2), train.train_step
-
-    def dies_after_two(run: Any, *arguments: Any) -> None:
-        if run.step == 2:
-            raise KeyboardInterrupt
-        real(run, *arguments)
-
+    draw = random.Random(2)
     for kind, damage in list(DAMAGES.items())[: rounds(len(DAMAGES), 1)]:
         with fault(f"all resume states damaged: {kind}"):
             afresh(project)
             for state in states(project):
                 damage(state, draw)
-            with monkeypatch.context() as patched:
-                patched.setattr(train, "train_step", dies_after_two)
-                with pytest.raises(KeyboardInterrupt):
-                    train.main()
+            end_before(2)
             said = capsys.readouterr().err
             assert said.count("is damaged") == said.count("going back to an earlier state") + 1
             assert said.count("going back to the start, since no state is whole") == 1
@@ -351,17 +332,7 @@ def test_a_step_whose_numbers_are_not_finite_can_be_skipped(
         assert all(math.isfinite(row["loss"]) for row in rows[4:])
         assert json.loads((here.root / "reports/train/summary.json").read_text())["stopped"] is False
         forget(here)
-        real = train.train_step
-
-        def interrupted(run: Any, *arguments: Any) -> None:
-            if run.step == 4:
-                raise KeyboardInterrupt
-            real(run, *arguments)
-
-        with monkeypatch.context() as ended:
-            ended.setattr(train, "train_step", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                train.main()
+        end_before(4)
         train.main()
         assert contents(here) == undisturbed
 

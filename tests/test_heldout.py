@@ -40,7 +40,7 @@ from tests.project import ROOT, Project
 from tests.reports import history as made_up_history
 from tests.reports import reports as made_up
 from tests.seal import edit, seal
-from tests.training import contents, forget
+from tests.training import contents, end_before, forget
 
 OF_TRAINING = ("data/policy/", "data/healthy/", "reports/train/history.csv", "reports/train/samples.jsonl",
            "reports/train/calibration.csv")  # fmt: skip
@@ -103,17 +103,7 @@ def test_the_best_policy_is_that_of_its_step_also_after_a_kill(here: Project, mo
 
     for killed_at in (4, 6):  # with no state yet; with one that has no row of the last measurement
         forget(here)
-        step = train.train_step
-
-        def killed(run: Any, *arguments: Any, at: int = killed_at) -> None:
-            if run.step == at:
-                raise KeyboardInterrupt
-            step(run, *arguments)  # noqa: B023
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "train_step", killed)
-            with pytest.raises(KeyboardInterrupt):
-                train.main()
+        end_before(killed_at)
         train.main()
         assert contents(here) == undisturbed
 

@@ -66,12 +66,6 @@ def follow_to_the_end(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def track_twice() -> None:
     """The record is complete, and running it again changes nothing."""
     make_reports()
-    with pytest.MonkeyPatch.context() as patch:  # nothing fails here: a busy machine may take its time
-        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        _track_twice()
-
-
-def _track_twice() -> None:
     track.main()
     client, run = assert_complete()
     before = sorted(mlflow_store.logged_points(client, run))

@@ -33,7 +33,7 @@ from pipeline.runs import checkpoints
 from pipeline.stages import evaluate, train
 from tests.faults import fault, first
 from tests.project import Project
-from tests.training import contents, forget, history, interrupted, states, succeed
+from tests.training import contents, end_before, forget, history, interrupted, states, succeed
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]  # each run of the stage imports torch and transformers
 
@@ -73,7 +73,7 @@ STATEFUL = {
 }  # fmt: skip
 
 
-def test_running_baseline_and_adapting_kl_go_on_where_they_were(here: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_baseline_and_adapting_kl_go_on_where_they_were(here: Project) -> None:
     """Both live from step to step: against their recurrences, read off the history; and through an interruption."""
     here.edit(**{f"recipes__stable__{key}": value for key, value in STATEFUL.items()})
     train.main()
@@ -90,17 +90,7 @@ def test_running_baseline_and_adapting_kl_go_on_where_they_were(here: Project, m
     assert [row["lr"] for row in rows] == pytest.approx([0.01 * (step + 1) / 6 for step in range(5)] + [0.01])
 
     forget(here)
-    real, steps = train.train_step, []
-
-    def dies_after_three(*arguments: Any) -> None:
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        steps.append(real(*arguments))
-
-    monkeypatch.setattr(train, "train_step", dies_after_three)
-    with pytest.raises(KeyboardInterrupt):
-        train.main()
-    monkeypatch.setattr(train, "train_step", real)
+    end_before(3)
     train.main()
     assert contents(here) == undisturbed
 

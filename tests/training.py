@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.distributed.launch import CONFIG
 from pipeline.file_io import folder_digests, read_json, read_jsonl
+from pipeline.stages import train
 from pipeline.stages.cache import name_float32
 from tests.project import Project
 
@@ -81,6 +82,21 @@ def succeed(project: Project, **environment: str) -> str:
     done = project.run("train", **environment)
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def end_before(step: int) -> None:
+    """The stage in this process, ended by Ctrl-C before this step."""
+    real = train.train_step
+
+    def ending(run: Any, *arguments: Any) -> None:
+        if run.step == step:
+            raise KeyboardInterrupt
+        real(run, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", ending)
+        with pytest.raises(KeyboardInterrupt):
+            train.main()
 
 
 def states(project: Project) -> list[Path]:
