@@ -39,7 +39,7 @@ CLEAN = ("alignment=correct", "special_tokens=strip")  # what the first table fi
 STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "notebook": ("notebook", ()), "clean": ("notebook", CLEAN),
     # the recipe's when the runs were made; docs/COLLAPSE.md
-    "stable": ("stable", ("scale_rewards=none", "kl_coef=0.05")),
+    "stable": ("stable", ("scale_rewards=none", "kl_coef=0.05", "kl_target=0.0")),
 }  # fmt: skip
 # a variant a line; keys without a dot are keys of the start's recipe
 VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {

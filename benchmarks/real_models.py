@@ -46,7 +46,9 @@ REWARDS = ("embedding", "length", "words", "short_greeting")
 LOOSE = ("recipe=stable", "recipes.stable.kl=none", "recipes.stable.warmup_steps=0", "recipes.stable.lr=0.0003")
 FAST = ("recipe=stable", "recipes.stable.lr=0.001")
 CLEAN = ("recipe=notebook", "recipes.notebook.alignment=correct", "recipes.notebook.special_tokens=strip")
-REWARD_UNITS = ("recipe=stable", "recipes.stable.scale_rewards=none", "recipes.stable.kl_coef=0.1")  # `stable` before
+REWARD_UNITS = (  # `stable` at first
+    "recipe=stable", "recipes.stable.scale_rewards=none", "recipes.stable.kl_coef=0.1", "recipes.stable.kl_target=0.0",
+)  # fmt: skip
 NOTEBOOK = ("recipe=notebook",)
 
 
@@ -94,16 +96,16 @@ OTHERS = [
 STABLE = [
     planned("stable", "stable", model, reward, seed) for seed in range(3) for model in MODELS for reward in REWARDS
 ]
-BUDGETS = [  # of a run of `stable`, with a KL budget in nats a completion
-    planned("other", f"budget{nats}", "smollm2_chat", "embedding", 0, (f"recipes.stable.kl_target={nats}.0",))
-    for nats in (6, 10)
+FIXED = [  # the coefficient alone, as `stable` was at first
+    planned("other", "fixed_kl_coef", "smollm2_chat", "embedding", seed, ("recipes.stable.kl_target=0.0",))
+    for seed in (0, 1)
 ]
 
 
 def plans() -> list[Plan]:
     """In the order in which they are made: so that the first ones say something of everything."""
     first = len(MODELS) * len(REWARDS)
-    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + BUDGETS + STABLE[2 * first :]
+    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + FIXED + STABLE[2 * first :]
 
 
 def cure_plans() -> Iterator[Plan]:

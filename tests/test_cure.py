@@ -24,7 +24,7 @@ from tests.project import ROOT, Project
 from tests.reports import reports
 
 KIND = {"kind": "gibberish", "title": "Gibberish", "onset": 7}
-FURTHER = {"recipes.stable.kl_coef": 0.6, "recipes.stable.lr": 3e-5}
+FURTHER = {"recipes.stable.kl_target": 2.0, "recipes.stable.lr": 3e-5}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_further_cure_keeps_the_first_changes(collapsed: inputs.Inputs) -> Non
     said = words_of(rendered(collapsed, with_findings(collapsed, KIND, changes=FURTHER)))
     assert "The next thing to try" in said
     command = (
-        "-S seed=3 -S ++recipes.stable.alignment=correct -S ++recipes.stable.lr=3e-05 -S ++recipes.stable.kl_coef=0.6"
+        "-S seed=3 -S ++recipes.stable.alignment=correct -S ++recipes.stable.lr=3e-05 -S ++recipes.stable.kl_target=2.0"
     )
     assert command in said
     assert "not this one" not in said

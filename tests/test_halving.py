@@ -94,7 +94,6 @@ def test_no_values_come_twice() -> None:
     [
         ({}, ["lr", "kl_coef"], ""),
         ({"kl": "loss_k3"}, ["lr", "kl_coef"], ""),
-        ({"kl_target": 3.0}, ["lr", "kl_target"], "kl_target"),
         ({"kl": "none"}, ["lr"], "no KL term"),
         ({"kl_coef": 0.0}, ["lr"], "kl_coef is 0"),
     ],

@@ -522,7 +522,7 @@ def test_the_verdict_of_a_run_that_is_healthy_but_for_it() -> None:
     content = diagnose.diagnose(params, rows, calibration, [], chosen_params(params), evaluation)
     assert (content["verdict"], content["independent"]) == ("over-optimised", "length")
     assert content["headline"] == content["over_optimisation"]
-    assert content["cure"]["changes"]["recipes.stable.kl_coef"] == 0.6  # three times what was
+    assert content["cure"]["changes"]["recipes.stable.kl_target"] == 2.0  # a third of what was
     content = diagnose.diagnose(params, rows, calibration, [], chosen_params(params), evaluation | {"length": UNSURE})
     assert content["verdict"] == "healthy"
     json.dumps(content, allow_nan=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.rl.advantages import adapted_kl_coef
+from pipeline.rl.advantages import adaptive_kl_coef
 from pipeline.rl.loss import entropy_bonus, kl_loss_k2, kl_loss_k3, token_weights
 from pipeline.rl.metrics import reference_metrics, update_metrics
 from tests.enumeration import COEF, World, reinforce, size_of, world
@@ -66,20 +66,28 @@ def test_k2_token_by_token_and_k3_in_the_loss_have_not() -> None:
     assert difference(one.expected(summed_k3, 1), forward_gradient(one)) < 1e-12
 
 
-def test_the_coefficient_follows_the_kl() -> None:
-    """By KL / target, at most doubled or halved a step; never below the recipe's own."""
-    for kl, expected in ((6.0, 0.5), (6.6, 0.55), (5.4, 0.45), (60.0, 1.0), (0.0, 0.25), (-3.0, 0.25)):
-        assert adapted_kl_coef(0.5, kl, 6.0, 0.1) == pytest.approx(expected, rel=1e-12)
-    assert adapted_kl_coef(0.5, 3.0, 6.0, 0.4) == 0.4
-    assert adapted_kl_coef(0.4, 5.9, 6.0, 0.4) == 0.4, "within the budget nothing moves"
-    assert adapted_kl_coef(0.5, 60.0, 0.0, 0.1) == 0.5  # no target: fixed
-    assert adapted_kl_coef(0.5, float("nan"), 6.0, 0.1) == 0.5
+def test_the_coefficient_rises_where_the_kl_is_above_its_target() -> None:
+    for kl, expected in ((-3.0, 0.2), (0.0, 0.2), (6.0, 0.2), (9.0, 0.2 * 1.5**4), (12.0, 0.2 * 16), (math.nan, 0.2)):
+        assert adaptive_kl_coef(0.2, kl, 6.0) == pytest.approx(expected, rel=1e-12)
+    assert adaptive_kl_coef(0.2, 60.0, 0.0) == 0.2  # no target: fixed
 
 
-@pytest.mark.parametrize(("target", "last"), [(0.0, math.log(1000)), (3.0, 3.0)])
-def test_a_budget_holds_where_a_fixed_coefficient_does_not(target: float, last: float) -> None:
+def test_above_the_target_it_is_the_gradient_of_a_convex_penalty() -> None:
+    """E[R] - g(KL), where g(K) = coef T (1 + ((K / T)^5 - 1) / 5) for K >= T."""
+    one = world(3)
+    kl = (one.p * (one.log_p - one.log_q)).sum(1).mean()
+    target = kl.item() / 1.3
+    penalty = COEF * target * (1 + ((kl / target) ** 5 - 1) / 5)
+    truth = -one.grad((one.p * one.rewards).sum(1).mean() - penalty)
+    coef = adaptive_kl_coef(COEF, kl.item(), target)
+    assert coef > 2 * COEF
+    assert difference(one.expected(reinforce("rloo", coef=coef), group=2), truth) < 1e-12
+
+
+@pytest.mark.parametrize(("target", "least", "most"), [(0.0, 6.8, 6.91), (3.0, 3.0, 5.0)])
+def test_a_target_holds_where_a_fixed_coefficient_does_not(target: float, least: float, most: float) -> None:
     """Exact gradients of E[R] - beta KL, in steps of one length, for a reward of 10 on one text in a thousand. At 0.2 a
-    nat its optimum, rho exp(R / beta), says nothing but that text, at a KL of log 1000."""
+    nat its optimum, rho exp(R / beta), says nothing but that text, at a KL of log 1000 = 6.9."""
     rho = torch.full((1000,), 1 / 1000, dtype=torch.float64)
     reward, logits, beta, kls = torch.zeros_like(rho), rho.log(), 0.2, []
     reward[0] = 10.0
@@ -90,8 +98,8 @@ def test_a_budget_holds_where_a_fixed_coefficient_does_not(target: float, last: 
         logits = logits + 0.2 * gradient / gradient.norm()
         pi = logits.softmax(0)
         kls.append((pi * (pi / rho).log()).sum().item())
-        beta = adapted_kl_coef(beta, kls[-1], target, 0.2)
-    assert sum(kls[100:]) / 100 == pytest.approx(last, abs=0.3)
+        beta = adaptive_kl_coef(0.2, kls[-1], target)
+    assert least < sum(kls[100:]) / 100 < most
     assert (pi[0].item() > 0.99) == (not target)
 
 

@@ -69,23 +69,24 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(here: Project, number: s
 
 
 STATEFUL = {
-    "scale_rewards": "none", "baseline": "running", "kl_target": 0.01, "kl_coef": 0.5, "lr_decay": "linear", "lr": 0.01,
+    "scale_rewards": "none", "baseline": "running", "kl_target": 0.001, "kl_coef": 0.05, "lr_decay": "linear",
+    "lr": 0.01,
 }  # fmt: skip
 
 
-def test_running_baseline_and_adapting_kl_go_on_where_they_were(here: Project) -> None:
-    """Both live from step to step: against their recurrences, read off the history; and through an interruption."""
+def test_the_running_baseline_goes_on_where_it_was(here: Project) -> None:
+    """Against its recurrence, read off the history, beside a KL above its target; and through an interruption."""
     here.edit(**{f"recipes__stable__{key}": value for key, value in STATEFUL.items()})
     train.main()
     undisturbed, rows = contents(here), history(here)
-    coef, running = 0.5, None
+    running = None
     for row in rows:
-        assert row["kl_coef"] == pytest.approx(coef, rel=1e-12)
+        coef = 0.05 * max(1.0, row["ref_kl_sequence"] / 0.001) ** 4
+        assert row["kl_coef"] == pytest.approx(coef, rel=1e-4)
         penalised = row["reward_mean"] - coef * row["ref_kl_sequence"]
         if running is not None:
-            assert row["baseline"] == pytest.approx(running, rel=1e-5)
+            assert row["baseline"] == pytest.approx(running, rel=1e-4)
         running = penalised if running is None else 0.9 * running + 0.1 * penalised
-        coef = max(0.5, coef * min(max(row["ref_kl_sequence"] / 0.01, 0.5), 2.0))
     assert len({row["kl_coef"] for row in rows}) > 2
     assert [row["lr"] for row in rows] == pytest.approx([0.01 * (step + 1) / 6 for step in range(5)] + [0.01])
 
@@ -182,7 +183,7 @@ def test_the_coefficient_adapts_to_the_kl_that_is_penalised(here: Project) -> No
     train.main()
     rows = history(here)
     assert abs(rows[0]["ref_kl_sequence"]) < 1e-4
-    assert rows[1]["kl_coef"] == pytest.approx(0.2 * 2)
+    assert rows[0]["kl_coef"] > 2 * 0.2
 
 
 def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Project) -> None:

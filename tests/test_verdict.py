@@ -334,6 +334,7 @@ def test_each_cure_changes_something_and_gives_valid_parameters(
 NOTEBOOK_EMPTY = {
     "special_tokens": "strip", "kl": "reward_k1",
     "kl_coef": 0.04,  # a tenth of the spread of rewards, 0.45, to one digit
+    "kl_target": 6.0,
     "lr": 1e-4, "max_grad_norm": 1.0, "warmup_steps": 10,
 }  # fmt: skip
 
@@ -341,8 +342,8 @@ NOTEBOOK_EMPTY = {
 @pytest.mark.parametrize(("finding", "recipe", "settings", "changes"), [
     (found("misaligned"), "notebook", {}, {"alignment": "correct"}),
     (found("empty", metric="empty_share"), "notebook", {}, NOTEBOOK_EMPTY),
-    (found("mode"), "stable", {}, {"kl_coef": 0.6, "lr": 3e-5, "warmup_steps": 10}),
-    (found("mode"), "stable", {"kl_target": 3.0}, {"kl_target": 1.0, "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {}, {"kl_target": 2.0, "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {"kl_target": 0.0}, {"kl_coef": 0.6, "kl_target": 6.0, "lr": 3e-5, "warmup_steps": 10}),
     (found("gibberish"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     (found("step-size"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     (found("numeric", 0), "stable", {}, {"advantage_norm": "batch"}),  # before any update
@@ -416,8 +417,8 @@ def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[
 
 def heldout(before: dict[str, float] | None = None, **after: float) -> dict[str, Any]:
     """metrics.json of a policy that writes as the reference does, but for `after`."""
-    text = {"empty_share": 0.03, "repeated_3grams": 0.02, "distinct_completions": 0.97, "ref_bits_per_byte": 1.4,
-            "ref_typicality": 0.0} | (before or {})  # fmt: skip
+    text = {"empty_share": 0.03, "repeated_3grams": 0.02, "distinct_completions": 0.97, "distinct_2": 0.8,
+            "ref_bits_per_byte": 1.4, "ref_typicality": 0.0} | (before or {})  # fmt: skip
     likelihood = {"checkpoint": -3.6, "policy": after.pop("ref_logprob", -3.6)}
     return {"text": {"checkpoint": text, "policy": text | after}, "ref_logprob_per_token": likelihood}
 
@@ -426,6 +427,8 @@ def heldout(before: dict[str, float] | None = None, **after: float) -> dict[str,
     ({"empty_share": 0.6}, "60% are empty (3% of the reference's)"),
     ({"repeated_3grams": 0.7}, "70% of their 3-grams are repeats"),
     ({"distinct_completions": 0.4}, "40% are different"),
+    ({"distinct_2": 0.31}, "of their pairs of neighbouring tokens 31% are different (the reference's 80%)"),
+    ({"distinct_2": 0.33}, ""),
     ({"ref_logprob": -5.7}, "-5.7 nats a token by the reference model (its own -3.6)"),
     ({"ref_bits_per_byte": 2.5, "ref_typicality": -0.8}, "2.5 bits a byte by the reference model (its own 1.4)"),
     ({"empty_share": 0.4, "repeated_3grams": 0.4, "distinct_completions": 0.6, "ref_logprob": -5.5}, ""),

@@ -11,6 +11,7 @@ from pipeline.diagnosis.verdict import CAUSES, Finding
 Changes = dict[str, Any]  # keys of params.yaml, or of a recipe in it
 
 KL_PER_SPREAD = 0.1  # reward spread within a prompt that a nat of a completion's log-ratio costs
+KL_TARGET = 6.0  # nats of a completion, above which it costs more: as in the recipe `stable`
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,14 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
 
 def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Changes) -> Changes:
     """Smaller steps and a KL term in the units of the reward, scaled where the recipe scales it; where the recipe has a
-    term that did not hold, three times as much of it."""
-    if recipe.kl_target > 0:
-        return {"kl_target": rounded(recipe.kl_target / 3), **slower}
+    term that did not hold, three times as much of it, or a third of its target."""
     if recipe.kl == "none" or recipe.kl_coef == 0:
         spread = spreads.get("reward_std_within") if recipe.scale_rewards == "none" else None
         per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
-        return {"kl": "reward_k1", "kl_coef": rounded(per_nat), **slower}
-    return {"kl_coef": rounded(3 * recipe.kl_coef), **slower}
+        return {"kl": "reward_k1", "kl_coef": rounded(per_nat), "kl_target": KL_TARGET, **slower}
+    if recipe.kl_target > 0:
+        return {"kl_target": rounded(recipe.kl_target / 3), **slower}
+    return {"kl_coef": rounded(3 * recipe.kl_coef), "kl_target": KL_TARGET, **slower}
 
 
 def smaller_steps(recipe: Recipe, steps: int) -> Changes:

@@ -98,6 +98,7 @@ def cost_texts(shown: Sequence[Evidence]) -> list[str]:
         "empty_share": "{:.0%} are empty ({:.0%} of the reference's)",
         "repeated_3grams": "{:.0%} of their 3-grams are repeats (the reference's {:.0%})",
         "distinct_completions": "{:.0%} are different (the reference's {:.0%})",
+        "distinct_2": "of their pairs of neighbouring tokens {:.0%} are different (the reference's {:.0%})",
         "ref_logprob": "{:.1f} nats a token by the reference model (its own {:.1f})",
         "ref_bits_per_byte": "{:.1f} bits a byte by the reference model (its own {:.1f})",
     }

@@ -16,6 +16,7 @@ class Thresholds:
     empty: float = 0.5  # share of completions
     repeated: float = 0.5  # share of 3-grams
     distinct: float = 0.5  # of the reference's share of different completions
+    distinct_pairs: float = 0.4  # of the reference's share of different token pairs; of held-out completions alone
     entropy: float = 0.2  # of the reference's
     unlikely: float = 2.0  # nats a token below the reference's own texts
     # of the way from the reference's own texts to the same with their tokens shuffled

@@ -25,7 +25,6 @@ class TrainState:
     processes: list[int | str] = dataclasses.field(
         default_factory=list
     )  # how many computed it: once more after each change
-    kl_coef: float | None = None  # of a KL controller (kl_target > 0); None = the recipe's
 
     @property
     def step(self) -> int:

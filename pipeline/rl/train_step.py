@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from pipeline.config.schema import Params, SamplingParams
 from pipeline.rl.advantages import (
     BASELINES,
-    adapted_kl_coef,
+    adaptive_kl_coef,
     advantages,
     next_running_mean,
     reward_scale,
@@ -61,8 +61,11 @@ def train_step(
     ref_logprobs = ref_scores.logprobs
 
     # KL penalty in the reward: r - kl_coef * (log pi(y | x) - log pi_ref(y | x))
-    kl_coef = recipe.kl_coef if state.kl_coef is None else state.kl_coef
     policy_logprobs = rollout.sampler_logprobs if recipe.loss_distribution == "sampler" else rollout.logprobs
+    kl_coef = recipe.kl_coef
+    if recipe.kl_target > 0:
+        kl = torch.where(mask, policy_logprobs - ref_logprobs, 0.0).sum(1).mean().item()
+        kl_coef = adaptive_kl_coef(kl_coef, kl, recipe.kl_target)
     rewards_with_kl = scaled_rewards
     if recipe.kl == "reward_k1":
         rewards_with_kl = with_kl_penalty(scaled_rewards, policy_logprobs, ref_logprobs, mask, kl_coef)
@@ -121,9 +124,6 @@ def train_step(
     state.stopped = bool(updated["nonfinite"]) and sizes.on_nonfinite == "stop"
     if recipe.baseline == "running":
         state.running_mean = next_running_mean(state.running_mean, rewards_with_kl, recipe.baseline_decay)
-    if recipe.kl_target > 0:
-        kl = torch.where(mask, policy_logprobs - ref_logprobs, 0.0).sum(1).mean().item()
-        state.kl_coef = adapted_kl_coef(kl_coef, kl, recipe.kl_target, recipe.kl_coef)
     watch.lap("diagnostics")
     state.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
 

@@ -40,16 +40,13 @@ Outcomes = Mapping[tuple[int, int], Outcome]  # by (trial, steps)
 
 
 def search_space(recipe: Recipe) -> tuple[dict[str, Range], str]:
-    """The range of each key that is searched, and why the KL strength is not kl_coef, where it is not."""
+    """The range of each key that is searched, and why the KL strength is not, where it is not."""
     lr = Range(recipe.lr, *ends(recipe.lr, LR_FACTOR))
     space = {"lr": lr._replace(high=min(lr.high, HIGHEST_LR))}
     if recipe.kl == "none":
         return space, "the recipe has no KL term (kl: none): only lr is searched"
     if recipe.kl_coef == 0:
         return space, "kl_coef is 0, which no factor changes: only lr is searched"
-    if recipe.kl_target > 0:
-        kl = Range(recipe.kl_target, *ends(recipe.kl_target, KL_FACTOR))
-        return space | {"kl_target": kl}, "kl_coef adapts to kl_target: kl_target is searched in its place"
     return space | {"kl_coef": Range(recipe.kl_coef, *ends(recipe.kl_coef, KL_FACTOR))}, ""
 
 
