@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config.load import load_params
+from pipeline.data.prompts import Prompt
+from pipeline.rewards.batch import RewardBatch
 from pipeline.rewards.build import build_reward
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 19)
@@ -19,8 +21,9 @@ def main() -> None:
         "embedding", load_params().rewards["embedding"], Path("data/checkpoint/encoder"), torch.device("cpu")
     )
     texts = ["", *("<|endoftext|>" * count for count in COUNTS)]
+    batch = RewardBatch([Prompt("Hi")] * len(texts), texts, [[]] * len(texts))
     print("| tokens of end-of-text, decoded | reward |\n|---|---|")
-    for count, value in zip(("none, stripped", *COUNTS), reward(["Hi"] * len(texts), texts), strict=True):
+    for count, value in zip(("none, stripped", *COUNTS), reward(batch), strict=True):
         print(f"| {count} | {value:.2f} |")
 
 

@@ -147,6 +147,7 @@ def trl(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """`train_step` as the stage `train` calls it, with every metric of history.csv, without tracking."""
+    from pipeline.data.prompts import Prompt
     from pipeline.rewards.embedding import embedding_reward
     from pipeline.rewards.surface import length_reward
     from pipeline.rl.optimizer import make_optimizer
@@ -160,7 +161,15 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         measure = embedding_reward(TARGET, options.encoder, device, getattr(torch, options.encoder_precision))
     eos = (tokenizer.eos_token_id,)
     setting = TrainContext(
-        params, prompts, tokenizer, policy, partial(nullcontext, reference), measure, device, eos, Layout()
+        params,
+        list(map(Prompt, prompts)),
+        tokenizer,
+        policy,
+        partial(nullcontext, reference),
+        measure,
+        device,
+        eos,
+        Layout(),
     )
     run, optimizer = TrainState(), make_optimizer(policy.parameters(), params.selected_recipe)
     warm = dataclasses.replace(setting, params=our_params(options, min(options.prompts, WARM_UP)))

@@ -131,7 +131,7 @@ def test_what_a_row_says_is_transformers_own(here: Project) -> None:
     with torch.no_grad():
         policy.get_output_embeddings().weight.mul_(30.0)
     rows = measure(context, 7)
-    assert [row["prompt"] for row in rows] == list(context.heldout)
+    assert [row["prompt"] for row in rows] == [prompt.text for prompt in context.heldout]
     uniforms = torch.cat([draw_uniforms(0, place, "heldout", 1, params.train.max_tokens) for place in range(4)])
     rollout = sample_batch(list(context.heldout), context, policy, uniforms)
     for i, row in enumerate(rows):

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.rewards import isolation, watchdog
 from pipeline.rewards.custom import custom_reward
 from pipeline.runs.signals import caught_signals
+from tests.asking import asking
 from tests.project import ROOT
 
 Score = Callable[..., list[float]]
@@ -35,7 +36,7 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sco
         path = tmp_path / "custom" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
-        return custom_reward(f"custom/{file}:reward", params)
+        return asking(custom_reward(f"custom/{file}:reward", params))
 
     return make
 
@@ -97,12 +98,13 @@ import json, sys
 import pipeline.rewards.isolation
 from pipeline.runs.signals import caught_signals
 from pipeline.rewards.custom import custom_reward
+from tests.asking import asking
 
 if __name__ != "__main__":
     raise SystemExit("a child process imports the main module")
 with caught_signals():
     for how in sys.argv[1:]:
-        score = custom_reward("custom/my-games/my-reward.py:reward", {"how": how})
+        score = asking(custom_reward("custom/my-games/my-reward.py:reward", {"how": how}))
         print(json.dumps([how, score(["", ""], ["a", "abc"])]))
 """
 
@@ -172,9 +174,8 @@ def test_ctrl_c_leaves_the_processes_of_a_reward_to_training(monkeypatch: pytest
 def test_what_is_no_plain_function(custom: Callable[..., Score]) -> None:
     function = "import functools\ndef f(prompts, completions, by): return [by] * len(completions)\n"
     assert custom(function + "reward = functools.partial(f, by=2)")(["", ""], ["a", "b"]) == [2, 2]
-    code = "async def reward(prompts, completions):\n    return [1.0]\n"
-    with pytest.raises(UserError, match=r"^reward custom/mine.py:reward: it is an async function.*asyncio.run$"):
-        custom(code)([""], ["a"])
+    code = "import asyncio\nasync def reward(completions):\n    await asyncio.sleep(0)\n    return [1.0]\n"
+    assert custom(code)([""], ["a"]) == [1.0]
 
 
 def test_a_file_that_python_would_not_import_is_refused(custom: Callable[..., Score], tmp_path: Path) -> None:
@@ -321,8 +322,10 @@ def test_a_reward_may_close_the_output(tmp_path: Path, how: str) -> None:
     (tmp_path / "custom").mkdir()
     (tmp_path / "custom/mine.py").write_text(does("print('said')", how))
     run = (
-        "import sys; from pipeline.rewards.custom import custom_reward\nprint('before')\n"
-        "custom_reward('custom/mine.py:reward', {})([''], ['a'])\nprint('after'); print('after', file=sys.stderr)\n"
+        "import sys; from pipeline.rewards.custom import custom_reward; from tests.asking import asking\n"
+        "print('before')\n"
+        "asking(custom_reward('custom/mine.py:reward', {}))([''], ['a'])\n"
+        "print('after'); print('after', file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", run], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,

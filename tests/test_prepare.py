@@ -256,15 +256,21 @@ def refused() -> str:
         (b'{"lang": "en"}', "train.jsonl line 2: column 'text' is missing (there are: lang)"),
         (b'{"text": "Hi", "language": "en"}', "train.jsonl line 2: column 'lang' is missing"),
         (b"{}", "train.jsonl line 2: column 'text' is missing (there are: none)"),
-        (b'{"text": 7, "lang": "en"}', "train.jsonl line 2: text should be a string, not the number 7"),
-        (b'{"text": null, "lang": "en"}', "train.jsonl line 2: text should be a string, not null"),
+        (
+            b'{"text": 7, "lang": "en"}',
+            "train.jsonl line 2: text should be a string or a list of messages, not the number 7",
+        ),
+        (
+            b'{"text": null, "lang": "en"}',
+            "train.jsonl line 2: text should be a string or a list of messages, not null",
+        ),
         (b'{"text": "Hi", "lang": ["en"]}', "train.jsonl line 2: lang should be a string, not a list"),
         (b'{"text": "Hi", "lang": "en", "message_id": 5}', "train.jsonl line 2: message_id should be a string"),
         (b'{"text": "Hi \\ud83d", "lang": "en"}', "train.jsonl line 2: text holds half of a surrogate pair"),
         (b'{"text": "Hi \xff", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
         (b'{"text": "Hi \xed\xa0\xbd", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
         (b'{"text": "Hi", "text": "Ho", "lang": "en"}', "train.jsonl line 2: malformed JSON: 'text' stands twice"),
-        (b'{"text": NaN, "lang": "en"}', "train.jsonl line 2: text should be a string, not the number nan"),
+        (b'{"text": NaN, "lang": "en"}', "train.jsonl line 2: text should be a string, a number, a list or an object"),
         (b'{"text": "Hi\0", "lang": "en"}', "train.jsonl line 2: malformed JSON at column 13"),
         (b'{"text": "Hi", "lang": "en"}{}', "train.jsonl line 2: malformed JSON at column 29"),
         (b'{"text": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001, "train.jsonl line 2: malformed JSON"),
@@ -272,7 +278,7 @@ def refused() -> str:
         (b'{"\\u001b[31m\\u202e": 1}', "train.jsonl line 2: column 'text' is missing (there are: \\x1b[31m\\u202e)"),
         (
             b'{"text": ' + b"9" * 4000 + b', "lang": "en"}',
-            "train.jsonl line 2: text should be a string, not the number 99",
+            "train.jsonl line 2: text should be a string or a list of messages, not the number 99",
         ),
         ('{"text": "Hi", "lang": "en"}'.encode("utf-16"), "train.jsonl line 2: not UTF-8 at byte 1"),
     ],
@@ -419,14 +425,14 @@ def cut_gzip(folder: Path) -> None:
         (lambda folder: shutil.copy(folder / "train.jsonl", folder / "validation.jsonl"),
          "set/validation.jsonl: none of its 1 rows is left as a prompt (dropped: leaked 1)"),
         (parquet(lang=["en"]), "train.parquet: column 'text' is missing (there are: lang)"),
-        (parquet(text=["Hi", None], lang=["en", "en"]), "train.parquet row 2: text should be a string"),
-        (parquet(text=[1], lang=["en"]), "train.parquet row 1: text should be a string, not the number 1"),
-        (parquet(text=[b"Hi"], lang=["en"]), "train.parquet row 1: text should be a string, not bytes"),
+        (parquet(text=["Hi", None], lang=["en", "en"]), "train.parquet row 2: text should be a string or a list"),
+        (parquet(text=[1], lang=["en"]), "train.parquet row 1: text should be a string or a list"),
+        (parquet(text=[b"Hi"], lang=["en"]), "train.parquet row 1: text should be a string, a number, a list"),
         (parquet(text=[], lang=[]), "train.parquet: none of its 0 rows is left as a prompt"),
-        (parquet(text=NO_UTF8, lang=["en"]), "train.parquet row 1: text should be a string: 'utf-8' codec"),
-        (parquet(text=YEAR_1000000, lang=["en"]), "train.parquet row 1: text should be a string: date value"),
-        (parquet(text=ENDLESS_TIME, lang=["en"]), "train.parquet row 1: text should be a string: Python int"),
-        (parquet(text=TWO_FIELDS_OF_A_NAME, lang=["en"]), "train.parquet row 1: text should be a string: "),
+        (parquet(text=NO_UTF8, lang=["en"]), "train.parquet row 1: text cannot be read: 'utf-8' codec"),
+        (parquet(text=YEAR_1000000, lang=["en"]), "train.parquet row 1: text cannot be read: date value"),
+        (parquet(text=ENDLESS_TIME, lang=["en"]), "train.parquet row 1: text cannot be read: Python int"),
+        (parquet(text=TWO_FIELDS_OF_A_NAME, lang=["en"]), "train.parquet row 1: text cannot be read: "),
         (column_twice, "train.parquet: there are 2 columns 'text'; keep one"),
     ],
 )  # fmt: skip
@@ -546,6 +552,78 @@ def test_mistakes_with_a_hub_dataset_are_one_line(project: Project, hub: Hub, tm
         project.edit(prompt_sets__oasst1__repo=repo, prompt_sets__oasst1__revision=revision)
         assert message in project.refuse("prepare")
         assert not outputs(project.root)
+
+
+CONFIGURATIONS = """---
+configs:
+- config_name: main
+  data_files:
+  - {split: train, path: main/train-*}
+  - {split: test, path: main/test-*}
+- config_name: socratic
+  data_files:
+  - {split: train, path: socratic/train-*}
+---
+"""
+
+
+def layouts(folder: Path) -> dict[str, tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """By repository: its files in its own layout, the keys of a prompt set, and the first row that should come of
+    it."""
+    question, answer = "Natalia sold 48 clips. How many are 2?", "She sold 48/2.\n#### 24"
+    review = {"text": "A fine film.", "label": 1}
+    said = [{"role": "user", "content": "Sing"}, {"role": "assistant", "content": "La"}]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "gsm8k/main/train": [{"question": question, "answer": answer}],
+        "gsm8k/main/test": [{"question": "2 + 2?", "answer": "#### 4"}],
+        "gsm8k/socratic/train": [{"question": "Why?", "answer": "#### 0"}],
+        "imdb/plain_text/train": [review], "imdb/plain_text/test": [{"text": "No.", "label": 0}],
+        "imdb/plain_text/unsupervised": [{"text": "Unsure.", "label": -1}],
+        "preferences/data/train_prefs": [{"chosen": said, "rejected": said, "score_chosen": 8.5}],
+        "preferences/data/test_prefs": [
+            {"chosen": [{"role": "user", "content": "Hum"}], "rejected": said, "score_chosen": 1.0}
+        ],
+    }  # fmt: skip
+    for name, content in rows.items():
+        path = folder / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    (folder / "gsm8k/README.md").write_text(CONFIGURATIONS)
+    template = "Question: {question}\nAnswer:"
+    return {
+        "openai/gsm8k": (
+            folder / "gsm8k",
+            {"config": "main", "heldout_split": "test", "prompt_template": template, "columns": ["answer"]},
+            {"prompt": f"Question: {question}\nAnswer:", "message_id": None, "columns": {"answer": answer}},
+        ),
+        "stanfordnlp/imdb": (
+            folder / "imdb", {"heldout_split": "test", "columns": ["label"]},
+            {"prompt": "A fine film.", "message_id": None, "columns": {"label": 1}},
+        ),
+        "some/preferences": (
+            folder / "preferences",
+            {"train_split": "train_prefs", "heldout_split": "test_prefs", "prompt_column": "chosen"},
+            {"prompt": "Sing", "messages": said[:1], "message_id": None},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sets_in_their_own_layouts_through_the_hub(project: Project, hub: Hub, tmp_path: Path) -> None:
+    project.use(hub)
+    for repo, (folder, keys, first) in layouts(tmp_path / "sets").items():
+        hub.add("datasets", repo, PINNED, folder)
+        project.edit(prompts="theirs", prompt_sets__theirs={"repo": repo, "revision": PINNED, **keys})
+        done = project.run("prepare")
+        assert done.returncode == 0, done.stderr
+        lines = (project.root / "data/prompts/train.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == [first]
+    project.edit(prompt_sets__theirs={"repo": "openai/gsm8k", "revision": PINNED, "prompt_column": "question"})
+    assert "Config name is missing" in (said := project.refuse("prepare"))
+    assert "main" in said
+    project.edit(prompt_sets__theirs__config="secondary")
+    assert "secondary" in (said := project.refuse("prepare"))
+    assert "socratic" in said
 
 
 @pytest.mark.slow

@@ -182,8 +182,8 @@ RUNS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "a rising reward alone": ({"reward_mean": since(2, -3.0)}, []),
     "one batch that strays": ({"empty_share": since(5, 0.9, 6)}, []),
     "two batches that stray": ({"empty_share": since(5, 0.9, 7)}, [("empty", 5)]),
-    "a truncated sampler": ({"logprob_gap": since(0, 1.4), "truncation_gap": since(0, 1.4)}, []),
-    "as large a gap without truncation": ({"logprob_gap": since(0, 1.4)}, [("misaligned", 0)]),
+    "a truncated sampler": ({"logprob_gap": since(0, 6.4), "truncation_gap": since(0, 6.4)}, []),
+    "as large a gap without truncation": ({"logprob_gap": since(0, 6.4)}, [("misaligned", 0)]),
     "a gap that appears later": ({"logprob_gap": since(3, 20.0)}, []),
     "a collapse at once, with signal before": (
         {"zero_spread_share": since(1, 1.0), "empty_share": since(1, 1.0)}, [("empty", 1)]),

@@ -1,8 +1,11 @@
 """The tables of params.yaml: each key with its type and bounds."""
 
 from dataclasses import dataclass, field
+from keyword import iskeyword
+from string import Formatter
 from typing import Annotated, Any, Literal, get_args
 
+import regex
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 # arguments of apply_chat_template that are no options of a template, and what templates are given besides
@@ -11,6 +14,8 @@ NO_OPTIONS = (
     "padding", "raise_exception", "return_assistant_tokens_mask", "return_dict", "return_tensors",
     "sanitize_control_tokens", "strftime_now", "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
+# what a reward is given besides the columns of the prompts
+GIVEN_TO_REWARDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 LIKELIHOOD = "ref_logprob_per_token"  # stands beside the rewards in what `evaluate` writes: no reward has this name
 NO_REWARD = ("reference", "none")  # values of evaluate.independent that name no reward
 MOST_TOKENS = 10**9  # of a step: their random numbers alone take 8 GB
@@ -29,8 +34,10 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+Split = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]  # no dots: DVC and -S cannot address them
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+Pattern = Annotated[str, Field(min_length=1, max_length=1000)]
 RepoId = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$", max_length=200)]
 Revision = Annotated[str, Field(pattern=r"^\w[\w-]*([./][\w-]+)*$", max_length=200)]  # as in git, no ..
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -81,11 +88,20 @@ class Model(Table):
 
 
 class PromptSet(Table):
-    """Messages in OASST1's schema and the filter that selects prompts from them, off where a key is left out."""
+    """Rows of a dataset, what makes a prompt of each, what of a row rewards read, and the filter that selects prompts,
+    off where a key is left out. The defaults are OASST1's schema."""
 
     repo: RepoId | None = Field(None, description=REPO)
     revision: Revision | None = Field(None, description=REVISION)
-    source: Text | None = None
+    config: Text | None = Field(None, description="a configuration of the repository, such as main")
+    source: Text | None = Field(None, description="a directory or a file")
+    train_split: Split = Field("train", description="the name of a split")
+    heldout_split: Split | None = Field(None, description="the name of a split; validation if left out")
+    heldout_share: float | None = Field(None, gt=0, lt=1, description="of the prompts of train_split")
+    heldout_seed: int = Field(0, ge=0, lt=2**63, description="which of the prompts heldout_share takes")
+    prompt_column: Text | None = Field(None, description="of texts or lists of messages; text if left out")
+    prompt_template: Text | None = Field(None, description='a text with columns in braces: "Question: {question}"')
+    columns: tuple[Text, ...] = Field((), description="columns that rewards read", strict=False)
     language: Text | None = Field(None, description="a language code such as en")
     min_characters: Count = 1
     max_characters: Count | None = None
@@ -97,7 +113,43 @@ class PromptSet(Table):
         _exactly_one(self, "repo", "source")
         if self.max_characters is not None and self.min_characters > self.max_characters:
             raise ValueError(f"min_characters {self.min_characters} exceeds max_characters {self.max_characters}")
+        if self.config is not None and self.repo is None:
+            raise ValueError("config needs repo: a directory or a file has no configurations")
+        if self.heldout_split is not None and self.heldout_share is not None:
+            raise ValueError("needs at most one of heldout_split, heldout_share")
         return self
+
+    @model_validator(mode="after")
+    def readable_columns(self) -> "PromptSet":
+        if self.prompt_template is not None and self.prompt_column is not None:
+            raise ValueError("needs at most one of prompt_column, prompt_template")
+        if self.prompt_template is not None:
+            _template_fields(self.prompt_template)
+        for name in self.columns:
+            if name in GIVEN_TO_REWARDS or not name.isidentifier() or iskeyword(name):
+                raise ValueError(f"columns: {name!r} cannot be an argument of a reward; rename the column")
+            if self.columns.count(name) > 1:
+                raise ValueError(f"columns: {name!r} stands twice")
+        return self
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """The columns that a prompt is made of."""
+        return (self.prompt_column or "text",) if not self.prompt_template else _template_fields(self.prompt_template)
+
+
+def _template_fields(template: str) -> tuple[str, ...]:
+    """The columns in a template's braces, each once. Raises ValueError unless there is one, and each is a name."""
+    try:
+        fields = [field for field in Formatter().parse(template) if field[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"prompt_template: {error}; a brace that is text is written twice") from None
+    if not fields:
+        raise ValueError("prompt_template has no column in braces, so that all prompts would be the same")
+    for _, name, form, conversion in fields:
+        if not name or form or conversion or set(name) & set(".[]"):
+            raise ValueError(f"prompt_template: {name!r} in braces should be the name of a column, as in {{question}}")
+    return tuple(dict.fromkeys(str(name) for _, name, _, _ in fields))
 
 
 class Encoder(Table):
@@ -138,13 +190,56 @@ class WordsReward(Table):
         return self
 
 
+class MatchReward(Table):
+    """1 where the answer in a completion is that of the prompt's row, else 0."""
+
+    kind: Literal["match"]
+    column: Text = Field(description="the column that holds the answer")
+    compare: Literal["text", "number", "choice"] = "text"
+    pattern: Pattern | None = Field(None, description="a regular expression; its group is the answer in a completion")
+    column_pattern: Pattern | None = Field(None, description="the same for the text of the column")
+    ignore_case: bool = True
+    choices: str = Field("ABCD", pattern=r"^[A-Za-z0-9]{2,36}$", description="the letters of compare: choice")
+
+    @model_validator(mode="after")
+    def usable(self) -> "MatchReward":
+        for name in ("pattern", "column_pattern"):
+            if (pattern := getattr(self, name)) is not None:
+                _compiled(name, pattern, groups=1)
+        return self
+
+
+class FormatReward(Table):
+    """1 where the whole completion has a form, else 0."""
+
+    kind: Literal["format"]
+    pattern: Pattern = Field(description="a regular expression for the whole completion")
+
+    @model_validator(mode="after")
+    def usable(self) -> "FormatReward":
+        _compiled("pattern", self.pattern)
+        return self
+
+
+def _compiled(name: str, pattern: str, groups: int | None = None) -> None:
+    """Raises ValueError unless a regular expression is valid and has `groups` groups, where that is a number."""
+    try:
+        found = regex.compile(pattern).groups
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{name}: not a regular expression: {error}") from None
+    if groups is not None and found != groups:
+        raise ValueError(
+            f"{name} has {found} groups; should have {groups}, in parentheses: the answer ((?:...) is none)"
+        )
+
+
 class CustomReward(Table):
     kind: Literal["custom"]
     function: str = Field(pattern=r"^custom/[\w/-]+\.py:[A-Za-z_]\w*$", description="custom/file.py:function")
     params: dict[Key, JsonValue] = {}
 
 
-PlainReward = EmbeddingReward | LengthReward | WordsReward | CustomReward
+PlainReward = EmbeddingReward | LengthReward | WordsReward | MatchReward | FormatReward | CustomReward
 
 
 class Term(Table):

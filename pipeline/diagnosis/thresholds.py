@@ -10,7 +10,7 @@ class Thresholds:
     """Effect sizes: what chance does not explain must also be bad. docs/DETECTOR.md has what each was chosen from."""
 
     patience: int = 2  # steps in a row before a sign counts: one batch may stray
-    misaligned: float = 1.0  # nats; half precision rounds by up to 0.3, the shifted objective is off by 10 and more
+    misaligned: float = 6.0  # nats; half precision rounds by up to 3.6, the shifted objective is off by 10 and more
     no_signal: float = 0.95  # share of prompts without any spread of reward, mean over all steps so far
     no_signal_steps: int = 10  # before this is said: a rare reward may still be found
     empty: float = 0.5  # share of completions

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.errors import UserError
 from pipeline.models.sampling import Rollout
 from pipeline.models.stop_strings import before_stop
-from pipeline.models.tokenization import shown
+from pipeline.models.tokenization import PromptContent, shown
 
 
 class Completion(NamedTuple):
@@ -47,7 +47,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def check_context(
-    room: int | None, prompts: list[str], prompt_tokens: list[int], limits: list[int], table: str
+    room: int | None, prompts: Sequence[PromptContent], prompt_tokens: list[int], limits: list[int], table: str
 ) -> None:
     """Raises UserError where a prompt and its completion need more positions than the model has (`room`), naming the
     first such prompt and the key at fault. table: the key of the table that the prompts are of."""

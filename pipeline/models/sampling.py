@@ -49,6 +49,11 @@ class Rollout:
         """The completions at these indices [n]."""
         return Rollout(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
+    def token_lists(self) -> list[list[int]]:
+        """The tokens of each completion, up to and including what ends it."""
+        rows = zip(self.completions.tolist(), self.lengths.tolist(), strict=True)
+        return [tokens[:length] for tokens, length in rows]
+
     def ended(self, eos: Sequence[int]) -> Tensor:
         """[N] True = the completion ended with one of the end-of-text ids `eos`."""
         last = self.completions.gather(1, self.lengths[:, None] - 1).squeeze(1)

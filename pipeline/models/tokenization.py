@@ -1,6 +1,7 @@
 """Texts as tokens: prompts, plain or in a chat template, and that a text always has the same ones."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,29 +10,38 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.schema import ChatParams
 from pipeline.errors import UserError, did_you_mean
 
+PromptContent = str | Sequence[Mapping[str, str]]  # a text, or the messages of a conversation
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: ChatParams | None) -> list[int]:
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, chat: ChatParams | None) -> list[int]:
     """Token ids of a prompt as the model is to read it: in the tokenizer's chat template, or as a text that is to be
     continued, where `chat` is None or the tokenizer has no template.
 
-    Raises ChatTemplateError and UserError, see `encode_chat` and `encode_text`.
+    Raises ChatTemplateError, also for a conversation without a template, and UserError, see `encode_chat` and
+    `encode_text`.
     """
-    if chat is None or not tokenizer.chat_template:
+    if chat is not None and tokenizer.chat_template:
+        return encode_chat(tokenizer, prompt, chat)
+    if isinstance(prompt, str):
         return encode_text(tokenizer, prompt)
-    return encode_chat(tokenizer, prompt, chat)
+    way_out = "a tokenizer with a chat template" if chat else "chat_template: auto, and a tokenizer with a template"
+    raise ChatTemplateError(f"prompt {shown(prompt)} is a conversation, which needs {way_out}")
 
 
 class ChatTemplateError(UserError):
     """A chat template cannot be applied: the fault of the model's table, or of the prompt."""
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: ChatParams) -> list[int]:
-    """Token ids of a prompt in the chat template, up to where the answer begins. The template itself writes BOS.
+def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, chat: ChatParams) -> list[int]:
+    """Token ids of a prompt in the chat template, up to where the answer begins. The template itself writes BOS. The
+    model's system message stands before a conversation that has none of its own.
 
     Raises ChatTemplateError where the template refuses it.
     """
-    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
-    messages = [*system, {"role": "user", "content": prompt}]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(dict, prompt))
+    own_system = asked[0]["role"] == "system"
+    system = [] if chat.system is None or own_system else [{"role": "system", "content": chat.system}]
+    messages = [*system, *asked]
     try:
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **chat.options)
     except Exception as error:  # a template is a program, and may raise anything
@@ -41,7 +51,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: ChatParam
     return list(encoded["input_ids"])
 
 
-def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: str, key: str) -> None:
+def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: PromptContent, key: str) -> None:
     """Raises UserError, naming the model by its key, where the chat template has no use for what it is given, or gives
     the same prompt other tokens on another day. prompt: any of the run's."""
     template = tokenizer.chat_template
@@ -57,7 +67,12 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: str
                 unknown = f"{key}.chat_template_options.{name}: the chat template has no such option"
                 raise UserError(f"{unknown}{did_you_mean(name, sorted(names))}")
         ids = encode_chat(tokenizer, prompt, chat)
-        if chat.system is not None and ids == encode_chat(tokenizer, prompt, replace(chat, system=None)):
+        own_system = not isinstance(prompt, str) and prompt[0]["role"] == "system"
+        if (
+            chat.system is not None
+            and not own_system
+            and ids == encode_chat(tokenizer, prompt, replace(chat, system=None))
+        ):
             raise UserError(f"{key}.system has no effect: the chat template leaves the system message out")
     except (ChatTemplateError, ValueError) as error:  # ValueError: it has several templates, none of them the default
         raise UserError(f"{key}: {error}") from None
@@ -102,7 +117,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids[: before + len(text)]
 
 
-def check_vocabulary(prompt: str, ids: list[int], size: int) -> None:
+def check_vocabulary(prompt: PromptContent, ids: list[int], size: int) -> None:
     """Raises UserError where a prompt has ids that a model with a vocabulary of this size lacks, as a picture's."""
     if max(ids) >= size:
         raise UserError(
@@ -128,6 +143,8 @@ def check_certain(tokenizer: PreTrainedTokenizerBase, prompts: list[str], key: s
             )
 
 
-def shown(prompt: str) -> str:
+def shown(prompt: PromptContent) -> str:
+    if not isinstance(prompt, str):
+        prompt = " / ".join(message["content"] for message in prompt)
     text = ascii(prompt) if not prompt.strip() else repr(prompt)
     return text if len(text) <= 60 else f"{text[:57]}..."

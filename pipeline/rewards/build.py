@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,57 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.schema import CustomReward, EmbeddingReward, LengthReward, SumReward, WordsReward
+from pipeline.config.schema import (
+    CustomReward,
+    EmbeddingReward,
+    FormatReward,
+    LengthReward,
+    MatchReward,
+    SumReward,
+    Term,
+    WordsReward,
+)
+from pipeline.data.prompts import Prompt
 from pipeline.errors import UserError
 from pipeline.file_io import total
+from pipeline.rewards.batch import Reward, RewardBatch, TermReward
 from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward
+from pipeline.rewards.verifiable import format_reward, match_reward, row_answers
 
 # Adam and the gradient norm square float32 gradients, and float32 ends at 3e38. A gradient is a reward times the
 # gradient of a log-probability: this leaves seven digits for the latter.
 LARGEST = 1e12
 NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but not a list of rewards in the order of the completions
-Reward = Callable[[list[str], list[str]], list[float]]  # (prompts [N], completions [N]) -> rewards [N]
 
 
 def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> Reward:
     """Build the reward that a table of params.yaml describes. `name` is used in messages.
 
-    Raises UserError for a custom reward that is missing or cannot be imported. The reward itself raises UserError
-    unless it returns one finite number per completion, of at most LARGEST in size.
+    R(y) = sum_k weight_k R_k(y) over the terms that say something of y, 0 where none does; of a plain reward the only
+    term has weight 1. Raises UserError for a custom reward that is missing or cannot be imported. The reward itself
+    raises UserError unless each term returns one finite number or None a completion, and their sum is at most LARGEST.
     """
-    if isinstance(table, SumReward):
-        return _checked(name, _weighted_sum(name, table, encoder, device), LARGEST)
-    return _checked(name, _plain(table, encoder, device), LARGEST)
+    terms = table.terms if isinstance(table, SumReward) else [Term(weight=1.0, reward=table)]
+    # what a sum scales down may be larger
+    largest = math.inf if isinstance(table, SumReward) else LARGEST
+    built = [(term.weight, _checked(name, _plain(name, term.reward, encoder, device), largest)) for term in terms]
+
+    def reward(batch: RewardBatch) -> list[float]:
+        scored = [(weight, term(batch)) for weight, term in built]
+        sums = [
+            total(weight * values[i] for weight, values in scored if not math.isnan(values[i]))
+            for i in range(len(batch.completions))
+        ]
+        for value, completion in zip(sums, batch.completions, strict=True):
+            _check_size(name, value, value, completion, LARGEST)
+        return sums
+
+    return reward
 
 
-def _plain(table: Any, encoder: Path, device: torch.device) -> Reward:
+def _plain(name: str, table: Any, encoder: Path, device: torch.device) -> TermReward:
     match table:
         case EmbeddingReward():
             return embedding_reward(table.target, encoder, device, getattr(torch, table.precision))
@@ -43,20 +68,23 @@ def _plain(table: Any, encoder: Path, device: torch.device) -> Reward:
             return length_reward(table.target)
         case WordsReward():
             return words_reward(table.words)
+        case MatchReward():
+            return match_reward(name, table)
+        case FormatReward():
+            return format_reward(name, table)
         case CustomReward():
             return custom_reward(table.function, table.params)
     raise TypeError(f"no reward is made from {type(table).__name__}")
 
 
-def _weighted_sum(name: str, table: SumReward, encoder: Path, device: torch.device) -> Reward:
-    """R(y) = sum_k weight_k R_k(y)."""
-    terms = [(term.weight, _checked(name, _plain(term.reward, encoder, device))) for term in table.terms]
-
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        scored = [(weight, function(prompts, completions)) for weight, function in terms]
-        return [total(weight * values[i] for weight, values in scored) for i in range(len(completions))]
-
-    return reward
+def check_rows(name: str, table: Any, prompts: Iterable[Prompt]) -> None:
+    """Raises UserError for the first prompt whose row holds no answer that the reward could compare with."""
+    if isinstance(table, SumReward):
+        for term in table.terms:
+            check_rows(name, term.reward, prompts)
+    elif isinstance(table, MatchReward):
+        for prompt in prompts:
+            row_answers(name, table, prompt)
 
 
 def _number(value: Any) -> float:
@@ -76,9 +104,11 @@ def _shown(value: Any) -> str:
         return f"an unprintable {type(value).__name__}"
 
 
-def _checked(name: str, reward: Reward, largest: float = math.inf) -> Reward:
-    def checked(prompts: list[str], completions: list[str]) -> list[float]:
-        values = reward(list(prompts), list(completions))  # copies: a custom reward may edit its arguments
+def _checked(name: str, reward: Callable[[RewardBatch], Any], largest: float) -> TermReward:
+    """The same with its values checked, None as NaN."""
+
+    def checked(batch: RewardBatch) -> list[float]:
+        values = reward(batch)
         kind = type(values).__name__
         if isinstance(values, NO_LISTS):
             raise UserError(f"reward {name} returned {kind}, not a list of numbers")
@@ -86,16 +116,22 @@ def _checked(name: str, reward: Reward, largest: float = math.inf) -> Reward:
             values = list(values)
         except Exception as error:  # iterating over a user's class may raise anything
             raise UserError(f"reward {name} returned {kind}, not a list of numbers: {error}") from error
-        if len(values) != len(completions):
-            raise UserError(f"reward {name} returned {len(values)} values for {len(completions)} completions")
-        numbers = [_number(value) for value in values]
-        for number, value, completion in zip(numbers, values, completions, strict=True):
-            if math.isfinite(number) and abs(number) <= largest:
-                continue
-            wrong = f": the largest size that works is {largest:g}; scale it down"
-            if not math.isfinite(number):
-                wrong = ", not a finite number"
-            raise UserError(f"reward {name} returned {_shown(value)} for {completion[:60]!r}{wrong}")
+        if len(values) != len(batch.completions):
+            raise UserError(f"reward {name} returned {len(values)} values for {len(batch.completions)} completions")
+        numbers = [math.nan if value is None else _number(value) for value in values]
+        for number, value, completion in zip(numbers, values, batch.completions, strict=True):
+            if value is not None:
+                _check_size(name, number, value, completion, largest)
         return numbers
 
     return checked
+
+
+def _check_size(name: str, number: float, value: Any, completion: str, largest: float) -> None:
+    if not math.isfinite(number):
+        raise UserError(f"reward {name} returned {_shown(value)} for {completion[:60]!r}, not a finite number")
+    if abs(number) > largest:
+        raise UserError(
+            f"reward {name} returned {_shown(value)} for {completion[:60]!r}: the largest size that works is "
+            f"{largest:g}; scale it down"
+        )

@@ -1,6 +1,8 @@
-"""Custom rewards: `reward(prompts, completions, **params) -> list[float]` in custom/, trl's convention."""
+"""Custom rewards: `reward(prompts, completions, answer, **kwargs) -> list[float]` in custom/, trl's convention."""
 
 import ast
+import asyncio
+import copy
 import importlib
 import inspect
 import itertools
@@ -10,18 +12,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, GeneratorType, ModuleType
+from types import FrameType, GeneratorType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.file_io import why_unwatched
+from pipeline.rewards.batch import RewardBatch
 from pipeline.rewards.watchdog import watchdog
 
 if TYPE_CHECKING:
     from pipeline.rewards.isolation import OwnSettings
 
 FOLDER = "custom"
-ASYNC = "it is an async function, which is not awaited; call it from a plain function, by asyncio.run"
 
 
 class Loaded(NamedTuple):
@@ -37,9 +39,14 @@ _loaded: dict[str, Loaded] = {}  # by the module's name
 _dropped: list[ModuleType] = []  # never freed: a torch mode that one of them holds open would end during training
 
 
-def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str], list[str]], list[float]]:
+def custom_reward(function: str, params: dict[str, Any]) -> Callable[[RewardBatch], Any]:
     """Import `custom/file.py:name` as a reward. Raises UserError if it is missing or its import fails; the reward
     raises UserError if the function raises.
+
+    The function is given, by name and as far as it takes them: `prompts` and `completions`, texts, or for a
+    conversation lists of messages; `completion_ids`, the tokens; each column of the prompts' rows; `params`; and what
+    trl gives besides, `trainer_state`, of which there is `global_step` here, and `log_extra` and `log_metric`, which do
+    nothing. It may be async. A None is no statement on that completion.
 
     The module is named `custom.file`, so child processes can import it. It has its own process settings (see
     `isolation`). The global generators of random, numpy and torch are seeded before each call from its prompts,
@@ -56,25 +63,63 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[list[str],
     if not callable(target):
         raise UserError(f"reward {function}: {file} defines no function {name!r}")
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+    takes = _taken(target)
+
+    def reward(batch: RewardBatch) -> Any:
+        columns = _columns(batch)
+        # copies: the function may edit what it is given
+        given = {"prompts": [copy.deepcopy(prompt.content) for prompt in batch.prompts]}
+        given["completions"] = [
+            text if prompt.messages is None else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(batch.prompts, batch.completions, strict=True)
+        ]
+        seed = json.dumps([function, params, given["prompts"], batch.completions, *([columns] if columns else [])])
+        offered = {
+            **given, "completion_ids": [list(ids) for ids in batch.completion_ids], **copy.deepcopy(columns),
+            "trainer_state": SimpleNamespace(global_step=batch.step), "log_extra": _ignore, "log_metric": _ignore,
+        }  # fmt: skip
+        arguments = {name: value for name, value in offered.items() if takes is None or name in takes} | params
+
         def call() -> Any:
-            values = target(prompts=prompts, completions=completions, **params)
+            values = target(**arguments)
+            if inspect.isawaitable(values):
+                values = asyncio.run(_awaited(values))
             if not isinstance(values, Iterator):
                 return values
             # a generator runs only now, and may be endless
-            rewards = list(itertools.islice(values, len(completions) + 1))
+            rewards = list(itertools.islice(values, len(batch.completions) + 1))
             if isinstance(values, GeneratorType):
                 values.close()  # else a `with` inside it would end, and change settings, when it is collected
             return rewards
 
-        seed = json.dumps([function, params, prompts, completions])
-        values = _run(function, " raised", loaded.settings, seed, loaded.root, call)
-        if inspect.iscoroutine(values):
-            values.close()
-            raise UserError(f"reward {function}: {ASYNC}")
-        return values
+        return _run(function, " raised", loaded.settings, seed, loaded.root, call)
 
     return reward
+
+
+def _columns(batch: RewardBatch) -> dict[str, list[Any]]:
+    """The columns of the prompts' rows, each as a list with a value a completion."""
+    names = batch.prompts[0].columns if batch.prompts else ()
+    return {name: [prompt.columns[name] for prompt in batch.prompts] for name in names}
+
+
+def _taken(target: Callable[..., Any]) -> frozenset[str] | None:
+    """The names of the arguments that a function takes; None where it takes any, or cannot be asked."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
+
+
+def _ignore(*arguments: Any, **named: Any) -> None:
+    pass
+
+
+async def _awaited(values: Any) -> Any:
+    return await values
 
 
 def _load(function: str, path: Path) -> Loaded:
@@ -121,8 +166,27 @@ def _missing(function: str, file: str) -> UserError:
     return UserError(f"reward {function}: there is no file {file}{hint}")
 
 
+class Arguments(NamedTuple):
+    """What a function takes, as its text says."""
+
+    names: tuple[str, ...]
+    required: tuple[str, ...]  # without a default
+    any_name: bool  # it has **kwargs
+
+
 def check_custom(function: str, params: dict[str, Any]) -> None:
     """Check a custom reward without running it. Raises UserError for a missing file, function or parameter."""
+    found = arguments_of(function)
+    if found is None or found.any_name:
+        return
+    for given in params:
+        if given not in found.names:
+            raise UserError(f"reward {function}: it takes no parameter {given!r}{did_you_mean(given, found.names)}")
+
+
+def arguments_of(function: str) -> Arguments | None:
+    """The arguments of `custom/file.py:name`, which is not run; None where the text does not tell, since it is
+    decorated or imported. Raises UserError for a missing file or function."""
     file, _, name = function.partition(":")
     try:
         tree = ast.parse(Path(file).read_bytes(), file)
@@ -130,18 +194,16 @@ def check_custom(function: str, params: dict[str, Any]) -> None:
         raise _missing(function, file) from None
     except (SyntaxError, ValueError) as error:
         raise UserError(f"reward {function}: {_describe(error, Path.cwd())}") from None
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     found = functions.get(name)
-    if any(isinstance(node, ast.AsyncFunctionDef) and node.name == name for node in tree.body):
-        raise UserError(f"reward {function}: {ASYNC}")
-    if found is None:
-        if not {name, "*"} & set(_bound(tree)):
-            raise UserError(f"reward {function}: {file} defines no function {name!r}{did_you_mean(name, functions)}")
-    elif found.args.kwarg is None and not found.decorator_list:
-        names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
-        for given in params:
-            if given not in names:
-                raise UserError(f"reward {function}: it takes no parameter {given!r}{did_you_mean(given, names)}")
+    if found is None and not {name, "*"} & set(_bound(tree)):
+        raise UserError(f"reward {function}: {file} defines no function {name!r}{did_you_mean(name, functions)}")
+    if found is None or found.decorator_list:
+        return None
+    places = [argument.arg for argument in (*found.args.posonlyargs, *found.args.args)]
+    named = dict(zip((argument.arg for argument in found.args.kwonlyargs), found.args.kw_defaults, strict=True))
+    required = [*places[: len(places) - len(found.args.defaults)], *(one for one in named if named[one] is None)]
+    return Arguments((*places, *named), tuple(required), found.args.kwarg is not None)
 
 
 def _bound(tree: ast.Module) -> Iterator[str]:

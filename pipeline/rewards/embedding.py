@@ -1,17 +1,17 @@
 """The embedding reward: minus the L2 distance between the sentence embeddings of a completion and a target."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from pipeline.errors import UserError
 from pipeline.models.tokenization import end_dropout
+from pipeline.rewards.batch import RewardBatch, TermReward
 
 
 def embedding_reward(
     target: str, encoder: Path, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Callable[[list[str], list[str]], list[float]]:
+) -> TermReward:
     """R(y) = -||e(y) - e(target)||_2, with e(y) the encoder's last hidden state, averaged over tokens, not normalised.
 
     The notebook's reward. An empty completion is embedded like any text, by its special tokens.
@@ -42,10 +42,10 @@ def embedding_reward(
 
     goal = embed([target])
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        distinct = list(dict.fromkeys(completions))
+    def reward(batch: RewardBatch) -> list[float]:
+        distinct = list(dict.fromkeys(batch.completions))
         distances = torch.linalg.vector_norm(embed(distinct) - goal, dim=1)
         scores = dict(zip(distinct, (-distances).tolist(), strict=True))
-        return [scores[completion] for completion in completions]
+        return [scores[completion] for completion in batch.completions]
 
     return reward

@@ -1,5 +1,6 @@
 """One batch: B prompts, G samples of each, N = B * G completions of up to T tokens, their rewards and statistics."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import Recipe, SamplingParams
+from pipeline.data.prompts import Prompt
 from pipeline.diagnosis.text import ending_shares, text_statistics
 from pipeline.file_io import finite_or_none
 from pipeline.models.memory import bf16_copy
@@ -15,6 +17,7 @@ from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.models.scoring import Scores, score_microbatched
 from pipeline.models.stop_strings import stop_check
 from pipeline.models.tokenization import encode_prompt
+from pipeline.rewards.batch import RewardBatch
 from pipeline.rl.context import TrainContext
 from pipeline.rl.metrics import text_cost
 
@@ -22,7 +25,7 @@ PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
 
 
 def sample_batch(
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     context: TrainContext,
     policy: PreTrainedModel,
     uniforms: Tensor,
@@ -32,7 +35,7 @@ def sample_batch(
     sampling_params: the recipe's if None."""
     params, device = context.params, context.device
     recipe, group = params.selected_recipe, len(uniforms) // len(prompts)
-    ids = [encode_prompt(context.tokenizer, prompt, params.selected_model.chat) for prompt in prompts]
+    ids = [encode_prompt(context.tokenizer, prompt.content, params.selected_model.chat) for prompt in prompts]
     prompt_ids, prompt_mask = pad_prompts(ids, context.eos[0], device)
     limits = completion_limits([len(p) for p in ids], params.train.max_tokens, recipe.length_limit)
     mine, rows = context.processes.shard_slice(len(prompts)), context.processes.group_slice(len(uniforms), group)
@@ -58,10 +61,12 @@ def sample_batch(
     )
 
 
-def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) -> tuple[list[str], Tensor]:
+def reward_batch(
+    prompts: Sequence[Prompt], rollout: Rollout, context: TrainContext, step: int = 0
+) -> tuple[list[str], Tensor]:
     """Texts [N] as the recipe shows them to the reward, and their rewards [B, G] in float64, for B prompts.
 
-    Each process asks the reward about the completions of its own prompts.
+    Each process asks the reward about the completions of its own prompts. step: updates behind the policy.
     """
     recipe, group = context.params.selected_recipe, len(rollout.lengths) // len(prompts)
     completions = completion_texts(
@@ -69,9 +74,8 @@ def reward_batch(prompts: list[str], rollout: Rollout, context: TrainContext) ->
     )
     repeated = [prompt for prompt in prompts for _ in range(group)]
     rows = context.processes.group_slice(len(completions), group)
-    rewards = torch.tensor(
-        context.reward(repeated[rows], completions[rows]), dtype=torch.float64, device=context.device
-    )
+    asked = RewardBatch(repeated[rows], completions[rows], rollout.token_lists()[rows], step)
+    rewards = torch.tensor(context.reward(asked), dtype=torch.float64, device=context.device)
     return completions, context.processes.gather(rewards).view(-1, group)
 
 
@@ -122,7 +126,7 @@ def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
 
 def sample_records(
     step: int,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     completions: list[str],
     rewards: Tensor,
     advantage: Tensor,
@@ -131,14 +135,14 @@ def sample_records(
     context: TrainContext,
 ) -> list[dict[str, Any]]:
     """The first completions of the first prompts [B], as rows of samples.jsonl."""
-    group, rows = rewards.shape[1], []
+    group, rows, token_ids = rewards.shape[1], [], rollout.token_lists()
     read = read_completions(rollout, context.tokenizer, context.eos, context.params.selected_recipe.stop_strings)
     for b in range(min(PROMPTS_KEPT, len(prompts))):
         for g in range(min(SAMPLES_KEPT, group)):
             i = b * group + g
-            tokens = rollout.completions[i, : int(rollout.lengths[i])].tolist()
+            tokens = token_ids[i]
             rows.append({
-                "step": step, "prompt": prompts[b], "completion": completions[i], "reward": rewards[b, g].item(),
+                "step": step, "prompt": prompts[b].text, "completion": completions[i], "reward": rewards[b, g].item(),
                 "advantage": finite_or_none(advantage[b, g].item()), "tokens": tokens,
                 "pieces": [context.tokenizer.decode([token]) for token in tokens],
                 "token_logprobs": [finite_or_none(x) for x in logprobs[i, : len(tokens)].tolist()],

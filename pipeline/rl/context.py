@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.schema import Params
+from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.distributed.sharding import copy_full_weights, shard
 from pipeline.distributed.weights import load_weights, trained_weights
 from pipeline.errors import UserError
-from pipeline.file_io import read_jsonl
 from pipeline.models.adapters import without_lora
 from pipeline.models.load import end_of_text_ids, init_policy, load_layout, load_policy, load_tokenizer
 from pipeline.models.memory import cast_frozen_bf16
@@ -21,7 +21,8 @@ from pipeline.models.rollout import longest_sequence
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, TRAIN_PROMPTS
-from pipeline.rewards.build import Reward, build_reward
+from pipeline.rewards.batch import Reward
+from pipeline.rewards.build import build_reward, check_rows
 from pipeline.rl.seeding import generator
 
 
@@ -30,7 +31,7 @@ class TrainContext:
     """What stays the same through a run."""
 
     params: Params
-    prompts: list[str]
+    prompts: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
     rollout_model: PreTrainedModel  # samples and scores: the policy itself, or a whole copy of a sharded one
     # `with context.reference() as model`: the reference, a second model or the policy without its adapters
@@ -40,7 +41,7 @@ class TrainContext:
     eos: tuple[int, ...]  # ids that end a completion; the first one pads
     layout: Layout
     processes: DistContext = SINGLE_PROCESS
-    heldout: tuple[str, ...] = ()  # prompts that are measured on during training
+    heldout: tuple[Prompt, ...] = ()  # prompts that are measured on during training
 
 
 def build_context(
@@ -60,9 +61,11 @@ def build_context(
     if processes.sharded:
         rollout_model = load_reference(params, device)
         shard(policy, device, processes.world_size)
-    tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), [row["prompt"] for row in read_jsonl(TRAIN_PROMPTS)]
+    tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), read_prompts(TRAIN_PROMPTS)
     heldout = read_heldout(params, processes.world_size) if params.evaluate.every else []
-    lengths = [len(encode_prompt(tokenizer, prompt, params.selected_model.chat)) for prompt in [*prompts, *heldout]]
+    check_rows(params.reward, params.selected_reward, [*prompts, *heldout])
+    chat = params.selected_model.chat
+    lengths = [len(encode_prompt(tokenizer, prompt.content, chat)) for prompt in [*prompts, *heldout]]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
     context = TrainContext(
         params,
@@ -80,9 +83,9 @@ def build_context(
     return context, policy
 
 
-def read_heldout(params: Params, processes: int) -> list[str]:
+def read_heldout(params: Params, processes: int) -> list[Prompt]:
     """The prompts of the held-out curve: the first ones, as in `evaluate`. Raises UserError where they are too few."""
-    prompts = [row["prompt"] for row in read_jsonl(HELDOUT_PROMPTS)][: params.evaluate.curve_prompts]
+    prompts = read_prompts(HELDOUT_PROMPTS)[: params.evaluate.curve_prompts]
     if len(prompts) < max(2, processes):
         raise UserError(
             f"evaluate.every: a curve needs a held-out prompt for each process, and one to choose by and one to report "

@@ -56,13 +56,15 @@ def _measure(context: TrainContext, step: int, start: int, end: int) -> list[dic
         "text_ref_logprob": ref_logprobs.masked_fill(~text, 0),
         "text_ref_entropy": ref_entropy.masked_fill(~text, 0),
     }
+    token_ids = rollout.token_lists()
     totals = {name: values.sum(1).tolist() for name, values in sums.items()}
     counts = {"tokens": rollout.lengths.tolist(), "text_tokens": text.sum(1).tolist()}
     return [
         {
-            "step": step, "prompt": prompt, "completion": completions[i], "reward": rewards[i, 0].item(),
+            "step": step, "prompt": prompt.text, "completion": completions[i], "reward": rewards[i, 0].item(),
             **{name: finite_or_none(values[i]) for name, values in totals.items()},
             **{name: values[i] for name, values in counts.items()}, "text_bytes": len(texts[i].encode()),
+            "completion_ids": token_ids[i],
         }
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip

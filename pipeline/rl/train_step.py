@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import Params, SamplingParams
+from pipeline.data.prompts import Prompt
 from pipeline.rl.advantages import (
     BASELINES,
     adaptive_kl_coef,
@@ -48,7 +49,7 @@ def train_step(
     watch.lap("sample")
 
     # rewards: r(x, y), and in units of their spread before training
-    completions, rewards = reward_batch(prompts, rollout, context)
+    completions, rewards = reward_batch(prompts, rollout, context, step)
     scale = reward_scale(state.calibration) if recipe.scale_rewards == "calibration" else 1.0
     scaled_rewards = rewards / scale
     watch.lap("reward")
@@ -129,7 +130,7 @@ def train_step(
 
 
 def baseline_inputs(
-    state: TrainState, context: TrainContext, prompts: list[str], kl_coef: float, scale: float
+    state: TrainState, context: TrainContext, prompts: list[Prompt], kl_coef: float, scale: float
 ) -> Tensor | None:
     """What the recipe's baseline needs beyond the batch's own rewards, for prompts [B], in units of `scale`: the
     running mean of earlier rewards, or the rewards [B] of a greedy completion of each prompt."""
@@ -142,7 +143,7 @@ def baseline_inputs(
     rollout = sample_batch(
         prompts, context, context.rollout_model, uniforms, SamplingParams(recipe.temperature, top_k=1)
     )
-    rewards = reward_batch(prompts, rollout, context)[1] / scale  # [B, 1]
+    rewards = reward_batch(prompts, rollout, context, state.step)[1] / scale  # [B, 1]
     if recipe.kl == "reward_k1":  # the samples are penalised: without it, the penalty would stay in every advantage
         with context.reference() as reference:
             ref_logprobs = score_batch(reference, rollout, context).logprobs

@@ -21,9 +21,10 @@ from pipeline.config.load import load_params
 from pipeline.config.schema import Encoder, Model, Params
 from pipeline.data.hub import drop_damaged, from_hub
 from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
+from pipeline.data.prompts import read_prompts
 from pipeline.data.token_ids import name_ends
 from pipeline.errors import UserError, run_stage
-from pipeline.file_io import atomic_folder, folder_digests, read_json, read_jsonl, sha256, why_unwatched, write_json
+from pipeline.file_io import atomic_folder, folder_digests, read_json, sha256, why_unwatched, write_json
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, TRAIN_PROMPTS
 
 WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC hashes for this stage
@@ -139,8 +140,9 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
     for file, used in ((TRAIN_PROMPTS, 0), (HELDOUT_PROMPTS, params.evaluate.prompts)):
         if not file.is_file():
             raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
-        prompts = [row["prompt"] for row in read_jsonl(file)]
-        check_certain(tokenizer, prompts, key)
+        rows = read_prompts(file)
+        prompts = [row.content for row in rows]
+        check_certain(tokenizer, [row.text for row in rows], key)
         if chat is not None and prompts:
             check_chat(tokenizer, chat, prompts[0], key)
         try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import Params
+from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.curve import curve_rows
 from pipeline.diagnosis.text import ending_shares, text_statistics
@@ -33,7 +34,9 @@ from pipeline.models.stop_strings import Stopped, stop_check
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, POLICY, RUN_FILES
-from pipeline.rewards.build import Reward, build_reward
+from pipeline.rewards.batch import Reward, RewardBatch
+from pipeline.rewards.build import build_reward, check_rows
+from pipeline.rewards.columns import applies
 from pipeline.rl.metrics import text_cost
 from pipeline.rl.seeding import draw_uniforms, generator
 from pipeline.runs.progress import progress
@@ -44,7 +47,7 @@ NAMES = ("checkpoint", "policy")  # in metrics.json: the reference model and the
 
 def main() -> None:
     params = load_params()
-    prompts = [row["prompt"] for row in read_jsonl(HELDOUT_PROMPTS)] if HELDOUT_PROMPTS.exists() else []
+    prompts = read_prompts(HELDOUT_PROMPTS) if HELDOUT_PROMPTS.exists() else []
     if not prompts:
         raise UserError(f"{HELDOUT_PROMPTS} holds no prompts; run `dvc repro`, which makes it")
     if params.evaluate.prompts:
@@ -54,10 +57,15 @@ def main() -> None:
     heldout = read_jsonl(RUN_FILES.heldout)
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     rewards = {
-        name: build_reward(name, table, CHECKPOINT / "encoder", device) for name, table in params.rewards.items()
+        name: build_reward(name, table, CHECKPOINT / "encoder", device)
+        for name, table in measured_rewards(params).items()
     }
+    for name in rewards:
+        check_rows(name, params.rewards[name], prompts)
     metrics, rows = evaluate(params, prompts, device, rewards)
-    curve = curve_rows(heldout, heldout_scores(heldout, params.reward, rewards), params.reward, partial(draw, params))
+    curve = curve_rows(
+        heldout, heldout_scores(heldout, prompts, params.reward, rewards), params.reward, partial(draw, params)
+    )
     if depends_on(load_params()) != depends_on(params):  # DVC would record the new values
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(RUN_FILES.completions, rows)
@@ -71,12 +79,12 @@ def main() -> None:
 
 
 def evaluate(
-    params: Params, prompts: list[str], device: torch.device, rewards: dict[str, Reward]
+    params: Params, prompts: list[Prompt], device: torch.device, rewards: dict[str, Reward]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """metrics.json and the rows of completions.jsonl."""
     group = params.evaluate.samples_per_prompt
     tokenizer = load_tokenizer(POLICY)
-    ids = [encode_prompt(tokenizer, prompt, params.selected_model.chat) for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt.content, params.selected_model.chat) for prompt in prompts]
     longest = longest_sequence(list(map(len, ids)), params.train.max_tokens, params.selected_recipe.length_limit)
     layout = load_layout(CHECKPOINT / "layout.json", longest)
     eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
@@ -94,14 +102,16 @@ def evaluate(
             params, rollouts[name], reference, tokenizer, eos, layout.packing
         )
     repeated = [prompt for prompt in prompts for _ in range(group)]
+    tokens = {name: [ids for rollout in rollouts[name] for ids in rollout.token_lists()] for name in NAMES}
     scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
     for name, reward in rewards.items():
-        both = torch.tensor([reward(repeated, texts[which]) for which in NAMES], dtype=torch.float64)
+        asked = [RewardBatch(repeated, texts[which], tokens[which]) for which in NAMES]
+        both = torch.tensor([reward(batch) for batch in asked], dtype=torch.float64)
         scores[name] = both.view(2, len(prompts), group)
         metrics[name] = compare(scores[name], params)
     rows = [
         {
-            "prompt": prompt, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
+            "prompt": prompt.text, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
             "rewards": {key: both[:, b, g].tolist() for key, both in scores.items()},
         }
         for b, prompt in enumerate(prompts) for g in range(group)
@@ -109,10 +119,20 @@ def evaluate(
     return metrics, rows
 
 
+def measured_rewards(params: Params) -> dict[str, Any]:
+    """The tables of all rewards that can be computed from what the prompt set keeps of its rows."""
+    found = {name: table for name, table in params.rewards.items() if applies(table, params.selected_prompt_set)}
+    left = [name for name in params.rewards if name not in found]
+    if left:
+        print(f"not measured, since the prompts lack a column that they need: {', '.join(left)}")
+    return found
+
+
 def depends_on(params: Params) -> tuple[Any, ...]:
     """The parameters that this stage depends on, as dvc.yaml lists them."""
     p, sizes = params, measured_params(params)
-    return sizes, p.model, p.selected_model, p.selected_recipe, p.recipe, p.reward, p.rewards, p.seed, p.train
+    kept = p.selected_prompt_set.columns
+    return sizes, p.model, p.selected_model, p.selected_recipe, p.recipe, p.reward, p.rewards, kept, p.seed, p.train
 
 
 def measured_params(params: Params) -> dict[str, Any]:
@@ -195,16 +215,19 @@ def measure(
     return texts, {key: finite_or_none(value) for key, value in statistics.items()}, nats / counted
 
 
-def heldout_scores(heldout: list[dict[str, Any]], trained: str, rewards: dict[str, Reward]) -> dict[str, Tensor]:
-    """Rewards [steps, prompts] of the completions that training has sampled on held-out prompts; it has computed the
-    trained one."""
+def heldout_scores(
+    heldout: list[dict[str, Any]], prompts: list[Prompt], trained: str, rewards: dict[str, Reward]
+) -> dict[str, Tensor]:
+    """Rewards [steps, prompts] of the completions that training has sampled on the first held-out prompts; it has
+    computed the trained one."""
     steps = list(dict.fromkeys(row["step"] for row in heldout))
     scores: dict[str, list[float]] = {name: [] for name in rewards} if steps else {}
     for step in steps:
         rows = [row for row in heldout if row["step"] == step]
         for name, values in scores.items():
-            prompts, completions = ([row[key] for row in rows] for key in ("prompt", "completion"))
-            values += [row["reward"] for row in rows] if name == trained else rewards[name](prompts, completions)
+            completions, ids = ([row[key] for row in rows] for key in ("completion", "completion_ids"))
+            asked = RewardBatch(prompts[: len(rows)], completions, ids)
+            values += [row["reward"] for row in rows] if name == trained else rewards[name](asked)
     return {name: torch.tensor(v, dtype=torch.float64).view(len(steps), -1) for name, v in scores.items()}
 
 

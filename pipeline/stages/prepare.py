@@ -1,28 +1,28 @@
-"""Stage `prepare`: messages -> filtered prompts, for training and held out (the source's validation split)."""
+"""Stage `prepare`: rows of a dataset -> filtered prompts to train on and held-out ones, with what rewards read."""
 
-import csv
-import gzip
-import json
+import hashlib
+import math
 import os
 import re
 import shutil
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import PromptSet
 from pipeline.data.hub import DamagedError, drop_damaged, from_hub
+from pipeline.data.prompts import conversation_text
+from pipeline.data.rows import SUFFIXES, Located, Row, chosen_columns, read_rows
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_path, why_unwatched, write_json, write_jsonl
 from pipeline.paths import HELDOUT_PROMPTS, RUN_FILES, TRAIN_PROMPTS
 
 WATCHED = (Path("data/pocket/prompts"), Path("data/local"))  # DVC hashes these: it would not notice edits elsewhere
-COLUMNS = {"text": (str,), "lang": (str,), "message_id": (str, type(None))}
+LANGUAGE, MESSAGE_ID = "lang", "message_id"  # columns of OASST1; the second is kept where it is there
+HELDOUT_SPLIT = "validation"  # unless the set names another, or a share
 
-Row = dict[str, Any]
-Located = tuple[str, Row]  # where a row is ("train.jsonl line 3"), and the row
+Splits = Callable[[str], tuple[str, Iterable[Located]]]  # from a split to its name in messages and its rows
 
 
 def main() -> None:
@@ -30,12 +30,15 @@ def main() -> None:
     key, rules = f"prompt_sets.{params.prompts}", params.selected_prompt_set
     read_split = hub_splits(key, rules) if rules.repo else local_splits(key, rules)
 
-    where, rows = read_split("train")
+    where, rows = read_split(rules.train_split)
     train, train_counts = select(rows, rules)
     _refuse_empty(train, train_counts, where, key)
-    where, rows = read_split("validation")
-    heldout, heldout_counts = select(rows, rules, train_texts={row["prompt"] for row in train})
-    _refuse_empty(heldout, heldout_counts, where, key)
+    if rules.heldout_share is not None:
+        train, train_counts, heldout, heldout_counts = hold_out(train, train_counts, rules, f"{where}: {key}")
+    else:
+        where, rows = read_split(rules.heldout_split or HELDOUT_SPLIT)
+        heldout, heldout_counts = select(rows, rules, train_texts={row["prompt"] for row in train})
+        _refuse_empty(heldout, heldout_counts, where, key)
 
     # write everything before renaming anything: a full disk leaves the earlier files
     with (
@@ -71,8 +74,9 @@ def select(
     for where, row in rows:
         _check(where, row, needed_columns(rules))
         read += 1
-        text = row["text"]
-        reason = _first_broken_rule(text, row.get("lang"), rules)
+        made = prompt_of(where, row, rules)
+        text = made["prompt"]
+        reason = _first_broken_rule(text, row.get(LANGUAGE), rules)
         if reason is None and text in train_texts:
             reason = "leaked"
         if reason is None and text in seen:
@@ -80,16 +84,86 @@ def select(
             reason = "duplicate" if rules.deduplicate else None
         if reason is None:
             seen.add(text)
-            prompts.append({"prompt": text, "message_id": row.get("message_id")})
+            prompts.append(made)
         else:
             broken[reason] += 1
     counts = {"read": read, "kept": len(prompts), "distinct": len(seen), "duplicates": duplicates, "dropped": broken}
     return prompts, counts
 
 
-def needed_columns(rules: PromptSet) -> Set[str]:
-    """The columns that each message must have; `message_id` may be missing."""
-    return {"text"} if rules.language is None else {"text", "lang"}
+def hold_out(
+    prompts: list[Row], counts: dict[str, Any], rules: PromptSet, where: str
+) -> tuple[list[Row], dict[str, Any], list[Row], dict[str, Any]]:
+    """The prompts to train on and the held-out ones, each with its counts: `heldout_share` of the different prompts,
+    drawn by `heldout_seed`, with all of their rows. A prompt's place depends on nothing but itself and the seed.
+    """
+    texts = {row["prompt"] for row in prompts}
+    order = sorted(texts, key=lambda text: hashlib.sha256(f"{rules.heldout_seed}:{text}".encode()).digest())
+    chosen = set(order[: max(1, math.floor(float(rules.heldout_share or 0) * len(order) + 0.5))])
+    parts = [[row for row in prompts if (row["prompt"] in chosen) == held] for held in (False, True)]
+    if not all(parts):
+        raise UserError(
+            f"{where}.heldout_share = {rules.heldout_share:g} of {len(texts)} prompts leaves none to train on"
+        )
+    nothing = dict.fromkeys(counts["dropped"], 0)
+    found = []
+    for part, read, reasons in zip(
+        parts, (counts["read"] - len(parts[1]), len(parts[1])), (counts["dropped"], nothing), strict=True
+    ):
+        distinct = len({row["prompt"] for row in part})
+        # a duplicate that the rules drop was of a prompt in either part: it is counted with those to train on
+        twice = len(part) - distinct + reasons["duplicate"]
+        found.append({"read": read, "kept": len(part), "distinct": distinct, "duplicates": twice, "dropped": reasons})
+    return parts[0], found[0], parts[1], found[1]
+
+
+def needed_columns(rules: PromptSet) -> tuple[str, ...]:
+    """The columns that each row must have; `message_id` may be missing."""
+    language = () if rules.language is None else (LANGUAGE,)
+    return tuple(dict.fromkeys((*rules.prompt_columns, *language, *rules.columns)))
+
+
+def prompt_of(where: str, row: Row, rules: PromptSet) -> Row:
+    """A row of the prompts' files. Raises UserError where its columns make no prompt."""
+    made: Row = {}
+    column = rules.prompt_columns[0]
+    if rules.prompt_template is not None:
+        made["prompt"] = rules.prompt_template.format(**{c: _text_of(where, c, row[c]) for c in rules.prompt_columns})
+    elif isinstance(value := row[column], list):
+        messages = _messages(f"{where}: {column}", value)
+        made |= {"prompt": conversation_text(messages), "messages": messages}
+    elif isinstance(value, str):
+        made["prompt"] = value
+    else:
+        raise UserError(f"{where}: {column} should be a string or a list of messages, not {_kind(value)}")
+    made[MESSAGE_ID] = row.get(MESSAGE_ID)
+    if rules.columns:
+        made["columns"] = {name: row[name] for name in rules.columns}
+    return made
+
+
+def _text_of(where: str, column: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{where}: {column} should be a string or a number for prompt_template, not {_kind(value)}")
+    return str(value)
+
+
+def _messages(where: str, value: list[Any]) -> list[dict[str, str]]:
+    """The messages of a conversation up to where the answer begins: an answer at its end is left out, as in the columns
+    `chosen` and `rejected` of sets of preferences."""
+    messages = []
+    for place, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f"{where}: message {place} should be an object with role and content, not {_kind(message)}")
+        for name in ("role", "content"):
+            if not isinstance(message[name], str):
+                raise UserError(f"{where}: {name} of message {place} should be a string, not {_kind(message[name])}")
+        messages.append({name: message[name] for name in ("role", "content")})
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] in ("assistant", "system"):
+        raise UserError(f"{where}: the conversation has no message that could be answered")
+    return messages
 
 
 def _first_broken_rule(text: str, lang: str | None, rules: PromptSet) -> str | None:
@@ -104,20 +178,31 @@ def _first_broken_rule(text: str, lang: str | None, rules: PromptSet) -> str | N
     return None
 
 
-def _check(where: str, row: Any, needed: Set[str]) -> None:
-    """Raises UserError unless a row is an object with the needed columns, each of its kind."""
+def _check(where: str, row: Any, needed: Sequence[str]) -> None:
+    """Raises UserError unless a row is an object with the needed columns, whose values JSON can hold."""
     if not isinstance(row, dict):
-        raise UserError(
-            f"{where}: a row should be an object with {' and '.join(sorted(needed, reverse=True))}, not {_kind(row)}"
-        )
-    for column, kinds in COLUMNS.items():
+        raise UserError(f"{where}: a row should be an object with {' and '.join(needed)}, not {_kind(row)}")
+    chosen_columns(where, list(row), needed, ())
+    for column in (*needed, MESSAGE_ID):
         if column not in row:
-            if column in needed:
-                raise UserError(f"{where}: column {column!r} is missing (there are: {', '.join(row) or 'none'})")
-        elif not isinstance(row[column], kinds):
+            continue
+        kinds = {LANGUAGE: str, MESSAGE_ID: str | None}.get(column, object)
+        if not isinstance(row[column], kinds):
             raise UserError(f"{where}: {column} should be a string, not {_kind(row[column])}")
-        elif row[column] is not None and not _is_unicode(row[column]):
-            raise UserError(f"{where}: {column} holds half of a surrogate pair, which is no character; write it whole")
+        _check_value(f"{where}: {column}", row[column])
+
+
+def _check_value(where: str, value: Any) -> None:
+    """Raises UserError for what JSON cannot hold."""
+    if isinstance(value, str) and not _is_unicode(value):
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character; write it whole")
+    if isinstance(value, dict | list):
+        for inner in value if isinstance(value, list) else (*value, *value.values()):
+            _check_value(where, inner)
+    elif not isinstance(value, str | int | float | bool | type(None)) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise UserError(f"{where} should be a string, a number, a list or an object of these, not {_kind(value)}")
 
 
 def _kind(value: Any) -> str:
@@ -143,121 +228,37 @@ def _refuse_empty(prompts: list[Row], counts: dict[str, Any], where: str, key: s
 # --- sources: each returns a function from split to (name, rows)
 
 
-def local_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterable[Located]]]:
-    """The splits of a directory that holds train.* and validation.* as .jsonl, .jsonl.gz, .csv or .parquet."""
+def local_splits(key: str, rules: PromptSet) -> Splits:
+    """The splits of a directory that holds train.* and validation.*, or of the one file that both are drawn from."""
     source = Path(str(rules.source))
-    if not os.path.isdir(source):  # pathlib raises for names that are not valid, such as too long ones
-        raise UserError(f"{key}.source = {rules.source!r}: no such directory")
+    if not os.path.exists(source):  # pathlib raises for names that are not valid, such as too long ones
+        raise UserError(f"{key}.source = {rules.source!r}: no such directory or file")
     if reason := why_unwatched(source, WATCHED):
         folders = " or ".join(f"{folder}/" for folder in WATCHED)
         raise UserError(f"{key}.source = {rules.source!r}: should lie in {folders}: {reason}")
+    columns = needed_columns(rules), (MESSAGE_ID,)
+    if source.is_file():
+        if not source.name.endswith(SUFFIXES):
+            raise UserError(
+                f"{key}.source = {rules.source!r}: should be a directory, or end in {' or '.join(SUFFIXES)}"
+            )
+        if rules.heldout_share is None:
+            raise UserError(f"{key}: one file needs heldout_share, the share of its prompts to hold out, such as 0.1")
+        return lambda split: (str(source), read_rows(source, *columns))
 
     def read_split(split: str) -> tuple[str, Iterable[Located]]:
-        names = [f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".csv", ".parquet")]
+        names = [f"{split}{suffix}" for suffix in SUFFIXES]
         found = [source / name for name in names if (source / name).is_file()]
         if len(found) != 1:
             raise UserError(f"{source}: should hold one of {', '.join(names)}; it holds {len(found) or 'none'} of them")
-        if found[0].suffix == ".parquet":
-            return str(found[0]), read_parquet(found[0], needed_columns(rules))
-        return str(found[0]), read_csv(found[0]) if found[0].suffix == ".csv" else read_jsonl(found[0])
+        return str(found[0]), read_rows(found[0], *columns)
 
-    read_split("validation")  # a missing file is reported before minutes are spent on the other one
+    if rules.heldout_share is None:
+        read_split(rules.heldout_split or HELDOUT_SPLIT)  # reported before minutes are spent on the other file
     return read_split
 
 
-def read_jsonl(path: Path) -> Iterator[Located]:
-    """Yield the rows of a JSONL file, gzipped or not. Skips blank lines; raises UserError for malformed ones."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path} line {number}"
-                    yield where, _parse(where, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def read_csv(path: Path) -> Iterator[Located]:
-    """Yield the rows of a CSV file with a header, in UTF-8. Raises UserError for a row of another length."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines, strict=True)
-            columns = next(rows, [])
-            if len(set(columns)) < len(columns):
-                twice = next(column for column in columns if columns.count(column) > 1)
-                raise UserError(f"{path}: there are {columns.count(twice)} columns {twice!r}; keep one")
-            for cells in rows:
-                where = f"{path} line {rows.line_num}"
-                if cells and len(cells) != len(columns):
-                    raise UserError(
-                        f"{where}: has {len(cells)} cells, the header {len(columns)}; quote what holds a comma"
-                    )
-                if cells:
-                    yield where, dict(zip(columns, cells, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _parse(where: str, line: bytes) -> Any:
-    try:
-        # stripped, so that errors name the right column
-        return json.loads(line.decode().rstrip(), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-        raise UserError(f"{where}: malformed JSON: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
-    return row
-
-
-def read_parquet(path: Path, needed: Set[str]) -> Iterator[Located]:
-    """Yield the rows of a Parquet file, needed columns only. Raises UserError if it is damaged or lacks one."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
-            present = table.schema_arrow.names
-            missing = [column for column in COLUMNS if column not in present and column in needed]
-            if missing:
-                raise UserError(f"{path}: column {missing[0]!r} is missing (there are: {', '.join(present)})")
-            columns = [column for column in COLUMNS if column in present]
-            if twice := [column for column in columns if present.count(column) > 1]:
-                raise UserError(f"{path}: there are {present.count(twice[0])} columns {twice[0]!r}; keep one")
-            number = 0
-            for batch in table.iter_batches(columns=columns):
-                for cells in zip(*(batch[column] for column in columns), strict=True):
-                    number += 1
-                    where = f"{path} row {number}"
-                    yield where, _values(where, dict(zip(columns, cells, strict=True)))
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _values(where: str, cells: dict[str, Any]) -> Row:
-    """A row of Arrow scalars as Python values. Raises UserError if one has none, such as a date in the year 300000."""
-    row = {}
-    for column, cell in cells.items():
-        try:
-            row[column] = cell.as_py()
-        except (ValueError, OverflowError, ImportError) as error:
-            raise UserError(f"{where}: {column} should be a string: {error}") from None
-    return row
-
-
-def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterable[Located]]]:
+def hub_splits(key: str, rules: PromptSet) -> Splits:
     """The splits of a dataset from the hub at its pinned revision. Downloads go to the user's Hugging Face cache."""
     name = f"{rules.repo}@{rules.revision}"
     if not re.fullmatch("[0-9a-f]{40}", rules.revision or ""):
@@ -268,26 +269,28 @@ def hub_splits(key: str, rules: PromptSet) -> Callable[[str], tuple[str, Iterabl
 
     try:
         dataset = from_hub(
-            f"{key}: dataset {name}", "prompts: pocket", lambda: _fetch(str(rules.repo), str(rules.revision))
+            f"{key}: dataset {name}",
+            "prompts: pocket",
+            lambda: _fetch(str(rules.repo), str(rules.revision), rules.config),
         )
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}: {name} cannot be read: {type(error).__name__}: {error}") from None
+        said = " ".join(str(error).split())
+        raise UserError(f"{key}: {name} cannot be read: {type(error).__name__}: {said}") from None
 
     def read_split(split: str) -> tuple[str, Iterable[Located]]:
         if split not in dataset:
             raise UserError(f"{key}: {name} has no {split} split (there are: {', '.join(dataset)})")
-        columns = dataset[split].column_names
-        missing = [column for column in COLUMNS if column not in columns and column in needed_columns(rules)]
-        if missing:
-            raise UserError(f"{name} {split}: column {missing[0]!r} is missing (there are: {', '.join(columns)})")
-        rows = dataset[split].select_columns([column for column in COLUMNS if column in columns])
+        present = dataset[split].column_names
+        columns = chosen_columns(f"{name} {split}", present, needed_columns(rules), (MESSAGE_ID,))
+        rows = dataset[split].select_columns(columns)
         return f"{name} {split}", ((f"{name} {split} row {number}", row) for number, row in enumerate(rows, start=1))
 
-    read_split("validation")
+    if rules.heldout_share is None:
+        read_split(rules.heldout_split or HELDOUT_SPLIT)
     return read_split
 
 
-def _fetch(repo: str, revision: str) -> Any:
+def _fetch(repo: str, revision: str, config: str | None) -> Any:
     """The dataset, from the cache if it is there. If a downloaded file is damaged, what was prepared from it is deleted
     too. Raises DamagedError."""
     import datasets
@@ -295,7 +298,7 @@ def _fetch(repo: str, revision: str) -> Any:
 
     prepared = None
     try:
-        builder = datasets.load_dataset_builder(repo, revision=revision)
+        builder = datasets.load_dataset_builder(repo, config, revision=revision)
         # If the hub cannot be reached, `datasets` takes any revision in its cache.
         if builder.hash != revision:
             raise ConnectionError("only another revision is in the local cache")

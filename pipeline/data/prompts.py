@@ -1,0 +1,58 @@
+"""The prompts of a run, as `prepare` writes them and the other stages read them."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.file_io import read_jsonl
+
+Message = Mapping[str, str]  # role and content
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion answers, and what its row holds besides."""
+
+    text: str  # of a conversation: as it is shown, a message a line
+    messages: tuple[Message, ...] | None = None  # of a conversation, up to where the answer begins
+    columns: Mapping[str, Any] = field(default_factory=dict)  # for rewards, JSON values by name
+
+    @property
+    def content(self) -> str | list[Message]:
+        """What a model reads, and what a reward is given: the text, or the messages of a conversation."""
+        return self.text if self.messages is None else list(self.messages)
+
+
+def read_prompts(source: Path) -> list[Prompt]:
+    """The prompts of a file that `prepare` wrote."""
+    return [
+        Prompt(row["prompt"], tuple(row["messages"]) if "messages" in row else None, row.get("columns", {}))
+        for row in read_jsonl(source)
+    ]
+
+
+def conversation_text(messages: Sequence[Message]) -> str:
+    """A conversation as it is shown: the content alone where there is one message, of the user."""
+    if [message["role"] for message in messages] == ["user"]:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def prompts_digest(source: Path, used: Collection[str]) -> str:
+    """sha256 of a file that `prepare` wrote, without the columns that are not in `used`: of the file itself, where it
+    keeps none."""
+    rows = read_jsonl(source)
+    for row in rows:
+        if "columns" in row:
+            row["columns"] = {name: value for name, value in row["columns"].items() if name in used}
+    return _sha256(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(line.encode())
+    return found.hexdigest()

@@ -1,0 +1,61 @@
+"""Which columns of the prompts' rows a reward reads."""
+
+from collections.abc import Iterable
+
+from pipeline.config.schema import GIVEN_TO_REWARDS, CustomReward, MatchReward, PromptSet, Reward, SumReward
+from pipeline.errors import UserError
+from pipeline.rewards.custom import arguments_of
+
+
+def used_columns(table: Reward, kept: Iterable[str]) -> set[str]:
+    """Those of the columns `kept` that the reward's values can depend on."""
+    kept = set(kept)
+    match table:
+        case SumReward():
+            return set().union(*(used_columns(term.reward, kept) for term in table.terms))
+        case MatchReward():
+            return {table.column} & kept
+        case CustomReward():
+            found = arguments_of(table.function)
+            return kept if found is None or found.any_name else kept & set(found.names)
+    return set()
+
+
+def needed_columns(table: Reward) -> set[str]:
+    """The columns without which the reward cannot be computed."""
+    match table:
+        case SumReward():
+            return set().union(*(needed_columns(term.reward) for term in table.terms))
+        case MatchReward():
+            return {table.column}
+        case CustomReward():
+            found = arguments_of(table.function)
+            return set(found.required) - {*GIVEN_TO_REWARDS, *table.params} if found else set()
+    return set()
+
+
+def applies(table: Reward, prompt_set: PromptSet) -> bool:
+    """Whether the prompt set keeps what the reward needs."""
+    return needed_columns(table) <= set(prompt_set.columns)
+
+
+def check_columns(name: str, table: Reward, prompt_set: PromptSet, key: str) -> None:
+    """Raises UserError where the reward needs a column that the prompt set does not keep. key: of the prompt set."""
+    if missing := sorted(needed_columns(table) - set(prompt_set.columns)):
+        kept = ", ".join(prompt_set.columns) or "none"
+        raise UserError(
+            f"reward {name} needs {missing[0]!r} of each prompt's row, which {key} does not keep (columns: {kept}); "
+            f"add it to {key}.columns, or choose other prompts"
+        )
+
+
+def check_params(table: Reward, prompt_set: PromptSet, key: str) -> None:
+    """Raises UserError where a parameter of a custom reward has the name of a column that is kept."""
+    if isinstance(table, SumReward):
+        for term in table.terms:
+            check_params(term.reward, prompt_set, key)
+    elif isinstance(table, CustomReward):
+        for given in table.params:
+            if given in (*prompt_set.columns, *GIVEN_TO_REWARDS):
+                what = f"a column of {key}" if given in prompt_set.columns else "what every reward is given"
+                raise UserError(f"reward {table.function}: params.{given} has the name of {what}; call it otherwise")
