@@ -157,10 +157,12 @@ def build_parser() -> Parser:
     compare = add(
         "compare",
         "compare runs by configuration, mean ± std over seeds",
-        "Prints a table. Writes the table, the learning curves and their figure to reports/compare/.",
+        "Prints a table, and by how much held-out gains differ, with intervals. Writes both, the learning curves and\n"
+        "their figure to reports/compare/.",
         "reinforce compare",
         "reinforce compare --from dvc",
         "reinforce compare --where recipe=stable --metric entropy",
+        "reinforce compare --against recipe=stable",
     )
     compare.add_argument("experiments", nargs="*", help="names of experiments; without any, all of them")
     compare.add_argument(
@@ -176,6 +178,14 @@ def build_parser() -> Parser:
         default=[],
         metavar="KEY=VALUE[,VALUE...]",
         help="only runs with this parameter, such as recipe=stable or recipe.lr=3e-5",
+    )
+    compare.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="the configuration that each other's held-out gain is compared with, such as recipe=stable; not needed "
+        "where there are two",
     )
     compare.add_argument("--metric", default="reward_mean", help="column of history.csv to draw (reward_mean)")
     compare.add_argument("--all-commits", action="store_true", help="DVC's experiments of every commit")

@@ -442,6 +442,22 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if values not in found:", "if True:"),
         ("best_first(steps_of[-1], outcomes)", "best_first(steps_of[0], outcomes)"),
     ]),
+    "runs/gain_differences.py": ("gain_differences", [
+        ("ALPHA / (2 * comparisons)", "ALPHA / comparisons"),
+        ("ALPHA / (2 * comparisons)", "ALPHA / 2"),
+        ("len(shared) >= 2 or", "len(shared) >= 1 or"),
+        ("return _unpaired(alone, other_alone)", "return _unpaired(gains, other)"),
+        ("math.sqrt(count), count - 1,", "math.sqrt(count), count,"),
+        ("share * share / (len(a) - 1)", "share * share / (len(b) - 1)"),
+        ('"higher" if low > 0', '"higher" if low >= 0'),
+    ]),
+    "commands/compare.py": ("compare", [
+        ("difference(gains(each), gains(base[0]))", "difference(gains(base[0]), gains(each))"),
+        (".interval(max(1, count))", ".interval()"),
+        ("sum(each.difference.error is not None for", "sum(True for"),
+        ('ALIKE = ("reward", "encoder", "model")', 'ALIKE = ("reward", "model")'),
+        ("(*chosen, measured, ", "(*chosen, "),
+    ]),
     "runs/signals.py": ("isolation", [
         ("if number in received:", "if False:"),
         ("signal.signal(signal.SIGTERM, before)", "pass"),

@@ -167,7 +167,10 @@ def test_bash_completes_commands_and_options(
     bash = shutil.which("bash") or pytest.skip("no bash")
     for words, expected in (
         (["reinforce", "co"], {"compare", "completion"}),
-        (["reinforce", "compare", "--"], {"--from", "--where", "--metric", "--all-commits", "--out", "--help"}),
+        (
+            ["reinforce", "compare", "--"],
+            {"--from", "--where", "--against", "--metric", "--all-commits", "--out", "--help"},
+        ),
     ):
         ask = f'COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _shtab_reinforce; echo "${{COMPREPLY[@]}}"'
         done = subprocess.run([bash, "--norc"], input=f"{script}\n{ask}\n", capture_output=True, text=True, check=True)

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from ruamel.yaml import YAML
+from scipy import stats
 
 from pipeline.__main__ import build_parser
 from pipeline.commands import compare
@@ -316,7 +317,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_what_is_written_and_printed(say: Say, tmp_path: Path) -> None:
     printed = say([made(0), made(1), made(1, name="older", made=-1)])
     assert sorted(path.name for path in (tmp_path / "reports/compare").iterdir()) == [
-        "curves.csv", "curves.svg", "table.csv", "table.md"
+        "curves.csv", "curves.svg", "differences.csv", "table.csv", "table.md"
     ]  # fmt: skip
     table, _, legend = (tmp_path / "reports/compare/table.md").read_text().partition("\n\n")
     assert table in printed
@@ -462,6 +463,174 @@ def test_what_is_not_there_is_named_with_what_is_near(say: Say, arguments: list[
     with pytest.raises(UserError, match=message):
         say([made(0)], *arguments)
     assert not Path("reports").exists()
+
+
+# --- differences of held-out gains
+
+
+def seeds_of(recipe: str, gains: dict[int, float | None], **changes: Any) -> list[RunSummary]:
+    """A configuration's trainings by the gain of each seed."""
+    params = {"recipe": recipe} | changes.pop("params", {})
+    return [made(seed, gain=gain, params=params, **changes) for seed, gain in gains.items()]
+
+
+def differences() -> list[dict[str, str]]:
+    return rows_of(Path("reports/compare/differences.csv").read_text())
+
+
+STABLE = {0: 1.0, 1: 1.5, 2: 0.75}
+NOTEBOOK = {0: -0.5, 1: 0.25, 2: -0.75}
+
+
+def test_two_configurations_are_compared_without_being_asked(say: Say) -> None:
+    printed = say(seeds_of("stable", STABLE) + seeds_of("notebook", NOTEBOOK))
+    truth = stats.ttest_rel(list(STABLE.values()), list(NOTEBOOK.values())).confidence_interval(0.95)
+    (row,) = differences()
+    assert (float(row["low"]), float(row["high"])) == pytest.approx(tuple(truth), rel=1e-12)
+    assert row | {"low": "", "high": ""} == {
+        "recipe": "stable", "against": "recipe=notebook", "difference": repr(17 / 12), "low": "", "high": "",
+        "level": "0.95", "paired": "yes", "seeds": "0 1 2", "against_seeds": "0 1 2", "gain_is": "higher",
+    }  # fmt: skip
+    cells = "recipe=stable | recipe=notebook | +1.42 | +1.06 to +1.78 | 3 paired | higher"
+    assert cells in re.sub(" +", " ", printed)
+    assert (f"{truth.low:+.2f}", f"{truth.high:+.2f}") == ("+1.06", "+1.78")
+    assert "; interval: 95%, over seeds (Student's t)\n" in printed
+    below = Path("reports/compare/table.md").read_text().partition("\n\n")[2]
+    assert below in printed
+    assert cells in re.sub(" +", " ", below)
+
+
+def test_all_against_one_have_wider_intervals_and_say_so(say: Say) -> None:
+    other = {0: 1.5, 1: 1.25, 2: 1.5, 3: 9.0}
+    found = seeds_of("stable", STABLE) + seeds_of("notebook", NOTEBOOK) + seeds_of("other", other)
+    assert differences_of(say, found) == []
+    printed = say(found, "--against", "recipe=stable")
+    said = "interval: 97.5%, over seeds (Student's t), so that all 2 intervals hold together with 95% (Bonferroni)\n"
+    assert said in printed
+    for row, gains in zip(differences(), (NOTEBOOK, other), strict=True):
+        shared = [gains[seed] for seed in STABLE]
+        truth = stats.ttest_rel(shared, list(STABLE.values())).confidence_interval(0.975)
+        assert (float(row["low"]), float(row["high"])) == pytest.approx(tuple(truth), rel=1e-12)
+        assert (row["level"], row["against"]) == ("0.975", "recipe=stable")
+    assert [row["gain_is"] for row in differences()] == ["lower", "cannot tell"]
+    assert "| 3 paired (of 4 and 3) |" in printed
+
+
+def differences_of(say: Say, found: list[RunSummary], *arguments: str) -> list[dict[str, str]]:
+    say(found, *arguments)
+    return differences()
+
+
+def test_without_shared_seeds_the_interval_is_welch_s(say: Say) -> None:
+    (row,) = differences_of(say, seeds_of("stable", STABLE) + seeds_of("notebook", {5: 0.5, 6: 1.25}))
+    truth = stats.ttest_ind(list(STABLE.values()), [0.5, 1.25], equal_var=False).confidence_interval(0.95)
+    assert (float(row["low"]), float(row["high"])) == pytest.approx(tuple(truth), rel=1e-12)
+    assert (row["paired"], row["seeds"], row["against_seeds"], row["gain_is"]) == ("no", "0 1 2", "5 6", "cannot tell")
+
+
+def test_too_few_seeds_have_no_interval_and_widen_no_other(say: Say) -> None:
+    found = seeds_of("stable", STABLE) + seeds_of("notebook", NOTEBOOK) + seeds_of("one", {0: 3.0, 1: None})
+    printed = say(found, "--against", "recipe=stable")
+    notebook, one = differences()
+    assert (one["difference"], one["low"], one["high"], one["level"]) == ("2.0", "", "", "")
+    assert one["gain_is"] == "too few seeds: an interval needs two"
+    assert notebook["level"] == "0.95"
+    assert "Bonferroni" not in printed
+    assert "| 1 paired (of 1 and 3) |" in printed
+    printed = say([made(0), made(0, params={"recipe": "notebook"})])
+    assert "interval:" not in printed
+    assert "too few seeds: an interval needs two" in printed
+
+
+def test_the_newest_training_of_a_seed_is_compared(say: Say) -> None:
+    """As in the table."""
+    old = seeds_of("stable", {1: 50.0}, made=-1.0)
+    rows = differences_of(say, old + seeds_of("stable", STABLE) + seeds_of("notebook", NOTEBOOK))
+    assert rows == differences_of(say, seeds_of("stable", STABLE) + seeds_of("notebook", NOTEBOOK))
+
+
+@pytest.mark.parametrize(
+    ("params", "changes"),
+    [
+        ({"reward": "length", "reward.kind": "length"}, {}),
+        ({"reward.target": "another"}, {}),
+        ({"encoder": "another"}, {}),
+        ({"encoder.revision": "another"}, {}),
+        ({"model.revision": "another"}, {}),
+        ({}, {"measured": "on other prompts"}),
+    ],
+)
+def test_gains_of_another_kind_are_not_compared(say: Say, params: dict[str, str], changes: dict[str, str]) -> None:
+    found = seeds_of("stable", STABLE) + seeds_of("notebook", NOTEBOOK, params=params, **changes)
+    assert differences_of(say, found) == []
+    printed = say(found, "--against", "recipe=stable")
+    assert differences() == []
+    assert re.search("\nnote: nothing is comparable with: .*recipe=stable", printed)
+    assert "note: not compared, as nothing of the same reward, encoder, model and held-out prompts fits --ag" in printed
+
+
+def test_each_reward_has_a_configuration_to_compare_with(say: Say) -> None:
+    found = []
+    for params in ({}, {"reward": "length"}):
+        for recipe, gains in (("other", {5: 9.0}), ("stable", STABLE), ("notebook", NOTEBOOK)):
+            found += seeds_of(recipe, gains, params=params)
+    rows = differences_of(say, found, "--against", "recipe=stable")
+    assert [(row["reward"], row["recipe"], row["against"]) for row in rows] == [
+        (reward, recipe, f"reward={reward}  recipe=stable")
+        for reward in ("embedding", "length")
+        for recipe in ("notebook", "other")
+    ]
+    assert [row["level"] for row in rows] == ["0.975", "", "0.975", ""], "what is printed together holds together"
+    of_two = [training for training in found if training.params["recipe"] != "other"]
+    rows = differences_of(say, of_two)
+    assert [(row["against"], row["gain_is"]) for row in rows] == [
+        (f"reward={reward}  recipe=notebook", "higher") for reward in ("embedding", "length")
+    ]
+
+
+def test_models_are_compared_where_they_are_named(say: Say) -> None:
+    """How a model's pretraining step changes its gain."""
+    found = seeds_of("stable", STABLE, params={"model.revision": "step1"})
+    found += seeds_of("stable", NOTEBOOK, params={"model.revision": "step2"})
+    (row,) = differences_of(say, found, "--against", "model.revision=step1")
+    assert (row["model.revision"], row["gain_is"]) == ("step2", "lower")
+
+
+def test_rewards_that_the_record_has_cut_are_not_taken_for_the_same(say: Say) -> None:
+    long = {"reward.words": "w" * mlflow_store.PARAM_CHARACTERS}
+    one = seeds_of("stable", STABLE, params=long, config="one")
+    assert differences_of(say, one + seeds_of("notebook", NOTEBOOK, params=long, config="two")) == []
+
+
+def test_what_has_no_gain_is_named(say: Say) -> None:
+    found = seeds_of("stable", STABLE) + seeds_of("notebook", dict.fromkeys(range(3)))
+    printed = say(found, "--against", "recipe=stable")
+    assert "note: nothing is comparable with: recipe=stable\n" in printed
+    assert "note: not compared, without a held-out gain: recipe=notebook\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        (["recipe=mine"], "^--against 'recipe=mine': no configuration is left; the values of recipe are notebook, "
+         "stable$"),
+        (["recip=stable"], r"no configuration has a parameter 'recip'; did you mean 'recipe'\?$"),
+        (["seed=0"], "no configuration has a parameter 'seed'"),
+        (["stable"], "^--against 'stable': should be KEY=VALUE, such as recipe=stable$"),
+        (["recipe=notebook", "recipe.lr=0.0001"], "no configuration is left; the values of recipe.lr are 0.0001, "
+         "0.0003$"),
+        (["recipe=stable"], "^--against 'recipe=stable': should fit one of the configurations that are comparable, "
+         "not 2: recipe=stable recipe.lr=0.0001; recipe=stable recipe.lr=0.0003; give --against again to choose$"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_with_is_one_line(say: Say, conditions: list[str], message: str) -> None:
+    found = seeds_of("stable", STABLE) + seeds_of("stable", STABLE, params={"recipe.lr": "0.0003"})
+    found += seeds_of("notebook", NOTEBOOK, params={"recipe.lr": "0.0003"})
+    with pytest.raises(UserError, match=message):
+        say(found, *(part for condition in conditions for part in ("--against", condition)))
+    assert not Path("reports").exists()
+    rows = differences_of(say, found, "--against", "recipe=stable", "--against", "recipes.stable.lr=3e-4")
+    assert [row["against"] for row in rows] == ["recipe=stable  recipe.lr=0.0003"] * 2
 
 
 def test_without_experiments_it_says_how_to_make_some(project: Project) -> None:

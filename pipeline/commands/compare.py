@@ -1,16 +1,22 @@
-"""`reinforce compare`: many experiments by configuration, mean ± std over seeds.
+"""`reinforce compare`: many experiments by configuration, mean ± std over seeds, and by how much their gains differ.
 
-Prints the table; writes it, the learning curves and their figure to reports/compare/.
+Prints the tables; writes them, the learning curves and their figure to reports/compare/.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
 
 from pipeline.config.schema import SELECTORS
 from pipeline.errors import UserError, did_you_mean
 from pipeline.file_io import write_text
 from pipeline.report import comparison, comparison_figure, style
+from pipeline.report.comparison import Configuration
+from pipeline.report.table import markdown_table
+from pipeline.runs.gain_differences import ALPHA, Difference, Gains, Limits, answer, difference
 from pipeline.tracking import mlflow_store
 from pipeline.tracking.summaries import RunSummary, from_dvc, from_mlflow, readable
 
@@ -23,26 +29,28 @@ def main(options: argparse.Namespace) -> None:
         chosen = choose(read(options), options.experiments, options.where)
         check_metric(options.metric, chosen)
         found, left_out = comparison.configurations(chosen)
-        table = comparison.markdown(found)
+        compared, notes = compare_gains(found, options.against)
+        table = f"{comparison.markdown(found)}\n{comparison.legend(found)}\n" + differences_markdown(compared)
         source = "MLflow's runs" if options.source == "mlflow" else "DVC's experiments"
         texts = {
-            "table.md": f"{table}\n{comparison.legend(found)}\n",
+            "table.md": table,
             "table.csv": comparison.table_csv(found),
+            "differences.csv": differences_csv(found, compared),
             "curves.csv": comparison.curves_csv(found, options.metric),
             "curves.svg": style.svg(comparison_figure.curves(found, options.metric, source)),
         }
     for name, text in texts.items():
         write_text(options.out / name, text)
-    print(f"{table}\n{comparison.legend(found)}\n")
+    print(table)
     if left_out:
         print(f"{left_out} more left out: the same parameters and seed again, or made by older code or data\n")
-    for caveat in comparison.caveats(found):
-        print(f"note: {caveat}\n")
+    for note in [*comparison.caveats(found), *notes]:
+        print(f"note: {note}\n")
     if len(comparison_figure.look_of(found)) > comparison_figure.LOOKS:
         print(
             f"more than {comparison_figure.LOOKS} configurations: lines of the figure look alike; choose by --where\n"
         )
-    print(f"table and curves: {options.out}/table.md, table.csv, curves.csv, curves.svg")
+    print(f"tables and curves: {options.out}/table.md, table.csv, differences.csv, curves.csv, curves.svg")
 
 
 def read(options: argparse.Namespace) -> list[RunSummary]:
@@ -62,26 +70,34 @@ def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[st
     for name in names:
         if name not in {training.name for training in found}:
             raise UserError(f"there is no finished experiment {name!r}{nearest(name, (each.name for each in found))}")
-    kept = [training for training in found if not names or training.name in names]
-    for condition in where:
+    named = [place for place, training in enumerate(found) if not names or training.name in names]
+    kept = fitting("--where", where, [training.params for training in found], named, "run")
+    return [found[place] for place in kept]
+
+
+def fitting(
+    option: str, conditions: Sequence[str], params: Sequence[Mapping[str, str]], kept: Sequence[int], what: str
+) -> list[int]:
+    """The places of `params`, of those in `kept`, that fit every `key=value,value`. Raises UserError naming what is not
+    there."""
+    known = {name for each in params for name in each}
+    for condition in conditions:
         key, equals, values = condition.partition("=")
         if not equals:
-            raise UserError(f"--where {condition!r}: should be KEY=VALUE, such as recipe=stable")
-        known = {name for training in found for name in training.params}
+            raise UserError(f"{option} {condition!r}: should be KEY=VALUE, such as recipe=stable")
         if key not in known and (selected := as_selected(key)):
             # a sweep's name of the key: of the runs that select this table, it is the value of theirs
             selector, table, key = selected
-            kept = [each for each in kept if each.params.get(selector) == table]
+            kept = [place for place in kept if params[place].get(selector) == table]
         if key not in known:
-            raise UserError(f"--where {condition!r}: no run has a parameter {key!r}{nearest(key, known)}")
-        kept = [
-            each for each in kept if any(same(each.params.get(key), value) for value in (values, *values.split(",")))
-        ]
+            raise UserError(f"{option} {condition!r}: no {what} has a parameter {key!r}{nearest(key, known)}")
+        wanted = (values, *values.split(","))
+        kept = [place for place in kept if any(same(params[place].get(key), value) for value in wanted)]
         if not kept:
-            there = sorted({training.params.get(key, "none") for training in found}, key=comparison.natural)
+            there = sorted({each.get(key, "none") for each in params}, key=comparison.natural)
             values = ", ".join(map(comparison.shortened, there))
-            raise UserError(f"--where {condition!r}: no run is left; the values of {key} are {values}")
-    return kept
+            raise UserError(f"{option} {condition!r}: no {what} is left; the values of {key} are {values}")
+    return list(kept)
 
 
 def as_selected(key: str) -> tuple[str, str, str] | None:
@@ -112,3 +128,123 @@ def check_metric(metric: str, trainings: Sequence[RunSummary]) -> None:
 def nearest(wrong: str, known: Iterable[str]) -> str:
     known = sorted(set(known))
     return did_you_mean(wrong, known) or f"; there are {', '.join(known[:20])}"
+
+
+# --- differences of held-out gains
+
+ALIKE = ("reward", "encoder", "model")  # what gains that are compared have the same of; the model may be named
+
+
+class Compared(NamedTuple):
+    configuration: Configuration
+    against: Configuration
+    difference: Difference
+
+
+def compare_gains(found: Sequence[Configuration], conditions: Sequence[str]) -> tuple[list[Compared], list[str]]:
+    """Each configuration against the comparable one that fits every condition, and notes of what is not compared.
+
+    Without conditions, the second against the first wherever just two are comparable. Models are comparable where a
+    condition names one. Raises UserError where no configuration fits, or where several do that are comparable.
+    """
+    alike = [key for key in ALIKE if key != "model" or not any(each.startswith("model") for each in conditions)]
+    groups = comparable(found, alike)
+    if conditions:
+        params = [{**each.shown, **each.params} for each in found]
+        fit = fitting("--against", conditions, params, range(len(found)), "configuration")
+        bases = comparable([found[place] for place in fit], alike)
+    else:
+        bases = {kind: group[:1] for kind, group in groups.items() if len(group) == 2}
+    compared, alone, unmatched = [], [], []
+    for kind, group in groups.items():
+        base = bases.get(kind, [])
+        if len(base) > 1:
+            raise UserError(
+                f"--against {' '.join(conditions)!r}: should fit one of the configurations that are comparable, not "
+                f"{len(base)}: {'; '.join(each.label() for each in base)}; give --against again to choose"
+            )
+        others = [each for each in group if each not in base]
+        if base:
+            compared += [Compared(each, base[0], difference(gains(each), gains(base[0]))) for each in others]
+            alone += [] if others else base
+        else:
+            unmatched += others
+    reasons = {
+        "nothing is comparable with": alone,
+        f"not compared, as nothing of the same {', '.join(alike)} and held-out prompts fits --against": unmatched,
+        "not compared, without a held-out gain": [each for each in found if not gains(each)],
+    }
+    notes = [f"{why}: {'; '.join(each.label() for each in those)}" for why, those in reasons.items() if those]
+    return compared, notes if conditions else []
+
+
+def gains(configuration: Configuration) -> Gains:
+    """Those of its seeds that have one."""
+    return {each.params["seed"]: each.gain for each in configuration.trainings if each.gain is not None}
+
+
+def comparable(found: Iterable[Configuration], alike: Sequence[str]) -> dict[object, list[Configuration]]:
+    """The configurations with a gain, together those with the same held-out prompts, `evaluate` parameters, and tables
+    of the selectors `alike`."""
+    groups: dict[object, list[Configuration]] = {}
+    for each in found:
+        if gains(each):
+            chosen = sorted(item for item in each.params.items() if item[0].partition(".")[0] in alike)
+            cut = any(len(value) >= mlflow_store.PARAM_CHARACTERS for _, value in chosen)
+            (measured,) = {training.measured for training in each.trainings if training.gain is not None}
+            # of what the record has cut nobody knows whether it is the same
+            kind = (*chosen, measured, each.trainings[0].config if cut else "")
+            groups.setdefault(kind, []).append(each)
+    return groups
+
+
+def intervals(compared: Sequence[Compared]) -> tuple[list[Limits | None], int]:
+    """That of each, and how many there are: they hold together."""
+    count = sum(each.difference.error is not None for each in compared)
+    return [each.difference.interval(max(1, count)) for each in compared], count
+
+
+def differences_markdown(compared: Sequence[Compared]) -> str:
+    """What stands below the table: the differences with their intervals; nothing where none are compared."""
+    if not compared:
+        return ""
+    limits, count = intervals(compared)
+    line = "difference: held-out gain minus that of the configuration in `against`, in units of the reward"
+    if count:
+        line += f"; interval: {100 * (1 - ALPHA / count):.4g}%, over seeds (Student's t)"
+    if count > 1:
+        line += f", so that all {count} intervals hold together with 95% (Bonferroni)"
+    rows = [["configuration", "against", "difference", "interval", "seeds", "gain is"]]
+    for each, interval in zip(compared, limits, strict=True):
+        between = " to ".join(signed(end) for end in interval) if interval else ""
+        labels = [each.configuration.label(), each.against.label()]
+        rows.append([*labels, signed(each.difference.mean), between, seeds_of(each), answer(interval)])
+    return f"\n{line}\n\n{markdown_table(rows)}"
+
+
+def signed(value: float) -> str:
+    return comparison.format_mean_std(comparison.Spread(value, None, 1), "+")
+
+
+def seeds_of(compared: Compared) -> str:
+    """`3 paired` or `3 and 4`; where some were left out, of how many."""
+    used = compared.difference
+    there = [len(gains(each)) for each in (compared.configuration, compared.against)]
+    text = f"{len(used.seeds)} paired" if used.paired else f"{len(used.seeds)} and {len(used.other_seeds)}"
+    left_out = [len(used.seeds), len(used.other_seeds)] != there
+    return text + (f" (of {there[0]} and {there[1]})" if left_out else "")
+
+
+def differences_csv(found: Sequence[Configuration], compared: Sequence[Compared]) -> str:
+    """The same with all digits, a row a comparison; low and high are empty of too few seeds."""
+    limits, count = intervals(compared)
+    names = ["against", "difference", "low", "high", "level", "paired", "seeds", "against_seeds", "gain_is"]
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*found[0].shown, *names])
+    for (each, against, gained), interval in zip(compared, limits, strict=True):
+        ends = [*interval, 1 - ALPHA / count] if interval else ["", "", ""]
+        seeds = [" ".join(gained.seeds), " ".join(gained.other_seeds)]
+        cells = [gained.mean, *ends, "yes" if gained.paired else "no", *seeds, answer(interval)]
+        rows.writerow([*each.shown.values(), against.label(), *cells])
+    return text.getvalue()
