@@ -96,16 +96,20 @@ OTHERS = [
 STABLE = [
     planned("stable", "stable", model, reward, seed) for seed in range(3) for model in MODELS for reward in REWARDS
 ]
-TARGETS = [  # the run that `stable` was hardest for, with other KL targets in nats a completion, 0 = none
-    planned("other", f"target{nats}", "smollm2_chat", "embedding", seed, (f"recipes.stable.kl_target={nats}.0",))
-    for nats in (0, 3, 4) for seed in (0, 1)
+HARDEST = [  # the run that `stable` finds hardest: other KL targets in nats a completion, 0 = none, and smaller steps
+    planned("other", name, "smollm2_chat", "embedding", seed, (f"recipes.stable.{change}",))
+    for name, change in (
+        ("target0", "kl_target=0.0"), ("target3", "kl_target=3.0"), ("target4", "kl_target=4.0"),
+        ("slow", "lr=0.00003"),
+    )
+    for seed in (0, 1)
 ]  # fmt: skip
 
 
 def plans() -> list[Plan]:
     """In the order in which they are made: so that the first ones say something of everything."""
     first = len(MODELS) * len(REWARDS)
-    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + TARGETS + STABLE[2 * first :]
+    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + HARDEST + STABLE[2 * first :]
 
 
 def cure_plans() -> Iterator[Plan]:

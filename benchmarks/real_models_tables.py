@@ -12,8 +12,10 @@ import pandas as pd
 
 from benchmarks import text_labels
 from benchmarks.detector_tables import of
+from pipeline.config.load import PARAMS_FILE, load_params
 from pipeline.file_io import finite_or_none, read_jsonl, write_jsonl
 from pipeline.paths import REPORTS, RunFiles
+from pipeline.runs.provenance import chosen_params
 from pipeline.runs.results import read_result
 
 FOUND = Path("docs/real_models.jsonl")  # a run a line: what is known of it, and ten of its completions
@@ -51,7 +53,8 @@ def read_rows() -> list[dict[str, Any]]:
 def row(plan: Any, files: RunFiles, known: set[tuple[str, str]], judge: "Judge") -> dict[str, Any]:
     from benchmarks.rldoctor_alarms import verdict
 
-    diagnosis, metrics, completions = map(read_result, (files.diagnosis, files.metrics, files.completions))
+    diagnosis = judged(files)
+    metrics, completions = map(read_result, (files.metrics, files.completions))
     history, chosen = pd.read_csv(files.history), read_result(files.run)["params"]
     policy, reference = ([each[side] for each in completions] for side in ("policy", "checkpoint"))
     gain = metrics[chosen["reward"]]["difference"]
@@ -88,6 +91,15 @@ def row(plan: Any, files: RunFiles, known: set[tuple[str, str]], judge: "Judge")
         "cure": diagnosis["cure"]["changes"] if diagnosis["cure"] else {},
         "completions": [each["policy"] for each in random.Random(0).sample(completions, SHOWN)],
     }  # fmt: skip
+
+
+def judged(files: RunFiles) -> dict[str, Any]:
+    """The verdict by the present code, whatever was there when the run was made."""
+    from pipeline.stages.diagnose import diagnose
+
+    params = load_params(files.reports.parent / PARAMS_FILE.name)
+    rows, calibration, metrics = map(read_result, (files.history, files.calibration, files.metrics))
+    return diagnose(params, rows, calibration, [], chosen_params(params), metrics)
 
 
 class Judge:

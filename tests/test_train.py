@@ -188,7 +188,10 @@ def test_the_coefficient_adapts_to_the_kl_that_is_penalised(here: Project) -> No
 
 def test_the_penalty_is_that_of_the_distribution_which_the_loss_scores(here: Project) -> None:
     """A sampler of one token is certain of it: its log-ratio is minus the reference's log-likelihood, nothing else."""
-    here.edit(recipes__stable__top_k=1, recipes__stable__loss_distribution="sampler", train__steps=1)
+    here.edit(
+        recipes__stable__top_k=1, recipes__stable__loss_distribution="sampler", recipes__stable__kl_target=0.0,
+        train__steps=1,
+    )  # fmt: skip
     train.main()
     row = history(here)[0]
     ref = row["ref_logprob"] * row["completion_tokens"]

@@ -64,7 +64,7 @@ def train_step(
     # KL penalty in the reward: r - kl_coef * (log pi(y | x) - log pi_ref(y | x))
     policy_logprobs = rollout.sampler_logprobs if recipe.loss_distribution == "sampler" else rollout.logprobs
     kl_coef = recipe.kl_coef
-    if recipe.kl_target > 0:
+    if recipe.kl_target > 0 and recipe.kl != "none":
         kl = torch.where(mask, policy_logprobs - ref_logprobs, 0.0).sum(1).mean().item()
         kl_coef = adaptive_kl_coef(kl_coef, kl, recipe.kl_target)
     rewards_with_kl = scaled_rewards
