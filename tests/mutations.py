@@ -418,22 +418,19 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "rewards/verifiable.py": ("tasks", [
         ("found = match.group(1)", "return str(match.group(1))"),
-        ("found[-1].replace", "found[0].replace"),
+        ('"[,$€£¥]", "", found[-1])', '"[,$€£¥]", "", found[0])'),
         ("return letters[-1] if", "return letters[0] if"),
         ('regex.fullmatch(pattern', 'regex.match(pattern'),
         ("plain.casefold() if table.ignore_case else plain", "plain.casefold()"),
         ('unicodedata.normalize("NFKC", text)', "text"),
         ("if isinstance(value, list) else [value]", "if False else [value]"),
-        ("last_group(name, table.column_pattern, str(value))", "str(value)"),
-        ("type(value) is int", "False"),
+        ("last_group(name, table.column_pattern, text)", "text"),
+        ("value.is_integer()", "False"),
     ]),
     "rewards/columns.py": ("tasks", [
-        ("kept & set(found.names)", "kept"),
-        ("if found is None or found.any_name else", "if found is None else"),
         ("needed_columns(table) - set(prompt_set.columns)", "set()"),
     ]),
     "data/prompts.py": ("tasks", [
-        ("for name, value in row[\"columns\"].items() if name in used", "for name, value in row[\"columns\"].items()"),
         ("self.text if self.messages is None else list(self.messages)", "self.text"),
     ]),
     "stages/prepare.py": ("tasks", [

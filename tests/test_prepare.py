@@ -196,8 +196,8 @@ def test_a_csv_file_of_texts_is_taken_whole_and_drops_are_said_aloud(
     lines = (place / "data/prompts/train.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == texts
     assert capsys.readouterr().out.splitlines() == [
-        "4 prompts to train on, of 4 messages",
-        "1 prompts held out, of 2 messages (dropped: leaked 1)",
+        "4 prompts to train on, of 4 rows",
+        "1 prompts held out, of 2 rows (dropped: leaked 1)",
     ]
     for content, message in (
         (b"text,x\na,b,c\n", "train.csv line 2: has 3 cells, the header 2; quote what holds a comma"),
@@ -265,7 +265,6 @@ def refused() -> str:
             "train.jsonl line 2: text should be a string or a list of messages, not null",
         ),
         (b'{"text": "Hi", "lang": ["en"]}', "train.jsonl line 2: lang should be a string, not a list"),
-        (b'{"text": "Hi", "lang": "en", "message_id": 5}', "train.jsonl line 2: message_id should be a string"),
         (b'{"text": "Hi \\ud83d", "lang": "en"}', "train.jsonl line 2: text holds half of a surrogate pair"),
         (b'{"text": "Hi \xff", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
         (b'{"text": "Hi \xed\xa0\xbd", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
@@ -421,7 +420,7 @@ def cut_gzip(folder: Path) -> None:
             folder / "train.jsonl", [{"text": "hi", "lang": "en"}, {"text": "Hi", "lang": "de"}]),
          "set/train.jsonl: none of its 2 rows is left as a prompt (dropped: language 1, first_character 1)"),
         (lambda folder: (folder / "train.jsonl").write_text(""),
-         "set/train.jsonl: none of its 0 rows is left as a prompt; it should hold messages"),
+         "set/train.jsonl: none of its 0 rows is left as a prompt; it should hold rows"),
         (lambda folder: shutil.copy(folder / "train.jsonl", folder / "validation.jsonl"),
          "set/validation.jsonl: none of its 1 rows is left as a prompt (dropped: leaked 1)"),
         (parquet(lang=["en"]), "train.parquet: column 'text' is missing (there are: lang)"),
@@ -449,7 +448,7 @@ def test_bad_folders_leave_earlier_outputs_alone(place: Path, spoil: Callable[[P
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("source", "message"), [
-    *((source, "should lie in data/pocket/prompts/ or data/local/")
+    *((source, "should lie in data/pocket/prompts/ or data/pocket-math/prompts/ or data/local/")
       for source in ("data/other", "data/local/../other", ".", "/tmp", "data/local/link")),
     *((source, "no such directory")
       for source in ("data/local/a\0b", "data/local/" + "a" * 300, "data/local/" + "a/" * 4000, "data/local/loop")),

@@ -1,7 +1,6 @@
 """The tables of params.yaml: each key with its type and bounds."""
 
 from dataclasses import dataclass, field
-from keyword import iskeyword
 from string import Formatter
 from typing import Annotated, Any, Literal, get_args
 
@@ -115,6 +114,8 @@ class PromptSet(Table):
             raise ValueError(f"min_characters {self.min_characters} exceeds max_characters {self.max_characters}")
         if self.config is not None and self.repo is None:
             raise ValueError("config needs repo: a directory or a file has no configurations")
+        if self.heldout_seed and self.heldout_share is None:
+            raise ValueError("heldout_seed needs heldout_share; without it nothing is drawn")
         if self.heldout_split is not None and self.heldout_share is not None:
             raise ValueError("needs at most one of heldout_split, heldout_share")
         return self
@@ -126,8 +127,8 @@ class PromptSet(Table):
         if self.prompt_template is not None:
             _template_fields(self.prompt_template)
         for name in self.columns:
-            if name in GIVEN_TO_REWARDS or not name.isidentifier() or iskeyword(name):
-                raise ValueError(f"columns: {name!r} cannot be an argument of a reward; rename the column")
+            if name in GIVEN_TO_REWARDS:
+                raise ValueError(f"columns: {name!r} is what every reward is given; it cannot be a column too")
             if self.columns.count(name) > 1:
                 raise ValueError(f"columns: {name!r} stands twice")
         return self

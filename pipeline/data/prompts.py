@@ -1,8 +1,6 @@
 """The prompts of a run, as `prepare` writes them and the other stages read them."""
 
-import hashlib
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,20 +37,3 @@ def conversation_text(messages: Sequence[Message]) -> str:
     if [message["role"] for message in messages] == ["user"]:
         return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def prompts_digest(source: Path, used: Collection[str]) -> str:
-    """sha256 of a file that `prepare` wrote, without the columns that are not in `used`: of the file itself, where it
-    keeps none."""
-    rows = read_jsonl(source)
-    for row in rows:
-        if "columns" in row:
-            row["columns"] = {name: value for name, value in row["columns"].items() if name in used}
-    return _sha256(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-
-def _sha256(lines: Iterable[str]) -> str:
-    found = hashlib.sha256()
-    for line in lines:
-        found.update(line.encode())
-    return found.hexdigest()

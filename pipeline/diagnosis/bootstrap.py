@@ -21,10 +21,7 @@ def interval(values: Tensor, indices: Tensor, level: float = 0.95) -> dict[str, 
     """
     if len(values) == 1:
         return {"mean": values.item(), "low": None, "high": None}
-    means = values[indices].mean(1)
-    tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
-    return {"mean": values.mean().item(), "low": low, "high": high}
+    return {"mean": values.mean().item(), **percentiles(values[indices].mean(1), level)}
 
 
 def interval_of(
@@ -34,11 +31,16 @@ def interval_of(
 
     statistic: indices of prompts [R, n] -> its value for each row [R]. prompts [n]: all of them. resamples [R, n].
     """
-    mean, values = statistic(prompts[None]).item(), statistic(resamples)
-    if not math.isfinite(mean):
+    of_all, values = statistic(prompts[None]).item(), statistic(resamples)
+    if not math.isfinite(of_all):
         return {"mean": None, "low": None, "high": None}
     if len(prompts) == 1 or not values.isfinite().all():
-        return {"mean": mean, "low": None, "high": None}
+        return {"mean": of_all, "low": None, "high": None}
+    return {"mean": of_all, **percentiles(values, level)}
+
+
+def percentiles(values: Tensor, level: float) -> dict[str, float | None]:
+    """What the middle `level` of the values lies between."""
     tail = (1 - level) / 2
     low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
-    return {"mean": mean, "low": low, "high": high}
+    return {"low": low, "high": high}

@@ -1,24 +1,16 @@
-"""Which columns of the prompts' rows a reward reads."""
+"""What a reward needs: columns of the prompts' rows, a library."""
 
-from collections.abc import Iterable
-
-from pipeline.config.schema import GIVEN_TO_REWARDS, CustomReward, MatchReward, PromptSet, Reward, SumReward
+from pipeline.config.schema import (
+    GIVEN_TO_REWARDS,
+    CustomReward,
+    FormatReward,
+    MatchReward,
+    PromptSet,
+    Reward,
+    SumReward,
+)
 from pipeline.errors import UserError
 from pipeline.rewards.custom import arguments_of
-
-
-def used_columns(table: Reward, kept: Iterable[str]) -> set[str]:
-    """Those of the columns `kept` that the reward's values can depend on."""
-    kept = set(kept)
-    match table:
-        case SumReward():
-            return set().union(*(used_columns(term.reward, kept) for term in table.terms))
-        case MatchReward():
-            return {table.column} & kept
-        case CustomReward():
-            found = arguments_of(table.function)
-            return kept if found is None or found.any_name else kept & set(found.names)
-    return set()
 
 
 def needed_columns(table: Reward) -> set[str]:
@@ -34,18 +26,13 @@ def needed_columns(table: Reward) -> set[str]:
     return set()
 
 
-def applies(table: Reward, prompt_set: PromptSet) -> bool:
-    """Whether the prompt set keeps what the reward needs."""
-    return needed_columns(table) <= set(prompt_set.columns)
-
-
 def check_columns(name: str, table: Reward, prompt_set: PromptSet, key: str) -> None:
     """Raises UserError where the reward needs a column that the prompt set does not keep. key: of the prompt set."""
     if missing := sorted(needed_columns(table) - set(prompt_set.columns)):
         kept = ", ".join(prompt_set.columns) or "none"
         raise UserError(
             f"reward {name} needs {missing[0]!r} of each prompt's row, which {key} does not keep (columns: {kept}); "
-            f"add it to {key}.columns, or choose other prompts"
+            f"add it to {key}.columns, choose other prompts, or give a function's argument as params.{missing[0]}"
         )
 
 
@@ -59,3 +46,10 @@ def check_params(table: Reward, prompt_set: PromptSet, key: str) -> None:
             if given in (*prompt_set.columns, *GIVEN_TO_REWARDS):
                 what = f"a column of {key}" if given in prompt_set.columns else "what every reward is given"
                 raise UserError(f"reward {table.function}: params.{given} has the name of {what}; call it otherwise")
+
+
+def searches_patterns(table: Reward) -> bool:
+    """Whether the reward's values depend on the library `regex`."""
+    if isinstance(table, SumReward):
+        return any(searches_patterns(term.reward) for term in table.terms)
+    return isinstance(table, MatchReward | FormatReward)

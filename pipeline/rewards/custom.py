@@ -33,6 +33,7 @@ class Loaded(NamedTuple):
     source: bytes
     module: ModuleType
     settings: "OwnSettings"
+    loop: asyncio.Runner  # one for all calls: what the module makes for async functions belongs to a loop
 
 
 _loaded: dict[str, Loaded] = {}  # by the module's name
@@ -83,7 +84,7 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[RewardBatc
         def call() -> Any:
             values = target(**arguments)
             if inspect.isawaitable(values):
-                values = asyncio.run(_awaited(values))
+                values = loaded.loop.run(_awaited(values))
             if not isinstance(values, Iterator):
                 return values
             # a generator runs only now, and may be endless
@@ -141,7 +142,7 @@ def _load(function: str, path: Path) -> Loaded:
         other = module.__file__ or f"a folder {name}"
         del sys.modules[name]
         raise UserError(f"reward {function}: Python imports {other} as {name}, not {path}; rename the file")
-    _loaded[name] = Loaded(root, source, module, settings)
+    _loaded[name] = Loaded(root, source, module, settings, asyncio.Runner())
     return _loaded[name]
 
 

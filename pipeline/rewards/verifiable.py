@@ -12,9 +12,9 @@ from pipeline.errors import UserError
 from pipeline.rewards.batch import RewardBatch, TermReward
 
 PATIENCE = 10.0  # seconds for a pattern on one text: some take for ever
-# 1200, 1,200, -3.5, .5, 2e3; the sign of a difference, as in 5-3, is none
+# a whole row of digits and commas; $1,200.50, -3.5, -$5, .5, 2e3; the sign of a difference, as in 5-3, is none
 NUMBER = regex.compile(
-    r"(?:(?<![\w)\]])[-+])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:(?<![\p{Latin}\p{N}_)\]])[-+])?[$€£¥]?(?:(?<![0-9,])[0-9][0-9,]*(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 )
 
@@ -73,28 +73,29 @@ def row_answers(name: str, table: MatchReward, prompt: Prompt) -> list[str | Dec
 def _row_answer(name: str, table: MatchReward, value: Any) -> str | Decimal | None:
     if value is None or isinstance(value, dict | list):
         return None
-    if table.compare == "choice" and type(value) is int:  # as a place among the choices, the first is 0
-        return table.choices[value] if 0 <= value < len(table.choices) else None
-    found = last_group(name, table.column_pattern, str(value))
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if table.compare == "choice" and text.isdecimal() and not any(map(str.isdecimal, table.choices)):
+        return table.choices[int(text)] if int(text) < len(table.choices) else None  # a place, the first is 0
+    found = last_group(name, table.column_pattern, text)
     return normalized(table, found) if found is not None else None
 
 
 def normalized(table: MatchReward, text: str) -> str | Decimal | None:
     """What is compared; None where the text holds no answer.
 
-    text: Unicode's NFKC, white space as single spaces and none at the ends, in lower case if `ignore_case`. number: the
-    last one in the text, without thousands separators; 1200.0 and 1,200 are equal. choice: the last letter of `choices`
-    that stands by itself, as in "(B)" or "B.".
+    Of all in Unicode's NFKC. text: white space as single spaces and none at the ends, without case if `ignore_case`.
+    number: the last one in the text, without commas and a currency's sign; 1200.0 and 1,200 are equal. choice: the last
+    letter of `choices` with no Latin letter or digit beside it, as in "(B)" or "B.".
     """
+    plain = " ".join(unicodedata.normalize("NFKC", text).split())
     match table.compare:
         case "text":
-            plain = " ".join(unicodedata.normalize("NFKC", text).split())
             return (plain.casefold() if table.ignore_case else plain) or None
         case "number":
-            found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-            return Decimal(found[-1].replace(",", "")) if found else None
+            found = NUMBER.findall(plain.replace("\N{MINUS SIGN}", "-"))
+            return Decimal(regex.sub("[,$€£¥]", "", found[-1])) if found else None
         case "choice":
-            letters = regex.findall(rf"(?<![\w'’])[{table.choices}](?![\w'’])", text)
+            letters = regex.findall(rf"(?<![\p{{Latin}}\p{{N}}_'’])[{table.choices}](?![\p{{Latin}}\p{{N}}_'’])", plain)
             return letters[-1] if letters else None
 
 

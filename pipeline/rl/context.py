@@ -63,7 +63,8 @@ def build_context(
         shard(policy, device, processes.world_size)
     tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), read_prompts(TRAIN_PROMPTS)
     heldout = read_heldout(params, processes.world_size) if params.evaluate.every else []
-    check_rows(params.reward, params.selected_reward, [*prompts, *heldout])
+    measured = read_prompts(HELDOUT_PROMPTS)[: params.evaluate.prompts or None] if HELDOUT_PROMPTS.exists() else []
+    check_rows(params.reward, params.selected_reward, [*prompts, *measured])
     chat = params.selected_model.chat
     lengths = [len(encode_prompt(tokenizer, prompt.content, chat)) for prompt in [*prompts, *heldout]]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)

@@ -27,7 +27,11 @@ from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_folder, folder_digests, read_json, sha256, why_unwatched, write_json
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, TRAIN_PROMPTS
 
-WATCHED = (Path("data/pocket/checkpoint"), Path("models/local"))  # what DVC hashes for this stage
+WATCHED = (
+    Path("data/pocket/checkpoint"),
+    Path("data/pocket-math/checkpoint"),
+    Path("models/local"),
+)  # what DVC hashes for this stage
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from pipeline.models.verification import Layout
 from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, POLICY, RUN_FILES
 from pipeline.rewards.batch import Reward, RewardBatch
 from pipeline.rewards.build import build_reward, check_rows
-from pipeline.rewards.columns import applies
+from pipeline.rewards.columns import check_columns
 from pipeline.rl.metrics import text_cost
 from pipeline.rl.seeding import draw_uniforms, generator
 from pipeline.runs.progress import progress
@@ -58,10 +58,8 @@ def main() -> None:
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     rewards = {
         name: build_reward(name, table, CHECKPOINT / "encoder", device)
-        for name, table in measured_rewards(params).items()
+        for name, table in measured_rewards(params, prompts).items()
     }
-    for name in rewards:
-        check_rows(name, params.rewards[name], prompts)
     metrics, rows = evaluate(params, prompts, device, rewards)
     curve = curve_rows(
         heldout, heldout_scores(heldout, prompts, params.reward, rewards), params.reward, partial(draw, params)
@@ -119,20 +117,30 @@ def evaluate(
     return metrics, rows
 
 
-def measured_rewards(params: Params) -> dict[str, Any]:
-    """The tables of all rewards that can be computed from what the prompt set keeps of its rows."""
-    found = {name: table for name, table in params.rewards.items() if applies(table, params.selected_prompt_set)}
-    left = [name for name in params.rewards if name not in found]
-    if left:
-        print(f"not measured, since the prompts lack a column that they need: {', '.join(left)}")
+def measured_rewards(params: Params, prompts: list[Prompt]) -> dict[str, Any]:
+    """The tables of the trained and the independent reward, and of all others that these prompts' rows suffice for."""
+    found: dict[str, Any] = {}
+    for name, table in params.rewards.items():
+        try:
+            if name not in (params.reward, params.evaluate.independent):
+                check_columns(name, table, params.selected_prompt_set, f"prompt_sets.{params.prompts}")
+            check_rows(name, table, prompts)
+        except UserError as error:
+            if name in (params.reward, params.evaluate.independent):
+                raise
+            print(f"note: not measured: {error}", file=sys.stderr)
+        else:
+            found[name] = table
     return found
 
 
 def depends_on(params: Params) -> tuple[Any, ...]:
     """The parameters that this stage depends on, as dvc.yaml lists them."""
     p, sizes = params, measured_params(params)
-    kept = p.selected_prompt_set.columns
-    return sizes, p.model, p.selected_model, p.selected_recipe, p.recipe, p.reward, p.rewards, kept, p.seed, p.train
+    return (
+        sizes, p.model, p.selected_model, p.prompts, p.selected_prompt_set, p.selected_recipe, p.recipe, p.reward,
+        p.rewards, p.seed, p.train,
+    )  # fmt: skip
 
 
 def measured_params(params: Params) -> dict[str, Any]:

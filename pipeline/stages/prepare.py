@@ -5,8 +5,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from pipeline.config.load import load_params
@@ -18,7 +19,11 @@ from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_path, why_unwatched, write_json, write_jsonl
 from pipeline.paths import HELDOUT_PROMPTS, RUN_FILES, TRAIN_PROMPTS
 
-WATCHED = (Path("data/pocket/prompts"), Path("data/local"))  # DVC hashes these: it would not notice edits elsewhere
+WATCHED = (
+    Path("data/pocket/prompts"),
+    Path("data/pocket-math/prompts"),
+    Path("data/local"),
+)  # DVC hashes these: it would not notice edits elsewhere
 LANGUAGE, MESSAGE_ID = "lang", "message_id"  # columns of OASST1; the second is kept where it is there
 HELDOUT_SPLIT = "validation"  # unless the set names another, or a share
 
@@ -50,11 +55,11 @@ def main() -> None:
         write_jsonl(heldout_file, heldout)
         write_json(report_file, {"train": train_counts, "heldout": heldout_counts})
     for name, counts in (("to train on", train_counts), ("held out", heldout_counts)):
-        print(f"{counts['kept']} prompts {name}, of {counts['read']} messages{dropped(counts)}")
+        print(f"{counts['kept']} prompts {name}, of {counts['read']} rows{dropped(counts)}")
 
 
 def dropped(counts: dict[str, Any]) -> str:
-    """` (dropped: too_long 3)`: how many messages broke which rule; nothing where none did."""
+    """` (dropped: too_long 3)`: how many rows broke which rule; nothing where none did."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items() if count)
     return f" (dropped: {reasons})" if reasons else ""
 
@@ -73,10 +78,14 @@ def select(
     read = duplicates = 0
     for where, row in rows:
         _check(where, row, needed_columns(rules))
+        if rules.language is not None and not isinstance(row[LANGUAGE], str):
+            raise UserError(f"{where}: {LANGUAGE} should be a string, not {_kind(row[LANGUAGE])}")
         read += 1
         made = prompt_of(where, row, rules)
         text = made["prompt"]
-        reason = _first_broken_rule(text, row.get(LANGUAGE), rules)
+        # of a conversation, what is to be answered
+        asked = made["messages"][-1]["content"] if "messages" in made else text
+        reason = _first_broken_rule(asked, row.get(LANGUAGE), rules)
         if reason is None and text in train_texts:
             reason = "leaked"
         if reason is None and text in seen:
@@ -95,7 +104,7 @@ def hold_out(
     prompts: list[Row], counts: dict[str, Any], rules: PromptSet, where: str
 ) -> tuple[list[Row], dict[str, Any], list[Row], dict[str, Any]]:
     """The prompts to train on and the held-out ones, each with its counts: `heldout_share` of the different prompts,
-    drawn by `heldout_seed`, with all of their rows. A prompt's place depends on nothing but itself and the seed.
+    drawn by `heldout_seed`, with all of their rows. The order of the rows does not matter, and more of them move few.
     """
     texts = {row["prompt"] for row in prompts}
     order = sorted(texts, key=lambda text: hashlib.sha256(f"{rules.heldout_seed}:{text}".encode()).digest())
@@ -128,7 +137,8 @@ def prompt_of(where: str, row: Row, rules: PromptSet) -> Row:
     made: Row = {}
     column = rules.prompt_columns[0]
     if rules.prompt_template is not None:
-        made["prompt"] = rules.prompt_template.format(**{c: _text_of(where, c, row[c]) for c in rules.prompt_columns})
+        parts = Formatter().parse(rules.prompt_template)
+        made["prompt"] = "".join(text + (_text_of(where, c, row[c]) if c else "") for text, c, _, _ in parts)
     elif isinstance(value := row[column], list):
         messages = _messages(f"{where}: {column}", value)
         made |= {"prompt": conversation_text(messages), "messages": messages}
@@ -136,7 +146,7 @@ def prompt_of(where: str, row: Row, rules: PromptSet) -> Row:
         made["prompt"] = value
     else:
         raise UserError(f"{where}: {column} should be a string or a list of messages, not {_kind(value)}")
-    made[MESSAGE_ID] = row.get(MESSAGE_ID)
+    made[MESSAGE_ID] = row[MESSAGE_ID] if isinstance(row.get(MESSAGE_ID), str) else None
     if rules.columns:
         made["columns"] = {name: row[name] for name in rules.columns}
     return made
@@ -186,9 +196,6 @@ def _check(where: str, row: Any, needed: Sequence[str]) -> None:
     for column in (*needed, MESSAGE_ID):
         if column not in row:
             continue
-        kinds = {LANGUAGE: str, MESSAGE_ID: str | None}.get(column, object)
-        if not isinstance(row[column], kinds):
-            raise UserError(f"{where}: {column} should be a string, not {_kind(row[column])}")
         _check_value(f"{where}: {column}", row[column])
 
 
@@ -221,7 +228,7 @@ def _is_unicode(text: str) -> bool:
 def _refuse_empty(prompts: list[Row], counts: dict[str, Any], where: str, key: str) -> None:
     if not prompts:
         reasons = dropped(counts)
-        because = f"{reasons}; loosen the rules in {key}" if reasons else "; it should hold messages"
+        because = f"{reasons}; loosen the rules in {key}" if reasons else "; it should hold rows"
         raise UserError(f"{where}: none of its {counts['read']} rows is left as a prompt{because}")
 
 
@@ -282,12 +289,25 @@ def hub_splits(key: str, rules: PromptSet) -> Splits:
             raise UserError(f"{key}: {name} has no {split} split (there are: {', '.join(dataset)})")
         present = dataset[split].column_names
         columns = chosen_columns(f"{name} {split}", present, needed_columns(rules), (MESSAGE_ID,))
-        rows = dataset[split].select_columns(columns)
-        return f"{name} {split}", ((f"{name} {split} row {number}", row) for number, row in enumerate(rows, start=1))
+        return f"{name} {split}", decoded(f"{name} {split}", dataset[split].select_columns(columns))
 
     if rules.heldout_share is None:
         read_split(rules.heldout_split or HELDOUT_SPLIT)
     return read_split
+
+
+def decoded(where: str, rows: Iterable[Row]) -> Iterator[Located]:
+    """Raises UserError for a row that cannot be decoded, such as a picture."""
+    number, values = 0, iter(rows)
+    while True:
+        number += 1
+        try:
+            row = next(values)
+        except StopIteration:
+            return
+        except Exception as error:  # of whichever library decodes the column
+            raise UserError(f"{where} row {number}: cannot be read: {type(error).__name__}: {error}") from None
+        yield f"{where} row {number}", row
 
 
 def _fetch(repo: str, revision: str, config: str | None) -> Any:

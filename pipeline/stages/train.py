@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import SELECTORS, Params
-from pipeline.data.prompts import prompts_digest
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import TITLES, Finding, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
@@ -36,7 +35,7 @@ from pipeline.file_io import (
 )
 from pipeline.models.load import load_layout
 from pipeline.paths import BEST, CHECKPOINT, HEALTHY, HELDOUT_PROMPTS, POLICY, RUN_FILES, TRAIN_PROMPTS
-from pipeline.rewards.columns import used_columns
+from pipeline.rewards.columns import searches_patterns
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import TrainContext, build_context, gather_full_policy, initial_policy, sync_rollout_model
@@ -112,12 +111,13 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
     selected = {name: params.selected(name) for name in SELECTORS}
     digests = provenance.params_digests(chosen, {**selected, "train": params.train})
-    libraries = provenance.library_versions(*["peft"] if params.train.lora_rank else [])
-    read = used_columns(params.selected_reward, params.selected_prompt_set.columns)
+    libraries = provenance.library_versions(
+        *["peft"] if params.train.lora_rank else [], *["regex"] if searches_patterns(params.selected_reward) else []
+    )
     parts = {
         "code": provenance.digest([provenance.code_digest("pipeline.stages.train"), libraries]),
         "custom": provenance.digest(custom_digests([params.selected_reward])),
-        "prompts": prompts_digest(TRAIN_PROMPTS, read),
+        "prompts": sha256(TRAIN_PROMPTS),
         "checkpoint": sha256(CHECKPOINT / "manifest.json"),
         "layout": asdict(load_layout(CHECKPOINT / "layout.json")),
         "params": provenance.chosen_params(params),
@@ -127,7 +127,7 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     }
     if params.evaluate.every:  # without it nothing is measured on held-out prompts
         parts["curve"] = {"every": params.evaluate.every, "prompts": params.evaluate.curve_prompts}
-        parts["heldout_prompts"] = prompts_digest(HELDOUT_PROMPTS, read)
+        parts["heldout_prompts"] = sha256(HELDOUT_PROMPTS)
     # the tables too: flattened, different ones may look alike. Not which of the values are written and which defaults
     told = {name: value for name, value in parts.items() if name != "written_params"}
     return {"train_key": provenance.digest([told, tables]), **parts}
