@@ -85,7 +85,8 @@ def row(plan: Any, files: RunFiles, known: set[tuple[str, str]], judge: "Judge")
         "gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"],
         "ref_logprob_change": likelihood["policy"] - likelihood["checkpoint"],
         "kl_most": history["ref_kl_sequence"].max(),
-        "different_pairs": metrics["text"]["policy"]["distinct_2"] / metrics["text"]["checkpoint"]["distinct_2"],
+        "different_pairs": metrics["text"]["policy"]["distinct_2"],  # None: of completions of one token at most
+        "different_pairs_reference": metrics["text"]["checkpoint"]["distinct_2"],
         **{name: finite_or_none(value) for name, value in measured.items()},
         "rldoctor": " ".join(verdict(history)[0]),
         "cure": diagnosis["cure"]["changes"] if diagnosis["cure"] else {},

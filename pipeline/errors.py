@@ -41,7 +41,7 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where one of these ends or begins with it, or is near, else nothing."""
     known = list(known)
     near = [name for name in known if name.endswith(f".{wrong}")]
-    near += [name for name in known if len(wrong) > 2 and name.startswith(wrong)]
+    near += sorted((name for name in known if len(wrong) > 2 and name.startswith(wrong)), key=len)
     near += difflib.get_close_matches(wrong, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
