@@ -102,7 +102,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "models/rollout.py": ("notebook", [
         ("max_tokens - tokens)", "max_tokens - tokens + 1)"),
         ("lengths.view(-1, group).amax(1).repeat_interleave(group)", "lengths * 0 + lengths.amax()"),
-        ("row[: length - ended]", "row[:length]"),
+        ("tokens[:-1] if ended else tokens", "tokens"),
         ('special_tokens == "keep"', 'special_tokens != "keep"'),
         ('skip_special_tokens=special_tokens == "strip"', "skip_special_tokens=False"),
         ('one.tokens if one.ending == "stop_string" else row', "row"),
@@ -131,7 +131,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("rewards - coef * log_ratio", "rewards + coef * log_ratio"),
         ("torch.where(mask, logprobs - ref_logprobs, 0.0)", "(logprobs - ref_logprobs)"),
         (".to(rewards.dtype).detach()", ".to(rewards.dtype)"),
-        (".sum(1).view_as(rewards)", ".mean(1).view_as(rewards)"),
+        ("0.0).sum(1)", "0.0).mean(1)"),
         ("max(1.0, kl / target)", "max(1.0, target / kl)"),
         ("max(1.0, kl / target)", "(kl / target)"),
         ("KL_STEEPNESS = 4", "KL_STEEPNESS = 5"),
@@ -322,7 +322,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("threshold if worse else math.nan", "threshold"),
         ("logprob - thresholds.unlikely", "-thresholds.unlikely"),
         ("least * or_nan(before, metric)", "or_nan(before, metric)"),
-        ("        (alike_pairs,),  # one phrase in versions that differ by a word\n", ""),
+        ('(fewer("distinct_2", thresholds.distinct_pairs),)', '(fewer("distinct_2", 0.0),)'),
         ("min(mean, before.mean)", "mean"),
         ("min(mean, before.mean)", "before.mean"),
         ("onset, end = starts[0], starts[-1]", "onset, end = starts[-1], starts[-1]"),
@@ -474,6 +474,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "commands/compare.py": ("compare", [
         ("difference(gains(each), gains(base[0]))", "difference(gains(base[0]), gains(each))"),
+    ]),
+    "report/gain_table.py": ("compare", [
         (".interval(max(1, count))", ".interval()"),
         ("sum(each.difference.error is not None for", "sum(True for"),
         ('ALIKE = ("reward", "encoder", "model")', 'ALIKE = ("reward", "model")'),

@@ -269,6 +269,7 @@ def refused() -> str:
         (b'{"text": "Hi \xff", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
         (b'{"text": "Hi \xed\xa0\xbd", "lang": "en"}', "train.jsonl line 2: not UTF-8 at byte 14"),
         (b'{"text": "Hi", "text": "Ho", "lang": "en"}', "train.jsonl line 2: malformed JSON: 'text' stands twice"),
+        (b'{"text": "Hi", "lang": "en", "message_id": 5}', "train.jsonl line 2: message_id should be a string"),
         (b'{"text": NaN, "lang": "en"}', "train.jsonl line 2: text should be a string, a number, a list or an object"),
         (b'{"text": "Hi\0", "lang": "en"}', "train.jsonl line 2: malformed JSON at column 13"),
         (b'{"text": "Hi", "lang": "en"}{}', "train.jsonl line 2: malformed JSON at column 29"),

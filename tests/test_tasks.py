@@ -237,7 +237,7 @@ def write(file: Path, *rows: Any) -> None:
 
 
 def test_a_template_and_the_columns_of_a_row(place: Path) -> None:
-    write(place / "train.jsonl", {"q": "1 + 1", "0": 2, "The answer": {"value": [2]}, "more": 0, "message_id": 7})
+    write(place / "train.jsonl", {"q": "1 + 1", "0": 2, "The answer": {"value": [2]}, "more": 0})
     write(place / "test.jsonl")
     found, _ = read_set(prompt_template="{{{q}}} in {0} words:", columns=["The answer"], heldout_split="test")
     assert found == [{"prompt": "{1 + 1} in 2 words:", "message_id": None, "columns": {"The answer": {"value": [2]}}}]

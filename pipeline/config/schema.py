@@ -254,6 +254,13 @@ class SumReward(Table):
 
 
 Reward = Annotated[PlainReward | SumReward, Field(discriminator="kind")]
+
+
+def plain_rewards(table: Reward) -> list[PlainReward]:
+    """The rewards that a sum is made of; of any other kind, itself."""
+    return [term.reward for term in table.terms] if isinstance(table, SumReward) else [table]
+
+
 REWARD_KINDS: dict[str, type[Table]] = {
     get_args(table.model_fields["kind"].annotation)[0]: table for table in (*get_args(PlainReward), SumReward)
 }

@@ -166,15 +166,15 @@ def heldout_finding(
     text, ref_logprob: of metrics.json, by `checkpoint` (the reference) and `policy`. steps: of the run.
     """
     before, after = ({**text[side], "ref_logprob": ref_logprob[side]} for side in ("checkpoint", "policy"))
-    alike, alike_pairs = (
-        worse_limit(before, metric, "below", least * or_nan(before, metric))
-        for metric, least in (("distinct_completions", thresholds.distinct), ("distinct_2", thresholds.distinct_pairs))
-    )
+
+    def fewer(metric: str, least: float) -> Limit:
+        return worse_limit(before, metric, "below", least * or_nan(before, metric))
+
     signs = [
         (worse_limit(before, "empty_share", "above", thresholds.empty),),
         (worse_limit(before, "repeated_3grams", "above", thresholds.repeated),),
-        (alike,),
-        (alike_pairs,),  # one phrase in versions that differ by a word
+        (fewer("distinct_completions", thresholds.distinct),),
+        (fewer("distinct_2", thresholds.distinct_pairs),),  # one phrase in versions that differ by a word
         *likelihood_signs(before, spreads, thresholds),
     ]
     last = steps - 1

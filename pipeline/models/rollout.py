@@ -101,5 +101,5 @@ def completion_texts(
 
 def completion_tokens(rollout: Rollout, eos: Sequence[int]) -> list[list[int]]:
     """Token lists [N] without the token that ends them, one of `eos`."""
-    rows = zip(rollout.completions.tolist(), rollout.lengths.tolist(), rollout.ended(eos).tolist(), strict=True)
-    return [row[: length - ended] for row, length, ended in rows]
+    rows = zip(rollout.token_lists(), rollout.ended(eos).tolist(), strict=True)
+    return [tokens[:-1] if ended else tokens for tokens, ended in rows]

@@ -39,8 +39,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, chat:
     Raises ChatTemplateError where the template refuses it.
     """
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(dict, prompt))
-    own_system = asked[0]["role"] == "system"
-    system = [] if chat.system is None or own_system else [{"role": "system", "content": chat.system}]
+    system = [] if chat.system is None or has_system(prompt) else [{"role": "system", "content": chat.system}]
     messages = [*system, *asked]
     try:
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **chat.options)
@@ -49,6 +48,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, chat:
     if not encoded["input_ids"]:
         raise ChatTemplateError(f"prompt {shown(prompt)}: the chat template gives it no token")
     return list(encoded["input_ids"])
+
+
+def has_system(prompt: PromptContent) -> bool:
+    """Whether a prompt is a conversation with a system message of its own."""
+    return not isinstance(prompt, str) and prompt[0]["role"] == "system"
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: PromptContent, key: str) -> None:
@@ -67,12 +71,8 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: Pro
                 unknown = f"{key}.chat_template_options.{name}: the chat template has no such option"
                 raise UserError(f"{unknown}{did_you_mean(name, sorted(names))}")
         ids = encode_chat(tokenizer, prompt, chat)
-        own_system = not isinstance(prompt, str) and prompt[0]["role"] == "system"
-        if (
-            chat.system is not None
-            and not own_system
-            and ids == encode_chat(tokenizer, prompt, replace(chat, system=None))
-        ):
+        given = chat.system is not None and not has_system(prompt)
+        if given and ids == encode_chat(tokenizer, prompt, replace(chat, system=None)):
             raise UserError(f"{key}.system has no effect: the chat template leaves the system message out")
     except (ChatTemplateError, ValueError) as error:  # ValueError: it has several templates, none of them the default
         raise UserError(f"{key}: {error}") from None

@@ -292,7 +292,7 @@ def table_csv(found: Sequence[Configuration]) -> str:
             [training.gain_interval and training.gain_interval[end] for training in each.trainings] for end in (0, 1)
         ]
         rows[-1] += [" ".join("-" if value is None else str(value) for value in values) for values in of_seeds]
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def band(configuration: Configuration, column: str) -> dict[int, Spread]:
@@ -307,10 +307,10 @@ def curves_csv(found: Sequence[Configuration], column: str) -> str:
     for each in found:
         for step, value in band(each, column).items():
             rows.append([*each.shown.values(), *("" if cell is None else str(cell) for cell in (step, *value))])
-    return _csv(rows)
+    return csv_text(rows)
 
 
-def _csv(rows: Iterable[Sequence[str]]) -> str:
+def csv_text(rows: Iterable[Sequence[str]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -19,6 +19,7 @@ from pipeline.config.schema import (
     SumReward,
     Term,
     WordsReward,
+    plain_rewards,
 )
 from pipeline.data.prompts import Prompt
 from pipeline.errors import UserError
@@ -79,12 +80,10 @@ def _plain(name: str, table: Any, encoder: Path, device: torch.device) -> TermRe
 
 def check_rows(name: str, table: Any, prompts: Iterable[Prompt]) -> None:
     """Raises UserError for the first prompt whose row holds no answer that the reward could compare with."""
-    if isinstance(table, SumReward):
-        for term in table.terms:
-            check_rows(name, term.reward, prompts)
-    elif isinstance(table, MatchReward):
-        for prompt in prompts:
-            row_answers(name, table, prompt)
+    for plain in plain_rewards(table):
+        if isinstance(plain, MatchReward):
+            for prompt in prompts:
+                row_answers(name, plain, prompt)
 
 
 def _number(value: Any) -> float:

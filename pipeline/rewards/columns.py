@@ -7,23 +7,22 @@ from pipeline.config.schema import (
     MatchReward,
     PromptSet,
     Reward,
-    SumReward,
+    plain_rewards,
 )
 from pipeline.errors import UserError
 from pipeline.rewards.custom import arguments_of
+from pipeline.rewards.custom_files import custom_rewards
 
 
 def needed_columns(table: Reward) -> set[str]:
     """The columns without which the reward cannot be computed."""
-    match table:
-        case SumReward():
-            return set().union(*(needed_columns(term.reward) for term in table.terms))
-        case MatchReward():
-            return {table.column}
-        case CustomReward():
-            found = arguments_of(table.function)
-            return set(found.required) - {*GIVEN_TO_REWARDS, *table.params} if found else set()
-    return set()
+    needed: set[str] = set()
+    for plain in plain_rewards(table):
+        if isinstance(plain, MatchReward):
+            needed.add(plain.column)
+        elif isinstance(plain, CustomReward) and (found := arguments_of(plain.function)):
+            needed |= set(found.required) - {*GIVEN_TO_REWARDS, *plain.params}
+    return needed
 
 
 def check_columns(name: str, table: Reward, prompt_set: PromptSet, key: str) -> None:
@@ -38,18 +37,13 @@ def check_columns(name: str, table: Reward, prompt_set: PromptSet, key: str) -> 
 
 def check_params(table: Reward, prompt_set: PromptSet, key: str) -> None:
     """Raises UserError where a parameter of a custom reward has the name of a column that is kept."""
-    if isinstance(table, SumReward):
-        for term in table.terms:
-            check_params(term.reward, prompt_set, key)
-    elif isinstance(table, CustomReward):
-        for given in table.params:
+    for custom in custom_rewards([table]):
+        for given in custom.params:
             if given in (*prompt_set.columns, *GIVEN_TO_REWARDS):
                 what = f"a column of {key}" if given in prompt_set.columns else "what every reward is given"
-                raise UserError(f"reward {table.function}: params.{given} has the name of {what}; call it otherwise")
+                raise UserError(f"reward {custom.function}: params.{given} has the name of {what}; call it otherwise")
 
 
 def searches_patterns(table: Reward) -> bool:
     """Whether the reward's values depend on the library `regex`."""
-    if isinstance(table, SumReward):
-        return any(searches_patterns(term.reward) for term in table.terms)
-    return isinstance(table, MatchReward | FormatReward)
+    return any(isinstance(plain, MatchReward | FormatReward) for plain in plain_rewards(table))

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.config.schema import CustomReward, Reward, SumReward
+from pipeline.config.schema import CustomReward, Reward, plain_rewards
 from pipeline.file_io import sha256
 
 FOLDER = Path("custom")
@@ -32,10 +32,7 @@ def custom_digests(rewards: Iterable[Reward]) -> dict[str, str]:
 def custom_rewards(rewards: Iterable[Reward]) -> Iterator[CustomReward]:
     """The custom ones among them, terms of sums included."""
     for reward in rewards:
-        if isinstance(reward, SumReward):
-            yield from custom_rewards(term.reward for term in reward.terms)
-        elif isinstance(reward, CustomReward):
-            yield reward
+        yield from (plain for plain in plain_rewards(reward) if isinstance(plain, CustomReward))
 
 
 def _needed(reward: Path) -> set[Path] | None:

@@ -106,8 +106,13 @@ def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mas
     The policy gradient of R' is the gradient of E[R] - coef * KL(pi || ref) (arXiv 2510.01555).
     rewards [B, G]; logprobs, ref_logprobs, mask [B * G, T].
     """
-    log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).view_as(rewards)
+    log_ratio = log_ratios(logprobs, ref_logprobs, mask).view_as(rewards)
     return rewards - coef * log_ratio.to(rewards.dtype).detach()
+
+
+def log_ratios(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """sum_t [log pi(y_t) - log ref(y_t)] of each completion, [N]; its mean estimates their KL (k1). All else [N, T]."""
+    return torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)
 
 
 def adaptive_kl_coef(coef: float, kl: float, target: float) -> float:

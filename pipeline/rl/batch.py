@@ -135,12 +135,12 @@ def sample_records(
     context: TrainContext,
 ) -> list[dict[str, Any]]:
     """The first completions of the first prompts [B], as rows of samples.jsonl."""
-    group, rows, token_ids = rewards.shape[1], [], rollout.token_lists()
+    group, rows = rewards.shape[1], []
     read = read_completions(rollout, context.tokenizer, context.eos, context.params.selected_recipe.stop_strings)
     for b in range(min(PROMPTS_KEPT, len(prompts))):
         for g in range(min(SAMPLES_KEPT, group)):
             i = b * group + g
-            tokens = token_ids[i]
+            tokens = rollout.completions[i, : int(rollout.lengths[i])].tolist()
             rows.append({
                 "step": step, "prompt": prompts[b].text, "completion": completions[i], "reward": rewards[b, g].item(),
                 "advantage": finite_or_none(advantage[b, g].item()), "tokens": tokens,

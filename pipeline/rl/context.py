@@ -62,9 +62,9 @@ def build_context(
         rollout_model = load_reference(params, device)
         shard(policy, device, processes.world_size)
     tokenizer, prompts = load_tokenizer(CHECKPOINT / "policy"), read_prompts(TRAIN_PROMPTS)
-    heldout = read_heldout(params, processes.world_size) if params.evaluate.every else []
     measured = read_prompts(HELDOUT_PROMPTS)[: params.evaluate.prompts or None] if HELDOUT_PROMPTS.exists() else []
     check_rows(params.reward, params.selected_reward, [*prompts, *measured])
+    heldout = curve_prompts(params, measured, processes.world_size) if params.evaluate.every else []
     chat = params.selected_model.chat
     lengths = [len(encode_prompt(tokenizer, prompt.content, chat)) for prompt in [*prompts, *heldout]]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
@@ -84,9 +84,9 @@ def build_context(
     return context, policy
 
 
-def read_heldout(params: Params, processes: int) -> list[Prompt]:
+def curve_prompts(params: Params, heldout: list[Prompt], processes: int) -> list[Prompt]:
     """The prompts of the held-out curve: the first ones, as in `evaluate`. Raises UserError where they are too few."""
-    prompts = read_prompts(HELDOUT_PROMPTS)[: params.evaluate.curve_prompts]
+    prompts = heldout[: params.evaluate.curve_prompts]
     if len(prompts) < max(2, processes):
         raise UserError(
             f"evaluate.every: a curve needs a held-out prompt for each process, and one to choose by and one to report "

@@ -10,6 +10,7 @@ from pipeline.rl.advantages import (
     BASELINES,
     adaptive_kl_coef,
     advantages,
+    log_ratios,
     next_running_mean,
     reward_scale,
     with_kl_penalty,
@@ -65,7 +66,7 @@ def train_step(
     policy_logprobs = rollout.sampler_logprobs if recipe.loss_distribution == "sampler" else rollout.logprobs
     kl_coef = recipe.kl_coef
     if recipe.kl_target > 0 and recipe.kl != "none":
-        kl = torch.where(mask, policy_logprobs - ref_logprobs, 0.0).sum(1).mean().item()
+        kl = log_ratios(policy_logprobs, ref_logprobs, mask).mean().item()
         kl_coef = adaptive_kl_coef(kl_coef, kl, recipe.kl_target)
     rewards_with_kl = scaled_rewards
     if recipe.kl == "reward_k1":

@@ -122,15 +122,13 @@ def measured_rewards(params: Params, prompts: list[Prompt]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, table in params.rewards.items():
         try:
-            if name not in (params.reward, params.evaluate.independent):
-                check_columns(name, table, params.selected_prompt_set, f"prompt_sets.{params.prompts}")
+            check_columns(name, table, params.selected_prompt_set, f"prompt_sets.{params.prompts}")
             check_rows(name, table, prompts)
+            found[name] = table
         except UserError as error:
             if name in (params.reward, params.evaluate.independent):
                 raise
             print(f"note: not measured: {error}", file=sys.stderr)
-        else:
-            found[name] = table
     return found
 
 

@@ -75,7 +75,7 @@ def select(
     reasons = ("language", "too_short", "too_long", "first_character", "leaked", "duplicate")
     broken = dict.fromkeys(reasons, 0)
     seen: set[str] = set()
-    read = duplicates = 0
+    read = 0
     for where, row in rows:
         _check(where, row, needed_columns(rules))
         if rules.language is not None and not isinstance(row[LANGUAGE], str):
@@ -88,16 +88,20 @@ def select(
         reason = _first_broken_rule(asked, row.get(LANGUAGE), rules)
         if reason is None and text in train_texts:
             reason = "leaked"
-        if reason is None and text in seen:
-            duplicates += 1
-            reason = "duplicate" if rules.deduplicate else None
+        if reason is None and text in seen and rules.deduplicate:
+            reason = "duplicate"
         if reason is None:
             seen.add(text)
             prompts.append(made)
         else:
             broken[reason] += 1
-    counts = {"read": read, "kept": len(prompts), "distinct": len(seen), "duplicates": duplicates, "dropped": broken}
-    return prompts, counts
+    return prompts, _counts(read, prompts, broken)
+
+
+def _counts(read: int, prompts: list[Row], broken: dict[str, int]) -> dict[str, Any]:
+    distinct = len({row["prompt"] for row in prompts})
+    duplicates = len(prompts) - distinct + broken["duplicate"]
+    return {"read": read, "kept": len(prompts), "distinct": distinct, "duplicates": duplicates, "dropped": broken}
 
 
 def hold_out(
@@ -114,16 +118,10 @@ def hold_out(
         raise UserError(
             f"{where}.heldout_share = {rules.heldout_share:g} of {len(texts)} prompts leaves none to train on"
         )
-    nothing = dict.fromkeys(counts["dropped"], 0)
-    found = []
-    for part, read, reasons in zip(
-        parts, (counts["read"] - len(parts[1]), len(parts[1])), (counts["dropped"], nothing), strict=True
-    ):
-        distinct = len({row["prompt"] for row in part})
-        # a duplicate that the rules drop was of a prompt in either part: it is counted with those to train on
-        twice = len(part) - distinct + reasons["duplicate"]
-        found.append({"read": read, "kept": len(part), "distinct": distinct, "duplicates": twice, "dropped": reasons})
-    return parts[0], found[0], parts[1], found[1]
+    train, heldout = parts
+    # what was dropped is counted with those to train on, duplicates of held-out ones too
+    train_counts = _counts(counts["read"] - len(heldout), train, counts["dropped"])
+    return train, train_counts, heldout, _counts(len(heldout), heldout, dict.fromkeys(counts["dropped"], 0))
 
 
 def needed_columns(rules: PromptSet) -> tuple[str, ...]:
@@ -146,7 +144,7 @@ def prompt_of(where: str, row: Row, rules: PromptSet) -> Row:
         made["prompt"] = value
     else:
         raise UserError(f"{where}: {column} should be a string or a list of messages, not {_kind(value)}")
-    made[MESSAGE_ID] = row[MESSAGE_ID] if isinstance(row.get(MESSAGE_ID), str) else None
+    made[MESSAGE_ID] = row.get(MESSAGE_ID)
     if rules.columns:
         made["columns"] = {name: row[name] for name in rules.columns}
     return made
@@ -192,10 +190,9 @@ def _check(where: str, row: Any, needed: Sequence[str]) -> None:
     """Raises UserError unless a row is an object with the needed columns, whose values JSON can hold."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row should be an object with {' and '.join(needed)}, not {_kind(row)}")
-    chosen_columns(where, list(row), needed, ())
-    for column in (*needed, MESSAGE_ID):
-        if column not in row:
-            continue
+    for column in chosen_columns(where, list(row), needed, [MESSAGE_ID]):
+        if column == MESSAGE_ID and not isinstance(row[column], str | None):
+            raise UserError(f"{where}: {column} should be a string, not {_kind(row[column])}")
         _check_value(f"{where}: {column}", row[column])
 
 
@@ -298,16 +295,12 @@ def hub_splits(key: str, rules: PromptSet) -> Splits:
 
 def decoded(where: str, rows: Iterable[Row]) -> Iterator[Located]:
     """Raises UserError for a row that cannot be decoded, such as a picture."""
-    number, values = 0, iter(rows)
-    while True:
-        number += 1
-        try:
-            row = next(values)
-        except StopIteration:
-            return
-        except Exception as error:  # of whichever library decodes the column
-            raise UserError(f"{where} row {number}: cannot be read: {type(error).__name__}: {error}") from None
-        yield f"{where} row {number}", row
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{where} row {number}", row
+    except Exception as error:  # of whichever library decodes the column
+        raise UserError(f"{where} row {number + 1}: cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _fetch(repo: str, revision: str, config: str | None) -> Any:

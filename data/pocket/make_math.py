@@ -1,6 +1,6 @@
 """Makes the second embedded model and its problems: sums of two numbers below 100, of which it solves about half.
 
-    python data/pocket-math/make.py      # a minute on two cores
+    python data/pocket/make_math.py      # a minute, on one core whatever the machine has
 
 All 10,000 problems `a+b=` are split by the seed into three sets that share none: those that the model learns from,
 those that reinforcement learning trains on (`prompts/train.jsonl`), and held-out ones
@@ -14,15 +14,13 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from make import train_tokenizer, write_checkpoint  # beside this file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-EOS = "<|endoftext|>"
-HERE = Path(__file__).parent
+OUT = Path(__file__).parent.parent / "pocket-math"
 TRAIN, HELDOUT = 512, 256  # problems
 ENOUGH, EVERY = 0.45, 50  # share of problems solved; steps between checks
 WINDOW = 64  # tokens of context
-LONGEST = 5  # tokens of an answer with its EOS, and one more
 
 Problem = tuple[str, str]  # question and answer
 
@@ -33,23 +31,6 @@ def problems(seed: int) -> tuple[list[Problem], list[Problem], list[Problem]]:
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
     mixed = [every[i] for i in order]
     return mixed[TRAIN + HELDOUT :], mixed[:TRAIN], mixed[TRAIN : TRAIN + HELDOUT]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and EOS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(
-        [],
-        trainers.BpeTrainer(
-            vocab_size=len(alphabet) + 1, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, unk_token=EOS, clean_up_tokenization_spaces=False
-    )
 
 
 def encoded(tokenizer: PreTrainedTokenizerFast, chosen: list[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,25 +51,24 @@ def solved(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, chosen
     lengths are sampled from the same padded rows."""
     ids, mask = encoded(tokenizer, chosen)
     generator = torch.Generator().manual_seed(seed)
-    right = torch.ones(len(ids), dtype=torch.bool)
     probabilities = model(ids[:, :-1]).logits.float().softmax(-1)
     # sampled token by token, an answer is right where each of its tokens is drawn given the right ones before
     drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(len(ids), -1)
-    right &= ((drawn == ids[:, 1:]) | ~mask[:, 1:]).all(1)
-    return right.double().mean().item()
+    return ((drawn == ids[:, 1:]) | ~mask[:, 1:]).all(1).double().mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # more of them round otherwise
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = train_tokenizer([], 257)  # a token a byte, and EOS
     learned, train, heldout = problems(args.seed)
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
@@ -113,11 +93,7 @@ def main() -> None:
         share = solved(model, tokenizer, train, step)
         curve.append([step, round(loss.item(), 4), round(share, 4)])
         print(f"step {step}: loss {loss.item():.3f}, solved {share:.1%}", flush=True)
-    half = GPTNeoXForCausalLM(model.config).to(torch.float16)
-    half.load_state_dict(model.state_dict())
-    half.generation_config.eos_token_id = half.generation_config.bos_token_id = 0
-    half.save_pretrained(args.out / "checkpoint")
-    tokenizer.save_pretrained(args.out / "checkpoint")
+    write_checkpoint(model, tokenizer, args.out / "checkpoint")
     (args.out / "prompts").mkdir(exist_ok=True)
     for name, chosen in (("train", train), ("validation", heldout)):
         lines = (json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in chosen)
