@@ -43,11 +43,12 @@ SETTING = (
 MODELS = ("smollm2", "smollm2_chat")
 REWARDS = ("embedding", "length", "words", "short_greeting")
 
-LOOSE = ("recipe=stable", "recipes.stable.kl=none", "recipes.stable.warmup_steps=0", "recipes.stable.lr=0.0003")
-FAST = ("recipe=stable", "recipes.stable.lr=0.001")
+UNSCALED = ("recipe=stable", "recipes.stable.lr_base_width=0")  # lr as it is, 2.25 times as much for this model
+LOOSE = (*UNSCALED, "recipes.stable.kl=none", "recipes.stable.warmup_steps=0", "recipes.stable.lr=0.0003")
+FAST = (*UNSCALED, "recipes.stable.lr=0.001")
 CLEAN = ("recipe=notebook", "recipes.notebook.alignment=correct", "recipes.notebook.special_tokens=strip")
 REWARD_UNITS = (  # `stable` at first
-    "recipe=stable", "recipes.stable.scale_rewards=none", "recipes.stable.kl_coef=0.1", "recipes.stable.kl_target=0.0",
+    *UNSCALED, "recipes.stable.scale_rewards=none", "recipes.stable.kl_coef=0.1", "recipes.stable.kl_target=0.0",
 )  # fmt: skip
 NOTEBOOK = ("recipe=notebook",)
 
@@ -96,8 +97,12 @@ OTHERS = [
 STABLE = [
     planned("stable", "stable", model, reward, seed) for seed in range(3) for model in MODELS for reward in REWARDS
 ]
-HARDEST = [  # the run that `stable` finds hardest: other KL targets in nats a completion, 0 = none, and smaller steps
-    planned("other", name, "smollm2_chat", "embedding", seed, (f"recipes.stable.{change}",))
+AS_WIDE = [  # `stable` without lr_base_width, as it was before
+    planned("other", "unscaled", model, reward, seed, UNSCALED)
+    for seed in range(2) for model in MODELS for reward in REWARDS
+]  # fmt: skip
+HARDEST = [  # the hardest of those: other KL targets in nats a completion, 0 = none, and smaller steps
+    planned("other", name, "smollm2_chat", "embedding", seed, (*UNSCALED, f"recipes.stable.{change}"))
     for name, change in (
         ("target0", "kl_target=0.0"), ("target3", "kl_target=3.0"), ("target4", "kl_target=4.0"),
         ("slow", "lr=0.00003"),
@@ -109,7 +114,7 @@ HARDEST = [  # the run that `stable` finds hardest: other KL targets in nats a c
 def plans() -> list[Plan]:
     """In the order in which they are made: so that the first ones say something of everything."""
     first = len(MODELS) * len(REWARDS)
-    return STABLE[:first] + OTHERS[:8] + STABLE[first : 2 * first] + OTHERS[8:] + HARDEST + STABLE[2 * first :]
+    return [*STABLE[:first], *OTHERS[:8], *STABLE[first:], *OTHERS[8:], *HARDEST, *AS_WIDE]
 
 
 def cure_plans() -> Iterator[Plan]:

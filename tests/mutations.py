@@ -249,6 +249,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "rl/optimizer.py": ("runtime", [
         ("(step + 1) / (recipe", "step / (recipe"),
+        ("recipe.lr_base_width / hidden_size", "hidden_size / recipe.lr_base_width"),
         ("* decay\n", "\n"),
         ("1 - done,", "1 - done / 2,"),
         ("math.cos(math.pi * done)", "math.cos(done)"),
@@ -334,7 +335,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("{\"special_tokens\": \"strip\"} | add_kl_and_slow_down(recipe, spreads, slower)",
         "{\"special_tokens\": \"strip\"}"),
         ("KL_PER_SPREAD * spread.mean", "KL_PER_SPREAD"),
-        ("rounded(3 * recipe.kl_coef)", "rounded(recipe.kl_coef / 3)"),
+        ("rounded(recipe.kl_target / 3)", "rounded(recipe.kl_target * 3)"),
         ("finding.onset == others[0].onset", "True"),
         ("{\"alignment\": \"correct\"}", "{\"alignment\": \"shifted\"}"),
     ]),

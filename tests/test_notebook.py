@@ -129,7 +129,7 @@ def test_the_update_is_adam_s_of_the_notebook(model: PreTrainedModel, rollout: R
             mine.grad = theirs.grad.clone()
         expected_norm = gradient(notebook).norm().item()
         opt.step()
-        done = optimizer_step(policy, ours, NOTEBOOK.max_grad_norm, learning_rate(step, 3, NOTEBOOK), loss=0.0)
+        done = optimizer_step(policy, ours, NOTEBOOK.max_grad_norm, learning_rate(step, 3, NOTEBOOK, 8), loss=0.0)
         assert done.grad_norm == pytest.approx(expected_norm)
         assert not done.skipped
         for mine, theirs in zip(policy.parameters(), notebook.parameters(), strict=True):

@@ -149,18 +149,33 @@ def ones(grad: float) -> torch.nn.Linear:
 
 
 def test_warm_up_is_linear_and_then_constant() -> None:
-    warm = recipe("stable", lr=0.4, warmup_steps=3)
-    assert [learning_rate(step, 6, warm) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    cold = recipe("stable", lr=0.4, warmup_steps=0)
-    assert [learning_rate(step, 2, cold) for step in range(2)] == [0.4, 0.4]
-    assert [learning_rate(step, 2, warm) for step in range(2)] == [0.1, 0.2]  # ends before it has warmed up
+    warm = recipe("stable", lr=0.4, lr_base_width=0, warmup_steps=3)
+    assert [learning_rate(step, 6, warm, 8) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    cold = recipe("stable", lr=0.4, lr_base_width=0, warmup_steps=0)
+    assert [learning_rate(step, 2, cold, 8) for step in range(2)] == [0.4, 0.4]
+    assert [learning_rate(step, 2, warm, 8) for step in range(2)] == [0.1, 0.2]  # ends before it has warmed up
+
+
+def test_wider_models_get_a_lower_rate_where_the_recipe_says_for_which_width() -> None:
+    """As in muP: Adam moves what a unit of a wide layer computes by as much as that of a narrow one."""
+    scaled = recipe("stable", lr=0.4, lr_base_width=256, warmup_steps=0)
+    assert [learning_rate(0, 2, scaled, width) for width in (64, 256, 512)] == pytest.approx([1.6, 0.4, 0.2])
+    moved = {}
+    for width in (8, 512):
+        layer, x = torch.nn.Linear(width, 1, bias=False), torch.ones(width)
+        before = layer(x).item()
+        optimizer = make_optimizer(layer.parameters(), scaled)
+        layer(x).sum().backward()
+        optimizer_step(layer, optimizer, 0.0, learning_rate(0, 2, scaled, width), 0.0)
+        moved[width] = before - layer(x).item()
+    assert moved[8] == pytest.approx(moved[512], rel=1e-3) == pytest.approx(0.4 * 256, rel=1e-3)
 
 
 @pytest.mark.parametrize("warmup", [0, 4])
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_the_rate_decays_as_transformers_schedules_do(decay: str, warmup: int) -> None:
     """Their warm-up starts at zero, one step before ours; after it the two are the same."""
-    chosen, steps = recipe("stable", lr=0.4, warmup_steps=warmup, lr_decay=decay), 12
+    chosen, steps = recipe("stable", lr=0.4, lr_base_width=0, warmup_steps=warmup, lr_decay=decay), 12
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.4)
     schedules = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
     schedule, truth = schedules[decay](optimizer, warmup, steps), []
@@ -168,17 +183,18 @@ def test_the_rate_decays_as_transformers_schedules_do(decay: str, warmup: int) -
         truth.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    measured = [learning_rate(step, steps, chosen) for step in range(steps)]
+    measured = [learning_rate(step, steps, chosen, 8) for step in range(steps)]
     assert measured[warmup:] == pytest.approx(truth[warmup:], rel=1e-9)
     assert measured[:warmup] == pytest.approx([0.4 * (step + 1) / (warmup + 1) for step in range(warmup)])
-    assert schedule.get_last_lr()[0] == pytest.approx(learning_rate(steps, steps, chosen), abs=1e-12) == 0
+    assert schedule.get_last_lr()[0] == pytest.approx(learning_rate(steps, steps, chosen, 8), abs=1e-12) == 0
 
 
 @pytest.mark.parametrize(("limit", "moves"), [(0.0, 3.0), (100.0, 3.0), (1.0, 1 / 2**0.5)])
 def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> None:
     """Two weights with gradient 3: norm 3 sqrt 2; clipped to 1, each moves by 1 / sqrt 2."""
-    model, sgd = ones(3.0), recipe("stable", optimizer="sgd", lr=1.0, warmup_steps=1, max_grad_norm=limit)
-    done = optimizer_step(model, make_optimizer(model.parameters(), sgd), limit, learning_rate(0, 2, sgd), 0.0)
+    model = ones(3.0)
+    sgd = recipe("stable", optimizer="sgd", lr=1.0, lr_base_width=0, warmup_steps=1, max_grad_norm=limit)
+    done = optimizer_step(model, make_optimizer(model.parameters(), sgd), limit, learning_rate(0, 2, sgd, 8), 0.0)
     assert done.grad_norm == pytest.approx(3 * 2**0.5)
     assert done.update_norm_ratio == pytest.approx(moves / 2, rel=1e-5)  # both weights are 1
     assert not done.skipped

@@ -342,8 +342,9 @@ NOTEBOOK_EMPTY = {
 @pytest.mark.parametrize(("finding", "recipe", "settings", "changes"), [
     (found("misaligned"), "notebook", {}, {"alignment": "correct"}),
     (found("empty", metric="empty_share"), "notebook", {}, NOTEBOOK_EMPTY),
-    (found("mode"), "stable", {}, {"kl_target": 2.0, "lr": 3e-5, "warmup_steps": 10}),
-    (found("mode"), "stable", {"kl_target": 0.0}, {"kl_coef": 0.6, "kl_target": 6.0, "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {}, {"lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {"kl_target": 0.0}, {"kl_target": 6.0, "lr": 3e-5, "warmup_steps": 10}),
+    (found("over-optimised"), "stable", {}, {"kl_target": 2.0}),
     (found("gibberish"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     (found("step-size"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     (found("numeric", 0), "stable", {}, {"advantage_norm": "batch"}),  # before any update

@@ -302,6 +302,7 @@ class Recipe(Table):
     entropy_coef: float = Field(ge=0, description="scaled reward units per nat; 0 is off")
     optimizer: Literal["adam", "sgd"]
     lr: float = Field(gt=0, le=1000, description="learning rate")
+    lr_base_width: int = Field(0, ge=0, le=1_000_000, description="hidden size that lr is for; 0 = every size")
     adam_eps: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0, le=1_000_000, description="steps of linear warm-up")
     lr_decay: Literal["none", "linear", "cosine"]

@@ -76,7 +76,8 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
             )
             source = "docs/COLLAPSE.md; Ahmadian et al. 2024 (arXiv 2402.14740)"
         case "over-optimised":
-            changes = add_kl_and_slow_down(recipe, spreads, slower)
+            lower: Changes = {"kl_target": rounded(recipe.kl_target / 3)}
+            changes = lower if kl_is_limited(recipe) else add_kl_and_slow_down(recipe, spreads, slower)
             reason = (
                 "the trained reward is a stand-in, and pays for more than was meant; a KL term ends the run nearer to "
                 "the reference, as an earlier step does"
@@ -90,15 +91,19 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
 
 
 def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Changes) -> Changes:
-    """Smaller steps and a KL term in the units of the reward, scaled where the recipe scales it; where the recipe has a
-    term that did not hold, three times as much of it, or a third of its target."""
+    """Smaller steps and a KL term in the units of the reward, scaled where the recipe scales it. Where the recipe has
+    a term, smaller steps and a target: on a real model a larger coefficient or a lower target cost more of the gain
+    (docs/REAL_MODELS.md)."""
     if recipe.kl == "none" or recipe.kl_coef == 0:
         spread = spreads.get("reward_std_within") if recipe.scale_rewards == "none" else None
         per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
         return {"kl": "reward_k1", "kl_coef": rounded(per_nat), "kl_target": KL_TARGET, **slower}
-    if recipe.kl_target > 0:
-        return {"kl_target": rounded(recipe.kl_target / 3), **slower}
-    return {"kl_coef": rounded(3 * recipe.kl_coef), "kl_target": KL_TARGET, **slower}
+    return slower if kl_is_limited(recipe) else {"kl_target": KL_TARGET, **slower}
+
+
+def kl_is_limited(recipe: Recipe) -> bool:
+    """Whether the recipe has a KL term with a target."""
+    return recipe.kl != "none" and recipe.kl_coef > 0 and recipe.kl_target > 0
 
 
 def smaller_steps(recipe: Recipe, steps: int) -> Changes:

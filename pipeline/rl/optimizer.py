@@ -21,15 +21,20 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> 
     return torch.optim.Adam(parameters, lr=recipe.lr, eps=recipe.adam_eps, fused=True)
 
 
-def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Rises linearly over `warmup_steps` to the recipe's rate; then stays, or decays so as to reach 0 after `steps`.
+def learning_rate(step: int, steps: int, recipe: Recipe, hidden_size: int) -> float:
+    """Rises linearly over `warmup_steps` to the full rate; then stays, or decays so as to reach 0 after `steps`.
+
+    The full rate is the recipe's lr; with an `lr_base_width` it is lr * lr_base_width / hidden_size. Adam moves every
+    weight by about lr, so what a unit of a layer computes moves by lr * hidden_size, which this keeps the same for
+    models of any width (muP: Yang et al., arXiv 2203.03466, table 3).
 
     With p = (step - warmup_steps) / (steps - warmup_steps), from 0 to 1 after the warm-up:
     linear lr (1 - p), cosine lr (1 + cos(pi p)) / 2. `step` counts from 0; the last is steps - 1, so still above 0.
     """
     done = max(0, step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
     decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe.lr_decay]
-    return recipe.lr * min(1.0, (step + 1) / (recipe.warmup_steps + 1)) * decay
+    full = recipe.lr * recipe.lr_base_width / hidden_size if recipe.lr_base_width else recipe.lr
+    return full * min(1.0, (step + 1) / (recipe.warmup_steps + 1)) * decay
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def train_step(
         LossNormalizers(len(loss_mask), int(loss_mask.sum()), sizes.max_tokens),
         kl_coef,
     )
-    lr = learning_rate(step, sizes.steps, recipe)
+    lr = learning_rate(step, sizes.steps, recipe, context.rollout_model.config.get_text_config().hidden_size)
     gradient, updated = update_policy(
         batch,
         policy,
