@@ -83,7 +83,7 @@ def test_the_default_of_several_templates_is_taken() -> None:
 ])  # fmt: skip
 def test_what_a_template_cannot_do_is_one_line(template: Any, chat: ChatParams, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_chat(chat_tokenizer(template), chat, "Hi", "models.mine")
+        check_chat(chat_tokenizer(template), chat, ["Hi"], "models.mine")
     assert str(caught.value).startswith(line)
 
 
@@ -92,7 +92,18 @@ def test_what_a_template_cannot_do_is_one_line(template: Any, chat: ChatParams, 
     (DATED, ChatParams(None, {"date_string": "26 Jul 2024"})),
 ])  # fmt: skip
 def test_what_a_template_can_do_is_accepted(template: str | None, chat: ChatParams) -> None:
-    check_chat(chat_tokenizer(template), chat, "Hi", "models.mine")
+    check_chat(chat_tokenizer(template), chat, ["Hi"], "models.mine")
+
+
+@pytest.mark.parametrize("dated", ["==", "!="])
+def test_conversations_with_and_without_a_system_message_are_both_tried(dated: str) -> None:
+    """Templates have a part for each: here one of the two writes the date."""
+    template = "{% if messages[0].role " + dated + " 'system' %}{{ strftime_now('%d') }}{% endif %}" + CHAT
+    user = {"role": "user", "content": "Hi"}
+    prompts = [[{"role": "system", "content": SYSTEM}, user], [user]]
+    for mixed in (prompts, prompts[::-1]):
+        with pytest.raises(UserError, match="the chat template writes today's date"):
+            check_chat(chat_tokenizer(template), ChatParams(), mixed, "models.mine")
 
 
 def test_an_end_of_turn_that_ends_no_completion_is_noticed() -> None:

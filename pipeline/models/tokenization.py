@@ -1,7 +1,7 @@
 """Texts as tokens: prompts, plain or in a chat template, and that a text always has the same ones."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,9 +55,12 @@ def has_system(prompt: PromptContent) -> bool:
     return not isinstance(prompt, str) and prompt[0]["role"] == "system"
 
 
-def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: PromptContent, key: str) -> None:
+def check_chat(
+    tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompts: Iterable[PromptContent], key: str
+) -> None:
     """Raises UserError, naming the model by its key, where the chat template has no use for what it is given, or gives
-    the same prompt other tokens on another day. prompt: any of the run's."""
+    a prompt other tokens on another day. Of the run's prompts one with a system message of its own is tried, and one
+    without: templates have a part for each."""
     template = tokenizer.chat_template
     if not template:
         if chat.system is not None or chat.options:
@@ -70,14 +73,19 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompt: Pro
             if name not in names:
                 unknown = f"{key}.chat_template_options.{name}: the chat template has no such option"
                 raise UserError(f"{unknown}{did_you_mean(name, sorted(names))}")
-        ids = encode_chat(tokenizer, prompt, chat)
-        given = chat.system is not None and not has_system(prompt)
-        if given and ids == encode_chat(tokenizer, prompt, replace(chat, system=None)):
-            raise UserError(f"{key}.system has no effect: the chat template leaves the system message out")
+        kinds: dict[bool, PromptContent] = {}
+        for prompt in prompts:
+            kinds.setdefault(has_system(prompt), prompt)
+        for own, prompt in kinds.items():
+            ids = encode_chat(tokenizer, prompt, chat)
+            given = chat.system is not None and not own
+            if given and ids == encode_chat(tokenizer, prompt, replace(chat, system=None)):
+                raise UserError(f"{key}.system has no effect: the chat template leaves the system message out")
     except (ChatTemplateError, ValueError) as error:  # ValueError: it has several templates, none of them the default
         raise UserError(f"{key}: {error}") from None
     try:
-        encode_chat(tokenizer, prompt, replace(chat, options={**chat.options, "strftime_now": None}))
+        for prompt in kinds.values():
+            encode_chat(tokenizer, prompt, replace(chat, options={**chat.options, "strftime_now": None}))
     except ChatTemplateError:  # it called the clock
         dates = [name for name in sorted(names) if "date" in name.lower()]
         hint = f"; to fix it, set {key}.chat_template_options.{dates[0]}" if dates else ""

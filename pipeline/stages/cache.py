@@ -147,8 +147,8 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         rows = read_prompts(file)
         prompts = [row.content for row in rows]
         check_certain(tokenizer, [row.text for row in rows], key)
-        if chat is not None and prompts:
-            check_chat(tokenizer, chat, prompts[0], key)
+        if chat is not None:
+            check_chat(tokenizer, chat, prompts, key)
         try:
             ids = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
             for prompt, own in zip(prompts, ids, strict=True):
