@@ -1,6 +1,7 @@
 """Tasks: prompt sets of any layout, rewards that read the row, and rewards that check an answer."""
 
 import json
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
 
 from pipeline.config.schema import MatchReward, PromptSet, Reward
 from pipeline.data.prompts import Prompt, read_prompts
@@ -19,7 +21,7 @@ from pipeline.rewards.build import build_reward, check_rows
 from pipeline.rewards.columns import check_columns, needed_columns
 from pipeline.stages import prepare
 from tests.asking import asking
-from tests.project import Project
+from tests.project import ROOT, Project
 
 CHAT = [
     {"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"},
@@ -342,3 +344,24 @@ def test_questions_and_answers_of_a_csv_file(here: Project, monkeypatch: pytest.
     here.edit(reward="absent")
     said = "reward absent needs 'solution' of each prompt's row, which prompt_sets.sums does not keep (columns: answer)"
     assert said in here.refuse("check")
+
+
+def test_the_page_that_goes_from_a_file_to_a_policy(here: Project) -> None:
+    """Its questions, tables and function as they stand there; its model is on the hub."""
+    page = (ROOT / "docs/YOUR_TASK.md").read_text()
+    texts = dict(re.findall(r"^```(csv|python|yaml)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    for file, language in (("data/local/questions.csv", "csv"), ("custom/right.py", "python")):
+        (here.root / file).parent.mkdir(parents=True, exist_ok=True)
+        (here.root / file).write_text(texts[language])
+    tables = YAML(typ="safe").load(texts["yaml"])
+    changed = {f"{table}__{name}": keys for table, named in tables.items() for name, keys in named.items()}
+    here.edit(model="chat", prompts="questions", reward="right", **changed)
+    for stage in ("check", "prepare"):
+        done = here.run(stage)
+        assert not done.returncode, done.stderr
+    rows = [row for name in ("train", "heldout") for row in read_prompts(here.root / f"data/prompts/{name}.jsonl")]
+    assert {row.text: row.columns for row in rows}["What is 3 plus 4?"] == {"answer": "7"}
+    space: dict[str, Any] = {}
+    exec(texts["python"], space)
+    said = [[{"role": "assistant", "content": "paris."}], "London"]
+    assert space["right"]([], said, answer=["Paris", "Paris"]) == [1.0, 0.0]
