@@ -156,7 +156,7 @@ def test_warm_up_is_linear_and_then_constant() -> None:
     assert [learning_rate(step, 2, warm, 8) for step in range(2)] == [0.1, 0.2]  # ends before it has warmed up
 
 
-def test_wider_models_get_a_lower_rate_where_the_recipe_says_for_which_width() -> None:
+def test_wider_models_get_a_lower_rate() -> None:
     """As in muP: Adam moves what a unit of a wide layer computes by as much as that of a narrow one."""
     scaled = recipe("stable", lr=0.4, lr_base_width=256, warmup_steps=0)
     assert [learning_rate(0, 2, scaled, width) for width in (64, 256, 512)] == pytest.approx([1.6, 0.4, 0.2])
