@@ -133,12 +133,13 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
          "token_logprobs": [-0.01234567, None, -7.5], "ended": True}
         for step in range(steps) for i in range(4) for sample in range(2)
     ]  # fmt: skip
-    for name in ("train", "evaluate"):
+    for name in ("train/samples", "evaluate"):
         (folder / name).mkdir(parents=True)
     history(steps, collapsed).to_csv(folder / "train/history.csv", index=False)
     run = {**digests, "params": params, "processes": [1]}
+    kept = {"keep_samples": "some", "completions": 128 * steps}
     files = {"train/run.json": run, "train/summary.json": {"steps": steps}, "evaluate/metrics.json": metrics,
-        "diagnosis.json": diagnosis(steps, collapsed),
+        "train/samples/kept.json": kept, "diagnosis.json": diagnosis(steps, collapsed),
              "prepare.json": {"train": {"read": 600, "kept": 410, "dropped": {"language": 80}}}}  # fmt: skip
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
