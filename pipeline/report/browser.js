@@ -77,9 +77,10 @@ function show(place) {
   document.getElementById("previous").disabled = place === 0;
   document.getElementById("next").disabled = place === steps.length - 1;
   const first = firstOf(prompts), chosen = everything ? prompts : first;
-  document.getElementById("count").textContent = `${count(chosen)} of the step’s ${batch} completions`;
+  const share = count(chosen) === batch ? "all" : count(chosen);
+  document.getElementById("count").textContent = `${share} of the step’s ${batch} completions`;
   more.hidden = count(first) === count(prompts);
-  more.textContent = everything ? `the first ${count(first)}` : `all ${count(prompts)}`;
+  more.textContent = `show ${count(everything ? first : prompts)}`;
   const none = element("p", "soft", "No completions of this step are shown.");
   completions.replaceChildren(...(prompts.length ? chosen.map(article) : [none]));
 }

@@ -43,8 +43,30 @@ def shown_samples(inputs: Inputs, limit: int = LIMIT) -> Shown:
     most = 0
     if inputs.all_samples and len(chosen) == len(first):
         whole, most = whole_prompts(inputs.all_samples, limit - sum(sizes.values()))
-    prompts = {step: [*whole.get(step, []), *first[step][len(whole.get(step, [])) :]] for step in chosen}
-    return Shown(prompts, *_words(inputs, prompts, most, len(first)))
+    beside = {step: first[step][len(whole.get(step, [])) :] for step in chosen}
+    prompts = {step: [*whole.get(step, []), *beside[step]] for step in chosen}
+    shown = sum(len(prompt["completions"]) for of_step in prompts.values() for prompt in of_step)
+    which = "the first completions of each step"
+    if most:
+        which = f"of each step all completions of the first {'prompt' if most == 1 else f'{most} prompts'}"
+        which += ", and the first ones of others" * any(beside.values())
+    elif len(chosen) < len(first):
+        which = f"the first completions of {len(chosen):,} of {len(first):,} steps, evenly spread"
+    return Shown(prompts, *_words(inputs, shown, which, len(chosen) == len(first), limit))
+
+
+def _words(inputs: Inputs, shown: int, which: str, every_step: bool, limit: int) -> tuple[str, str]:
+    """How many of how many and which, and where the others are."""
+    total = inputs.kept["completions"]
+    if shown == total:
+        return f"All {total:,} completions of training.", ""
+    room = f"The page has room for {limit / 1e6:.0f} MB of them"
+    rest = "train.keep_samples=all keeps every one."
+    if inputs.all_samples:
+        rest = f"{room}; all are in {RUN_FILES.all_samples}."
+    elif not every_step:
+        rest = f"{room}; the first ones of every step are in {RUN_FILES.samples}."
+    return f"{shown:,} of {total:,} completions of training: {which}.", rest
 
 
 def whole_prompts(path: Path, limit: int) -> tuple[dict[int, list[Prompt]], int]:
@@ -87,25 +109,6 @@ def evenly_spread(sizes: dict[int, int], onset: int | None, limit: int) -> list[
         if size <= limit or number <= 1:
             return chosen
         number = max(1, min(number - 1, number * limit // size))
-
-
-def _words(inputs: Inputs, prompts: dict[int, list[Prompt]], most: int, steps: int) -> tuple[str, str]:
-    """The rule by which they were chosen, and where the rest is."""
-    total = inputs.kept["completions"]
-    shown = sum(len(prompt["completions"]) for of_step in prompts.values() for prompt in of_step)
-    if shown == total:
-        return f"All {total:,} completions of training", ""
-    which = "the first ones of each step"
-    if most:
-        which = f"of each step all of the first {'prompt' if most == 1 else f'{most} prompts'}, and the first of others"
-    elif len(prompts) < steps:
-        which = f"the first ones of {len(prompts):,} of {steps:,} steps, evenly spread"
-    rest = "train.keep_samples=all keeps every one"
-    if inputs.all_samples:
-        rest = f"all are in {RUN_FILES.all_samples}"
-    elif len(prompts) < steps:
-        rest = f"the first ones of the other steps are in {RUN_FILES.samples}"
-    return f"{shown:,} of {total:,} completions of training: {which}", rest
 
 
 def _by_prompt(rows: list[dict[str, Any]]) -> list[Prompt]:
