@@ -159,8 +159,8 @@ def keep_all(
     rows = [
         {"step": step, "prompt_index": b, "group": b, "sample": g, "prompt": f"Prompt number {b}, what now?",
          "completion": f"Step {step}, sample {g} of {b}.", "reward": -1.0 * g, "advantage": advantage,
-         "ending": "limit", "ref_log_ratio": None, "tokens": [5, 6], "pieces": [f"Step {step},", f" sample {g} of {b}."],
-         "token_logprobs": [logprob, -0.25]}
+         "ending": "limit", "ref_log_ratio": None, "tokens": [5, 6],
+         "pieces": [f"Step {step},", f" sample {g} of {b}."], "token_logprobs": [logprob, -0.25]}
         for step in range(steps) for b in range(prompts) for g in range(group)
     ]  # fmt: skip
     path = folder / "train/samples/all.parquet"

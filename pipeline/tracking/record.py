@@ -121,9 +121,7 @@ def _logged_samples(files: RunFiles) -> list[Path]:
     if (path := consistency.all_samples(files)) is None:
         return []
     if path.stat().st_size > LARGEST_ARTIFACT:
-        print(
-            f"note: {path} is no artifact in MLflow, over {LARGEST_ARTIFACT:,} bytes", file=sys.stderr
-        )
+        print(f"note: {path} is no artifact in MLflow, over {LARGEST_ARTIFACT:,} bytes", file=sys.stderr)
         return []
     return [path]
 
