@@ -55,6 +55,7 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     write(Path("reports/train/history.csv"), "\n".join(lines) + "\n")
     write(Path("reports/train/summary.json"), json.dumps({"steps": steps, "first": {}, "last": {}}))
     write(Path("reports/train/samples.jsonl"), '{"step": 0, "prompt": "Hi", "completion": "you"}\n')
+    write(Path("reports/train/samples/kept.json"), '{"keep_samples": "some", "completions": 8}')
     write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-6.5)))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
     write(Path("reports/train/heldout.jsonl"), "")

@@ -23,7 +23,7 @@ from tests.project import CHECKOUT, ROOT, copy_checkout
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
     "verdict", "runtime", "heldout",
-    "rewards", "large", "verification", "tokenization", "chat", "stop_strings", "halving",
+    "rewards", "samples", "page_samples", "large", "verification", "tokenization", "chat", "stop_strings", "halving",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -246,6 +246,21 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("dist.all_reduce(parameter.grad)", "pass"),
         ("rows[: int(shape[0])] for", "rows for"),
         ("dtype=torch.float64, device=device)).sum()", "dtype=torch.float64, device=device)).mean()"),
+    ]),
+    "rl/samples.py": ("samples", [
+        ("samples.indices[b] for b, _ in places", "b for b, _ in places"),
+        ("row[: len(ids)]", "row[-len(ids) :]"),
+        ("[ratios.get(i) for", "[ratios.get(i, 0.0) for"),
+    ]),
+    "runs/sample_files.py": ("samples", [
+        ("not path.exists() or sha256(path) != digests[step]", "not path.exists()"),
+        ("tokens >= ROW_GROUP_TOKENS or step", "step"),
+        ("steps, tokens = [], 0\n\n\n", "steps = []\n\n\n"),
+    ]),
+    "report/samples.py": ("page_samples", [
+        ("                if group >= most:", "                if group > most:"),
+        ("limit - sum(sizes.values())", "limit"),
+        ("        whole, most = whole_prompts(", "        whole, _ = whole_prompts("),
     ]),
     "rl/optimizer.py": ("runtime", [
         ("(step + 1) / (recipe", "step / (recipe"),

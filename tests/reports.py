@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.rl.metrics import HISTORY_COLUMNS
-from tests.seal import seal
+from tests.seal import seal, sha256
 
 COLUMNS = list(HISTORY_COLUMNS)
 EVALUATE = ["mean", "low", "high", "difference", "win_rate", "text", "ref_logprob_per_token"]
@@ -133,12 +133,13 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
          "token_logprobs": [-0.01234567, None, -7.5], "ended": True}
         for step in range(steps) for i in range(4) for sample in range(2)
     ]  # fmt: skip
-    for name in ("train", "evaluate"):
+    for name in ("train/samples", "evaluate"):
         (folder / name).mkdir(parents=True)
     history(steps, collapsed).to_csv(folder / "train/history.csv", index=False)
     run = {**digests, "params": params, "processes": [1]}
+    kept = {"keep_samples": "some", "completions": 128 * steps}
     files = {"train/run.json": run, "train/summary.json": {"steps": steps}, "evaluate/metrics.json": metrics,
-        "diagnosis.json": diagnosis(steps, collapsed),
+        "train/samples/kept.json": kept, "diagnosis.json": diagnosis(steps, collapsed),
              "prepare.json": {"train": {"read": 600, "kept": 410, "dropped": {"language": 80}}}}  # fmt: skip
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
@@ -149,3 +150,22 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
     (folder / "evaluate/curve.jsonl").write_text("")
     seal(folder)
     return folder
+
+
+def keep_all(
+    folder: Path, *, steps: int, prompts: int, group: int, advantage: float = 0.5, logprob: float = -1.5
+) -> list[dict[str, Any]]:
+    """Makes it a run that kept all completions: their file, and the note of it. Returns its rows."""
+    rows = [
+        {"step": step, "prompt_index": b, "group": b, "sample": g, "prompt": f"Prompt number {b}, what now?",
+         "completion": f"Step {step}, sample {g} of {b}.", "reward": -1.0 * g, "advantage": advantage,
+         "ending": "limit", "ref_log_ratio": None, "tokens": [5, 6],
+         "pieces": [f"Step {step},", f" sample {g} of {b}."], "token_logprobs": [logprob, -0.25]}
+        for step in range(steps) for b in range(prompts) for g in range(group)
+    ]  # fmt: skip
+    path = folder / "train/samples/all.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    told = {"keep_samples": "all", "completions": len(rows), "sha256": sha256(path.read_bytes())}
+    (folder / "train/samples/kept.json").write_text(json.dumps(told))
+    seal(folder)
+    return rows

@@ -19,6 +19,8 @@ def seal(reports: Path, policy: dict[str, str] = POLICY, **measured: Any) -> Non
     files = {name: sha256((reports / "train" / name).read_bytes())
              for name in ("calibration.csv", "history.csv", "samples.jsonl", "heldout.jsonl")}  # fmt: skip
     digests = {"train_key": run["train_key"], **files, "policy": sha256(json.dumps(policy, sort_keys=True).encode())}
+    kept = reports / "train/samples/kept.json"
+    digests |= {"kept.json": sha256(kept.read_bytes())} if kept.is_file() else {}
     healthy = reports.parent / "data/healthy/healthy.json"
     digests |= {"healthy.json": sha256(healthy.read_bytes())} if healthy.is_file() else {}
     edit(reports / "train/summary.json", digests=[digests])

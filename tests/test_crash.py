@@ -38,7 +38,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, wide_checkpoint: Path, forks: Forks) -> Tracked:
-    return Tracked(make_ready(copy_of_project(tmp_path_factory.mktemp("tracked")), wide_checkpoint), forks)
+    project = make_ready(copy_of_project(tmp_path_factory.mktemp("tracked")), wide_checkpoint)
+    project.edit(train__keep_samples="all")  # which writes most files
+    return Tracked(project, forks)
 
 
 WINDOWS = {
@@ -270,9 +272,9 @@ class Faulty:
             policy.register_forward_hook(lambda _, __, out: self.spoil(out, value) if where == "loss" else None)
             return setting, policy
 
-        def step(run: Any, *arguments: Any) -> None:
+        def step(run: Any, *arguments: Any) -> Any:
             self.step = run.step
-            real_step(run, *arguments)
+            return real_step(run, *arguments)
 
         def update(*arguments: Any) -> Any:
             self.armed = self.step == at

@@ -94,7 +94,9 @@ def error_line(code: int, said: str) -> str:
 
 @pytest.fixture(scope="module")
 def tracked(disk: Disk, wide_checkpoint: Path, forks: Forks) -> Tracked:
-    return Tracked(make_ready(copy_of_project(disk.folder / "trainer"), wide_checkpoint), forks)
+    project = make_ready(copy_of_project(disk.folder / "trainer"), wide_checkpoint)
+    project.edit(train__keep_samples="all")  # which writes most files
+    return Tracked(project, forks)
 
 
 def test_training_on_a_full_disk_goes_on_once_there_is_room(tracked: Tracked, disk: Disk) -> None:
@@ -254,6 +256,7 @@ def quota() -> Quota:
 
 
 def test_whichever_file_training_may_not_write_is_named_and_it_goes_on(here: Project, quota: Quota) -> None:
+    here.edit(train__keep_samples="all")
     with quota.refuses(here.root, 10**6, 0):
         train.main()
         files = 10**6 - quota.left

@@ -7,10 +7,11 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.report import browser, figures, inputs, labels, page, text
+from pipeline.report import browser, figures, inputs, labels, page, samples, text
 from pipeline.report.terms import Terms
 from pipeline.rl.metrics import METRICS
 from tests.html import Elements, words_of
@@ -77,7 +78,7 @@ def test_data_cannot_leave_its_script_element(report: str) -> None:
 
 def test_json_in_the_page_is_what_it_was() -> None:
     value = ["</script>", "<!--<script>", "a & b", "\u2028\u2029", '"\\"', "ü👩‍💻"]
-    inside = browser.script_json(value)
+    inside = samples.script_json(value)
     assert json.loads(inside) == value
     assert not set("<>&\u2028\u2029") & set(inside)
 
@@ -142,8 +143,12 @@ def test_a_value_says_its_unit() -> None:
 # --- the browser's data
 
 
+def browser_data(data: inputs.Inputs, limit: int = samples.LIMIT) -> dict[str, Any]:
+    return browser.browser_data(data, samples.shown_samples(data, limit).prompts)
+
+
 def test_the_browser_has_every_step_with_its_tokens(tmp_path: Path) -> None:
-    data = browser.browser_data(inputs.load(reports(tmp_path / "reports", steps=3, collapsed=True)))
+    data = browser_data(inputs.load(reports(tmp_path / "reports", steps=3, collapsed=True)))
     assert data["onset"] == 1
     assert [step["step"] for step in data["steps"]] == [0, 1, 2]
     first = data["steps"][2]["prompts"]
@@ -161,17 +166,17 @@ def test_what_the_reward_read_is_shown_where_the_tokens_do_not_say_it(tmp_path: 
     data = inputs.load(reports(tmp_path / "reports", steps=1))
     for completion, shown in (("Hi! <|endoftext|>", False), ("Hi! ", False), ("Hi!", True), ("", True)):
         row = data.samples[1] | {"completion": completion, "pieces": ["Hi", "! ", "<|endoftext|>"]}
-        (prompt,) = browser.browser_data(data._replace(samples=[row]))["steps"][0]["prompts"]
+        (prompt,) = browser_data(data._replace(samples=[row]))["steps"][0]["prompts"]
         assert ("text" in prompt["completions"][0]) == shown
     cut = data.samples[1] | {"completion": "Hi", "pieces": ["Hi", "!"], "ended": False}
-    (prompt,) = browser.browser_data(data._replace(samples=[cut]))["steps"][0]["prompts"]
+    (prompt,) = browser_data(data._replace(samples=[cut]))["steps"][0]["prompts"]
     assert prompt["completions"][0]["text"] == ["Hi"]
 
 
 def test_a_step_without_samples_and_an_onset_outside_the_run(tmp_path: Path) -> None:
     data = inputs.load(reports(tmp_path / "reports", steps=2))
     data.diagnosis["onset"] = 7
-    steps = browser.browser_data(data._replace(samples=data.samples[:8]))
+    steps = browser_data(data._replace(samples=data.samples[:8]))
     assert steps["onset"] is None
     assert [len(step["prompts"]) for step in steps["steps"]] == [4, 0]
 
@@ -182,7 +187,7 @@ def test_the_data_of_a_run_of_the_usual_size_stay_small(tmp_path: Path) -> None:
     tokens = {"tokens": [7] * 20, "pieces": [" token"] * 20, "token_logprobs": [-1.2345678901] * 20}
     rows = [row | tokens for row in data.samples]
     assert len(rows) == 400
-    assert len(browser.script_json(browser.browser_data(data._replace(samples=rows)))) < 300_000
+    assert len(samples.script_json(browser_data(data._replace(samples=rows)))) < 300_000
 
 
 # --- the rest of the page

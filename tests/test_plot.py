@@ -222,6 +222,7 @@ BROKEN = {
     "train/history.csv": ["", "step,reward_mean\n0,1\n", "a,b\n1,2,3\n1\n"],
     "train/run.json": ["{", "[]", '{"train_key": 1}'],
     "train/samples.jsonl": ["{}\n", "nope\n", SAMPLE % '["a"]', SAMPLE % '["a", 3]'],
+    "train/samples/kept.json": ["{", '{"keep_samples": "most", "completions": 3}'],
     "evaluate/metrics.json": ["{}", '{"embedding": {"checkpoint": 1}}'],
     "evaluate/completions.jsonl": ['{"prompt": 3}\n', "[1\n"],
     "train/heldout.jsonl": ['{"step": "a"}\n'],

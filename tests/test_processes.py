@@ -26,6 +26,7 @@ from tests.project import Project, copy_of_project
 from tests.servers import free_port
 from tests.training import (
     STEPS,
+    all_tokens,
     assert_same_curve,
     configured,
     contents,
@@ -76,6 +77,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Project:
 def test_several_processes_train_what_one_does(exact: Project, here: Project, two: Project, count: int) -> None:
     train.main()
     alone, run, samples, measured = history(exact), recorded(exact), sampled(exact), curve(exact)
+    every = all_tokens(exact)
     assert run["processes"] == [1]
     assert alone[-1]["ref_kl_k3"] > 1e-6, "the policy has left the reference"
     several = two
@@ -86,6 +88,7 @@ def test_several_processes_train_what_one_does(exact: Project, here: Project, tw
     assert recorded(several) == {**run, "processes": [count]}, "the same train_key, wherever it is computed"
     tokens = [[json.loads(line)["tokens"] for line in text.splitlines()] for text in (samples, sampled(several))]
     assert tokens[0] == tokens[1]
+    assert all_tokens(several) == every
     assert_same_curve(several, *measured)
     for row, truth in zip(history(several), alone, strict=True):
         for name in set(truth) - {"grad_snr"}:  # the micro-batches are others, which is what it is computed from

@@ -9,7 +9,7 @@ import pytest
 from pipeline.report import inputs, page, style
 from pipeline.stages import plot
 from tests.browser import CHROMIUM
-from tests.reports import reports
+from tests.reports import keep_all, reports
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,8 +27,9 @@ def opened(chromium, tmp_path):
     def open_report(collapsed=True, size="laptop", address="", **options):
         path = tmp_path / "report.html"
         folder = tmp_path / "reports"
-        if not folder.exists():
-            reports(folder, collapsed=collapsed)
+        if not path.exists():
+            if not folder.exists():
+                reports(folder, collapsed=collapsed)
             data = inputs.load(folder)
             wide, narrow = ({"overview": style.png(plot.draw(data, narrow)["overview"])} for narrow in (False, True))
             path.write_text(page.render(data, wide, narrow), encoding="utf-8")
@@ -77,6 +78,23 @@ def test_the_slider_shows_another_step(opened):
         assert ", advantage 0.250" in tab.evaluate(TEXT)
     assert tab.get_by_role("button", name="next step").is_disabled()
     assert tab.locator("#numbers .now").all_inner_texts() != first
+
+
+def test_all_completions_of_a_step_are_shown_when_asked_for(opened, tmp_path):
+    """And of the next step too; the page says how many of how many."""
+    folder = reports(tmp_path / "reports", collapsed=True)
+    keep_all(folder, steps=50, prompts=6, group=3)
+    tab = opened()
+    assert tab.get_by_text("All 900 completions of training.").is_visible()
+    completions, button = tab.locator("#completions .completion"), tab.locator("#more")
+    assert (completions.count(), tab.locator("#count").inner_text()) == (8, "8 of the step’s 18 completions")
+    button.click()
+    assert (completions.count(), tab.locator("#count").inner_text()) == (18, "all of the step’s 18 completions")
+    tab.get_by_role("button", name="next step").click()
+    assert completions.count() == 18
+    assert "Step 2, sample 2 of 5." in tab.evaluate(TEXT)
+    button.click()
+    assert completions.count() == 8
 
 
 def test_tokens_are_shaded_and_say_their_logprob(opened):

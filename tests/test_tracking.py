@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.runs import workspace
 from pipeline.runs.follower import follower
 from pipeline.stages import track
-from pipeline.tracking import mlflow_store, presentation, summaries
+from pipeline.tracking import mlflow_store, presentation, record, summaries
 from tests import mlflow_runs
 from tests.mlflow_runs import (
     COLUMNS,
@@ -45,6 +45,7 @@ from tests.mlflow_runs import (
     write_diagnosis,
 )
 from tests.project import ROOT
+from tests.reports import keep_all
 from tests.seal import POLICY, edit
 
 
@@ -82,6 +83,20 @@ def test_live_then_track_is_the_full_record(tracking_folder, capsys):
     tables = {item.path for item in client.list_artifacts(run.info.run_id, "tables")}
     assert tables >= {"tables/history.csv", "tables/samples.jsonl", "tables/completions.jsonl"}
     assert run.info.artifact_uri.startswith((tracking_folder / "mlartifacts").as_uri())
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_all_completions_are_an_artifact_if_they_fit(tracking_folder, monkeypatch, capsys, fits):
+    make_reports()
+    keep_all(Path("reports"), steps=2, prompts=2, group=2)
+    belong_together()
+    size = Path("reports/train/samples/all.parquet").stat().st_size
+    monkeypatch.setattr(record, "LARGEST_ARTIFACT", size if fits else size - 1)
+    track.main()
+    client, (run,) = stored_runs()
+    tables = {item.path for item in client.list_artifacts(run.info.run_id, "tables")}
+    assert ("tables/all.parquet" in tables) == fits
+    assert ("all.parquet is no artifact in MLflow" in capsys.readouterr().err) == (not fits)
 
 
 def test_the_held_out_curve_and_the_best_policy_are_in_mlflow(tracking_folder):

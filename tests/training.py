@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from pipeline.distributed.launch import CONFIG
@@ -88,10 +89,10 @@ def end_before(step: int) -> None:
     """The stage in this process, ended by Ctrl-C before this step."""
     real = train.train_step
 
-    def ending(run: Any, *arguments: Any) -> None:
+    def ending(run: Any, *arguments: Any) -> Any:
         if run.step == step:
             raise KeyboardInterrupt
-        real(run, *arguments)
+        return real(run, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", ending)
@@ -146,12 +147,16 @@ SMOOTH_ADAM = {"recipes__stable__adam_eps": 1.0, "recipes__stable__lr": 0.1}
 
 def exactly(project: Project) -> Project:
     project.edit(recipes__stable__precision="float32", train__prompts_per_step=4, train__steps=STEPS, **SMOOTH_ADAM)
-    project.edit(evaluate__every=5, evaluate__curve_prompts=4)
+    project.edit(evaluate__every=5, evaluate__curve_prompts=4, train__keep_samples="all")
     return project
 
 
 def sampled(project: Project) -> bytes:
     return contents(project)["reports/train/samples.jsonl"]
+
+
+def all_tokens(project: Project) -> list[list[int]]:
+    return list(map(list, pd.read_parquet(project.root / "reports/train/samples/all.parquet")["tokens"]))
 
 
 def assert_same_curve(project: Project, rows: list[dict[str, Any]], best: dict[str, Any]) -> None:

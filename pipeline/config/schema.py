@@ -348,6 +348,7 @@ class Train(Table):
     lora_rank: int = Field(ge=0, le=100_000, description="0 trains all weights")
     lora_alpha: float = Field(gt=0, le=1e6, description="adapters count alpha / rank")
     gradient_checkpointing: bool
+    keep_samples: Literal["some", "all"] = "some"
 
     @model_validator(mode="after")
     def feasible(self) -> "Train":

@@ -1,9 +1,13 @@
-// Steps through the run: the key numbers and the kept completions of one step, each token shaded by its logprob.
+// Steps through the run: the key numbers and the completions of one step, each token shaded by its logprob. Of a step
+// with many the first ones, until a button asks for the others; that holds for the steps that are shown then.
 // Texts come from browser.py as plain parts and marks in turn. They become text nodes, never HTML: they are untrusted.
 "use strict";
 
-const {steps, onset} = JSON.parse(document.getElementById("run-data").textContent);
+const {steps, batch, onset} = JSON.parse(document.getElementById("run-data").textContent);
 const EDGES = [0.9, 0.5, 0.1, 0.01, 0.001];  // probabilities: a token below n of them has shade n, as in the legend
+const FIRST = {prompts: 4, completions: 2};  // those that a run keeps of each step in any case
+const more = document.getElementById("more");
+let everything = false;
 const slider = document.getElementById("step");
 const completions = document.getElementById("completions");
 
@@ -53,6 +57,16 @@ function article({prompt, completions: all}) {
   return element("article", "pair", question, ...all.map(completion));
 }
 
+function firstOf(prompts) {
+  return prompts.slice(0, FIRST.prompts).map(
+    ({prompt, completions: all}) => ({prompt, completions: all.slice(0, FIRST.completions)})
+  );
+}
+
+function count(prompts) {
+  return prompts.reduce((number, {completions: all}) => number + all.length, 0);
+}
+
 function show(place) {
   const {step, numbers, prompts} = steps[place];
   slider.value = place;
@@ -62,8 +76,13 @@ function show(place) {
   document.querySelectorAll("#numbers .now").forEach((cell, i) => { cell.textContent = numbers[i]; });
   document.getElementById("previous").disabled = place === 0;
   document.getElementById("next").disabled = place === steps.length - 1;
-  const none = element("p", "soft", "No completions of this step were kept.");
-  completions.replaceChildren(...(prompts.length ? prompts.map(article) : [none]));
+  const first = firstOf(prompts), chosen = everything ? prompts : first;
+  const share = count(chosen) === batch ? "all" : count(chosen);
+  document.getElementById("count").textContent = `${share} of the step’s ${batch} completions`;
+  more.hidden = count(first) === count(prompts);
+  more.textContent = `show ${count(everything ? first : prompts)}`;
+  const none = element("p", "soft", "No completions of this step are shown.");
+  completions.replaceChildren(...(prompts.length ? chosen.map(article) : [none]));
 }
 
 // A title needs a mouse: a tap on a token writes it below the completion.
@@ -90,6 +109,10 @@ slider.addEventListener("input", () => show(Number(slider.value)));
 document.getElementById("previous").addEventListener("click", () => show(Number(slider.value) - 1));
 document.getElementById("next").addEventListener("click", () => show(Number(slider.value) + 1));
 document.getElementById("to-onset")?.addEventListener("click", () => show(onset));
+more.addEventListener("click", () => {
+  everything = !everything;
+  show(Number(slider.value));
+});
 completions.addEventListener("click", pick);
 document.querySelectorAll("a[href^='#step-']").forEach(link => {
   link.addEventListener("click", event => { if (follow(link.hash)) event.preventDefault(); });

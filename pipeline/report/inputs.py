@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.file_io import flatten
 from pipeline.paths import REPORTS, RunFiles
 from pipeline.rl.metrics import HISTORY_COLUMNS
-from pipeline.runs.consistency import raise_if_mixed, sources
+from pipeline.runs.consistency import all_samples, raise_if_mixed, sources
 from pipeline.runs.results import Evaluation, how_to_remake, read_result
 
 
@@ -17,7 +17,9 @@ class Inputs(NamedTuple):
     """Everything that the figures and the page show."""
 
     history: pd.DataFrame
-    samples: list[dict[str, Any]]
+    samples: list[dict[str, Any]]  # the first completions of each step
+    kept: dict[str, Any]  # how many completions there were, and which were kept
+    all_samples: Path | None  # a file with all of them
     run: dict[str, Any]
     evaluate: dict[str, Any]  # how it was evaluated, by dotted keys
     rewards: dict[str, Any]  # name -> Comparison
@@ -58,6 +60,8 @@ def load(reports: Path = REPORTS) -> Inputs:
     found = Inputs(
         history=pd.DataFrame(history),
         samples=read_result(files.samples),
+        kept=read_result(files.kept),
+        all_samples=all_samples(files),
         run=run,
         evaluate=flatten({"evaluate": measured["params"]}),
         rewards={name: metrics[name] for name in metrics if name in rewards},

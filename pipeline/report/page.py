@@ -11,10 +11,11 @@ from markupsafe import Markup
 
 from pipeline.config.overrides import experiment_command, override
 from pipeline.file_io import flatten
-from pipeline.report.browser import NUMBERS, browser_data, key_numbers, script_json
+from pipeline.report.browser import NUMBERS, browser_data, key_numbers
 from pipeline.report.figures import PANELS
 from pipeline.report.inputs import Inputs
 from pipeline.report.labels import measured, percent
+from pipeline.report.samples import script_json, shown_samples
 from pipeline.report.style import signed
 from pipeline.report.terms import Terms
 from pipeline.report.text import visible
@@ -65,7 +66,8 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
     """The page for a run; `figures` maps a name of CAPTIONS to PNG bytes, `narrow` to those for a phone."""
     folder = resources.files("pipeline.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "browser.js"))
-    browser = browser_data(inputs)
+    shown = shown_samples(inputs)
+    browser = browser_data(inputs, shown.prompts)
     intervals = has_intervals(inputs)
     size = heldout_size(inputs)
     captions = CAPTIONS | {
@@ -103,6 +105,7 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
             examples=[(row["prompt"], sides(row, inputs.trained)) for row in examples(inputs.completions)],
             open_examples=OPEN_EXAMPLES,
             samples=samples(inputs.samples),
+            shown=shown,
         )
     )
 

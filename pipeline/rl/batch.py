@@ -1,7 +1,6 @@
 """One batch: B prompts, G samples of each, N = B * G completions of up to T tokens, their rewards and statistics."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from transformers import PreTrainedModel
 from pipeline.config.schema import Recipe, SamplingParams
 from pipeline.data.prompts import Prompt
 from pipeline.diagnosis.text import ending_shares, text_statistics
-from pipeline.file_io import finite_or_none
 from pipeline.models.memory import bf16_copy
 from pipeline.models.rollout import completion_limits, completion_texts, read_completions
 from pipeline.models.sampling import Rollout, pad_prompts, sample
@@ -20,8 +18,6 @@ from pipeline.models.tokenization import encode_prompt
 from pipeline.rewards.batch import RewardBatch
 from pipeline.rl.context import TrainContext
 from pipeline.rl.metrics import text_cost
-
-PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
 
 
 def sample_batch(
@@ -122,30 +118,3 @@ def text_costs(
 def half_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 where the recipe says so; the weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-
-
-def sample_records(
-    step: int,
-    prompts: Sequence[Prompt],
-    completions: list[str],
-    rewards: Tensor,
-    advantage: Tensor,
-    rollout: Rollout,
-    logprobs: Tensor,
-    context: TrainContext,
-) -> list[dict[str, Any]]:
-    """The first completions of the first prompts [B], as rows of samples.jsonl."""
-    group, rows = rewards.shape[1], []
-    read = read_completions(rollout, context.tokenizer, context.eos, context.params.selected_recipe.stop_strings)
-    for b in range(min(PROMPTS_KEPT, len(prompts))):
-        for g in range(min(SAMPLES_KEPT, group)):
-            i = b * group + g
-            tokens = rollout.completions[i, : int(rollout.lengths[i])].tolist()
-            rows.append({
-                "step": step, "prompt": prompts[b].text, "completion": completions[i], "reward": rewards[b, g].item(),
-                "advantage": finite_or_none(advantage[b, g].item()), "tokens": tokens,
-                "pieces": [context.tokenizer.decode([token]) for token in tokens],
-                "token_logprobs": [finite_or_none(x) for x in logprobs[i, : len(tokens)].tolist()],
-                "ended": read[i].ending != "limit",
-            })  # fmt: skip
-    return rows

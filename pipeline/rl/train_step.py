@@ -15,7 +15,7 @@ from pipeline.rl.advantages import (
     reward_scale,
     with_kl_penalty,
 )
-from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, sample_records, score_batch, text_costs
+from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, score_batch, text_costs
 from pipeline.rl.context import TrainContext, sync_rollout_model
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.metrics import (
@@ -28,6 +28,7 @@ from pipeline.rl.metrics import (
     update_metrics,
 )
 from pipeline.rl.optimizer import learning_rate
+from pipeline.rl.samples import StepSamples, first_samples
 from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms
 from pipeline.rl.state import TrainState
 from pipeline.rl.update import Batch, make_loss_mask, update_policy
@@ -36,8 +37,8 @@ from pipeline.timing import Stopwatch, timing_row
 
 def train_step(
     state: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> None:
-    """Appends the step's row, samples and timings to `state`."""
+) -> StepSamples:
+    """Appends the step's row, first samples and timings to `state`; returns all of its samples."""
     params, recipe, sizes, step = context.params, context.params.selected_recipe, context.params.train, state.step
     group_size, watch = sizes.samples_per_prompt, Stopwatch()
 
@@ -120,7 +121,19 @@ def train_step(
         "truncation_gap": largest_gap(rollout.sampler_logprobs, rollout.logprobs, mask),
     }  # fmt: skip
     state.rows.append({column: metrics[column] for column in HISTORY_COLUMNS})
-    state.samples += sample_records(step, prompts, completions, rewards, advantage, rollout, gradient.logprobs, context)
+    samples = StepSamples(
+        step,
+        indices,
+        prompts,
+        completions,
+        rewards,
+        advantage,
+        rollout,
+        gradient.logprobs,
+        ref_rows,
+        log_ratios(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows]),
+    )
+    state.samples += first_samples(samples, context)
 
     # what the next step needs of this one
     state.stopped = bool(updated["nonfinite"]) and sizes.on_nonfinite == "stop"
@@ -128,6 +141,7 @@ def train_step(
         state.running_mean = next_running_mean(state.running_mean, rewards_with_kl, recipe.baseline_decay)
     watch.lap("diagnostics")
     state.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
+    return samples
 
 
 def baseline_inputs(

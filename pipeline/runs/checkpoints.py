@@ -133,10 +133,15 @@ def keep_candidates(folder: Path, steps: Collection[int]) -> None:
         path.unlink()
 
 
+def sample_file(folder: Path, step: int) -> Path:
+    """Where the completions of a step lie, if all are kept."""
+    return folder / f"samples-{step:08d}.parquet"
+
+
 def delete_checkpoints(folder: Path, first: int = 0) -> int:
-    """Deletes the states after `first` steps or more, and the candidates for data/best, which going on from an earlier
-    state makes again. Returns the step to go on from."""
-    for path in [*_states(folder), *folder.glob("best-*.pt")]:
+    """Deletes the states after `first` steps or more, and what going on from an earlier state makes again: candidates
+    for data/best, completions. Returns the step to go on from."""
+    for path in [*_states(folder), *folder.glob("best-*.pt"), *folder.glob("samples-*.parquet")]:
         if step_of(path) >= first:
             path.unlink()
     return max(saved_steps(folder), default=0)

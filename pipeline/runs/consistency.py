@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.file_io import folder_digests, read_json, sha256
 from pipeline.paths import POLICY, RUN_FILES, RunFiles
 from pipeline.runs.provenance import digest
-from pipeline.runs.results import how_to_remake
+from pipeline.runs.results import how_to_remake, read_result
 
 # of `train`; that of history.csv stands beside them
 JUDGED = ("calibration.csv", "samples.jsonl", "heldout.jsonl", "healthy.json", "best.json")
@@ -72,6 +72,21 @@ def holds_policy_of(run: dict[str, str], folder: Path = POLICY) -> bool:
     return digest(folder_digests(folder)) == run.get("policy")
 
 
+def all_samples(files: RunFiles = RUN_FILES) -> Path | None:
+    """The file with all completions of the run; None where some were kept. Raises UserError where it is missing, or is
+    not the one of which kept.json has the digest."""
+    told = read_result(files.kept)
+    if told["keep_samples"] == "some":
+        return None
+    if not files.all_samples.is_file():
+        raise UserError(
+            f"{files.all_samples}: no such file; `dvc checkout` brings it back, or {how_to_remake('train')}"
+        )
+    if sha256(files.all_samples) != told.get("sha256"):
+        raise UserError(f"{files.all_samples}: of another run than {files.kept}; `dvc checkout` brings it back")
+    return files.all_samples
+
+
 def sources(files: RunFiles = RUN_FILES) -> str:
     """Digest of what report.html shows. summary.json and measured.json stand for the files whose digests they hold."""
     return digest([sha256(file) for file in (files.prepare, files.summary, files.diagnosis, files.measured)])
@@ -84,7 +99,7 @@ def _mismatches(stage: str, run: dict[str, str], files: RunFiles) -> list[Path]:
             files.history,
             files.samples,
             files.heldout,
-            *(file for file in (files.healthy, files.best) if file.is_file()),
+            *(file for file in (files.healthy, files.best, files.kept) if file.is_file()),
         ]
         wrong = [file for file in written if sha256(file) != run.get(file.name)]
         return wrong + ([] if read_json(files.run).get("train_key") == run.get("train_key") else [files.run])

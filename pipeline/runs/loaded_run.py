@@ -9,6 +9,7 @@ import pandas as pd
 
 from pipeline.errors import UserError
 from pipeline.paths import RunFiles
+from pipeline.runs.consistency import all_samples
 from pipeline.runs.results import how_to_remake, read_result
 
 
@@ -49,8 +50,18 @@ class LoadedRun:
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """Completions sampled in training, with their rewards and advantages."""
+        """The first completions of each training step, with their rewards and advantages."""
         return pd.DataFrame(read_result(self.files.samples))
+
+    @cached_property
+    def all_samples(self) -> pd.DataFrame:
+        """Every completion sampled in training; UserError where `train.keep_samples` is some."""
+        if (path := all_samples(self.files)) is None:
+            raise UserError(
+                f"{self.files.kept}: some completions were kept, in {self.files.samples.name}; all are "
+                "with train.keep_samples: all"
+            )
+        return pd.read_parquet(path)
 
     @cached_property
     def completions(self) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """What the stages write of a run: the shape of each file, and one reader for all of them."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
@@ -49,6 +49,14 @@ def check_tokens(sample: Sample) -> Sample:
     if not len(sample["tokens"]) == len(sample["pieces"]) == len(sample["token_logprobs"]):
         raise ValueError("tokens, pieces and token_logprobs differ in length")
     return sample
+
+
+class Kept(TypedDict):
+    """Which completions of training were kept, and how many there were."""
+
+    keep_samples: Literal["some", "all"]
+    completions: int
+    sha256: NotRequired[str]  # of all.parquet, where all are kept
 
 
 class Healthy(TypedDict):
@@ -203,6 +211,7 @@ RESULTS: dict[str, tuple[str, Any]] = {
     "history.csv": ("train", list[dict[str, float]]),
     "calibration.csv": ("train", list[dict[str, float]]),
     "samples.jsonl": ("train", list[Annotated[Sample, AfterValidator(check_tokens)]]),
+    "kept.json": ("train", Kept),
     "healthy.json": ("train", Healthy),
     "best.json": ("train", Best),
     "heldout.jsonl": ("train", list[HeldoutRow]),

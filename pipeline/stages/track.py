@@ -84,8 +84,8 @@ def drop_resume_state(train_key: str) -> None:
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=0):  # `train` holds it
             states = sorted(folder.glob("state-*.pt"))  # oldest first: a kill leaves the newest one
-            for state in [*states, *folder.glob("best-*.pt")]:
-                state.unlink()
+            for path in [*states, *folder.glob("best-*.pt"), *folder.glob("samples-*.parquet")]:
+                path.unlink()
     except Timeout:
         print("note: this very run is being trained again; its resume state is left alone", file=sys.stderr)
 

@@ -41,9 +41,10 @@ from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import TrainContext, build_context, gather_full_policy, initial_policy, sync_rollout_model
 from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure, needed_candidates
 from pipeline.rl.optimizer import make_optimizer
+from pipeline.rl.samples import StepSamples, sample_columns
 from pipeline.rl.state import TrainState
 from pipeline.rl.train_step import train_step
-from pipeline.runs import checkpoints, provenance, workspace
+from pipeline.runs import checkpoints, provenance, sample_files, workspace
 from pipeline.runs.dvc_git import check_experiment_folder
 from pipeline.runs.follower import follower
 from pipeline.runs.history import history_file
@@ -71,6 +72,8 @@ def main() -> None:
         raise UserError(f"{TRAIN_PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
     if params.evaluate.every and not HELDOUT_PROMPTS.exists():
         raise UserError(f"{HELDOUT_PROMPTS} is missing; run `dvc repro`, which makes it first")
+    if params.train.keep_samples == "all":
+        sample_files.check_pyarrow()
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     identity = run_identity(params, device)
     if identity["arithmetic"] != params.train.arithmetic:
@@ -84,20 +87,25 @@ def main() -> None:
             locks.enter_context(checkpoints.exclusive_lock(folder, "this very run"))
             # an earlier `train` that outlived its `dvc` must not write among the outputs of this one
             locks.enter_context(checkpoints.exclusive_lock(IN_FOLDER, "in this folder"))
-            discard_committed_state(folder, identity, params)
+            discard_states(folder, identity, params)
         processes.barrier()
         train(params, identity, folder, device, processes)
     launch.destroy_process_group(processes)
 
 
-def discard_committed_state(folder: Path, identity: dict[str, Any], params: Params) -> None:
-    """Delete the saved states of a finished run that DVC has committed: the stage runs again because of `-f`."""
+def discard_states(folder: Path, identity: dict[str, Any], params: Params) -> None:
+    """Delete the saved states of a finished run that DVC has committed: the stage runs again because of `-f`. And those
+    of steps whose completions are damaged: training makes them again."""
     state = checkpoints.load(folder)
     if state is None:
         return
     run = TrainState(**state["run"])
     if is_finished(run, params) and workspace.is_committed(to_json(run_record(identity, run))):
         checkpoints.delete_checkpoints(folder)
+    elif (step := sample_files.first_damaged(folder, run.sample_files)) is not None:
+        left = checkpoints.delete_checkpoints(folder, step + 1)
+        path = checkpoints.sample_file(folder, step)
+        print(f"warning: {path} is damaged (its checksum differs); going back to step {left}", file=sys.stderr)
 
 
 def run_record(identity: dict[str, Any], run: TrainState) -> dict[str, Any]:
@@ -111,9 +119,12 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
     selected = {name: params.selected(name) for name in SELECTORS}
     digests = provenance.params_digests(chosen, {**selected, "train": params.train})
-    libraries = provenance.library_versions(
-        *["peft"] if params.train.lora_rank else [], *["regex"] if searches_patterns(params.selected_reward) else []
-    )
+    used = {
+        "peft": params.train.lora_rank,
+        "pyarrow": params.train.keep_samples == "all",
+        "regex": searches_patterns(params.selected_reward),
+    }
+    libraries = provenance.library_versions(*(name for name in used if used[name]))
     parts = {
         "code": provenance.digest([provenance.code_digest("pipeline.stages.train"), libraries]),
         "custom": provenance.digest(custom_digests([params.selected_reward])),
@@ -188,7 +199,7 @@ def loop(
     with bar, caught_signals() as signals, history as record:
         measure_heldout(run, context, policy, folder, found)
         while not is_finished(run, context.params):
-            train_step(run, context, policy, optimizer)
+            keep_samples(train_step(run, context, policy, optimizer), run, context, folder)
             found = findings(run.rows, spreads, steps)
             run.stopped = run.stopped or bool(found and context.params.train.on_collapse == "stop")
             if record is not None:
@@ -212,6 +223,13 @@ def loop(
                     )
                 processes.barrier()  # a launcher ends the others as soon as one has gone
                 sys.exit(128 + signal)
+
+
+def keep_samples(samples: StepSamples, run: TrainState, context: TrainContext, folder: Path) -> None:
+    """Where all completions are kept, rank 0 writes those of the step beside the resume states."""
+    if context.params.train.keep_samples == "all" and context.processes.is_main_process:
+        columns = sample_columns(samples, context)
+        run.sample_files.append(sample_files.write_step(folder, samples.step, columns))
 
 
 def measure_heldout(
@@ -313,10 +331,12 @@ def write_outputs(
     run: TrainState, identity: dict[str, Any], context: TrainContext, policy: PreTrainedModel, folder: Path
 ) -> None:
     """Write the last policy to data/policy, the last saved one before a collapse to data/healthy (without a collapse
-    only a note), the best by the held-out curve to data/best (without one only a note), and the reports."""
+    only a note), the best by the held-out curve to data/best (without one only a note), all completions (where some are
+    kept only a note), and the reports."""
     sizes, tokenizer = context.params.train, context.tokenizer
     found = findings(run.rows, null_statistics(run.calibration, sizes.prompts_per_step), sizes.steps)
-    with atomic_folder(POLICY) as target, atomic_folder(HEALTHY) as beside, atomic_folder(BEST) as best:
+    folders = [atomic_folder(path) for path in (POLICY, HEALTHY, BEST, RUN_FILES.kept.parent)]
+    with folders[0] as target, folders[1] as beside, folders[2] as best, folders[3] as kept:
         save_policy(policy, tokenizer, target)
         step = run.step
         if found:
@@ -324,6 +344,8 @@ def write_outputs(
             save_policy(policy, tokenizer, beside)
         write_json(beside / "healthy.json", {"step": step, "weights": (HEALTHY if found else POLICY).as_posix()})
         write_best(run, context, policy, folder, found, best)
+        completions = run.step * sizes.prompts_per_step * sizes.samples_per_prompt
+        sample_files.write_kept(kept, folder, run.sample_files, completions)
     # again: git may have replaced the growing file by an older one
     write_csv(RUN_FILES.history, run.rows)
     write_csv(RUN_FILES.calibration, run.calibration)
@@ -353,8 +375,8 @@ def output_digests(identity: dict[str, Any]) -> dict[str, str]:
     show` leaves out; readers of the outputs compare them."""
     own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params")}
     written = (
-        RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.heldout, RUN_FILES.healthy,
-        RUN_FILES.best,
+        RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.heldout, RUN_FILES.kept,
+        RUN_FILES.healthy, RUN_FILES.best,
     )  # fmt: skip
     files = {file.name: sha256(file) for file in written}
     return {**own, **files, "policy": provenance.digest(folder_digests(POLICY))}

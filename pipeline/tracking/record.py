@@ -17,6 +17,8 @@ from pipeline.tracking.mlflow_store import Point, Scalar
 from pipeline.tracking.presentation import FIRST_CHARTS, FIRST_METRICS
 from pipeline.tracking.tags import digests, gain_tag, run_tags
 
+LARGEST_ARTIFACT = 100_000_000  # bytes of all.parquet; the others are small
+
 
 @dataclass(frozen=True)
 class Record:
@@ -85,6 +87,7 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
     page = files.page.read_text(encoding="utf-8", errors="replace")
     if wrong := [file for file in figures if base64.b64encode(file.read_bytes()).decode() not in page]:
         raise UserError(f"{wrong[0]}: is not the figure in {files.page}; {how_to_remake('plot')}")
+    tables += _logged_samples(files)
     written_ms = files.history.stat().st_mtime_ns // 1_000_000
     return Record(
         train_key=key,
@@ -111,6 +114,16 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         # without a held-out curve two tables have no row
         artifacts={"tables": [f for f in tables if f.stat().st_size > 1], "figures": figures, "": [files.page]},
     )
+
+
+def _logged_samples(files: RunFiles) -> list[Path]:
+    """The file with all completions, if there is one and it is small enough for an artifact."""
+    if (path := consistency.all_samples(files)) is None:
+        return []
+    if path.stat().st_size > LARGEST_ARTIFACT:
+        print(f"note: {path} is no artifact in MLflow, over {LARGEST_ARTIFACT:,} bytes", file=sys.stderr)
+        return []
+    return [path]
 
 
 def _by_step(rows: list[dict[str, float]]) -> dict[int, dict[str, float]]:

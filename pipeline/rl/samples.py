@@ -1,0 +1,80 @@
+"""The completions of a step with what training made of them, as rows of files.
+
+B prompts, G samples of each, N = B * G completions of up to T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.data.prompts import Prompt
+from pipeline.file_io import finite_or_none
+from pipeline.models.rollout import Completion, read_completions
+from pipeline.models.sampling import Rollout
+from pipeline.rl.context import TrainContext
+
+PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The completions of a step, prompt by prompt, as the policy that sampled them scores them."""
+
+    step: int
+    indices: Sequence[int]  # [B] of the prompts among those of training
+    prompts: Sequence[Prompt]  # [B]
+    completions: list[str]  # [N], as the reward reads them
+    rewards: Tensor  # [B, G]
+    advantages: Tensor  # [B, G]
+    rollout: Rollout
+    logprobs: Tensor  # [N, T]
+    ref_rows: Tensor  # [n] which of the N the reference has scored
+    ref_log_ratios: Tensor  # [n] log pi(y | x) - log pi_ref(y | x), nats
+
+
+def first_samples(samples: StepSamples, context: TrainContext) -> list[dict[str, Any]]:
+    """The first completions of the first prompts, as rows of samples.jsonl."""
+    group, rows = samples.rewards.shape[1], []
+    read = _read(samples, context)
+    for b in range(min(PROMPTS_KEPT, len(samples.prompts))):
+        for g in range(min(SAMPLES_KEPT, group)):
+            i = b * group + g
+            tokens = samples.rollout.completions[i, : int(samples.rollout.lengths[i])].tolist()
+            rows.append({
+                "step": samples.step, "prompt": samples.prompts[b].text, "completion": samples.completions[i],
+                "reward": samples.rewards[b, g].item(), "advantage": finite_or_none(samples.advantages[b, g].item()),
+                "tokens": tokens, "pieces": [context.tokenizer.decode([token]) for token in tokens],
+                "token_logprobs": [finite_or_none(x) for x in samples.logprobs[i, : len(tokens)].tolist()],
+                "ended": read[i].ending != "limit",
+            })  # fmt: skip
+    return rows
+
+
+def sample_columns(samples: StepSamples, context: TrainContext) -> dict[str, list[Any]]:
+    """All completions [N] of the step, as columns of all.parquet (`runs.sample_files.schema`)."""
+    tokens, group = samples.rollout.token_lists(), samples.rewards.shape[1]
+    places = [(b, g) for b in range(len(samples.prompts)) for g in range(group)]
+    pieces = {token: context.tokenizer.decode([token]) for token in {token for row in tokens for token in row}}
+    ratios = dict(zip(samples.ref_rows.tolist(), samples.ref_log_ratios.tolist(), strict=True))
+    return {
+        "step": [samples.step] * len(tokens),
+        "prompt_index": [samples.indices[b] for b, _ in places],
+        "group": [b for b, _ in places],
+        "sample": [g for _, g in places],
+        "prompt": [samples.prompts[b].text for b, _ in places],
+        "completion": samples.completions,
+        "reward": samples.rewards.flatten().tolist(),
+        "advantage": samples.advantages.flatten().tolist(),
+        "ending": [completion.ending for completion in _read(samples, context)],
+        "ref_log_ratio": [ratios.get(i) for i in range(len(tokens))],
+        "tokens": tokens,
+        "pieces": [[pieces[token] for token in row] for row in tokens],
+        "token_logprobs": [row[: len(ids)] for row, ids in zip(samples.logprobs.tolist(), tokens, strict=True)],
+    }
+
+
+def _read(samples: StepSamples, context: TrainContext) -> list[Completion]:
+    ends = context.eos, context.params.selected_recipe.stop_strings
+    return read_completions(samples.rollout, context.tokenizer, *ends)
