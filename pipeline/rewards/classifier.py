@@ -134,9 +134,9 @@ def check_classifier_reward(
         if not abs(one) + abs(other) < float("inf"):
             raise UserError(f"{key}: its scores are not finite ({other})")
         if abs(one - other) > TOLERANCE[table.precision] * max(1.0, abs(other)):
+            kind = classifier.config.model_type
             raise UserError(
-                f"{key}: {classifier.config.model_type} does not ignore padding: it scores a text {other:.6g} alone and "
-                f"{one:.6g} beside longer ones"
+                f"{key}: {kind} does not ignore padding: it gives a text {other:.6g} alone, {one:.6g} beside longer ones"
             )
 
 

@@ -34,7 +34,7 @@ from pipeline.data.model_files import (
     store,
     weight_files,
 )
-from pipeline.data.prompts import read_prompts
+from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.data.token_ids import name_ends
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_folder, folder_digests, read_json, sha256, why_unwatched, write_json
@@ -57,6 +57,9 @@ def main() -> None:
     independent = find_classifiers(params.independent_classifiers)
 
     with atomic_folder(CHECKPOINT) as folder, atomic_folder(CLASSIFIERS) as asked, atomic_folder(INDEPENDENT) as other:
+        store_classifiers(classifiers, asked)
+        store_classifiers(independent, other)
+        check_classifier_rewards(params, asked, other)
         store(policy, folder / "policy", policy_key)
         check_policy(folder / "policy", policy_key)
         name_float32(folder / "policy/config.json")
@@ -68,9 +71,6 @@ def main() -> None:
             "encoder": {**encoder_origin, "files": folder_digests(folder / "encoder")},
         }
         write_json(folder / "manifest.json", manifest)
-        store_classifiers(classifiers, asked)
-        store_classifiers(independent, other)
-        check_classifier_rewards(params, asked, other)
     print(f"{params.model} and {params.encoder} are in {CHECKPOINT}/")
     print(f"{policy_key}: {how}")
 
@@ -105,8 +105,7 @@ def check_classifier_rewards(params: Params, *folders: Path) -> None:
         return
     names = [name for name in (params.reward, params.evaluate.independent) if name in params.rewards]
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
-    heldout = read_prompts(HELDOUT_PROMPTS)[: params.evaluate.prompts or None]
-    prompts = [*read_prompts(TRAIN_PROMPTS), *heldout]
+    prompts = [*made_prompts(TRAIN_PROMPTS), *made_prompts(HELDOUT_PROMPTS)[: params.evaluate.prompts or None]]
     for name in names:
         for asked in classifier_rewards(params.rewards[name]):
             check_classifier_reward(name, asked, stored[asked.classifier], device, prompts)
@@ -197,9 +196,7 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
     tokens: list[list[int]] = []
     limits: list[int] = []
     for file, used in ((TRAIN_PROMPTS, 0), (HELDOUT_PROMPTS, params.evaluate.prompts)):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
-        rows = read_prompts(file)
+        rows = made_prompts(file)
         prompts = [row.content for row in rows]
         check_certain(tokenizer, [row.text for row in rows], key)
         if chat is not None and prompts:
@@ -220,6 +217,13 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         tokens += [ids[i] for i in fits]
         limits += [allowed[i] for i in fits]
     return tokens, limits
+
+
+def made_prompts(file: Path) -> list[Prompt]:
+    """Those that `prepare` wrote into a file. Raises UserError where it is missing."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
+    return read_prompts(file)
 
 
 def note_chat(params: Params, tokenizer: Any, eos: tuple[int, ...], key: str) -> None:
