@@ -151,7 +151,7 @@ EDITS: list[tuple[str | bytes, list[str]]] = [
     (edited("recipe: stable", "recipe:"), ["recipe = nothing: should name one of recipes"]),
     (edited("recipe: stable", "recipe: [stable]"), ["recipe = ['stable']: should name one of recipes"]),
     (edited("kind: length", "kind: lenght"),
-     ["rewards.length.kind = 'lenght': should be one of 'embedding', 'classifier', 'length', 'words', 'match', 'format'"]),
+     ["rewards.length.kind = 'lenght': should be one of 'embedding', 'classifier', 'length', 'words', 'match',"]),
     (edited("    kind: length\n", ""), ["rewards.length.kind is missing"]),
     (edited("        kind: length", "        kind: sum"),
      ["terms.1.reward.kind = 'sum'", "'embedding', 'classifier', 'length', 'words', 'match', 'format', 'custom'"]),

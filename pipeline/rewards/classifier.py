@@ -136,7 +136,7 @@ def check_classifier_reward(
         if abs(one - other) > TOLERANCE[table.precision] * max(1.0, abs(other)):
             kind = classifier.config.model_type
             raise UserError(
-                f"{key}: {kind} does not ignore padding: it gives a text {other:.6g} alone, {one:.6g} beside longer ones"
+                f"{key}: {kind} does not ignore padding: it gives a text {other:.6g} alone, {one:.6g} beside others"
             )
 
 
