@@ -5,6 +5,8 @@ from pathlib import Path
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS = Path("data/prompts/train.jsonl"), Path("data/prompts/heldout.jsonl")
 CHECKPOINT = Path("data/checkpoint")  # policy/, encoder/, layout.json, manifest.json
+CLASSIFIERS = Path("data/classifiers")  # of the selected reward: a folder each, manifest.json
+INDEPENDENT = Path("data/independent_classifiers")  # those that only the independent reward asks
 POLICY, HEALTHY, BEST = Path("data/policy"), Path("data/healthy"), Path("data/best")
 REPORTS, LOCK = Path("reports"), Path("dvc.lock")
 
@@ -25,7 +27,7 @@ class RunFiles:
         self.metrics, self.measured = evaluate / "metrics.json", evaluate / "measured.json"
         self.completions, self.curve = evaluate / "completions.jsonl", evaluate / "curve.jsonl"
         self.figures, self.page = reports / "figures", reports / "page/report.html"
-        self.custom = reports / "custom"
+        self.custom, self.classifiers = reports / "custom", reports / "classifiers.json"
         self.track = reports / "track/track.json"
 
 

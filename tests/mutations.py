@@ -494,7 +494,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "report/gain_table.py": ("compare", [
         (".interval(max(1, count))", ".interval()"),
         ("sum(each.difference.error is not None for", "sum(True for"),
-        ('ALIKE = ("reward", "encoder", "model")', 'ALIKE = ("reward", "model")'),
+        ('ALIKE = ("reward", "encoder", "classifiers", "model")', 'ALIKE = ("reward", "model")'),
         ("(*chosen, measured, ", "(*chosen, "),
     ]),
     "runs/signals.py": ("isolation", [

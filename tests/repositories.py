@@ -103,17 +103,23 @@ def write_pythia(
     return folder
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path | None) -> None:
-    from transformers import PreTrainedTokenizerFast
+END = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 
-    end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+
+def _write_tokenizer(folder: Path, tokenizer: Path | None) -> None:
     if tokenizer:
         (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-        settings = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False, **end}
+        settings = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False, **END}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        (folder / "special_tokens_map.json").write_text(json.dumps(end))
+        (folder / "special_tokens_map.json").write_text(json.dumps(END))
     else:
-        PreTrainedTokenizerFast(tokenizer_object=_byte_tokenizer(), **end).save_pretrained(folder)
+        write_byte_tokenizer(folder)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=_byte_tokenizer(), **END).save_pretrained(folder)
 
 
 def _byte_tokenizer() -> Any:

@@ -30,6 +30,29 @@ TEXT = SHIPPED.read_text(encoding="utf-8")
 TREE = YAML(typ="safe", pure=True).load(TEXT)
 
 
+# what a user adds for a reward that was learned
+LEARNED = {
+    "classifiers": {
+        "mood": {"repo": "some/mood", "revision": "main", "sha256": "0" * 64},
+        "taste": {"package": "some-taste"},
+    },
+    "rewards": {
+        "mood": {
+            "kind": "classifier", "classifier": "mood", "label": "good", "score": "probability",
+            "input": "prompt_completion", "max_tokens": 512, "precision": "bfloat16",
+        },
+        "both": {
+            "kind": "sum",
+            "terms": [
+                {"weight": 1.0, "reward": {"kind": "classifier", "classifier": "mood", "label": "good"}},
+                {"weight": 0.5, "reward": {"kind": "classifier", "classifier": "taste"}},
+            ],
+        },
+    },
+}  # fmt: skip
+TREE_LEARNED = {**TREE, "classifiers": LEARNED["classifiers"], "rewards": {**TREE["rewards"], **LEARNED["rewards"]}}
+
+
 def write(folder: Path, content: str | bytes) -> Path:
     path = folder / "params.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -128,10 +151,10 @@ EDITS: list[tuple[str | bytes, list[str]]] = [
     (edited("recipe: stable", "recipe:"), ["recipe = nothing: should name one of recipes"]),
     (edited("recipe: stable", "recipe: [stable]"), ["recipe = ['stable']: should name one of recipes"]),
     (edited("kind: length", "kind: lenght"),
-     ["rewards.length.kind = 'lenght': should be one of 'embedding', 'length', 'words', 'match', 'format', 'custom'"]),
+     ["rewards.length.kind = 'lenght': should be one of 'embedding', 'classifier', 'length', 'words', 'match',"]),
     (edited("    kind: length\n", ""), ["rewards.length.kind is missing"]),
     (edited("        kind: length", "        kind: sum"),
-     ["terms.1.reward.kind = 'sum'", "'embedding', 'length', 'words', 'match', 'format', 'custom'"]),
+     ["terms.1.reward.kind = 'sum'", "'embedding', 'classifier', 'length', 'words', 'match', 'format', 'custom'"]),
     (TEXT[: TEXT.index("    terms:")] + "    terms: []\n" + TEXT[TEXT.index("\nrecipes:") :],
      ["rewards.short_greeting.terms = []", "at least 1 item"]),
     (edited("steps: 50", 'steps: "50"'), ["train.steps = '50': should be a valid integer"]),
@@ -243,6 +266,39 @@ def test_a_mistake_is_one_line_that_says_what_would_be_right(
             assert part in line
 
 
+LEARNED_MISTAKES: list[tuple[str, Any, str]] = [
+    ("classifiers", {}, "rewards.mood: there is no 'mood' in classifiers (there are: none)"),
+    ("classifiers", [], "classifiers = []: should be a table of keys"),
+    ("classifiers.mood", None, "classifiers.mood = nothing: should be a table of keys"),
+    ("classifiers.mood.source", "models/local/x", "classifiers.mood: needs exactly one of repo, source, package"),
+    ("classifiers.mood.repo", "https://x/y", "classifiers.mood.repo = 'https://x/y': should be owner/name on the hub"),
+    ("classifiers.mood.revision", 3, "classifiers.mood.revision = 3: should be text: put it in quotes (a commit, tag"),
+    ("classifiers.mood.sha256", "0", "classifiers.mood.sha256 = '0': should be a sha256: 64 hexadecimal digits"),
+    ("classifiers.mood.label", "good", "unknown key classifiers.mood.label (there are: repo, revision, source"),
+    ("rewards.mood.classifier", "mod", "rewards.mood: there is no 'mod' in classifiers; did you mean 'mood'?"),
+    ("rewards.both.terms.1.reward.classifier", "x", "rewards.both: there is no 'x' in classifiers (there are: mood, "),
+    ("rewards.mood.classifier", ["mood"], "rewards.mood.classifier = ['mood']: should be a valid string (the name of"),
+    ("rewards.mood.label", 1, "rewards.mood.label = 1: should be text: put it in quotes (one of the model's labels"),
+    ("rewards.mood.score", "logits", "rewards.mood.score = 'logits': should be 'logit' or 'probability'"),
+    ("rewards.mood.input", "prompt", "rewards.mood.input = 'prompt': should be 'completion' or 'prompt_completion'"),
+    ("rewards.mood.max_tokens", 0, "rewards.mood.max_tokens = 0: should be greater than or equal to 1 (tokens of an"),
+    ("rewards.mood.precision", "float16", "rewards.mood.precision = 'float16': should be 'float32' or 'bfloat16'"),
+    ("rewards.both.terms.0.reward.score", None, "rewards.both.terms.0.reward.score = nothing: should be 'logit' or"),
+]  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("place", "value", "expected"), LEARNED_MISTAKES)
+def test_a_mistake_in_a_reward_that_was_learned_is_one_line(place: str, value: Any, expected: str) -> None:
+    tree = copy.deepcopy(TREE_LEARNED)
+    *above, key = [int(part) if part.isdigit() else part for part in place.split(".")]
+    functools.reduce(operator.getitem, above, tree)[key] = value
+    with fault("mistake in params.yaml"):
+        with pytest.raises(UserError) as caught:
+            validate_params(tree)
+        assert expected in check_line(str(caught.value))
+
+
 def bomb(indent: str, width: int = 9, depth: int = 9) -> str:
     """Nine lines that stand for 9^9 values."""
     lines = [f"{indent}a0: &a0 [{', '.join(['x'] * width)}]"]
@@ -287,7 +343,7 @@ def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [found for key, value in items for found in [(*prefix, key), *paths(value, (*prefix, key))]]
 
 
-PATHS = paths(TREE)
+PATHS = paths(TREE_LEARNED)
 HUGE = st.integers(0, 20_000).map(lambda bits: 2**bits)  # beyond what Python prints and pydantic takes
 SCALARS = st.none() | st.booleans() | st.integers() | HUGE | st.floats() | st.text(max_size=8) | st.dates()
 VALUES = st.recursive(
@@ -301,7 +357,7 @@ KEYS = st.sampled_from(sorted({key for path in PATHS for key in path if isinstan
 @settings(max_examples=rounds(4000, 150), deadline=None)
 def test_no_mutation_raises_anything_else(data: st.DataObject) -> None:
     """Values replaced, keys removed, added and renamed, anywhere in the tree."""
-    tree = copy.deepcopy(TREE)
+    tree = copy.deepcopy(TREE_LEARNED)
     for _ in range(data.draw(st.integers(1, 3))):
         *above, key = data.draw(st.sampled_from(PATHS))
         try:
@@ -382,7 +438,7 @@ def test_an_override_that_is_wrong_is_refused_before_anything_is_made(tmp_path: 
 def test_every_misspelt_key_is_named(path: tuple[Any, ...]) -> None:
     """A doubled last letter: the line names the key where it stands, whatever else is then wrong."""
     *above, key = path
-    tree = copy.deepcopy(TREE)
+    tree = copy.deepcopy(TREE_LEARNED)
     table = functools.reduce(operator.getitem, above, tree)
     misspelt = key + key[-1]
     table[misspelt] = table.pop(key)
@@ -393,7 +449,9 @@ def test_every_misspelt_key_is_named(path: tuple[Any, ...]) -> None:
     with pytest.raises(UserError) as caught:
         validate_params(tree)
     line = check_line(str(caught.value))
-    if free:
+    if path[0] == "classifiers" and len(path) == 2:  # the user's own too
+        assert f"there is no {key!r} in classifiers; did you mean {misspelt!r}?" in line
+    elif free:
         assert f"{selector}: there is no {key!r} in {path[0]}; did you mean {misspelt!r}?" in line
     elif key == "kind":
         assert f"{'.'.join(map(str, path))} is missing" in line
@@ -434,9 +492,9 @@ REWARDS = {
 }
 
 
-@pytest.mark.parametrize("reward", ["embedding", "words", "questions", "short_greeting", *REWARDS])
+@pytest.mark.parametrize("reward", ["embedding", "words", "questions", "short_greeting", "both", *REWARDS])
 def test_a_printed_command_makes_the_run_again_whatever_params_yaml_says(tmp_path: Path, reward: str) -> None:
-    tree = copy.deepcopy(TREE)
+    tree = copy.deepcopy(TREE_LEARNED)
     tree["rewards"] |= REWARDS
     tree["recipes"]["mine"] = {**tree["recipes"]["stable"], "lr": 3e-05}
     tree |= {"reward": reward, "recipe": "mine", "seed": 7, "model": "pythia-14m"}

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.config.messages import explain, suggest
-from pipeline.config.schema import SELECTORS, Params
+from pipeline.config.schema import SELECTORS, Params, classifier_rewards
 from pipeline.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
@@ -60,6 +60,11 @@ def validate_params(tree: Any, name: str = "params.yaml") -> Params:
         chosen, known = getattr(params, selector), getattr(params, table)
         if chosen not in known:
             raise UserError(f"{name}: {selector}: there is no {chosen!r} in {table}{suggest(chosen, known)}")
+    for reward, rewards in params.rewards.items():
+        for each in classifier_rewards(rewards):
+            if each.classifier not in params.classifiers:
+                wrong = f"there is no {each.classifier!r} in classifiers{suggest(each.classifier, params.classifiers)}"
+                raise UserError(f"{name}: rewards.{reward}: {wrong}")
     return params
 
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pipeline.config.schema import (
     REWARD_KINDS,
     SELECTORS,
+    Classifier,
     CustomReward,
     Encoder,
     Evaluate,
@@ -79,6 +80,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[Table] | 
     sections: dict[str, type[Table]] = {"train": Train, "evaluate": Evaluate}
     tables: dict[str, type[Table]] = {
         "models": Model, "prompt_sets": PromptSet, "encoders": Encoder, "recipes": Recipe,
+        "classifiers": Classifier,
     }  # fmt: skip
     head = str(loc[0]) if loc else ""
     path = [part for part in loc if part != "[key]"]

@@ -168,10 +168,26 @@ class Encoder(Table):
         return self
 
 
+class Classifier(Encoder):
+    """A sequence-classification model, from where an encoder may be: a reward model, for example."""
+
+
 class EmbeddingReward(Table):
     kind: Literal["embedding"]
     target: Text = Field(description="the sentence to be near to")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the encoder")
+
+
+class ClassifierReward(Table):
+    """What a sequence-classification model says of a completion, or of its prompt and it."""
+
+    kind: Literal["classifier"]
+    classifier: Key = Field(description="the name of a table of classifiers")
+    label: Text | None = Field(None, description="one of the model's labels; left out where it has one output")
+    score: Literal["logit", "probability"] = "logit"
+    input: Literal["completion", "prompt_completion"] = "completion"
+    max_tokens: Count | None = Field(None, description="tokens of an input, fewer than the model can read")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the classifier")
 
 
 class LengthReward(Table):
@@ -240,7 +256,9 @@ class CustomReward(Table):
     params: dict[Key, JsonValue] = {}
 
 
-PlainReward = EmbeddingReward | LengthReward | WordsReward | MatchReward | FormatReward | CustomReward
+PlainReward = (
+    EmbeddingReward | ClassifierReward | LengthReward | WordsReward | MatchReward | FormatReward | CustomReward
+)
 
 
 class Term(Table):
@@ -259,6 +277,11 @@ Reward = Annotated[PlainReward | SumReward, Field(discriminator="kind")]
 def plain_rewards(table: Reward) -> list[PlainReward]:
     """The rewards that a sum is made of; of any other kind, itself."""
     return [term.reward for term in table.terms] if isinstance(table, SumReward) else [table]
+
+
+def classifier_rewards(table: Reward) -> list[ClassifierReward]:
+    """Those among the rewards that a sum is made of."""
+    return [plain for plain in plain_rewards(table) if isinstance(plain, ClassifierReward)]
 
 
 REWARD_KINDS: dict[str, type[Table]] = {
@@ -393,6 +416,7 @@ class Params(Table):
     encoders: dict[Key, Encoder]
     rewards: dict[Key, Reward]
     recipes: dict[Key, Recipe]
+    classifiers: dict[Key, Classifier] = {}
 
     @model_validator(mode="after")
     def reward_names(self) -> "Params":
@@ -433,6 +457,21 @@ class Params(Table):
     @property
     def selected_recipe(self) -> Recipe:
         return self.recipes[self.recipe]
+
+    @property
+    def selected_classifiers(self) -> dict[str, Classifier]:
+        """Those that the selected reward asks, by name."""
+        return self._classifiers_of(self.reward)
+
+    @property
+    def independent_classifiers(self) -> dict[str, Classifier]:
+        """Those that the independent reward asks and the selected one does not."""
+        asked = self._classifiers_of(self.evaluate.independent)
+        return {name: table for name, table in asked.items() if name not in self.selected_classifiers}
+
+    def _classifiers_of(self, reward: str) -> dict[str, Classifier]:
+        needed = classifier_rewards(self.rewards[reward]) if reward in self.rewards else []
+        return {name: self.classifiers[name] for name in sorted({each.classifier for each in needed})}
 
     def selected(self, selector: str) -> Table:
         """The table that a selector names, for code that goes over all of them."""

@@ -138,7 +138,18 @@ def check_encoder(folder: Path, key: str) -> None:
 
     config = _check_config(folder, key, MODEL_MAPPING_NAMES, "an encoder")
     _check_pair(_load_tokenizer(folder, key)[1], config, key)
-    _check_weights(folder, key, AutoModel)
+    _check_weights(folder, key, AutoModel, unused="pooler.")
+
+
+def check_classifier(folder: Path, key: str) -> None:
+    """Raises UserError unless `folder` holds a sequence-classification model with a tokenizer and all of its weights:
+    transformers draws a head that is missing at random."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
+
+    config = _check_config(folder, key, CLASSIFIERS, "a sequence classifier")
+    _check_pair(_load_tokenizer(folder, key)[1], config, key)
+    _check_weights(folder, key, AutoModelForSequenceClassification)
 
 
 def _check_config(folder: Path, key: str, known: Any, kind: str) -> Any:
@@ -172,8 +183,9 @@ def _check_pair(ids: dict[str, int], config: Any, key: str) -> None:
         raise UserError(f"{key}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}: not a pair")
 
 
-def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
-    """Raises UserError unless the weights fit the architecture by name and shape (loaded on the meta device)."""
+def _check_weights(folder: Path, key: str, auto_class: Any, unused: str | None = None) -> None:
+    """Raises UserError unless the weights fit the architecture by name and shape (loaded on the meta device). unused:
+    how the names of weights begin that may be missing."""
     from safetensors import SafetensorError, safe_open
     from transformers.utils import logging
 
@@ -205,7 +217,7 @@ def _check_weights(folder: Path, key: str, auto_class: Any) -> None:
     misfits = sorted(name for name, *_ in report["mismatched_keys"])
     if misfits:
         raise UserError(f"{key}: {misfits[0]} has a shape that config.json does not say ({len(misfits)} such)")
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # it is not used
+    missing = sorted(name for name in report["missing_keys"] if unused is None or not name.startswith(unused))
     if missing:
         raise UserError(f"{key}: the weights lack {missing[0]} ({len(missing)} such): not those of this architecture")
 

@@ -9,7 +9,8 @@ from pipeline.report.table import markdown_table
 from pipeline.runs.gain_differences import ALPHA, Difference, Gains, Limits, answer
 from pipeline.tracking.mlflow_store import PARAM_CHARACTERS
 
-ALIKE = ("reward", "encoder", "model")  # what gains that are compared have the same of; the model may be named
+# what gains that are compared have the same of; the model may be named
+ALIKE = ("reward", "encoder", "classifiers", "model")
 
 
 class Compared(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import (
+    ClassifierReward,
     CustomReward,
     EmbeddingReward,
     FormatReward,
@@ -25,6 +26,7 @@ from pipeline.data.prompts import Prompt
 from pipeline.errors import UserError
 from pipeline.file_io import total
 from pipeline.rewards.batch import Reward, RewardBatch, TermReward
+from pipeline.rewards.classifier import Cuts, classifier_reward, folder_of
 from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
 from pipeline.rewards.surface import length_reward, words_reward
@@ -36,8 +38,18 @@ LARGEST = 1e12
 NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but not a list of rewards in the order of the completions
 
 
-def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> Reward:
+def build_reward(
+    name: str,
+    table: Any,
+    encoder: Path,
+    device: torch.device,
+    classifiers: Mapping[str, Path] | None = None,
+    cuts: Cuts | None = None,
+) -> Reward:
     """Build the reward that a table of params.yaml describes. `name` is used in messages.
+
+    encoder, classifiers: the folder of the encoder, and those of the classifiers by name. cuts: counts what
+    classifiers cut.
 
     R(y) = sum_k weight_k R_k(y) over the terms that say something of y, 0 where none does; of a plain reward the only
     term has weight 1. Raises UserError for a custom reward that is missing or cannot be imported. The reward itself
@@ -46,7 +58,11 @@ def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> 
     terms = table.terms if isinstance(table, SumReward) else [Term(weight=1.0, reward=table)]
     # what a sum scales down may be larger
     largest = math.inf if isinstance(table, SumReward) else LARGEST
-    built = [(term.weight, _checked(name, _plain(name, term.reward, encoder, device), largest)) for term in terms]
+    stored, counted = classifiers or {}, cuts or Cuts()
+    built = [
+        (term.weight, _checked(name, _plain(name, term.reward, encoder, device, stored, counted), largest))
+        for term in terms
+    ]
 
     def reward(batch: RewardBatch) -> list[float]:
         scored = [(weight, term(batch)) for weight, term in built]
@@ -61,10 +77,14 @@ def build_reward(name: str, table: Any, encoder: Path, device: torch.device) -> 
     return reward
 
 
-def _plain(name: str, table: Any, encoder: Path, device: torch.device) -> TermReward:
+def _plain(
+    name: str, table: Any, encoder: Path, device: torch.device, classifiers: Mapping[str, Path], cuts: Cuts
+) -> TermReward:
     match table:
         case EmbeddingReward():
             return embedding_reward(table.target, encoder, device, getattr(torch, table.precision))
+        case ClassifierReward():
+            return classifier_reward(name, table, folder_of(name, table, classifiers), device, cuts)
         case LengthReward():
             return length_reward(table.target)
         case WordsReward():

@@ -7,6 +7,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models.tokenization import end_dropout
 from pipeline.rewards.batch import RewardBatch, TermReward
+from pipeline.rewards.text_models import loading_options, texts_at_once
 
 
 def embedding_reward(
@@ -27,17 +28,15 @@ def embedding_reward(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # eager: as fast as the fused attention of a CPU for short texts, and faster where portable kernels take its place
-    attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
-    states = Transformer(str(encoder), model_kwargs={"local_files_only": True, "dtype": dtype, **attention})
+    states = Transformer(str(encoder), model_kwargs=loading_options(device, dtype))
     end_dropout(states.tokenizer)
     pooling = Pooling(states.get_embedding_dimension(), pooling_mode="mean")
     model = SentenceTransformer(modules=[states, pooling], device=str(device))
 
-    batch_size = 16 if device.type == "cpu" else 128  # 16 fit the cache of a CPU, which is twice as fast
-
     def embed(texts: list[str]) -> torch.Tensor:
-        embedded = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+        embedded = model.encode(
+            texts, batch_size=texts_at_once(device), convert_to_tensor=True, show_progress_bar=False
+        )
         return embedded.float()
 
     goal = embed([target])

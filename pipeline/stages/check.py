@@ -4,8 +4,10 @@ The other stages depend on parts of the file only: a misspelt new key (`-S +rewr
 unnoticed. For an experiment it also checks, before anything runs, that DVC can save the result.
 """
 
+from typing import Any
+
 from pipeline.config.load import load_params
-from pipeline.config.schema import SELECTORS
+from pipeline.config.schema import SELECTORS, Params, classifier_rewards
 from pipeline.errors import run_stage
 from pipeline.file_io import write_json
 from pipeline.paths import RUN_FILES
@@ -28,7 +30,18 @@ def main() -> None:
     # `train` depends on the first file, `evaluate`, which measures every reward, on the second: not on all of custom/
     write_json(RUN_FILES.custom / "selected.json", [custom_digests([params.selected_reward])])
     write_json(RUN_FILES.custom / "all.json", [custom_digests(params.rewards.values())])
+    # `cache` depends on this one: on no other reward, so that it need not run again for one
+    write_json(RUN_FILES.classifiers, [asked_classifiers(params)])
     print(", ".join(f"{name} {getattr(params, name)}" for name in SELECTORS), f"seed {params.seed}", sep=", ")
+
+
+def asked_classifiers(params: Params) -> dict[str, Any]:
+    """The classifiers of the selected and of the independent reward, and what these ask them."""
+    used = {"reward": params.selected_classifiers, "independent": params.independent_classifiers}
+    names = [name for name in (params.reward, params.evaluate.independent) if name in params.rewards]
+    asked = [each.model_dump() for name in names for each in classifier_rewards(params.rewards[name])]
+    found = {use: {name: table.model_dump() for name, table in tables.items()} for use, tables in used.items()}
+    return {**found, "asked": asked}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ All rewards of params.yaml are measured, not only the trained one.
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.load import load_params
-from pipeline.config.schema import Params
+from pipeline.config.schema import Params, classifier_rewards
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.curve import curve_rows
@@ -33,9 +34,10 @@ from pipeline.models.scoring import score_microbatched
 from pipeline.models.stop_strings import Stopped, stop_check
 from pipeline.models.tokenization import encode_prompt
 from pipeline.models.verification import Layout
-from pipeline.paths import CHECKPOINT, HELDOUT_PROMPTS, POLICY, RUN_FILES
+from pipeline.paths import CHECKPOINT, CLASSIFIERS, HELDOUT_PROMPTS, INDEPENDENT, POLICY, RUN_FILES
 from pipeline.rewards.batch import Reward, RewardBatch
 from pipeline.rewards.build import build_reward, check_rows
+from pipeline.rewards.classifier import Cuts, folder_of, stored_classifiers
 from pipeline.rewards.columns import check_columns
 from pipeline.rl.metrics import text_cost
 from pipeline.rl.seeding import draw_uniforms, generator
@@ -56,14 +58,20 @@ def main() -> None:
         raise UserError(f"{RUN_FILES.heldout}: no such file; run `dvc repro train`")
     heldout = read_jsonl(RUN_FILES.heldout)
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
+    stored = stored_classifiers(CLASSIFIERS, INDEPENDENT)
+    tables = measured_rewards(params, prompts, stored)
+    cuts = {name: Cuts() for name in tables}
     rewards = {
-        name: build_reward(name, table, CHECKPOINT / "encoder", device)
-        for name, table in measured_rewards(params, prompts).items()
+        name: build_reward(name, table, CHECKPOINT / "encoder", device, stored, cuts[name])
+        for name, table in tables.items()
     }
     metrics, rows = evaluate(params, prompts, device, rewards)
     curve = curve_rows(
         heldout, heldout_scores(heldout, prompts, params.reward, rewards), params.reward, partial(draw, params)
     )
+    for name, counted in cuts.items():
+        if counted.cut:
+            print(counted.note(name), file=sys.stderr)
     if depends_on(load_params()) != depends_on(params):  # DVC would record the new values
         raise UserError("params.yaml changed while the policy was evaluated; repeat the command")
     write_jsonl(RUN_FILES.completions, rows)
@@ -117,13 +125,16 @@ def evaluate(
     return metrics, rows
 
 
-def measured_rewards(params: Params, prompts: list[Prompt]) -> dict[str, Any]:
-    """The tables of the trained and the independent reward, and of all others that these prompts' rows suffice for."""
+def measured_rewards(params: Params, prompts: list[Prompt], classifiers: dict[str, Path]) -> dict[str, Any]:
+    """The tables of the trained and the independent reward, and of all others that these prompts' rows and the stored
+    classifiers suffice for."""
     found: dict[str, Any] = {}
     for name, table in params.rewards.items():
         try:
             check_columns(name, table, params.selected_prompt_set, f"prompt_sets.{params.prompts}")
             check_rows(name, table, prompts)
+            for asked in classifier_rewards(table):
+                folder_of(name, asked, classifiers)
             found[name] = table
         except UserError as error:
             if name in (params.reward, params.evaluate.independent):

@@ -34,7 +34,8 @@ from pipeline.file_io import (
     write_jsonl,
 )
 from pipeline.models.load import load_layout
-from pipeline.paths import BEST, CHECKPOINT, HEALTHY, HELDOUT_PROMPTS, POLICY, RUN_FILES, TRAIN_PROMPTS
+from pipeline.paths import BEST, CHECKPOINT, CLASSIFIERS, HEALTHY, HELDOUT_PROMPTS, POLICY, RUN_FILES, TRAIN_PROMPTS
+from pipeline.rewards.classifier import Cuts
 from pipeline.rewards.columns import searches_patterns
 from pipeline.rewards.custom_files import custom_digests
 from pipeline.rl.calibrate import calibrate
@@ -70,6 +71,8 @@ def main() -> None:
     launch.relaunch_with_accelerate("pipeline.stages.train", workspace.root())
     if not TRAIN_PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
         raise UserError(f"{TRAIN_PROMPTS} or {CHECKPOINT} is missing; run `dvc repro`, which makes them first")
+    if params.selected_classifiers and not (CLASSIFIERS / "manifest.json").exists():
+        raise UserError(f"{CLASSIFIERS} is missing; run `dvc repro`, which makes it first")
     if params.evaluate.every and not HELDOUT_PROMPTS.exists():
         raise UserError(f"{HELDOUT_PROMPTS} is missing; run `dvc repro`, which makes it first")
     if params.train.keep_samples == "all":
@@ -118,7 +121,8 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
     chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
     selected = {name: params.selected(name) for name in SELECTORS}
-    digests = provenance.params_digests(chosen, {**selected, "train": params.train})
+    classifiers = {f"classifiers.{name}": table for name, table in params.selected_classifiers.items()}
+    digests = provenance.params_digests(chosen, {**selected, "train": params.train}, classifiers)
     used = {
         "peft": params.train.lora_rank,
         "pyarrow": params.train.keep_samples == "all",
@@ -136,6 +140,8 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
         "arithmetic": arithmetic_in_effect(params.train.arithmetic, device),
         **digests,
     }
+    if params.selected_classifiers:
+        parts["classifiers"] = sha256(CLASSIFIERS / "manifest.json")
     if params.evaluate.every:  # without it nothing is measured on held-out prompts
         parts["curve"] = {"every": params.evaluate.every, "prompts": params.evaluate.curve_prompts}
         parts["heldout_prompts"] = sha256(HELDOUT_PROMPTS)
@@ -157,6 +163,7 @@ def raise_if_inputs_changed(identity: dict[str, Any], device: torch.device) -> N
         "heldout_prompts": HELDOUT_PROMPTS,
         "checkpoint": CHECKPOINT,
         "layout": CHECKPOINT,
+        "classifiers": CLASSIFIERS,
     }
     if now["train_key"] != identity["train_key"]:
         changed = [str(name) for part, name in names.items() if now.get(part) != identity.get(part)] or ["params.yaml"]
@@ -179,6 +186,7 @@ def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.
         write_progress(folder, run)
     with follower(folder, run_record(identity, run)) if processes.is_main_process else nullcontext():
         loop(run, context, policy, optimizer, folder)
+        note_cuts(context)
         raise_if_inputs_changed(identity, device)
         saved = gather_full_policy(policy, processes)
         if processes.is_main_process:
@@ -230,6 +238,16 @@ def keep_samples(samples: StepSamples, run: TrainState, context: TrainContext, f
     if context.params.train.keep_samples == "all" and context.processes.is_main_process:
         columns = sample_columns(samples, context)
         run.sample_files.append(sample_files.write_step(folder, samples.step, columns))
+
+
+def note_cuts(context: TrainContext) -> None:
+    """Collective call: say how many inputs of classifiers were cut since this start."""
+    inputs, cut = (
+        int(context.processes.all_reduce_sum(count, context.device))
+        for count in (context.cuts.inputs, context.cuts.cut)
+    )
+    if cut and context.processes.is_main_process:
+        print(Cuts(inputs, cut).note(context.params.reward), file=sys.stderr)
 
 
 def measure_heldout(
@@ -373,7 +391,7 @@ def write_best(
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:
     """The digests of a run and its outputs. summary.json, which is in git, holds them in a list, which `dvc metrics
     show` leaves out; readers of the outputs compare them."""
-    own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params")}
+    own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params") if name in identity}
     written = (
         RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.heldout, RUN_FILES.kept,
         RUN_FILES.healthy, RUN_FILES.best,
