@@ -19,6 +19,7 @@ class RunFiles:
         self.run, self.summary = train / "run.json", train / "summary.json"
         self.history, self.calibration = train / "history.csv", train / "calibration.csv"
         self.samples, self.heldout = train / "samples.jsonl", train / "heldout.jsonl"
+        self.terms = train / "terms.jsonl"
         self.healthy = reports.parent / HEALTHY / "healthy.json"
         self.best = reports.parent / BEST / "best.json"
         self.metrics, self.measured = evaluate / "metrics.json", evaluate / "measured.json"

@@ -77,6 +77,7 @@ def interval(mean: float, width: float) -> dict[str, float]:
 def diagnosis(steps: int, collapsed: bool) -> dict[str, Any]:
     """diagnosis.json; the collapsed run has two findings, and text of its completions in what it says."""
     verdict = {"verdict": "healthy", "onset": None, "headline": "No sign of collapse.", "steps": steps, "findings": [],
+               "notes": [],
                "cure": None, "healthy_step": steps, "independent": "reference",
                "over_optimisation": "Not over-optimised.", "best": None}  # fmt: skip
     if not collapsed:
@@ -145,6 +146,7 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
     for name, lines in {"train/samples.jsonl": rows, "evaluate/completions.jsonl": completions}.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "train/calibration.csv").write_text("batch,entropy\n0,3.5\n")
+    (folder / "train/terms.jsonl").write_text("")
     (folder / "train/heldout.jsonl").write_text("")
     (folder / "evaluate/curve.jsonl").write_text("")
     seal(folder)

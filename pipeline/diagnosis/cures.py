@@ -93,7 +93,9 @@ def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Cha
     """Smaller steps and a KL term in the units of the reward, scaled where the recipe scales it; where the recipe has a
     term that did not hold, three times as much of it, or a third of its target."""
     if recipe.kl == "none" or recipe.kl_coef == 0:
-        spread = spreads.get("reward_std_within") if recipe.scale_rewards == "none" else None
+        # of normalised terms another one is learnt from than the reward's
+        own = spreads.get("signal_std_within", spreads.get("reward_std_within"))
+        spread = own if recipe.scale_rewards == "none" else None
         per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
         return {"kl": "reward_k1", "kl_coef": rounded(per_nat), "kl_target": KL_TARGET, **slower}
     if recipe.kl_target > 0:

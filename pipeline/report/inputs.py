@@ -18,6 +18,7 @@ class Inputs(NamedTuple):
 
     history: pd.DataFrame
     samples: list[dict[str, Any]]
+    terms: list[dict[str, Any]]  # a row a step and term; empty where the trained reward is no sum
     run: dict[str, Any]
     evaluate: dict[str, Any]  # how it was evaluated, by dotted keys
     rewards: dict[str, Any]  # name -> Comparison
@@ -58,6 +59,7 @@ def load(reports: Path = REPORTS) -> Inputs:
     found = Inputs(
         history=pd.DataFrame(history),
         samples=read_result(files.samples),
+        terms=read_result(files.terms),
         run=run,
         evaluate=flatten({"evaluate": measured["params"]}),
         rewards={name: metrics[name] for name in metrics if name in rewards},

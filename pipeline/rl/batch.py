@@ -1,6 +1,6 @@
 """One batch: B prompts, G samples of each, N = B * G completions of up to T tokens, their rewards and statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,9 @@ def sample_batch(
 
 def reward_batch(
     prompts: Sequence[Prompt], rollout: Rollout, context: TrainContext, step: int = 0
-) -> tuple[list[str], Tensor]:
-    """Texts [N] as the recipe shows them to the reward, and their rewards [B, G] in float64, for B prompts.
+) -> tuple[list[str], Tensor, Tensor]:
+    """Texts [N] as the recipe shows them to the reward, their rewards [B, G] in float64, for B prompts, and what the K
+    terms of a sum say, [K, B, G], NaN for nothing; K is 0 for other rewards.
 
     Each process asks the reward about the completions of its own prompts. step: updates behind the policy.
     """
@@ -75,8 +76,10 @@ def reward_batch(
     repeated = [prompt for prompt in prompts for _ in range(group)]
     rows = context.processes.group_slice(len(completions), group)
     asked = RewardBatch(repeated[rows], completions[rows], rollout.token_lists()[rows], step)
-    rewards = torch.tensor(context.reward(asked), dtype=torch.float64, device=context.device)
-    return completions, context.processes.gather(rewards).view(-1, group)
+    scored = context.reward.score(asked)
+    values = torch.tensor([scored.rewards, *scored.terms], dtype=torch.float64, device=context.device)
+    every = context.processes.gather(values.T).T.reshape(len(values), len(prompts), group)
+    return completions, every[0], every[1:]
 
 
 def score_batch(model: PreTrainedModel, rollout: Rollout, context: TrainContext) -> Scores:
@@ -129,13 +132,15 @@ def sample_records(
     prompts: Sequence[Prompt],
     completions: list[str],
     rewards: Tensor,
+    terms: Tensor,
     advantage: Tensor,
     rollout: Rollout,
     logprobs: Tensor,
     context: TrainContext,
 ) -> list[dict[str, Any]]:
-    """The first completions of the first prompts [B], as rows of samples.jsonl."""
-    group, rows = rewards.shape[1], []
+    """The first completions of the first prompts [B], as rows of samples.jsonl. terms [K, B, G]: of a sum, which the
+    rows hold with their weights: they add up to the reward."""
+    group, rows, weights = rewards.shape[1], [], context.reward.weights
     read = read_completions(rollout, context.tokenizer, context.eos, context.params.selected_recipe.stop_strings)
     for b in range(min(PROMPTS_KEPT, len(prompts))):
         for g in range(min(SAMPLES_KEPT, group)):
@@ -147,5 +152,11 @@ def sample_records(
                 "pieces": [context.tokenizer.decode([token]) for token in tokens],
                 "token_logprobs": [finite_or_none(x) for x in logprobs[i, : len(tokens)].tolist()],
                 "ended": read[i].ending != "limit",
+                **({"terms": weighted_terms(terms[:, b, g].tolist(), weights)} if weights else {}),
             })  # fmt: skip
     return rows
+
+
+def weighted_terms(values: Sequence[float], weights: Mapping[str, float]) -> dict[str, float | None]:
+    """What each term adds to the reward of a completion, by its name; None where it says nothing."""
+    return {name: finite_or_none(weight * value) for (name, weight), value in zip(weights.items(), values, strict=True)}

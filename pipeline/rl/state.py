@@ -17,6 +17,7 @@ class TrainState:
 
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # history.csv
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples.jsonl
+    terms: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # terms.jsonl
     heldout: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # heldout.jsonl
     timings: list[dict[str, float]] = dataclasses.field(default_factory=list)  # never in a hashed file
     calibration: list[dict[str, float]] = dataclasses.field(default_factory=list)  # calibration.csv
