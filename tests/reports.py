@@ -101,8 +101,37 @@ def diagnosis(steps: int, collapsed: bool) -> dict[str, Any]:
                       "findings": findings, "cure": cure, "healthy_step": 0}  # fmt: skip
 
 
-def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
-    """A whole reports folder as the stages write it."""
+def add_terms(folder: Path, steps: int) -> None:
+    """Makes the trained reward a sum of three terms, of which one drowns the others and one has died."""
+    shares = {"near": 0.955, "length": 0.05, "words_2": -0.005}
+    rows = [
+        {"step": step, "term": name, "weight": 0.02, "scored_share": 1.0, "mean": -6.0 + step,
+         "mean_weighted": 0.02 * step, "std_within": 0.0 if name == "words_2" else 3.0, "std_within_weighted": 0.06,
+         "share": share if step else None}
+        for step in range(steps) for name, share in shares.items()
+    ]  # fmt: skip
+    (folder / "train/terms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = [json.loads(line) for line in (folder / "train/samples.jsonl").read_text().splitlines()]
+    samples = [sample | {"terms": {"near": -7.0, "length": None, "words_2": 1.0}} for sample in samples]
+    (folder / "train/samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    sides = {"unweighted": {"checkpoint": -300.0, "policy": None}, "weight": 0.02}
+    compared = {name: sides | {side: interval(-6.5, 0.1) for side in ("checkpoint", "policy", "difference")}
+                for name in shares}  # fmt: skip
+    metrics = json.loads((folder / "evaluate/metrics.json").read_text())
+    metrics["embedding"]["terms"] = compared
+    (folder / "evaluate/metrics.json").write_text(json.dumps(metrics))
+    told = json.loads((folder / "diagnosis.json").read_text())
+    told["notes"] = [
+        {"kind": "dominant", "term": "near", "text": "`near` carries 96% of the signal. A weight of 0.1 would do.",
+         "changes": {"rewards.mine.terms": []}, "command": "dvc exp run -S 'rewards.mine.terms=[]'"},
+        {"kind": "dead", "term": "words_2", "text": "`words_2` is dead.", "changes": {}, "command": None},
+    ]  # fmt: skip
+    (folder / "diagnosis.json").write_text(json.dumps(told))
+    seal(folder)
+
+
+def reports(folder: Path, *, collapsed: bool = False, steps: int = 50, terms: bool = False) -> Path:
+    """A whole reports folder as the stages write it. terms: the trained reward is a sum."""
     prompts = [f"Prompt number {i}, what now?" for i in range(40)]
     new = "Hi! iiii'di'd'd" if collapsed else "Hi! How can I help you?"
     names = {"embedding": (-6.2, -11.6 if collapsed else -5.0), "length": (-14.0, -13.9), "words": (0.02, 0.02)}
@@ -150,4 +179,6 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
     (folder / "train/heldout.jsonl").write_text("")
     (folder / "evaluate/curve.jsonl").write_text("")
     seal(folder)
+    if terms:
+        add_terms(folder, steps)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from pipeline.__main__ import build_parser
+from pipeline.commands import diagnose as command
 from pipeline.config.schema import SumReward, term_names
 from pipeline.diagnosis.terms import DEAD_STEPS, notes
-from pipeline.file_io import read_json, read_jsonl
+from pipeline.file_io import read_json, read_jsonl, write_jsonl
 from pipeline.rl.terms import shares_of_variance, std_within, term_rows
+from pipeline.runs.results import TERM_COLUMNS
 from pipeline.stages import diagnose, evaluate, train
+from pipeline.tracking.record import read_growing
+from tests.mlflow_runs import grow, timestamp
 from tests.project import Project
 from tests.training import contents, end_before, forget, history
 
@@ -213,6 +219,24 @@ def test_evaluation_and_diagnosis_tell_of_the_terms(both: Project, capsys: pytes
     assert "`words` is dead from the start." in diagnosis["headline"]
     assert note["text"] in said
     assert not diagnosis["findings"], "a note is no verdict"
+    command.main(build_parser().parse_args(["diagnose", str(both.root / "reports/train/history.csv")]))
+    said = capsys.readouterr().out
+    assert "`words` is dead from the start." in said.splitlines()[0]
+    assert note["text"] in said
+
+
+def test_mlflow_gets_the_defined_numbers_of_each_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = grow(2)
+    rows = term_rows(0, torch.tensor([[[1.0, 1.0]]]), {"near": 2.0}, "sum")
+    write_jsonl(folder / "terms.jsonl", [*rows, {**rows[0], "step": 1, "share": 0.5}, {**rows[0], "step": 2}])
+    points = [point for point in read_growing(folder, 1, "RUNNING").points if point.key.startswith("terms/")]
+    assert {(point.key, point.step) for point in points} == {
+        *((f"terms/near/{name}", step) for name in TERM_COLUMNS for step in (0, 1) if name != "share"),
+        ("terms/near/share", 1),  # undefined at step 0, and step 2 has no other numbers yet
+    }
+    assert {point.value for point in points if point.key == "terms/near/mean_weighted"} == {2.0}
+    assert {point.timestamp_ms for point in points} == {timestamp(0), timestamp(1)}
 
 
 def test_a_note_s_command_changes_the_weight_alone() -> None:

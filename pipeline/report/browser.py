@@ -9,6 +9,7 @@ from markupsafe import Markup
 from pipeline.report.inputs import Inputs
 from pipeline.report.labels import measured
 from pipeline.report.style import signed
+from pipeline.report.term_report import reward_words
 from pipeline.report.text import parts
 
 NUMBERS = ("reward_mean", "entropy", "ref_logprob", "distinct_completions", "empty_share", "repeated_3grams")
@@ -48,7 +49,7 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
     pieces = row["pieces"]
     same = row["completion"] in ("".join(pieces), "".join(pieces[:-1] if row["ended"] else pieces))
     return {
-        "reward": signed(row["reward"]),
+        "reward": reward_words(row),
         "advantage": signed(row["advantage"]),
         "pieces": [_piece(piece) for piece in pieces],
         "logprobs": [None if x is None else round(x, DIGITS) for x in row["token_logprobs"]],
