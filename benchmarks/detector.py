@@ -163,7 +163,7 @@ def evaluate(setting: Any, policy: Any) -> dict[str, Any]:
     prompts = [row["prompt"] for row in read_jsonl(Path("data/prompts/heldout.jsonl"))][:HELD_OUT]
     noise = draw_uniforms(params.seed, 0, "detector", len(prompts) * SAMPLES, params.train.max_tokens)
     rollout = sample_batch(prompts, setting, policy, noise)
-    _, rewards = reward_batch(prompts, rollout, setting)
+    _, rewards, _ = reward_batch(prompts, rollout, setting)
     with half_precision(recipe, setting.device):
         with setting.reference() as checkpoint:
             reference = score_microbatched(

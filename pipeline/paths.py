@@ -22,6 +22,7 @@ class RunFiles:
         self.history, self.calibration = train / "history.csv", train / "calibration.csv"
         self.samples, self.heldout = train / "samples.jsonl", train / "heldout.jsonl"
         self.kept, self.all_samples = train / "samples/kept.json", train / "samples/all.parquet"
+        self.terms = train / "terms.jsonl"
         self.healthy = reports.parent / HEALTHY / "healthy.json"
         self.best = reports.parent / BEST / "best.json"
         self.metrics, self.measured = evaluate / "metrics.json", evaluate / "measured.json"

@@ -58,6 +58,7 @@ def make_reports(key=KEY, steps=STEPS, params=PARAMS, timings=True):
     write(Path("reports/train/samples/kept.json"), '{"keep_samples": "some", "completions": 8}')
     write(Path("reports/evaluate/metrics.json"), json.dumps(evaluation(-6.5)))
     write(Path("reports/evaluate/completions.jsonl"), '{"prompt": "Hi", "sample": 0}\n')
+    write(Path("reports/train/terms.jsonl"), "")
     write(Path("reports/train/heldout.jsonl"), "")
     write(Path("reports/evaluate/curve.jsonl"), "")
     write(Path("reports/train/calibration.csv"), "batch,entropy\n0,3.5\n")
@@ -91,6 +92,7 @@ def write_diagnosis(verdict="healthy", onset=None, kinds=(), command=None, headl
     diagnosis = {"verdict": verdict, "onset": onset, "headline": headline, "steps": STEPS, "healthy_step": 0,
                  "independent": "reference", "over_optimisation": "", "best": None,
                  "findings": [{"kind": kind, **finding} for kind in kinds]}  # fmt: skip
+    diagnosis["notes"] = []
     diagnosis["cure"] = {"changes": {"seed": 1}, "command": command} if command else None
     write(Path("reports/diagnosis.json"), json.dumps(diagnosis))
     belong_together()

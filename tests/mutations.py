@@ -23,7 +23,8 @@ from tests.project import CHECKOUT, ROOT, copy_checkout
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
     "verdict", "runtime", "heldout",
-    "rewards", "samples", "page_samples", "large", "verification", "tokenization", "chat", "stop_strings", "halving",
+    "rewards", "terms", "samples", "page_samples", "large", "verification", "tokenization", "chat", "stop_strings",
+    "halving",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -128,6 +129,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("centred = rewards - baseline", "centred = rewards + baseline"),
         ("rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
         ("(rewards.std() + eps)", "(rewards.std(1, keepdim=True) + eps)"),
+        ("(count - 1).clamp(min=1)", "count.clamp(min=1)"),
+        ("terms - least, 0.0)", "terms, 0.0)"),
+        ("values.sum(2, keepdim=True) / count.clamp(min=1), 0.0)", "values.mean(2, keepdim=True), 0.0)"),
+        ('row.get("signal_std_within", row["reward_std_within"])', 'row["reward_std_within"]'),
         ("rewards - coef * log_ratio", "rewards + coef * log_ratio"),
         ("torch.where(mask, logprobs - ref_logprobs, 0.0)", "(logprobs - ref_logprobs)"),
         (".to(rewards.dtype).detach()", ".to(rewards.dtype)"),
@@ -135,6 +140,21 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max(1.0, kl / target)", "max(1.0, target / kl)"),
         ("max(1.0, kl / target)", "(kl / target)"),
         ("KL_STEEPNESS = 4", "KL_STEEPNESS = 5"),
+    ]),
+    "rl/terms.py": ("terms", [
+        ("torch.where(terms.isnan(), 0.0, factors * terms)", "factors * terms"),
+        ("(centred * centred.sum(0))", "(centred * centred)"),
+        ("return covariances / covariances.sum()", "return covariances / covariances.abs().sum()"),
+        ("signals(terms, weights, combine)", "added"),
+        ("return values - values[..., :1]", "return values"),
+        ("if len(group) > 1", "if len(group) > 0"),
+    ]),
+    "diagnosis/terms.py": ("terms", [
+        ('if row["weight"] != 0:', "if True:"),
+        ("if silent >= DEAD_STEPS", "if silent > DEAD_STEPS"),
+        ("if len(alive) > 1]", "]"),
+        ("weight * total(others) / len(others) / spreads[name]", "weight * spreads[name] / total(others)"),
+        ('"weight" if combine == "normalized" else "std_within_weighted"', '"std_within_weighted"'),
     ]),
     "rl/loss.py": ("objective", [
         ("return -((weights", "return ((weights"),

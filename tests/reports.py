@@ -77,6 +77,7 @@ def interval(mean: float, width: float) -> dict[str, float]:
 def diagnosis(steps: int, collapsed: bool) -> dict[str, Any]:
     """diagnosis.json; the collapsed run has two findings, and text of its completions in what it says."""
     verdict = {"verdict": "healthy", "onset": None, "headline": "No sign of collapse.", "steps": steps, "findings": [],
+               "notes": [],
                "cure": None, "healthy_step": steps, "independent": "reference",
                "over_optimisation": "Not over-optimised.", "best": None}  # fmt: skip
     if not collapsed:
@@ -100,8 +101,37 @@ def diagnosis(steps: int, collapsed: bool) -> dict[str, Any]:
                       "findings": findings, "cure": cure, "healthy_step": 0}  # fmt: skip
 
 
-def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
-    """A whole reports folder as the stages write it."""
+def add_terms(folder: Path, steps: int) -> None:
+    """Makes the trained reward a sum of three terms, of which one drowns the others and one has died."""
+    shares = {"near": 0.955, "length": 0.05, "words_2": -0.005}
+    rows = [
+        {"step": step, "term": name, "weight": 0.02, "scored_share": 1.0, "mean": -6.0 + step,
+         "mean_weighted": 0.02 * step, "std_within": 0.0 if name == "words_2" else 3.0, "std_within_weighted": 0.06,
+         "share": share if step else None}
+        for step in range(steps) for name, share in shares.items()
+    ]  # fmt: skip
+    (folder / "train/terms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = [json.loads(line) for line in (folder / "train/samples.jsonl").read_text().splitlines()]
+    samples = [sample | {"terms": {"near": -7.0, "length": None, "words_2": 1.0}} for sample in samples]
+    (folder / "train/samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    sides = {"unweighted": {"checkpoint": -300.0, "policy": None}, "weight": 0.02}
+    compared = {name: sides | {side: interval(-6.5, 0.1) for side in ("checkpoint", "policy", "difference")}
+                for name in shares}  # fmt: skip
+    metrics = json.loads((folder / "evaluate/metrics.json").read_text())
+    metrics["embedding"]["terms"] = compared
+    (folder / "evaluate/metrics.json").write_text(json.dumps(metrics))
+    told = json.loads((folder / "diagnosis.json").read_text())
+    told["notes"] = [
+        {"kind": "dominant", "term": "near", "text": "`near` carries 96% of the signal. A weight of 0.1 would do.",
+         "changes": {"rewards.mine.terms": []}, "command": "dvc exp run -S 'rewards.mine.terms=[]'"},
+        {"kind": "dead", "term": "words_2", "text": "`words_2` is dead.", "changes": {}, "command": None},
+    ]  # fmt: skip
+    (folder / "diagnosis.json").write_text(json.dumps(told))
+    seal(folder)
+
+
+def reports(folder: Path, *, collapsed: bool = False, steps: int = 50, terms: bool = False) -> Path:
+    """A whole reports folder as the stages write it. terms: the trained reward is a sum."""
     prompts = [f"Prompt number {i}, what now?" for i in range(40)]
     new = "Hi! iiii'di'd'd" if collapsed else "Hi! How can I help you?"
     names = {"embedding": (-6.2, -11.6 if collapsed else -5.0), "length": (-14.0, -13.9), "words": (0.02, 0.02)}
@@ -146,9 +176,12 @@ def reports(folder: Path, *, collapsed: bool = False, steps: int = 50) -> Path:
     for name, lines in {"train/samples.jsonl": rows, "evaluate/completions.jsonl": completions}.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "train/calibration.csv").write_text("batch,entropy\n0,3.5\n")
+    (folder / "train/terms.jsonl").write_text("")
     (folder / "train/heldout.jsonl").write_text("")
     (folder / "evaluate/curve.jsonl").write_text("")
     seal(folder)
+    if terms:
+        add_terms(folder, steps)
     return folder
 
 
@@ -158,7 +191,7 @@ def keep_all(
     """Makes it a run that kept all completions: their file, and the note of it. Returns its rows."""
     rows = [
         {"step": step, "prompt_index": b, "group": b, "sample": g, "prompt": f"Prompt number {b}, what now?",
-         "completion": f"Step {step}, sample {g} of {b}.", "reward": -1.0 * g, "advantage": advantage,
+         "completion": f"Step {step}, sample {g} of {b}.", "reward": -1.0 * g, "terms": None, "advantage": advantage,
          "ending": "limit", "ref_log_ratio": None, "tokens": [5, 6],
          "pieces": [f"Step {step},", f" sample {g} of {b}."], "token_logprobs": [logprob, -0.25]}
         for step in range(steps) for b in range(prompts) for g in range(group)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-JUDGED = ("calibration.csv", "samples.jsonl", "heldout.jsonl", "healthy.json", "best.json")
+JUDGED = ("calibration.csv", "samples.jsonl", "terms.jsonl", "heldout.jsonl", "healthy.json", "best.json")
 POLICY = {"model.safetensors": "5a" * 32}  # digests of its files
 
 
@@ -16,8 +16,8 @@ def sha256(content: bytes) -> str:
 def seal(reports: Path, policy: dict[str, str] = POLICY, **measured: Any) -> None:
     """Makes the files that are there those of one run; `measured`: changes of measured.json."""
     run = json.loads((reports / "train/run.json").read_text())
-    files = {name: sha256((reports / "train" / name).read_bytes())
-             for name in ("calibration.csv", "history.csv", "samples.jsonl", "heldout.jsonl")}  # fmt: skip
+    written = ("calibration.csv", "history.csv", "samples.jsonl", "terms.jsonl", "heldout.jsonl")
+    files = {name: sha256((reports / "train" / name).read_bytes()) for name in written}
     digests = {"train_key": run["train_key"], **files, "policy": sha256(json.dumps(policy, sort_keys=True).encode())}
     kept = reports / "train/samples/kept.json"
     digests |= {"kept.json": sha256(kept.read_bytes())} if kept.is_file() else {}

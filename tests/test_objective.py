@@ -1,8 +1,11 @@
 """Baselines, weights of tokens and the scores themselves against the policy gradient by enumeration."""
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.config.schema import Recipe
-from pipeline.rl.advantages import BASELINES, advantages, next_running_mean
+from pipeline.rl.advantages import BASELINES, advantages, next_running_mean, normalized_terms
+from pipeline.rl.terms import signals
 from pipeline.rl.update import Batch, backward
-from tests.enumeration import COEF, random, reinforce, size_of, world
+from tests.enumeration import COEF, World, random, reinforce, size_of, world
 from tests.models import all_completions, difference, gradient, plain_logits, recipe, rollout_of, tiny_neox
 
 pytestmark = pytest.mark.numeric
@@ -76,6 +80,70 @@ def test_normalised_advantages_by_hand() -> None:
     torch.testing.assert_close(advantages(rewards, baseline, "batch", eps=0.5), centred / ((50 / 3) ** 0.5 + 0.5))
     same = torch.ones(2, 2, dtype=torch.float64)
     assert advantages(same, BASELINES["group"](same), "group").tolist() == [[0, 0], [0, 0]]
+
+
+def test_normalised_terms_are_numpy_s_z_scores() -> None:
+    """Of the samples that a term says something of; nothing of none, of one, or of equal ones."""
+    terms = random(2, 5, 4, seed=9)
+    terms[0, 0, 1], terms[1, 0], terms[1, 1, 1:], terms[1, 2] = torch.nan, torch.nan, torch.nan, 0.1
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        each = terms.numpy() - np.nanmean(terms, 2, keepdims=True)
+        truth = torch.from_numpy(each / (np.nanstd(terms, 2, ddof=1, keepdims=True) + 0.5))
+    truth[1, :3] = 0
+    torch.testing.assert_close(normalized_terms(terms, eps=0.5), truth.nan_to_num(0))
+    assert normalized_terms(terms)[1, 2].tolist() == [0, 0, 0, 0], "exactly"
+
+
+# --- combine: normalized
+
+WEIGHTS = {"one": 1.0, "other": -0.5}
+
+
+def world_of_terms(factor: float = 1.0, shift: float = 0.0) -> World:
+    """Two rewards for each completion [B, C, K]; the second one in any unit."""
+    found = copy.copy(world(2, 2))
+    found.rewards = torch.stack([found.rewards, factor * random(*found.rewards.shape, seed=11) + shift], 2)
+    return found
+
+
+def of_terms(combine: str, baseline: str = "none") -> Callable[..., Tensor]:
+    """The loss of rewards [B, G, K], as `train_step` puts it together."""
+    inner = reinforce(baseline)
+
+    def loss(rewards: Tensor, *arguments: Tensor) -> Tensor:
+        return inner(signals(rewards.permute(2, 0, 1), WEIGHTS, combine).sum(0), *arguments)
+
+    return loss
+
+
+def test_two_normalised_samples_follow_the_chance_to_win() -> None:
+    """G = 2: z is 1 / sqrt(2) for the better one. So the ascent is that of sum_k w_k E[sign(R_k(y) - R_k(y'))] in y, y'
+    being drawn by the same policy as it was, over sqrt(2)."""
+    one = world_of_terms()
+    wins = torch.zeros((), dtype=torch.float64)
+    for weight, rewards in zip(WEIGHTS.values(), one.rewards.unbind(2), strict=True):  # rewards [B, C]
+        better = (rewards[:, :, None] - rewards[:, None, :]).sign()
+        wins = wins + weight * (one.p[:, :, None] * one.p.detach()[:, None, :] * better).sum((1, 2)).mean()
+    assert difference(one.expected(of_terms("normalized"), 2), -one.grad(wins) / 2**0.5) < 1e-5
+
+
+def test_normalised_terms_are_no_policy_gradient_and_know_no_unit() -> None:
+    plain, other = world_of_terms(), world_of_terms(100, 7)
+    of_the_sum = [one.expected(of_terms("sum"), 2) for one in (plain, other)]
+    normalised = [one.expected(of_terms("normalized"), 2) for one in (plain, other)]
+    weighted = (plain.rewards * torch.tensor([*WEIGHTS.values()])).sum(2)
+    truth = -plain.grad((plain.p * weighted).sum(1).mean())
+    assert difference(of_the_sum[0], truth) < 1e-12
+    assert torch.cosine_similarity(*of_the_sum, dim=0) < 0.9
+    assert difference(*normalised) < 1e-5
+    assert torch.cosine_similarity(normalised[0], truth, dim=0) < 0.999
+
+
+def test_a_leave_one_out_baseline_lengthens_what_is_normalised() -> None:
+    """The group's own mean has been subtracted from each term."""
+    plain, rloo = (world_of_terms().expected(of_terms("normalized", baseline), 2) for baseline in ("none", "rloo"))
+    assert difference(rloo, 2 * plain) < 1e-12
 
 
 def test_the_running_mean_is_pandas_s_exponential_one() -> None:

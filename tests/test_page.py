@@ -286,6 +286,24 @@ def test_a_command_is_quoted_and_the_policy_that_was_kept_is_named(tmp_path: Pat
     assert "-S &#39;prompts=&#34;mine; rm x&#34;&#39;" in made
 
 
+def test_the_page_tells_of_the_terms_of_a_sum(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", steps=9, terms=True))
+    made = page.render(data, *2 * [dict.fromkeys(page.CAPTIONS, b"\x89PNG")])
+    said = words_of(made)
+    assert "`near` carries 96% of the signal. A weight of 0.1 would do. To try it dvc exp run" in said
+    assert "`words_2` is dead." in said
+    table = words_of(made[made.index('id="reward-terms"') : made.index('id="held-out"')])
+    assert (
+        "near 0.02 95.5% → 95.5% −4.00 → 0.00 0.0400 → 0.120 3.00 → 3.00 0.0600 → 0.0600 −6.50 −6.60 to −6.40" in table
+    )
+    assert "reward −6.00 (near −7.00, length nothing, words_2 1.00), advantage 0.250" in said
+    assert (
+        "near −7.00, length nothing"
+        in json.loads(Elements(made).raw[1])["steps"][0]["prompts"][0]["completions"][0]["reward"]
+    )
+    assert 'id="reward-terms"' not in page.render(inputs.load(reports(tmp_path / "plain", steps=2)), {}, {})
+
+
 def test_examples_follow_a_rule() -> None:
     rows = [{"prompt": i, "sample": sample} for i in range(30) for sample in range(2)]
     chosen = page.examples(rows)

@@ -58,9 +58,9 @@ def test_makes_all_figures_with_the_same_bytes(tmp_path: Path, collapsed: bool) 
 
 @pytest.mark.parametrize(("steps", "collapsed"), [(1, False), (50, True)])
 def test_every_axis_is_labelled_with_its_unit(tmp_path: Path, steps: int, collapsed: bool) -> None:
-    data = inputs.load(reports(tmp_path / "reports", steps=steps, collapsed=collapsed))
+    data = inputs.load(reports(tmp_path / "reports", steps=steps, collapsed=collapsed, terms=True))
     before = dict(rcParams)
-    units = re.compile(r"nats|%|tokens|norm|\(reward units\)²|L2 distance|each reward")
+    units = re.compile(r"nats|%|tokens|norm|reward units|L2 distance|each reward")
     for name, figure in plot.draw(data).items():
         labelled = [axes for axes in figure.axes if axes.get_ylabel()]
         assert labelled or name == "evaluate"
@@ -81,7 +81,7 @@ def test_every_axis_is_labelled_with_its_unit(tmp_path: Path, steps: int, collap
 @pytest.mark.parametrize("model", ["pocket", "a-model-with-a-name-of-more-than-forty-letters"])
 def test_narrow_figures_fit_a_phone(tmp_path: Path, model: str) -> None:
     """350 pixels wide, their texts are at least 11 pixels high; none is cut off, and no two of them overlap."""
-    data = inputs.load(reports(tmp_path / "reports", collapsed=True))
+    data = inputs.load(reports(tmp_path / "reports", collapsed=True, terms=True))
     healthy = inputs.load(reports(tmp_path / "healthy"))
     data.run["params"]["model"] = model
     drawn = plot.draw(data, narrow=True) | {"overlay": cure_figure.overlay(data, healthy, narrow=True)}
@@ -113,6 +113,21 @@ def test_draws_the_values_and_leaves_gaps(tmp_path: Path) -> None:
     gap = figure.axes[8]
     assert gap.get_yscale() == "log"
     assert gap.get_ylim()[0] < 1e-7 < 10 < gap.get_ylim()[1]
+
+
+def test_the_terms_of_a_sum_are_drawn_with_gaps_and_their_moves_add_up(tmp_path: Path) -> None:
+    data = inputs.load(reports(tmp_path / "reports", steps=9, terms=True))
+    top, bottom = plot.draw(data)["terms"].axes
+    near = top.lines[0].get_ydata()
+    assert np.isnan(near[0])  # undefined where nothing differs
+    assert near[1:].tolist() == [95.5] * 8
+    moves = next(line.get_ydata() for line in bottom.lines if line.get_color() == style.INK)
+    np.testing.assert_allclose(moves, 3 * 0.02 * np.arange(9))
+    legend = top.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "near, weight 0.02", "length, weight 0.02", "words_2, weight 0.02", "reward",
+    ]  # fmt: skip
 
 
 def test_a_log_scale_is_for_explosions_only(tmp_path: Path) -> None:
@@ -226,6 +241,7 @@ BROKEN = {
     "evaluate/metrics.json": ["{}", '{"embedding": {"checkpoint": 1}}'],
     "evaluate/completions.jsonl": ['{"prompt": 3}\n', "[1\n"],
     "train/heldout.jsonl": ['{"step": "a"}\n'],
+    "train/terms.jsonl": ['{"step": 0}\n', "nope\n"],
     "evaluate/curve.jsonl": ["{}\n"],
     "prepare.json": ["3"],
     "diagnosis.json": ["{", '{"verdict": "healthy"}'],

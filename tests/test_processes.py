@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.launch import CONFIG, relaunch_with_accelerate
 from pipeline.errors import UserError
+from pipeline.file_io import read_jsonl
 from pipeline.stages import train
 from pipeline.stages.train import check_ranks_in_sync
 from tests.project import Project, copy_of_project
@@ -78,6 +79,8 @@ def test_several_processes_train_what_one_does(exact: Project, here: Project, tw
     train.main()
     alone, run, samples, measured = history(exact), recorded(exact), sampled(exact), curve(exact)
     every = all_tokens(exact)
+    terms = read_jsonl(exact.root / "reports/train/terms.jsonl")
+    assert {row["scored_share"] for row in terms if row["term"] == "vowels"} - {0.0, 1.0}, "it says nothing of some"
     assert run["processes"] == [1]
     assert alone[-1]["ref_kl_k3"] > 1e-6, "the policy has left the reference"
     several = two
@@ -90,6 +93,8 @@ def test_several_processes_train_what_one_does(exact: Project, here: Project, tw
     assert tokens[0] == tokens[1]
     assert all_tokens(several) == every
     assert_same_curve(several, *measured)
+    for own, each in zip(read_jsonl(several.root / "reports/train/terms.jsonl"), terms, strict=True):
+        assert own == pytest.approx(each)
     for row, truth in zip(history(several), alone, strict=True):
         for name in set(truth) - {"grad_snr"}:  # the micro-batches are others, which is what it is computed from
             assert row[name] == pytest.approx(truth[name], rel=1e-3, abs=1e-5, nan_ok=True), name

@@ -34,7 +34,9 @@ def keeping(here: Project) -> Project:
 
 def test_the_completions_sum_up_to_the_history(keeping: Project) -> None:
     """Every completion is there once: the means of the history are theirs, and the first ones are in samples.jsonl."""
-    keeping.edit(recipes__stable__kl="loss_k3")
+    terms = [{"weight": 0.5, "reward": {"kind": "length", "target": 9}},
+             {"weight": 2.0, "reward": {"kind": "words", "words": ["e"]}}]  # fmt: skip
+    keeping.edit(recipes__stable__kl="loss_k3", reward="both", rewards__both={"kind": "sum", "terms": terms})
     train.main()
     table, rows = pd.read_parquet(ALL), history(keeping)
     assert list(table.groupby("step").size()) == [6] * 6
@@ -53,6 +55,8 @@ def test_the_completions_sum_up_to_the_history(keeping: Project) -> None:
     kept = pd.DataFrame(read_jsonl(Path("reports/train/samples.jsonl")))
     for column in ("step", "prompt", "completion", "reward", "advantage", "tokens", "pieces", "token_logprobs"):
         assert [as_list(value) for value in first[column]] == list(kept[column]), column
+    assert [dict(value) for value in first["terms"]] == list(kept["terms"])
+    assert [sum(dict(value).values()) for value in table["terms"]] == pytest.approx(list(table["reward"]))
     prompts = [row["prompt"] for row in read_jsonl(Path("data/prompts/train.jsonl"))]
     assert [prompts[index] for index in table["prompt_index"]] == list(table["prompt"])
 
@@ -67,7 +71,7 @@ def test_where_the_reference_measured_some_the_others_have_no_ratio(keeping: Pro
     train.main()
     table = pd.read_parquet(ALL)
     assert list(table.groupby("step")["ref_log_ratio"].count()) == [2, 2]
-    assert (table.dropna().groupby("step")["group"].nunique() == 1).all()
+    assert (table.dropna(subset="ref_log_ratio").groupby("step")["group"].nunique() == 1).all()
 
 
 def test_keeping_all_changes_no_other_output(here: Project) -> None:

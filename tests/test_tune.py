@@ -305,8 +305,8 @@ def experiment(repository: Path, files: dict[str, Any]) -> str:
 
 
 DIAGNOSIS = {
-    "verdict": "mode", "onset": 4, "headline": "", "steps": 9, "findings": [], "cure": None, "healthy_step": 3,
-    "independent": "none", "over_optimisation": "", "best": None,
+    "verdict": "mode", "onset": 4, "headline": "", "steps": 9, "findings": [], "notes": [], "cure": None,
+    "healthy_step": 3, "independent": "none", "over_optimisation": "", "best": None,
 }  # fmt: skip
 SIDE = {"mean": 1.0, "low": 0.5, "high": 2.0}
 METRICS = {

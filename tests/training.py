@@ -145,7 +145,18 @@ STEPS = 12  # enough for a run to be ended in the midst of them
 SMOOTH_ADAM = {"recipes__stable__adam_eps": 1.0, "recipes__stable__lr": 0.1}
 
 
+SUM = """
+def vowels(completions):
+    found = [sum(character in "aeiouAEIOU" for character in text) for text in completions]
+    return [float(count) if count else None for count in found]
+"""
+
+
 def exactly(project: Project) -> Project:
+    (project.root / "custom/vowels.py").write_text(SUM)
+    vowels = {"weight": 3.0, "reward": {"kind": "custom", "function": "custom/vowels.py:vowels"}}
+    length = {"weight": 1.0, "reward": {"kind": "length", "target": 40}}
+    project.edit(reward="both", rewards__both={"kind": "sum", "terms": [length, vowels]})
     project.edit(recipes__stable__precision="float32", train__prompts_per_step=4, train__steps=STEPS, **SMOOTH_ADAM)
     project.edit(evaluate__every=5, evaluate__curve_prompts=4, train__keep_samples="all")
     return project

@@ -14,11 +14,14 @@ from typing import Any
 from pipeline.diagnosis.cures import root_causes
 from pipeline.diagnosis.explanations import REFERENCE, evidence, headline, summary
 from pipeline.diagnosis.foreign import ADVICE, TEXTS, Check, Judgement, first_rows, history_rows, judge
+from pipeline.diagnosis.terms import Note, notes
 from pipeline.diagnosis.verdict import IN_TRAINING, TITLES
 from pipeline.errors import UserError
 from pipeline.file_io import read_csv, to_json
+from pipeline.paths import RunFiles
 from pipeline.rl.metrics import CALIBRATION_COLUMNS, HISTORY_COLUMNS
 from pipeline.runs.foreign_logs import Table, by_our_names, read_completions, read_log
+from pipeline.runs.results import read_result
 from pipeline.tracking.logged_run import read_run
 from pipeline.tracking.summaries import readable
 
@@ -44,6 +47,11 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"--first {first}: should be 2 to {len(rows) - 1}, as the log has {len(rows)} rows; 0 is none")
     judged = judge(rows, calibration, first)
     content = report(judged, table)
+    told = notes_beside(options.log)
+    content["headline"] = " ".join([content["headline"], *(note.short for note in told)])
+    content["notes"] = [
+        {"kind": note.kind, "term": note.term, "text": f"{note.short} {note.advice}"} for note in told
+    ]  # fmt: skip
     print(to_json(content) if options.json else text(content), end="")
 
 
@@ -68,6 +76,14 @@ def read_calibration(file: Path) -> list[dict[str, float]]:
     if not known or len(rows) < 2:
         raise UserError(f"{file}: should have two or more rows, batches without learning, and columns of history.csv")
     return [dict.fromkeys(CALIBRATION_COLUMNS, math.nan) | row for row in rows]
+
+
+def notes_beside(log: str) -> list[Note]:
+    """What is told of the terms of a sum, where the log is a history.csv of ours beside its other files."""
+    files = RunFiles(Path(log).expanduser().parent.parent)
+    if Path(log).name != files.history.name or not (files.terms.is_file() and files.run.is_file()):
+        return []
+    return notes(read_result(files.terms), read_result(files.run)["params"].get("reward.combine", "sum"))
 
 
 def add_completions(table: Table, place: Path) -> None:
@@ -147,6 +163,7 @@ def text(content: dict[str, Any]) -> str:
     made, not_made = content["made"], content["not_made"]
     lines = [f"{content['verdict']}: {content['headline']}"]
     lines += [f"to try: {advice}" for advice in content["advice"]]
+    lines += [note["text"] for note in content["notes"]]
     compared = content["compared_with"].removeprefix("in ").removeprefix("for ")
     lines += ["", f"read: {content['rows']} rows, steps {content['first_step']} to {content['last_step']}"]
     lines += [f"compared with: {compared or 'nothing, the log is too short'}"]

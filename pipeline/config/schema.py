@@ -1,5 +1,6 @@
 """The tables of params.yaml: each key with its type and bounds."""
 
+import itertools
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Annotated, Any, Literal, get_args
@@ -262,6 +263,7 @@ PlainReward = (
 
 
 class Term(Table):
+    name: Key | None = Field(None, description="what it is called in tables and figures")
     weight: float = Field(description="factor on the reward")
     reward: PlainReward = Field(discriminator="kind")
 
@@ -269,6 +271,15 @@ class Term(Table):
 class SumReward(Table):
     kind: Literal["sum"]
     terms: tuple[Term, ...] = Field(min_length=1, strict=False)
+    combine: Literal["sum", "normalized"] = Field("sum", description="what is learnt from; the reward is the sum")
+
+    @model_validator(mode="after")
+    def distinct_names(self) -> "SumReward":
+        names = [term.name for term in self.terms if term.name is not None]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"terms: the name {name!r} stands twice; each term has one of its own")
+        return self
 
 
 Reward = Annotated[PlainReward | SumReward, Field(discriminator="kind")]
@@ -282,6 +293,19 @@ def plain_rewards(table: Reward) -> list[PlainReward]:
 def classifier_rewards(table: Reward) -> list[ClassifierReward]:
     """Those among the rewards that a sum is made of."""
     return [plain for plain in plain_rewards(table) if isinstance(plain, ClassifierReward)]
+
+
+def term_names(table: SumReward) -> list[str]:
+    """A term's own name; else its kind, of a custom reward its function, with a number where that is taken."""
+    taken = {term.name for term in table.terms}
+    names: list[str] = []
+    for term in table.terms:
+        plain = term.reward
+        base = plain.function.rpartition(":")[2] if isinstance(plain, CustomReward) else plain.kind
+        numbered = (base if number == 1 else f"{base}_{number}" for number in itertools.count(1))
+        names.append(term.name or next(name for name in numbered if name not in taken))
+        taken.add(names[-1])
+    return names
 
 
 REWARD_KINDS: dict[str, type[Table]] = {
@@ -436,6 +460,16 @@ class Params(Table):
             raise ValueError(f"evaluate.independent: there is no reward {name!r}; should be one of {known}")
         if name == self.reward:
             raise ValueError(f"evaluate.independent: {name!r} is the trained reward; an independent one is another")
+        return self
+
+    @model_validator(mode="after")
+    def scored_baseline(self) -> "Params":
+        reward, recipe = self.rewards.get(self.reward), self.recipes.get(self.recipe)
+        if isinstance(reward, SumReward) and reward.combine == "normalized" and recipe and recipe.baseline == "greedy":
+            raise ValueError(
+                f"recipes.{self.recipe}.baseline = greedy cannot go with rewards.{self.reward}.combine = normalized, "
+                "which compares a prompt's samples with each other alone; choose rloo"
+            )
         return self
 
     @property

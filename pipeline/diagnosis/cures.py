@@ -95,7 +95,9 @@ def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Cha
     a term, smaller steps and a target: on a real model a larger coefficient or a lower target cost more of the gain
     (docs/REAL_MODELS.md)."""
     if recipe.kl == "none" or recipe.kl_coef == 0:
-        spread = spreads.get("reward_std_within") if recipe.scale_rewards == "none" else None
+        # of normalised terms another one is learnt from than the reward's
+        own = spreads.get("signal_std_within", spreads.get("reward_std_within"))
+        spread = own if recipe.scale_rewards == "none" else None
         per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
         return {"kl": "reward_k1", "kl_coef": rounded(per_nat), "kl_target": KL_TARGET, **slower}
     return slower if kl_is_limited(recipe) else {"kl_target": KL_TARGET, **slower}

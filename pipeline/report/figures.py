@@ -69,7 +69,7 @@ def reward(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any],
     size = (NARROW, 680) if narrow else (1400, 800)
     figure = canvas(*size, "Reward of the sampled completions", footer(run, RUN_FILES.history))
     axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[4, 3] if narrow else [11, 2.2])
-    _legend(axes, _reward_lines(axes, history, run))
+    legend(axes, _reward_lines(axes, history, run))
     _held_out_points(axes, side, held_out)
     value_axis(axes, reward_label(run), *_columns(history, "reward_mean", "baseline"))
     return figure
@@ -96,7 +96,7 @@ def _reward_lines(axes: Axes, history: pd.DataFrame, run: dict[str, Any], spread
     return dict(zip(labels, handles, strict=True))
 
 
-def _legend(axes: Axes, handles: dict[str, Any], most: int = 10) -> None:
+def legend(axes: Axes, handles: dict[str, Any], most: int = 10) -> None:
     """Above the axes, where it hides nothing: `most` entries a row, or one where the figure is narrow."""
     columns, lines = (1, len(handles) + 1) if is_narrow(axes) else (min(most, len(handles)), -(-len(handles) // most))
     axes.set_title("\n".join(" " * lines))  # keeps the room; the legend itself must not squeeze the axes
@@ -234,7 +234,7 @@ def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any
     start = held_out["checkpoint"]["mean"]
     if start is not None:
         handles["reference, held-out"] = _reference_line(left, start)
-    _legend(left, handles)
+    legend(left, handles)
     value_axis(left, reward_label(run), *_columns(history, "reward_mean", "baseline"))
     right = [figure.add_subplot(grid[3 + row, 0] if narrow else grid[row, 1]) for row in range(3)]
     _panel(right[0], history, [("entropy", "entropy", BLUE)], zero=True)
@@ -274,7 +274,7 @@ def curve(
         if bold:
             _name_steps(left, own, best)
     left.axhline(0, color=INK, linewidth=1.2, zorder=1)
-    _legend(left, handles, most=3)
+    legend(left, handles, most=3)
     left.set_ylabel("gain over step 0, in spreads of the reward")
     _path(right, [row for row in rows if row["reward"] == LIKELIHOOD], None, 1.0, INK, True)
     words = " (independent)" if independent == "reference" else ""

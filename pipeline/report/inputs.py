@@ -20,6 +20,7 @@ class Inputs(NamedTuple):
     samples: list[dict[str, Any]]  # the first completions of each step
     kept: dict[str, Any]  # how many completions there were, and which were kept
     all_samples: Path | None  # a file with all of them
+    terms: list[dict[str, Any]]  # a row a step and term; empty where the trained reward is no sum
     run: dict[str, Any]
     evaluate: dict[str, Any]  # how it was evaluated, by dotted keys
     rewards: dict[str, Any]  # name -> Comparison
@@ -62,6 +63,7 @@ def load(reports: Path = REPORTS) -> Inputs:
         samples=read_result(files.samples),
         kept=read_result(files.kept),
         all_samples=all_samples(files),
+        terms=read_result(files.terms),
         run=run,
         evaluate=flatten({"evaluate": measured["params"]}),
         rewards={name: metrics[name] for name in metrics if name in rewards},

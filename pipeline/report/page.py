@@ -17,6 +17,7 @@ from pipeline.report.inputs import Inputs
 from pipeline.report.labels import measured, percent
 from pipeline.report.samples import script_json, shown_samples
 from pipeline.report.style import signed
+from pipeline.report.term_report import reward_words, term_table
 from pipeline.report.terms import Terms
 from pipeline.report.text import visible
 from pipeline.runs.results import gain_text
@@ -34,6 +35,9 @@ CAPTIONS = {
     "A logprob gap above rounding at step 0 means that the loss does not score the tokens that were sampled.",
     "evaluate": "Both models on the same held-out prompts with the same random numbers, for every reward, "
     "each on its own scale",
+    "terms": "Above, each term's share of the signal, the variance within a prompt of what is learnt from: near 100%, "
+    "the others hardly count. Below, how far its mean, times its weight, has moved since the first step: the terms' "
+    "moves add up to the reward's.",
     "curve": "Measured during training, a completion of each prompt, with 95% intervals. Each reward is in units of "
     "its spread over completions at step 0, or at the first measured step that has one. Over-optimisation: the "
     "trained reward rises and an independent one falls. "
@@ -45,6 +49,7 @@ DRAWN = {  # the terms that a figure shows
     "variance": ("reward_std_within", "reward_std_between", "zero_spread_share"),
     "collapse": (*(column for series, _ in PANELS for column, _, _ in series), "logprob_gap", "nonfinite"),
     "evaluate": ("held-out gain", "win rate"),
+    "terms": ("term", "share of the signal", "reward_mean"),
     "curve": ("held-out", "95% interval", "reward", "ref_kl_sequence", "ref_logprob"),
 }
 HOLLOW = "; a hollow grey point has an interval that includes zero"
@@ -106,6 +111,8 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
             open_examples=OPEN_EXAMPLES,
             samples=samples(inputs.samples),
             shown=shown,
+            parts=term_table(inputs.terms, inputs.rewards[inputs.trained].get("terms", {})),
+            reward_words=reward_words,
         )
     )
 

@@ -12,12 +12,15 @@ from pipeline.file_io import finite_or_none
 from pipeline.paths import RUN_FILES
 from pipeline.report.inputs import Inputs
 from pipeline.report.style import signed
+from pipeline.report.term_report import reward_words
 from pipeline.report.text import parts
 
 LIMIT = 8_000_000  # bytes of JSON
 DIGITS = 3  # of a logprob; more would be most of the page
 ROWS = 256  # of all.parquet, read at once
-COLUMNS = ["step", "group", "prompt", "completion", "reward", "advantage", "ending", "pieces", "token_logprobs"]
+COLUMNS = [
+    "step", "group", "prompt", "completion", "reward", "terms", "advantage", "ending", "pieces", "token_logprobs",
+]  # fmt: skip
 # JSON has these only inside strings. Escaped there, nothing ends the script element or opens a comment in it.
 ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 Prompt = dict[str, Any]  # a prompt and its completions, as browser.js shows them
@@ -85,7 +88,7 @@ def whole_prompts(path: Path, limit: int) -> tuple[dict[int, list[Prompt]], int]
                 if group >= most:
                     continue
                 prompt = found.setdefault((step, group), {"prompt": parts(row["prompt"]), "completions": []})
-                prompt["completions"].append(_completion(row | {"ended": row["ending"] != "limit"}))
+                prompt["completions"].append(_completion(of_parquet(row)))
                 new = prompt if len(prompt["completions"]) == 1 else prompt["completions"][-1]
                 sizes[group] += _size(new) + 1  # a comma
                 while sizes and sizes.total() > limit:
@@ -111,6 +114,11 @@ def evenly_spread(sizes: dict[int, int], onset: int | None, limit: int) -> list[
         number = max(1, min(number - 1, number * limit // size))
 
 
+def of_parquet(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of all.parquet as one of samples.jsonl: the terms as a mapping."""
+    return row | {"ended": row["ending"] != "limit", "terms": dict(row["terms"] or ())}
+
+
 def _by_prompt(rows: list[dict[str, Any]]) -> list[Prompt]:
     """A step's rows by prompt, in the order of the file."""
     return [_prompt(list(group)) for _, group in itertools.groupby(rows, lambda row: row["prompt"])]
@@ -126,7 +134,7 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
     same = row["completion"] in ("".join(pieces), "".join(pieces[:-1] if row["ended"] else pieces))
     logprobs = (None if x is None else finite_or_none(x) for x in row["token_logprobs"])
     return {
-        "reward": signed(row["reward"]),
+        "reward": reward_words(row),
         "advantage": signed(None if advantage is None else finite_or_none(advantage)),
         "pieces": [_piece(piece) for piece in pieces],
         "logprobs": [None if x is None else round(x, DIGITS) for x in logprobs],

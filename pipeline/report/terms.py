@@ -16,6 +16,9 @@ WORDS = {
     "win rate": "share of pairs in which the policy's reward is higher, a tie counting one half",
     "95% interval": "2.5% and 97.5% quantile of the mean over bootstrap resamples of whole prompts",
     "reward": "the number that training maximises, of one completion; each kind of reward has its own unit",
+    "term": "one of the rewards that a sum adds up, each times its weight",
+    "share of the signal": "what a term has of the variance, within a prompt, of what training learns from; the shares "
+    "add up to 100%, and that of a term which works against the others may be below 0",
     "advantage": "what a completion's log-probability is weighted by in the loss: reward minus baseline, normalised "
     "where the recipe says so",
     "logprob": "natural logarithm of the probability that a model gives a token, in nats",

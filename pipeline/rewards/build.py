@@ -18,14 +18,14 @@ from pipeline.config.schema import (
     LengthReward,
     MatchReward,
     SumReward,
-    Term,
     WordsReward,
     plain_rewards,
+    term_names,
 )
 from pipeline.data.prompts import Prompt
 from pipeline.errors import UserError
 from pipeline.file_io import total
-from pipeline.rewards.batch import Reward, RewardBatch, TermReward
+from pipeline.rewards.batch import Reward, RewardBatch, Scored, TermReward
 from pipeline.rewards.classifier import Cuts, classifier_reward, folder_of
 from pipeline.rewards.custom import custom_reward
 from pipeline.rewards.embedding import embedding_reward
@@ -55,16 +55,17 @@ def build_reward(
     term has weight 1. Raises UserError for a custom reward that is missing or cannot be imported. The reward itself
     raises UserError unless each term returns one finite number or None a completion, and their sum is at most LARGEST.
     """
-    terms = table.terms if isinstance(table, SumReward) else [Term(weight=1.0, reward=table)]
+    is_sum = isinstance(table, SumReward)
+    terms = [(term.weight, term.reward) for term in table.terms] if is_sum else [(1.0, table)]
     # what a sum scales down may be larger
-    largest = math.inf if isinstance(table, SumReward) else LARGEST
+    largest = math.inf if is_sum else LARGEST
     stored, counted = classifiers or {}, cuts or Cuts()
     built = [
-        (term.weight, _checked(name, _plain(name, term.reward, encoder, device, stored, counted), largest))
-        for term in terms
+        (weight, _checked(name, _plain(name, plain, encoder, device, stored, counted), largest))
+        for weight, plain in terms
     ]
 
-    def reward(batch: RewardBatch) -> list[float]:
+    def score(batch: RewardBatch) -> Scored:
         scored = [(weight, term(batch)) for weight, term in built]
         sums = [
             total(weight * values[i] for weight, values in scored if not math.isnan(values[i]))
@@ -72,9 +73,11 @@ def build_reward(
         ]
         for value, completion in zip(sums, batch.completions, strict=True):
             _check_size(name, value, value, completion, LARGEST)
-        return sums
+        return Scored(sums, [values for _, values in scored] if is_sum else [])
 
-    return reward
+    if not is_sum:
+        return Reward(score)
+    return Reward(score, dict(zip(term_names(table), [weight for weight, _ in terms], strict=True)), table.combine)
 
 
 def _plain(

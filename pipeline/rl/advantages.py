@@ -21,10 +21,12 @@ def reward_scale(calibration: Sequence[Mapping[str, float]]) -> float:
 
     s^2 = mean over the calibration batches of reward_std_within^2, which is the mean variance of a prompt's rewards.
     s is a constant of the run, so the objective is E[R] / s - kl_coef * KL: the same for R and for a R + c, a > 0.
-    1 where no prompt's rewards differ, or where they overflow.
+    1 where no prompt's rewards differ, or where they overflow. With `combine: normalized` it is the spread of what
+    takes the rewards' place, signal_std_within.
     """
+    spreads = [row.get("signal_std_within", row["reward_std_within"]) for row in calibration]
     # products, not powers: Python's ** raises where floats overflow
-    variance = total(row["reward_std_within"] * row["reward_std_within"] for row in calibration) / len(calibration)
+    variance = total(spread * spread for spread in spreads) / len(calibration)
     return math.sqrt(variance) if variance > 0 and math.isfinite(variance) else 1.0
 
 
@@ -98,6 +100,23 @@ def advantages(rewards: Tensor, baseline: Tensor, norm: str, eps: float = 1e-6) 
     if norm == "batch":
         return centred / (rewards.std() + eps)
     return centred
+
+
+def normalized_terms(terms: Tensor, eps: float = 1e-6) -> Tensor:
+    """z_k = (R_k - mean_k) / (std_k + eps), over the samples of the prompt of which term k says something (ddof 1).
+
+    The terms of a sum, each normalised in the group by itself before they are added up (GDPO, arXiv 2601.05242). terms
+    [K, B, G], NaN where a term says nothing: there z is 0, as where all its values are equal. Biased as `advantages`
+    with `group`: docs/THEORY.md, section 4.
+    """
+    scored = ~terms.isnan()
+    count = scored.sum(2, keepdim=True)
+    # less the smallest, so that equal values are 0 without any rounding
+    least = torch.where(scored, terms, torch.inf).amin(2, keepdim=True)
+    values = torch.where(scored, terms - least, 0.0)
+    centred = torch.where(scored, values - values.sum(2, keepdim=True) / count.clamp(min=1), 0.0)
+    variance = centred.square().sum(2, keepdim=True) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + eps)
 
 
 def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, coef: float) -> Tensor:

@@ -59,8 +59,9 @@ def sample_batch(
 
 def reward_batch(
     prompts: Sequence[Prompt], rollout: Rollout, context: TrainContext, step: int = 0
-) -> tuple[list[str], Tensor]:
-    """Texts [N] as the recipe shows them to the reward, and their rewards [B, G] in float64, for B prompts.
+) -> tuple[list[str], Tensor, Tensor]:
+    """Texts [N] as the recipe shows them to the reward, their rewards [B, G] in float64, for B prompts, and what the K
+    terms of a sum say, [K, B, G], NaN for nothing; K is 0 for other rewards.
 
     Each process asks the reward about the completions of its own prompts. step: updates behind the policy.
     """
@@ -71,8 +72,10 @@ def reward_batch(
     repeated = [prompt for prompt in prompts for _ in range(group)]
     rows = context.processes.group_slice(len(completions), group)
     asked = RewardBatch(repeated[rows], completions[rows], rollout.token_lists()[rows], step)
-    rewards = torch.tensor(context.reward(asked), dtype=torch.float64, device=context.device)
-    return completions, context.processes.gather(rewards).view(-1, group)
+    scored = context.reward.score(asked)
+    values = torch.tensor([scored.rewards, *scored.terms], dtype=torch.float64, device=context.device)
+    every = context.processes.gather(values.T).T.reshape(len(values), len(prompts), group)
+    return completions, every[0], every[1:]
 
 
 def score_batch(model: PreTrainedModel, rollout: Rollout, context: TrainContext) -> Scores:

@@ -12,6 +12,7 @@ from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, score
 from pipeline.rl.context import TrainContext
 from pipeline.rl.metrics import CALIBRATION_COLUMNS, SHUFFLED, policy_metrics, reward_metrics
 from pipeline.rl.seeding import draw_prompts, draw_uniforms, generator
+from pipeline.rl.terms import signals, std_within
 
 
 def calibrate(context: TrainContext, batches: Iterable[int] | None = None) -> list[dict[str, float]]:
@@ -37,7 +38,7 @@ def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
         scored = rollout.take(torch.arange(len(noise), device=context.device)[rows])
         shuffled = shuffle_tokens(scored, context.eos, generator(params.seed, batch, "shuffle"))
         shuffled_scores = score_batch(reference, shuffled, context)
-    _, rewards = reward_batch(prompts, rollout, context)
+    _, rewards, terms = reward_batch(prompts, rollout, context)
     nothing = torch.zeros_like(rewards)  # no baseline, no advantages: nothing is learnt
     mask = rollout.completion_mask
     ref_scores = Scores(scores.logprobs[rows], scores.scored[rows], scores.entropy[rows])
@@ -51,7 +52,10 @@ def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
         **{column: broken[name] for name, column in SHUFFLED.items()},
         "batch": batch, "ref_logprob": ref_scores.logprobs[mask[rows]].mean().item(),
     }  # fmt: skip
-    return {column: measured[column] for column in CALIBRATION_COLUMNS}
+    row = {column: measured[column] for column in CALIBRATION_COLUMNS}
+    if context.reward.combine == "normalized":
+        row["signal_std_within"] = std_within(signals(terms, context.reward.weights, "normalized").sum(0))
+    return row
 
 
 def shuffle_tokens(rollout: Rollout, eos: Sequence[int], generator: torch.Generator) -> Rollout:

@@ -44,7 +44,7 @@ def _measure(context: TrainContext, step: int, start: int, end: int) -> list[dic
         draw_uniforms(params.seed, place, "heldout", 1, params.train.max_tokens) for place in range(start, end)
     ])  # fmt: skip
     rollout = sample_batch(prompts, context, context.rollout_model, uniforms)
-    completions, rewards = reward_batch(prompts, rollout, context)
+    completions, rewards, _ = reward_batch(prompts, rollout, context)
     with context.reference() as reference:
         scores = score_batch(reference, rollout, context)
     texts = completion_texts(rollout, context.tokenizer, "strip", 1, context.eos)

@@ -3,7 +3,7 @@
 B prompts, G samples of each, N = B * G completions of up to T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class StepSamples:
     prompts: Sequence[Prompt]  # [B]
     completions: list[str]  # [N], as the reward reads them
     rewards: Tensor  # [B, G]
+    terms: Tensor  # [K, B, G] of a sum, what each of its terms says; K = 0 for other rewards
     advantages: Tensor  # [B, G]
     rollout: Rollout
     logprobs: Tensor  # [N, T]
@@ -35,8 +36,9 @@ class StepSamples:
 
 
 def first_samples(samples: StepSamples, context: TrainContext) -> list[dict[str, Any]]:
-    """The first completions of the first prompts, as rows of samples.jsonl."""
-    group, rows = samples.rewards.shape[1], []
+    """The first completions of the first prompts, as rows of samples.jsonl. Those of a sum hold its terms with their
+    weights: they add up to the reward."""
+    group, rows, weights = samples.rewards.shape[1], [], context.reward.weights
     read = _read(samples, context)
     for b in range(min(PROMPTS_KEPT, len(samples.prompts))):
         for g in range(min(SAMPLES_KEPT, group)):
@@ -48,6 +50,7 @@ def first_samples(samples: StepSamples, context: TrainContext) -> list[dict[str,
                 "tokens": tokens, "pieces": [context.tokenizer.decode([token]) for token in tokens],
                 "token_logprobs": [finite_or_none(x) for x in samples.logprobs[i, : len(tokens)].tolist()],
                 "ended": read[i].ending != "limit",
+                **({"terms": weighted_terms(samples.terms[:, b, g].tolist(), weights)} if weights else {}),
             })  # fmt: skip
     return rows
 
@@ -57,6 +60,8 @@ def sample_columns(samples: StepSamples, context: TrainContext) -> dict[str, lis
     tokens, group = samples.rollout.token_lists(), samples.rewards.shape[1]
     places = [(b, g) for b in range(len(samples.prompts)) for g in range(group)]
     pieces = {token: context.tokenizer.decode([token]) for token in {token for row in tokens for token in row}}
+    weights = context.reward.weights
+    terms = [weighted_terms(samples.terms[:, b, g].tolist(), weights) if weights else None for b, g in places]
     ratios = dict(zip(samples.ref_rows.tolist(), samples.ref_log_ratios.tolist(), strict=True))
     return {
         "step": [samples.step] * len(tokens),
@@ -66,6 +71,7 @@ def sample_columns(samples: StepSamples, context: TrainContext) -> dict[str, lis
         "prompt": [samples.prompts[b].text for b, _ in places],
         "completion": samples.completions,
         "reward": samples.rewards.flatten().tolist(),
+        "terms": terms,
         "advantage": samples.advantages.flatten().tolist(),
         "ending": [completion.ending for completion in _read(samples, context)],
         "ref_log_ratio": [ratios.get(i) for i in range(len(tokens))],
@@ -73,6 +79,11 @@ def sample_columns(samples: StepSamples, context: TrainContext) -> dict[str, lis
         "pieces": [[pieces[token] for token in row] for row in tokens],
         "token_logprobs": [row[: len(ids)] for row, ids in zip(samples.logprobs.tolist(), tokens, strict=True)],
     }
+
+
+def weighted_terms(values: Sequence[float], weights: Mapping[str, float]) -> dict[str, float | None]:
+    """What each term adds to the reward of a completion, by its name; None where it says nothing."""
+    return {name: finite_or_none(weight * value) for (name, weight), value in zip(weights.items(), values, strict=True)}
 
 
 def _read(samples: StepSamples, context: TrainContext) -> list[Completion]:

@@ -18,6 +18,7 @@ class TrainState:
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # history.csv
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples.jsonl
     sample_files: list[str] = dataclasses.field(default_factory=list)  # sha256 of each step's file, if all are kept
+    terms: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # terms.jsonl
     heldout: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # heldout.jsonl
     timings: list[dict[str, float]] = dataclasses.field(default_factory=list)  # never in a hashed file
     calibration: list[dict[str, float]] = dataclasses.field(default_factory=list)  # calibration.csv

@@ -10,6 +10,7 @@ from pipeline.rl.advantages import (
     BASELINES,
     adaptive_kl_coef,
     advantages,
+    group_mean,
     log_ratios,
     next_running_mean,
     reward_scale,
@@ -31,6 +32,7 @@ from pipeline.rl.optimizer import learning_rate
 from pipeline.rl.samples import StepSamples, first_samples
 from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms
 from pipeline.rl.state import TrainState
+from pipeline.rl.terms import signals, term_rows
 from pipeline.rl.update import Batch, make_loss_mask, update_policy
 from pipeline.timing import Stopwatch, timing_row
 
@@ -50,10 +52,12 @@ def train_step(
     mask = rollout.completion_mask
     watch.lap("sample")
 
-    # rewards: r(x, y), and in units of their spread before training
-    completions, rewards = reward_batch(prompts, rollout, context, step)
+    # rewards: r(x, y), or the sum of its normalised terms, and in units of their spread before training
+    completions, rewards, terms = reward_batch(prompts, rollout, context, step)
+    reward, normalized = context.reward, context.reward.combine == "normalized"
+    signal = signals(terms, reward.weights, reward.combine).sum(0) if normalized else rewards
     scale = reward_scale(state.calibration) if recipe.scale_rewards == "calibration" else 1.0
-    scaled_rewards = rewards / scale
+    scaled_rewards = signal / scale
     watch.lap("reward")
 
     # reference logprobs: log pi_ref(y | x), of all completions for a KL term, else of some, to measure the distance
@@ -109,7 +113,7 @@ def train_step(
     after = score_batch(context.rollout_model, rollout.take(probe_rows), context).logprobs
     watch.lap("rescore")
     metrics = {
-        **reward_metrics(rewards, baseline * scale, advantage),
+        **reward_metrics(rewards, group_mean(rewards) if normalized else baseline * scale, advantage),
         **policy_metrics(gradient.logprobs, gradient.entropy, mask),
         **reference_metrics(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows], group_size),
         **update_metrics(gradient.logprobs[probe_rows], after, mask[probe_rows], group_size),
@@ -127,6 +131,7 @@ def train_step(
         prompts,
         completions,
         rewards,
+        terms,
         advantage,
         rollout,
         gradient.logprobs,
@@ -134,6 +139,7 @@ def train_step(
         log_ratios(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows]),
     )
     state.samples += first_samples(samples, context)
+    state.terms += term_rows(step, terms, reward.weights, reward.combine)
 
     # what the next step needs of this one
     state.stopped = bool(updated["nonfinite"]) and sizes.on_nonfinite == "stop"

@@ -18,7 +18,7 @@ from pipeline.runs.provenance import digest
 from pipeline.runs.results import how_to_remake, read_result
 
 # of `train`; that of history.csv stands beside them
-JUDGED = ("calibration.csv", "samples.jsonl", "heldout.jsonl", "healthy.json", "best.json")
+JUDGED = ("calibration.csv", "samples.jsonl", "terms.jsonl", "heldout.jsonl", "healthy.json", "best.json")
 
 
 def raise_if_mixed(*stages: str, files: RunFiles = RUN_FILES) -> None:
@@ -98,6 +98,7 @@ def _mismatches(stage: str, run: dict[str, str], files: RunFiles) -> list[Path]:
             files.calibration,
             files.history,
             files.samples,
+            files.terms,
             files.heldout,
             *(file for file in (files.healthy, files.best, files.kept) if file.is_file()),
         ]

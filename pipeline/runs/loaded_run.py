@@ -64,6 +64,11 @@ class LoadedRun:
         return pd.read_parquet(path)
 
     @cached_property
+    def terms(self) -> pd.DataFrame:
+        """A row per step and term of the trained sum; empty for other rewards."""
+        return pd.DataFrame(read_result(self.files.terms))
+
+    @cached_property
     def completions(self) -> pd.DataFrame:
         """Completions of held-out prompts, by the reference (`checkpoint`) and by the trained policy."""
         return pd.DataFrame(read_result(self.files.completions))

@@ -43,6 +43,7 @@ class Sample(TypedDict):
     pieces: list[str]  # the text of each token
     token_logprobs: list[float | None]
     ended: bool
+    terms: NotRequired[dict[str, float | None]]  # of a sum: what each adds to the reward; null: it says nothing
 
 
 def check_tokens(sample: Sample) -> Sample:
@@ -57,6 +58,23 @@ class Kept(TypedDict):
     keep_samples: Literal["some", "all"]
     completions: int
     sha256: NotRequired[str]  # of all.parquet, where all are kept
+
+
+class TermRow(TypedDict):
+    """A term of the trained sum at a step. null is undefined."""
+
+    step: int
+    term: str
+    weight: float
+    scored_share: float
+    mean: float | None
+    mean_weighted: float | None
+    std_within: float | None
+    std_within_weighted: float | None
+    share: float | None
+
+
+TERM_COLUMNS = ("scored_share", "mean", "mean_weighted", "std_within", "std_within_weighted", "share")
 
 
 class Healthy(TypedDict):
@@ -94,6 +112,21 @@ def gain_text(difference: Interval, digits: str = ".3g") -> str:
     return f"{mean:+{digits}} ({interval})"
 
 
+class Sides(TypedDict):
+    checkpoint: Any
+    policy: Any
+
+
+class ComparedTerm(TypedDict):
+    """What a term adds to a sum on held-out prompts; `unweighted`: what it says itself."""
+
+    weight: float
+    unweighted: Sides
+    checkpoint: Interval
+    policy: Interval
+    difference: Interval
+
+
 class Comparison(TypedDict):
     """One reward on held-out prompts: the reference, the trained policy, their difference."""
 
@@ -101,11 +134,7 @@ class Comparison(TypedDict):
     policy: Interval
     difference: Interval
     win_rate: float | None
-
-
-class Sides(TypedDict):
-    checkpoint: Any
-    policy: Any
+    terms: NotRequired[dict[str, ComparedTerm]]  # of a sum
 
 
 class Evaluation(TypedDict, extra_items=Comparison):  # type: ignore[call-arg]  # mypy does not know it yet
@@ -183,6 +212,16 @@ class Finding(TypedDict):
     source: str
 
 
+class Note(TypedDict):
+    """What is told of a term of the sum, which makes no verdict; without changes where none would help."""
+
+    kind: Literal["dominant", "dead"]
+    term: str
+    text: str
+    changes: dict[str, Any]
+    command: str | None
+
+
 class Cure(TypedDict):
     changes: dict[str, Any]
     command: str
@@ -196,6 +235,7 @@ class Diagnosis(TypedDict):
     headline: str
     steps: int
     findings: list[Finding]
+    notes: list[Note]
     cure: Cure | None
     healthy_step: int
     independent: str
@@ -214,6 +254,7 @@ RESULTS: dict[str, tuple[str, Any]] = {
     "kept.json": ("train", Kept),
     "healthy.json": ("train", Healthy),
     "best.json": ("train", Best),
+    "terms.jsonl": ("train", list[TermRow]),
     "heldout.jsonl": ("train", list[HeldoutRow]),
     "diagnosis.json": ("diagnose", Diagnosis),
     "metrics.json": ("evaluate", Evaluation),

@@ -16,10 +16,10 @@ from pipeline.runs.checkpoints import delete_checkpoints, sample_file, step_of
 
 ROW_GROUP_TOKENS = 2**20  # a row group has whole steps, and ends with the one that reaches this many
 TEXT_AND_NUMBERS = (
-    "step", "prompt_index", "group", "sample", "prompt", "completion", "ending", "tokens.list.element",
-    "pieces.list.element",
+    "step", "prompt_index", "group", "sample", "prompt", "completion", "terms.key_value.key", "ending",
+    "tokens.list.element", "pieces.list.element",
 )  # fmt: skip
-FLOATS = ("reward", "advantage", "ref_log_ratio", "token_logprobs.list.element")
+FLOATS = ("reward", "terms.key_value.value", "advantage", "ref_log_ratio", "token_logprobs.list.element")
 # A checksum of each page, so that a reader notices damage. Floats hardly repeat: a dictionary of them is larger than
 # they are; what does repeat, signs and exponents, compresses once it stands together.
 FORMAT: dict[str, Any] = {
@@ -93,7 +93,8 @@ def schema() -> Any:
     text = arrow.string()
     return arrow.schema([
         ("step", arrow.int32()), ("prompt_index", arrow.int32()), ("group", arrow.int32()), ("sample", arrow.int32()),
-        ("prompt", text), ("completion", text), ("reward", arrow.float64()), ("advantage", arrow.float64()),
+        ("prompt", text), ("completion", text), ("reward", arrow.float64()),
+        ("terms", arrow.map_(text, arrow.float64())), ("advantage", arrow.float64()),
         ("ending", text), ("ref_log_ratio", arrow.float32()), ("tokens", arrow.list_(arrow.int32())),
         ("pieces", arrow.list_(text)), ("token_logprobs", arrow.list_(arrow.float32())),
     ])  # fmt: skip

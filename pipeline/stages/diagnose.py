@@ -1,5 +1,6 @@
 """Stage `diagnose`: whether and how the run collapsed, from which step on, and what to try (reports/diagnosis.json)."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
 from pipeline.diagnosis.explanations import evidence, headline, summary
 from pipeline.diagnosis.over_optimisation import Heldout, over_optimised
+from pipeline.diagnosis.terms import Note, notes
 from pipeline.diagnosis.text import repeated_ngrams
 from pipeline.diagnosis.verdict import ORDER, TITLES, Finding, findings, heldout_finding
 from pipeline.errors import run_stage
@@ -28,8 +30,8 @@ TOO_FEW = f"Over-optimisation cannot be told by fewer than {ENOUGH} held-out com
 def main() -> None:
     """Raises UserError if a file of `train` or `evaluate` is missing, malformed, or of another run."""
     params = load_params()
-    rows, calibration, samples, healthy = map(
-        read_result, (RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy)
+    rows, calibration, samples, healthy, terms = map(
+        read_result, (RUN_FILES.history, RUN_FILES.calibration, RUN_FILES.samples, RUN_FILES.healthy, RUN_FILES.terms)
     )
     run, _ = map(read_result, (RUN_FILES.run, RUN_FILES.summary))
     evaluation, completions, _ = map(read_result, (RUN_FILES.metrics, RUN_FILES.completions, RUN_FILES.measured))
@@ -37,7 +39,7 @@ def main() -> None:
     raise_if_mixed("train", "evaluate")
     chosen = run["params"] | flatten({"evaluate": params.evaluate.model_dump()})
     enough = evaluation if len(completions) >= ENOUGH else None
-    diagnosis = diagnose(params, rows, calibration, samples, chosen, enough, curve, best["step"])
+    diagnosis = diagnose(params, rows, calibration, samples, chosen, enough, curve, best["step"], terms)
     diagnosis |= {"healthy_step": healthy["step"], "best": best if best["step"] is not None else None}
     digests = judged(run_digests(RUN_FILES.summary), RUN_FILES.measured)
     diagnosis |= {
@@ -48,6 +50,10 @@ def main() -> None:
     print(f"{diagnosis['verdict']}: {diagnosis['headline']}")
     if diagnosis["cure"]:
         print(f"to try: {diagnosis['cure']['command']}")
+    for note in diagnosis["notes"]:
+        print(note["text"])
+        if note["command"]:
+            print(f"to try: {note['command']}")
     if diagnosis["over_optimisation"] not in diagnosis["headline"]:
         print(diagnosis["over_optimisation"])
 
@@ -61,11 +67,12 @@ def diagnose(
     evaluation: dict[str, Any] | None = None,
     curve: Sequence[dict[str, Any]] = (),
     best: int | None = None,
+    terms: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of diagnosis.json, without the steps of the healthy and the best policy and the digests of what was
     judged. chosen: every value of the run, which the command of the cure gives again. evaluation: metrics.json; the run
     is healthy only if training and held-out completions are; None = too few of these to tell. curve: rows of
-    curve.jsonl. best: the step of data/best."""
+    curve.jsonl. best: the step of data/best. terms: rows of terms.jsonl."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
     found, heldout = findings(rows, spreads, params.train.steps), None
     independent, too_far, told = params.evaluate.independent, None, TOO_FEW
@@ -79,19 +86,22 @@ def diagnose(
     )
     summaries = [summary(finding, rows, spreads) for finding in found]
     cures = {finding.kind: cure(finding, params, spreads) for finding in found}
+    told_of_terms = notes(terms, chosen.get("reward.combine", "sum"))
+    said = headline(found, summaries, len(rows), evaluation is not None and heldout is None)
     changes: dict[str, Any] = {}
     for finding in root_causes(found):
         changes |= {key: value for key, value in cures[finding.kind].changes.items() if key not in changes}
     return {
         "verdict": found[0].kind if found else "healthy",
         "onset": found[0].onset if found else None,
-        "headline": headline(found, summaries, len(rows), evaluation is not None and heldout is None),
+        "headline": " ".join([said, *(note.short for note in told_of_terms)]),
         "steps": len(rows),
         "independent": independent,
         "over_optimisation": told,
         "findings": [
             report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
         ],
+        "notes": [report_note(note, chosen, [row["term"] for row in terms]) for note in told_of_terms],
         "cure": {"changes": changes, "command": experiment_command(chosen, changes)} if changes else None,
     }
 
@@ -111,6 +121,26 @@ def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, An
         "completions": examples(finding, samples),
         "changes": remedy.changes, "reason": remedy.reason, "source": remedy.source,
     }  # fmt: skip
+
+
+def report_note(note: Note, chosen: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """One note, with the change that it asks for: the list of terms, since no option reaches into one. names: of the
+    terms, in the order of the list."""
+    changes = {}
+    if note.weight is not None:
+        table = json.loads(chosen["reward.terms"])
+        table[names.index(note.term)]["weight"] = note.weight
+        terms = [written(term) | {"reward": written(term["reward"])} for term in table]
+        changes = {f"rewards.{chosen['reward']}.terms": terms}
+    return {
+        "kind": note.kind, "term": note.term, "text": f"{note.short} {note.advice}", "changes": changes,
+        "command": experiment_command(chosen, changes) if changes else None,
+    }  # fmt: skip
+
+
+def written(table: dict[str, Any]) -> dict[str, Any]:
+    """A table without the keys that it leaves out."""
+    return {key: value for key, value in table.items() if value is not None}
 
 
 def examples(finding: Finding, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

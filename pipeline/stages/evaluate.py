@@ -4,6 +4,7 @@ All rewards of params.yaml are measured, not only the trained one.
 """
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,13 @@ def evaluate(
     scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
     for name, reward in rewards.items():
         asked = [RewardBatch(repeated, texts[which], tokens[which]) for which in NAMES]
-        both = torch.tensor([reward(batch) for batch in asked], dtype=torch.float64)
+        before, after = map(reward.score, asked)
+        both = torch.tensor([before.rewards, after.rewards], dtype=torch.float64)
         scores[name] = both.view(2, len(prompts), group)
         metrics[name] = compare(scores[name], params)
+        if reward.weights:
+            terms = torch.tensor([before.terms, after.terms], dtype=torch.float64).view(2, -1, len(prompts), group)
+            metrics[name]["terms"] = compare_terms(terms, reward.weights, params)
     rows = [
         {
             "prompt": prompt.text, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
@@ -260,11 +265,31 @@ def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
     rewards [2, B, G]: reference, policy. win_rate: share of pairs in which the policy's reward is higher, ties count
     half.
     """
-    checkpoint, policy = rewards.mean(2)  # [B]
     wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()
+    return intervals(rewards, params) | {"win_rate": wins.mean().item()}
+
+
+def intervals(rewards: Tensor, params: Params) -> dict[str, Any]:
+    checkpoint, policy = rewards.mean(2)  # [B]
     pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
     indices = draw(params, len(checkpoint))
-    return {name: interval(values, indices) for name, values in pairs.items()} | {"win_rate": wins.mean().item()}
+    return {name: interval(values, indices) for name, values in pairs.items()}
+
+
+def compare_terms(terms: Tensor, weights: Mapping[str, float], params: Params) -> dict[str, Any]:
+    """What each term adds to a sum, as `compare` has it: the means add up to the reward's. `unweighted`: the mean of
+    what the term says, over the completions of which it says something.
+
+    terms [2, K, B, G]: reference, policy; NaN where a term says nothing.
+    """
+    return {
+        name: {
+            "weight": weight,
+            "unweighted": {who: finite_or_none(own[k].nanmean().item()) for who, own in zip(NAMES, terms, strict=True)},
+            **intervals(torch.where(terms[:, k].isnan(), 0.0, weight * terms[:, k]), params),
+        }
+        for k, (name, weight) in enumerate(weights.items())
+    }
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import run_stage
 from pipeline.file_io import atomic_folder, make_all_readable, write_text
 from pipeline.paths import REPORTS, RUN_FILES
-from pipeline.report import figures, heldout, page, style
+from pipeline.report import figures, heldout, page, style, term_report
 from pipeline.report.inputs import Inputs, load
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def draw(data: Inputs, narrow: bool = False) -> "dict[str, Figure]":
         "collapse": figures.collapse(history, run, narrow),
         "evaluate": heldout.evaluate(data.rewards, data.trained, run, narrow),
     }
+    if data.terms:
+        drawn["terms"] = term_report.terms(data.terms, run, narrow)
     if data.curve:
         best = data.diagnosis["best"]
         told = data.trained, data.diagnosis["independent"], best["step"] if best else None

@@ -319,6 +319,7 @@ def save_checkpoint(
 def write_progress(folder: Path, run: TrainState) -> None:
     """Write the steps' metrics and timings for MLflow: the follower and `track` read them."""
     write_csv(folder / "history.csv", run.rows)
+    write_jsonl(folder / "terms.jsonl", run.terms)
     write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
 
@@ -368,6 +369,7 @@ def write_outputs(
     write_csv(RUN_FILES.history, run.rows)
     write_csv(RUN_FILES.calibration, run.calibration)
     write_jsonl(RUN_FILES.samples, run.samples)
+    write_jsonl(RUN_FILES.terms, run.terms)
     write_jsonl(RUN_FILES.heldout, run.heldout)
     write_json(RUN_FILES.summary, run.summary() | {"digests": [output_digests(identity)]})
     write_json(RUN_FILES.run, run_record(identity, run))
@@ -393,7 +395,7 @@ def output_digests(identity: dict[str, Any]) -> dict[str, str]:
     show` leaves out; readers of the outputs compare them."""
     own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params") if name in identity}
     written = (
-        RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.heldout, RUN_FILES.kept,
+        RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.terms, RUN_FILES.heldout, RUN_FILES.kept,
         RUN_FILES.healthy, RUN_FILES.best,
     )  # fmt: skip
     files = {file.name: sha256(file) for file in written}

@@ -4,15 +4,16 @@ import base64
 import math
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.file_io import flatten, read_csv, sha256
+from pipeline.file_io import flatten, read_csv, read_jsonl, sha256
 from pipeline.paths import CHECKPOINT, RUN_FILES, TRAIN_PROMPTS, RunFiles
 from pipeline.runs import consistency, provenance, workspace
-from pipeline.runs.results import how_to_remake, read_result
+from pipeline.runs.results import TERM_COLUMNS, how_to_remake, read_result
 from pipeline.tracking.mlflow_store import Point, Scalar
 from pipeline.tracking.presentation import FIRST_CHARTS, FIRST_METRICS
 from pipeline.tracking.tags import digests, gain_tag, run_tags
@@ -28,7 +29,7 @@ class Record:
     status: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED
     params: dict[str, Scalar]
     steps: int
-    points: list[Point]  # train/, its first charts once more, and time/
+    points: list[Point]  # train/, its first charts once more, terms/ and time/
     tags: dict[str, str]
     # of a finished run, with what the stages behind `train` made:
     headline: str = ""
@@ -47,9 +48,11 @@ def read_growing(folder: Path, pid: int, status: str) -> Record:
     run = read_result(folder / "run.json")
     files = folder / "history.csv", folder / "timings.csv"
     history, timings = (_by_step(read_csv(file)) if file.exists() else {} for file in files)
+    terms = read_jsonl(file) if (file := folder / "terms.jsonl").exists() else []
     history = {step: row for step, row in history.items() if step in timings}  # written one after the other
     tags = digests(run) | {"host": socket.gethostname(), "pid": str(pid)}
-    return Record(run["train_key"], status, run["params"], len(history), _points(history, timings, 0), tags)
+    points = _points(history, timings, 0, terms)
+    return Record(run["train_key"], status, run["params"], len(history), points, tags)
 
 
 def read_record(files: RunFiles = RUN_FILES) -> Record:
@@ -61,6 +64,7 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         files.history,
         files.summary,
         files.samples,
+        files.terms,
         files.heldout,
         files.calibration,
         files.diagnosis,
@@ -94,7 +98,7 @@ def read_record(files: RunFiles = RUN_FILES) -> Record:
         status="FINISHED",
         params={**params, "processes": ", then ".join(map(str, run.get("processes", [1])))},
         steps=len(history),
-        points=_points(history, _timings(workspace.resume_folder(key)), written_ms),
+        points=_points(history, _timings(workspace.resume_folder(key)), written_ms, read_result(files.terms)),
         tags=run_tags(
             run, diagnosis, sha256(files.metrics), provenance.digest([measured["prompts"], measured["params"]])
         )
@@ -141,17 +145,25 @@ def _timings(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def _points(
-    history: dict[int, dict[str, float]], timings: dict[int, dict[str, float]], otherwise_ms: int
+    history: dict[int, dict[str, float]],
+    timings: dict[int, dict[str, float]],
+    otherwise_ms: int,
+    terms: Sequence[dict[str, Any]],
 ) -> list[Point]:
-    """Return the finite values of the history, at the time of their step or else at `otherwise_ms`.
+    """Return the finite values of the history and of the terms of a sum (terms/NAME/share), at the time of their step
+    or else at `otherwise_ms`.
 
     An undefined value is a gap in MLflow's charts.
     """
+    by_term: dict[int, dict[str, float]] = {step: {} for step in history}
+    for row in terms:
+        told = {f"{row['term']}/{name}": value for name, value in row.items() if name in TERM_COLUMNS}
+        by_term.get(row["step"], {}).update({name: value for name, value in told.items() if value is not None})
     first = {step: {name: row[name] for name in FIRST_METRICS if name in row} for step, row in history.items()}
     times = {step: int(row.get("timestamp_ms", otherwise_ms)) for step, row in timings.items()}
     return [
         Point(f"{group}/{name}", step, value, times.get(step, otherwise_ms))
-        for group, rows in ((FIRST_CHARTS, first), ("train", history), ("time", timings))
+        for group, rows in ((FIRST_CHARTS, first), ("train", history), ("terms", by_term), ("time", timings))
         for step in history
         for name, value in rows.get(step, {}).items()
         if name != "timestamp_ms" and math.isfinite(value)
