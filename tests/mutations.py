@@ -410,7 +410,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if token not in held", "if True"),
         ("[[1] * len(row.ids) for row in rows], 0)", "[[1] * len(row.ids) for row in rows], 1)"),
         ('self.tokenizer.truncation_side = "left"', "pass"),
-        ("room -= part.padding_idx + 1", "pass"),
+        ("room -= padding + 1", "room -= padding"),
     ]),
     "rewards/build.py": ("rewards", [
         ("weight * values[i]", "values[i]"),
