@@ -436,6 +436,18 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(-distances)", "(distances)"),
         ("vector_norm(embed(distinct) - goal, dim=1)", "vector_norm(embed(distinct) - goal, dim=1).square()"),
     ]),
+    "rewards/classifier.py": ("classifier", [
+        ("logits.sigmoid() if alone else logits.softmax(1)", "logits.softmax(1)"),
+        ("return labels.index(table.label)", "return 0"),
+        ("[long[one] for one in inputs].count(True)", "cut.count(True)"),
+        ("abs(one - other) > TOLERANCE[table.precision]", "abs(one - other) > 1e9"),
+    ]),
+    "rewards/sequence_classifier.py": ("classifier", [
+        ("if token not in held", "if True"),
+        ("[[1] * len(row.ids) for row in rows], 0)", "[[1] * len(row.ids) for row in rows], 1)"),
+        ('self.tokenizer.truncation_side = "left"', "pass"),
+        ("room -= padding + 1", "room -= padding"),
+    ]),
     "rewards/build.py": ("rewards", [
         ("weight * values[i]", "values[i]"),
         ("getattr(torch, table.precision)", "torch.float32"),

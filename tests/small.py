@@ -8,7 +8,10 @@ from pathlib import Path
 from tests.project import Project, copy_of_project
 
 STAGES = ("prepare", "cache", "train", "evaluate", "diagnose", "plot", "track")
-OUTPUTS = ("data/prompts", "data/checkpoint", "data/policy", "data/healthy", "data/best", "reports")
+OUTPUTS = (
+    "data/prompts", "data/checkpoint", "data/classifiers", "data/independent_classifiers", "data/policy",
+    "data/healthy", "data/best", "reports",
+)  # fmt: skip
 SIZES = {
     "steps": 3, "prompts_per_step": 3, "samples_per_prompt": 2, "max_tokens": 6, "checkpoint_every": 1, "threads": 1,
 }  # fmt: skip

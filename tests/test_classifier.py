@@ -107,7 +107,7 @@ def test_a_batch_that_holds_the_whole_vocabulary_needs_no_padding(reward_model: 
 
 
 @pytest.mark.parametrize("pad", [0, 33])
-def test_a_padding_token_that_a_text_ends_with_is_read_as_transformers_does(tmp_path: Path, pad: int) -> None:
+def test_an_end_that_is_padding_too_is_read_as_transformers_does(tmp_path: Path, pad: int) -> None:
     """Many name their end as padding: then what stands before it is read, in a batch as alone."""
     folder = classifiers.write_reward_model(tmp_path / "padded", pad_token_id=pad)
     texts = ["end<|endoftext|>", "a longer one<|endoftext|>", "!!", "<|endoftext|>"]

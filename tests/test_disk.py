@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 STAGES = ("prepare", "cache", "train", "evaluate", "diagnose", "plot", "track")
 MADE = {
     "prepare": ["data/prompts", "reports/prepare.json"],
-    "cache": ["data/checkpoint"],
+    "cache": ["data/checkpoint", "data/classifiers", "data/independent_classifiers"],
     "train": list(OUTPUTS),
     "diagnose": ["reports/diagnosis.json"],
     "evaluate": ["reports/evaluate"],

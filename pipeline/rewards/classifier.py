@@ -124,8 +124,8 @@ def check_classifier_reward(
     check_certain(classifier.tokenizer, [one if isinstance(one, str) else one[1] for one in probes], key)
     if classifier.room is not None and classifier.room <= LONG:
         probes += [classifier.input_of(prompt, "again and " * classifier.room) for prompt in prompts[:1]]
-    rows, _ = classifier.rows(probes)
     try:
+        rows, _ = classifier.rows(probes)
         together = scores(classifier.logits(rows), place, table.score, classifier.config)
         alone = scores(torch.cat([classifier.logits([row]) for row in rows]), place, table.score, classifier.config)
     except Exception as error:  # whatever a model makes torch or transformers raise: it cannot be used so

@@ -72,9 +72,10 @@ class SequenceClassifier:
         """The most tokens of an input, special ones included; None for any number."""
         room = context_length(self.config)
         for name, part in self.model.named_modules():
-            # RoBERTa's kind numbers positions from the padding's id on
-            if room is not None and name.endswith("position_embeddings") and getattr(part, "padding_idx", None):
-                room -= part.padding_idx + 1
+            # RoBERTa's kind numbers positions from behind the padding's id on
+            padding = getattr(part, "padding_idx", None) if name.endswith("position_embeddings") else None
+            if room is not None and padding is not None:
+                room -= padding + 1
         told = self.tokenizer.model_max_length
         if told < NO_LIMIT:
             room = told if room is None else min(room, told)
