@@ -245,7 +245,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(self.rank < more)", "0"),
         ("dist.all_reduce(parameter.grad)", "pass"),
         ("rows[: int(shape[0])] for", "rows for"),
-        ("dtype=torch.float64, device=device)).sum()", "dtype=torch.float64, device=device)).mean()"),
+        ("dtype=torch.float64)).sum()", "dtype=torch.float64)).mean()"),
     ]),
     "rl/optimizer.py": ("runtime", [
         ("(step + 1) / (recipe", "step / (recipe"),
@@ -388,7 +388,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ('== "portable"\n', '!= "none"\n'),
     ]),
     "distributed/device.py": ("runtime", [
-        ("use_deterministic_algorithms(True,", "use_deterministic_algorithms(False,"),
+        ("use_deterministic_algorithms(True)", "use_deterministic_algorithms(False)"),
     ]),
     "rewards/surface.py": ("rewards", [
         ("-abs(len(completion) - target)", "abs(len(completion) - target)"),

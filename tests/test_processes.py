@@ -206,8 +206,8 @@ def test_processes_that_would_train_different_runs_are_refused() -> None:
         there = torch.tensor([[int(others[0][:15], 16), others[1]]])
         processes: Any = SimpleNamespace(gather=lambda here, there=there: torch.cat([here, there]))
         with pytest.raises(UserError, match=r"process 0 would train from step 8 of run (ab){7}a, process 1 from step"):
-            check_ranks_in_sync(*mine, processes, torch.device("cpu"))
-        check_ranks_in_sync(*others, processes, torch.device("cpu"))
+            check_ranks_in_sync(*mine, processes)
+        check_ranks_in_sync(*others, processes)
 
 
 @pytest.mark.slow
