@@ -184,11 +184,27 @@ Tensor view(const Tensor& x, IntArrayRef size) {
   return as_strided(x, shape, *stride, {});
 }
 
+Tensor unfold(const Tensor& x, int64_t dimension, int64_t size, int64_t step) {
+  auto shape = x.sizes().vec(), stride = x.strides().vec();
+  if (x.dim() == 0) return as_strided(x, {size}, {1}, {});
+  int64_t at = dimension < 0 ? dimension + x.dim() : dimension;
+  shape.push_back(size);
+  stride.push_back(stride[at]);
+  shape[at] = (shape[at] - size) / step + 1;
+  stride[at] *= step;
+  return as_strided(x, shape, stride, {});
+}
+
 Tensor& set_storage(Tensor& x, at::Storage storage, int64_t offset, IntArrayRef size, IntArrayRef stride) {
   x.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   x.unsafeGetTensorImpl()->set_storage_offset(offset);
   x.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride);
   return x;
+}
+
+Tensor& set_whole_storage(Tensor& x, at::Storage storage) {
+  int64_t size = storage.nbytes() / x.dtype().itemsize();
+  return set_storage(x, std::move(storage), 0, {size}, {1});
 }
 
 void resize_storage(const Tensor& x, int64_t bytes) {  // what was in it is lost
@@ -263,8 +279,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_local_scalar_dense", &item);
   m.impl("as_strided", &as_strided);
   m.impl("view", &view);
+  m.impl("unfold", &unfold);
   m.impl("_reshape_alias", &reshape_alias);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
+  m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("resize_", &resize);
   m.impl("_copy_from_and_resize", &copy_back);
 }

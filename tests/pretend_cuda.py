@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def install(library: str) -> None:
         "is_available": True, "is_initialized": True, "_is_compiled": True, "_lazy_init": None, "init": None,
         "device_count": count, "synchronize": None, "is_bf16_supported": True, "get_device_capability": (9, 0),
         "get_device_name": NAME, "empty_cache": None, "is_current_stream_capturing": False, "manual_seed_all": None,
-        "manual_seed": None, "_is_in_bad_fork": False, "reset_peak_memory_stats": None,
+        "manual_seed": None, "get_rng_state_all": [], "set_rng_state_all": None,
+        "_is_in_bad_fork": False, "reset_peak_memory_stats": None,
     }  # fmt: skip
     for name, value in values.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
@@ -103,6 +105,8 @@ def install(library: str) -> None:
     for name, part in parts.items():
         setattr(torch.cuda, name, part)
     torch.version.cuda = "0.0"
+    # a view of which the CPU's fallback makes a copy: what is written there would be lost
+    warnings.filterwarnings("error", ".*appears to be a view operator")
     if "RANK" in os.environ:
         from tests.pretend_nccl import register
 

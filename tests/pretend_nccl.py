@@ -25,13 +25,21 @@ class PretendNccl(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-        self.pg_name = self.group_name = ""
+        self.name = ""
 
     def getBackendName(self) -> str:  # noqa: N802  # torch's name
         return "pretendnccl"
 
     def _set_group_name(self, name: str) -> None:
-        self.pg_name = self.group_name = name
+        self.name = name
+
+    @property
+    def pg_name(self) -> str:
+        return self.name
+
+    @property
+    def group_name(self) -> str:
+        return self.name
 
     def host(self, call: str, tensor: Tensor) -> Tensor:
         """The tensor's memory, if NCCL would take it."""

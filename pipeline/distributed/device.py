@@ -86,10 +86,11 @@ def device_errors(lower: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = textwrap.shorten(one_line(str(error)), 250, placeholder=" ...")
+        said = one_line(str(error))
+        brief = textwrap.shorten(said, 250, placeholder=" ...").rstrip(".")
         if isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in OUT_OF_MEMORY):
-            ways = "; ".join(lower)
-            raise UserError(f"out of memory: {said}; less is needed with any of: {ways} (docs/SCALE.md)") from error
+            ways = f"less is needed with any of: {'; '.join(lower)} (docs/SCALE.md)"
+            raise UserError(f"out of memory: {brief}; {ways}") from error
         if "does not have a deterministic implementation" in said:
             operation = said.partition(" ")[0]
             raise UserError(

@@ -103,9 +103,7 @@ def _choose_layout(
         return UserError(f"{key}: {policy.config.model_type} cannot be {what}: {failure}")
 
     def words(error: Exception) -> str:
-        """With the cause, where it is the numbers that are wrong. Too little memory is no fault of the model's."""
-        if isinstance(error, torch.OutOfMemoryError):
-            raise error
+        """With the cause, where it is the numbers that are wrong."""
         return _failure(error) + (_because(policy, longest) if isinstance(error, DisagreementError) else "")
 
     # Whatever a model makes torch or transformers raise: it is the model that cannot be used so.

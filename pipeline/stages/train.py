@@ -59,6 +59,7 @@ NO_PORTABLE = (
     "train.arithmetic = portable needs Linux on an x86-64 CPU with AVX2 and FMA: this run is native, its bytes are "
     "those of this type of device"
 )
+NATIVE_GPU = "train.arithmetic = portable is for CPUs: this run is native, its bytes are those of this type of GPU"
 UNDO = "undo that and repeat the command, which then only writes the result; to train with the change, just repeat it"
 
 
@@ -91,7 +92,8 @@ def main() -> None:
 def arithmetic_notes(params: Params, arithmetic: Arithmetic, device: torch.device) -> list[str]:
     """What is to be said of a run's arithmetic before it starts, a line each."""
     bfloat16 = bfloat16_note(arithmetic) if device.type == "cpu" and uses_bfloat16(params) else None
-    portable = NO_PORTABLE if arithmetic != params.train.arithmetic else None
+    native = NO_PORTABLE if device.type == "cpu" else NATIVE_GPU
+    portable = native if arithmetic != params.train.arithmetic else None
     return [note for note in (portable, bfloat16) if note]
 
 
