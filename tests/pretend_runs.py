@@ -37,6 +37,7 @@ CORE: dict[str, dict[str, Any]] = {
     "sampler's distribution": {"loss_distribution": "sampler", "top_k": 20, "top_p": 0.9, "temperature": 0.8},
     "token ratios": {"epochs": 2, "importance": "token", "clip_range": 0.2, "baseline": "greedy", "kl": "loss_k3"},
 }
+LONG = {"max_tokens": 20, "prompts_per_step": 8, "samples_per_prompt": 4, "micro_batch": 16}
 ALL = CORE | {
     "bfloat16": {"precision": "bfloat16"},
     "adapters": {"lora_rank": 2},
@@ -68,14 +69,16 @@ def changed(device: str, changes: dict[str, Any]) -> Params:
 
 
 def two_steps(device: str, changes: dict[str, Any]) -> TrainState:
-    """Calibration and two steps."""
+    """Calibration and two steps. Their timings say how often the host waited for the GPU."""
     params = changed(device, changes)
     context, policy = build_context(params, configure_torch(device, 1))
     assert {p.device.type for p in policy.parameters()} == {device}
     optimizer, run = make_optimizer(policy.parameters(), params.selected_recipe), TrainState()
     run.calibration = calibrate(context, range(params.train.calibration_batches))
     for _ in range(2):
+        before = torch.cuda.pretend_waits()
         train_step(run, context, policy, optimizer)
+        run.timings[-1]["waits"] = torch.cuda.pretend_waits() - before
     return run
 
 
@@ -153,6 +156,7 @@ CHECKPOINT = Path("data/checkpoint")
 WHAT = {
     "core": lambda: {
         "variants": compare(CORE), "planted": planted(), "settings": settings(),
+        "waits": two_steps("cuda", LONG).timings[-1]["waits"],
         "notebook": notebook(CHECKPOINT / "policy", CHECKPOINT / "encoder"),
     },
     "all": lambda: {"variants": compare(ALL)},

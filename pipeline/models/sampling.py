@@ -316,10 +316,10 @@ class _Completions:
         """Notes token t of the rows that are running."""
         if not self.logprobs:
             self.logprobs = [of_softmax.new_zeros(self.tokens.shape) for _ in range(2)]
-        going = self.present[self.running]
+        # `where`, since the host would wait for a GPU to count the rows that are running
         for table, values in zip([self.tokens, *self.logprobs], [token, of_sampler, of_softmax], strict=True):
-            table[going, t] = values[self.running]
-        self.lengths[going] = t + 1
+            table[self.present, t] = torch.where(self.running, values, table[self.present, t])
+        self.lengths[self.present] = torch.where(self.running, t + 1, self.lengths[self.present])
         self.running = self.running & ~torch.isin(token, self.eos) & (t + 1 < self.limits[self.present])
         if self.stopped is not None:
             rows = self.running.nonzero().squeeze(1)
