@@ -38,6 +38,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (" - ordered.softmax(-1)  #", "  #"),
         ("else part / temperature", "else part"),
         ("torch.where(self.running, values, table[self.present, t])", "values"),
+        ("distance *= 2", "distance += 2"),
         ("torch.where(self.running, t + 1,", "torch.where(self.running, t,"),
         ("torch.where(self.running, t + 1, self.lengths[self.present])", "t + 1"),
         ("self.tokens[self.present[rows], : t + 1]", "self.tokens[rows, : t + 1]"),
@@ -383,6 +384,12 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("return sqrt(x)\n", "return torch.sqrt(x)\n"),
         ("    differing = [", "    differing = [] and ["),
     ]),
+    "arithmetic/bfloat16.py": ("arithmetic", [
+        (") < SLOWER", ") > SLOWER"),
+        ("_seconds(torch.bfloat16, size) / _seconds(torch.float32, size)",
+         "_seconds(torch.float32, size) / _seconds(torch.bfloat16, size)"),
+        ("*(table.precision for table in encoders)", ""),
+    ]),
     "arithmetic/environment.py": ("arithmetic", [
         ('{"avx2", "fma"} <=', '{"avx2"} <='),
         ('not {"torch", "numpy"} & sys', 'not {"torch"} & sys'),
@@ -390,6 +397,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "distributed/device.py": ("runtime", [
         ("use_deterministic_algorithms(True)", "use_deterministic_algorithms(False)"),
+        (" or any(sign in said for sign in OUT_OF_MEMORY)", ""),
     ]),
     "rewards/surface.py": ("rewards", [
         ("-abs(len(completion) - target)", "abs(len(completion) - target)"),
