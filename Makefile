@@ -69,7 +69,7 @@ audit:  ## known vulnerabilities of the pinned dependencies, by PyPI's database;
 ui: $(BIN)/installed  ## MLflow's UI on loopback, to compare runs
 	$(RUN) reinforce ui $(PORT)
 
-bench: $(BIN)/installed  ## speed beside the notebook's loop and trl, 20 minutes -> docs/speed.json
+bench: $(BIN)/installed  ## speed beside the notebook's loop and trl, 20 minutes, on the GPU where there is one -> docs/speed.json, speed_gpu.json
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,benchmarks]'
 	$(RUN) python -m benchmarks.speed run
 

@@ -1,5 +1,6 @@
 """The notebook's loop, cells 10, 11, 14, 15 and 17, as it computes: one prompt at a time, `generate`, one more pass for
-the log-probabilities, one backward pass for the whole batch. Only globals have become arguments.
+the log-probabilities, one backward pass for the whole batch. Only globals have become arguments, and tensors lie where
+their model does.
 """
 
 import functools
@@ -17,14 +18,14 @@ def has_length(sample: str, target_len: int) -> float:
     return -abs(len(sample) - target_len)
 
 
-def bert_distance(encoder: Path, sample_sentence: str) -> Callable[[str], Tensor]:
+def bert_distance(encoder: Path, sample_sentence: str, device: str = "cpu") -> Callable[[str], Tensor]:
     """Reward of a completion: one text at a time through the encoder, each distinct text once."""
     bert_tokenizer = AutoTokenizer.from_pretrained(encoder)
-    bert_model = BertModel.from_pretrained(encoder, add_pooling_layer=True)
+    bert_model = BertModel.from_pretrained(encoder, add_pooling_layer=True).to(device)
 
     @functools.cache
     def bert_sentence_embedding(sentence: str) -> Tensor:
-        inputs = bert_tokenizer(sentence, return_tensors="pt", padding=True, truncation=True)
+        inputs = bert_tokenizer(sentence, return_tensors="pt", padding=True, truncation=True).to(device)
         with torch.no_grad():
             outputs = bert_model(**inputs)
         return outputs.last_hidden_state.mean(dim=1).squeeze()
@@ -46,7 +47,7 @@ def get_selected_log_probs(tokens: Tensor, log_probs: tuple[Tensor, ...], prompt
 def draw_mc_samples(
     prompt: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
 ) -> tuple[Tensor, list[Tensor]]:
-    prompt_input = tokenizer(prompt, return_tensors="pt")
+    prompt_input = tokenizer(prompt, return_tensors="pt").to(lm.device)
     prompt_input_ids, prompt_attention_mask = prompt_input["input_ids"], prompt_input["attention_mask"]
     outputs = lm.generate(
         input_ids=prompt_input_ids.repeat(num_samples, 1), attention_mask=prompt_attention_mask.repeat(num_samples, 1),
@@ -65,14 +66,14 @@ def step(
     reward: Callable[[str], float | Tensor], num_mc_samples: int,
 ) -> float:  # fmt: skip
     """One step on the drawn prompts; gives the mean reward."""
-    batch_loss = torch.zeros(())
+    batch_loss = torch.zeros((), device=lm.device)
     batch_rewards = []
     for prompt in drawn:
         prompt_length = tokenizer(prompt, return_tensors="pt")["input_ids"].shape[1]
         output_tokens, output_log_probs = draw_mc_samples(prompt, lm, tokenizer, num_mc_samples, MAX_LENGTH)
         sequence_log_probs = torch.stack([vec.sum() for vec in output_log_probs])
         output_continuations = [tokenizer.decode(tokens) for tokens in output_tokens[:, prompt_length:]]
-        rewards = torch.tensor([reward(text) for text in output_continuations], dtype=torch.float32)
+        rewards = torch.tensor([reward(text) for text in output_continuations], dtype=torch.float32, device=lm.device)
         reward_baseline = rewards.mean()
         batch_rewards.append(rewards.mean().item())
         loss = -((rewards - reward_baseline) * sequence_log_probs).mean()

@@ -3,6 +3,7 @@
 python -m benchmarks.speed run [--rounds 2]    # -> docs/speed.json, 20 minutes on two cores; nothing else should run
 python -m benchmarks.speed tables              # docs/speed.json -> the tables of docs/SPEED.md, on the terminal
 
+Where torch sees a GPU, that is measured, into docs/speed_gpu.json; `--device cpu` measures the CPU there, too.
 Needs trl: pip install -e '.[benchmarks]'. Every measurement is a process of its own (`benchmarks.speed_arms`).
 """
 
@@ -16,9 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import material
+from pipeline.distributed.device import gpu_description
 
 RESULTS = Path("docs/speed.json")
+RESULTS_OF_A_GPU = Path("docs/speed_gpu.json")
 FEW, MANY = 16, 128  # prompts a step: the slow loops take as long for each prompt of few as of many, but see MEMORY
 SCALING = (16, 32, 64, 256, 512)
 Arm = tuple[str, ...]
@@ -56,21 +61,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "tables"])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.what == "run":
-        run(options.rounds)
-    print("\n".join(tables(json.loads(RESULTS.read_text(encoding="utf-8")))))
+        run(options.rounds, options.device)
+    print("\n".join(tables(json.loads(results(options.device).read_text(encoding="utf-8")))))
 
 
-def run(rounds: int) -> None:
+def results(device: str) -> Path:
+    return RESULTS if device == "cpu" else RESULTS_OF_A_GPU
+
+
+def run(rounds: int, device: str) -> None:
     found: dict[str, Any] = {"prompts": material.prompts()[1], "tokenizer": material.tokenizer()[1], "arms": {}}
+    found |= {"gpu": gpu_description(torch.device(device))} if device == "cuda" else {}
     with tempfile.TemporaryDirectory() as folder:
         material.write_encoder(Path(folder))
         plan = [ROUND] * rounds + [ONCE, MEMORY]
         for name, arm in (pair for part in plan for pair in part.items()):
-            found["arms"].setdefault(name, []).append(measure((*arm, "--encoder", folder)))
+            found["arms"].setdefault(name, []).append(measure((*arm, "--device", device, "--encoder", folder)))
             print(name, json.dumps(found["arms"][name][-1])[:160], file=sys.stderr, flush=True)
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            results(device).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(arm: Arm) -> dict[str, Any]:
@@ -87,7 +98,8 @@ def rate(runs: list[dict[str, Any]]) -> float:
 
 def tables(found: dict[str, Any]) -> list[str]:
     arms = found["arms"]
-    return [*_rates(arms), "", *_phases(arms), "", *_scaling(arms)]
+    where = [f"On a GPU: {found['gpu']}.", ""] if "gpu" in found else []
+    return [*where, *_rates(arms), "", *_phases(arms), "", *_scaling(arms)]
 
 
 def _rates(arms: dict[str, Any]) -> list[str]:

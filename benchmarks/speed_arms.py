@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device = configure_torch(options.device, THREADS)
+    if device.type == "cuda" and options.arm in ("notebook", "trl"):
+        torch.use_deterministic_algorithms(False)  # an operation of theirs may have no such kernel on a GPU
     if options.arm == "matmul":
         print(json.dumps(matmul_rate(getattr(torch, options.precision), device)))
         return
@@ -93,7 +95,7 @@ def notebook(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
     reward: Callable[[str], Any] = lambda text: notebook_loop.has_length(text, TARGET_LENGTH)  # noqa: E731
     if options.reward == "embedding":
-        reward = notebook_loop.bert_distance(options.encoder, TARGET)
+        reward = notebook_loop.bert_distance(options.encoder, TARGET, str(device))
     times = []
     for step in range(options.steps + 1):
         count = options.prompts if step else min(options.prompts, 4)

@@ -38,8 +38,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("logits < kth", "logits <= kth"),
         (" - ordered.softmax(-1)  #", "  #"),
         ("else part / temperature", "else part"),
-        ("table[going, t] = values[self.running]", "table[self.present, t] = values"),
-        ("lengths[going] = t + 1", "lengths[going] = t"),
+        ("torch.where(self.running, values, table[self.present, t])", "values"),
+        ("distance *= 2", "distance += 2"),
+        ("torch.where(self.running, t + 1,", "torch.where(self.running, t,"),
+        ("torch.where(self.running, t + 1, self.lengths[self.present])", "t + 1"),
         ("self.tokens[self.present[rows], : t + 1]", "self.tokens[rows, : t + 1]"),
         ("self.tokens[self.present[rows], : t + 1]", "self.tokens[self.present[rows], t : t + 1]"),
         ("(t + 1 < self.limits[self.present])", "(t < self.limits[self.present])"),
@@ -265,7 +267,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(self.rank < more)", "0"),
         ("dist.all_reduce(parameter.grad)", "pass"),
         ("rows[: int(shape[0])] for", "rows for"),
-        ("dtype=torch.float64, device=device)).sum()", "dtype=torch.float64, device=device)).mean()"),
+        ("dtype=torch.float64)).sum()", "dtype=torch.float64)).mean()"),
     ]),
     "rl/samples.py": ("samples", [
         ("samples.indices[b] for b, _ in places", "b for b, _ in places"),
@@ -418,13 +420,20 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("return sqrt(x)\n", "return torch.sqrt(x)\n"),
         ("    differing = [", "    differing = [] and ["),
     ]),
+    "arithmetic/bfloat16.py": ("arithmetic", [
+        (") < SLOWER", ") > SLOWER"),
+        ("_seconds(torch.bfloat16, size) / _seconds(torch.float32, size)",
+         "_seconds(torch.float32, size) / _seconds(torch.bfloat16, size)"),
+        ("*(table.precision for table in encoders)", ""),
+    ]),
     "arithmetic/environment.py": ("arithmetic", [
         ('{"avx2", "fma"} <=', '{"avx2"} <='),
         ('not {"torch", "numpy"} & sys', 'not {"torch"} & sys'),
         ('== "portable"\n', '!= "none"\n'),
     ]),
     "distributed/device.py": ("runtime", [
-        ("use_deterministic_algorithms(True,", "use_deterministic_algorithms(False,"),
+        ("use_deterministic_algorithms(True)", "use_deterministic_algorithms(False)"),
+        (" or any(sign in said for sign in OUT_OF_MEMORY)", ""),
     ]),
     "rewards/surface.py": ("rewards", [
         ("-abs(len(completion) - target)", "abs(len(completion) - target)"),

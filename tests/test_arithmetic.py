@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arithmetic import environment, kernels
+from pipeline.arithmetic import bfloat16, environment, kernels
 from pipeline.arithmetic.environment import NUMPY, VARIABLES, choose_kernels
 from pipeline.stages import train
-from tests.project import Project
+from tests.project import ROOT, Project
 
 needs_portable = pytest.mark.skipif(not environment.supports_portable(), reason="needs an x86-64 CPU with AVX2 and FMA")
 
@@ -168,3 +169,53 @@ def test_a_run_is_not_continued_in_the_other_arithmetic(here: Project, capfd: py
         keys.add(run["train_key"])
         assert ("multiplies bfloat16 in float32" in capfd.readouterr().err) == (arithmetic == "portable")
     assert len(keys) == len(list(here.root.glob(".checkpoints/*/"))) == 2
+
+
+# --- bfloat16 where the CPU has no arithmetic for it
+
+
+@needs_portable
+def test_a_cpu_that_has_only_avx2_takes_longer_in_bfloat16(tmp_path: Path) -> None:
+    """oneDNN, kept from the other instructions of this CPU, multiplies as on such a one: 4 to 7 times as slow as in
+    float32 where that was measured."""
+    program = "from pipeline.arithmetic.bfloat16 import bfloat16_note; print(bfloat16_note('native'))"
+    done = in_python(program, tmp_path, PYTHONPATH=str(ROOT), ONEDNN_MAX_CPU_ISA="AVX2")
+    said = re.match(r"this CPU has no arithmetic for bfloat16: its products take ([\d.]+) times as long", done.stdout)
+    assert said, done.stderr
+    assert 1.5 < float(said[1]) < 50
+
+
+@pytest.mark.parametrize(
+    ("reward", "changes"),
+    [
+        ("length", {"recipes__stable__precision": "bfloat16"}),
+        ("embedding", {"rewards__embedding__precision": "bfloat16"}),
+    ],
+)
+@pytest.mark.parametrize("ratio", [4.4, 0.25])
+def test_a_run_in_bfloat16_says_first_what_it_costs(
+    here: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], reward: str,
+    changes: dict[str, str], ratio: float,
+) -> None:  # fmt: skip
+    """A CPU that has none, and one that has it; each by a measurement that is given."""
+    monkeypatch.setattr(bfloat16, "products_ratio", lambda: ratio)
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    here.edit(train__arithmetic="native", reward=reward, **changes)
+    train.main()
+    said = capfd.readouterr().err
+    assert ("its products take 4.4 times as long as in float32" in said) == (ratio > 1)
+    assert ("train.arithmetic: portable saves the memory" in said) == (ratio > 1)
+    here.edit(**dict.fromkeys(changes, "float32"))
+    train.main()
+    assert "bfloat16" not in capfd.readouterr().err
+
+
+@needs_portable
+@pytest.mark.parametrize(("flag", "native"), [("amx_bf16", "is faster"), ("avx512f", "would be slower")])
+def test_portable_bfloat16_says_whether_native_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, native: str
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nflags\t\t: fpu avx2 fma {flag}\n")
+    monkeypatch.setattr(environment, "CPU_INFO", info)
+    assert f"train.arithmetic: native {native} on this CPU" in str(bfloat16.bfloat16_note("portable"))

@@ -111,6 +111,19 @@ def test_what_another_launcher_left_over(monkeypatch: pytest.MonkeyPatch) -> Non
         device.is_launched()
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    launched = {"RANK": "5", "WORLD_SIZE": "6", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert device.own_gpu().index == 1
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"LOCAL_RANK = 2: each process needs a GPU .* torch sees 2 here; .* at most 2"):
+        device.own_gpu()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert device.own_gpu().index == 0, "LOCAL_RANK is a leftover"
+
+
 @pytest.mark.parametrize(
     ("name", "works"), [("plain", True), ("a b", True), ("a#b", False), ("a%20b", False), ("ü", False)]
 )

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +160,57 @@ def test_a_launcher_that_cannot_be_is_one_line(project: Project, monkeypatch: py
             relaunch_with_accelerate("pipeline.stages.train", Path())
 
 
+def test_what_an_accelerate_file_says_in_vain_is_named(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each setting in a line; nothing of what `accelerate config` writes by default."""
+    monkeypatch.chdir(project.root)
+    for name in ("RANK", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(accelerate.commands.launch, "launch_command", lambda _: None)
+    file = project.root / configured(project, 2)[CONFIG]
+    written = file.read_text() + "debug: false\ndowncast_bf16: 'no'\nenable_cpu_affinity: false\nfsdp_config: {}\n"
+    written += "main_training_function: main\nrdzv_backend: static\nsame_network: true\ntpu_env: []\n"
+
+    def launched(text: str) -> list[str]:
+        file.write_text(text)
+        monkeypatch.setenv(CONFIG, file.name)
+        with pytest.raises(SystemExit):
+            relaunch_with_accelerate("pipeline.stages.train", Path())
+        return capsys.readouterr().err.splitlines()
+
+    assert launched(written) == []
+    text = written.replace("mixed_precision: 'no'", "mixed_precision: bf16").replace("use_cpu: false", "use_cpu: true")
+    text = text.replace("fsdp_config: {}", "fsdp_config:\n  fsdp_offload_params: true")
+    assert launched(text + "dynamo_config:\n  dynamo_backend: INDUCTOR\n") == [
+        f"note: processes.yaml: {key} has no effect: {why}"
+        for key, why in (
+            ("mixed_precision", "the recipe's `precision` says it"), ("use_cpu", "train.device says it"),
+            ("fsdp_config", "each layer is sharded over all processes, and nothing is offloaded"),
+            ("dynamo_config", "it is a setting of accelerate's own trainer"),
+        )
+    ]  # fmt: skip
+    for kind, also in (("DEEPSPEED", ""), ("MULTI_CPU", "; on CPUs, too, MULTI_GPU"), ("MEGATRON_LM", "")):
+        file.write_text(written.replace("MULTI_GPU", kind))
+        monkeypatch.setenv(CONFIG, file.name)
+        line = f"processes.yaml: distributed_type: {kind}: should be MULTI_GPU, FSDP (sharded) or 'NO'{also}"
+        with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+            relaunch_with_accelerate("pipeline.stages.train", Path())
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_torchrun_starts_processes_as_accelerate_does(exact: Project, two: Project) -> None:
+    """By hand; the stage, which DVC runs afterwards, has nothing left to compute."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline.stages.train"]
+    done = subprocess.run(command, cwd=exact.root, env=exact.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(exact) == contents(two)
+    shutil.rmtree(exact.root / "data/policy")
+    succeed(exact)
+    assert contents(exact) == contents(two)
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_configuration_without_processes_trains_with_one(exact: Project) -> None:
@@ -214,8 +267,8 @@ def test_processes_that_would_train_different_runs_are_refused() -> None:
         there = torch.tensor([[int(others[0][:15], 16), others[1]]])
         processes: Any = SimpleNamespace(gather=lambda here, there=there: torch.cat([here, there]))
         with pytest.raises(UserError, match=r"process 0 would train from step 8 of run (ab){7}a, process 1 from step"):
-            check_ranks_in_sync(*mine, processes, torch.device("cpu"))
-        check_ranks_in_sync(*others, processes, torch.device("cpu"))
+            check_ranks_in_sync(*mine, processes)
+        check_ranks_in_sync(*others, processes)
 
 
 @pytest.mark.slow

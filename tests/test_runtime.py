@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from pipeline.distributed.device import configure_torch
+from pipeline.distributed.device import configure_torch, device_errors
 from pipeline.errors import UserError
+from pipeline.models.memory import memory_settings
 from pipeline.rl.optimizer import learning_rate, make_optimizer, optimizer_step
 from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms, generator
 from tests.models import PARAMS, recipe
@@ -108,6 +109,25 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         assert configure_torch("auto", 1).type == "cpu"
         with pytest.raises(UserError, match=r"train\.device = cuda.*auto or cpu"):
             configure_torch("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"],
+)  # fmt: skip
+def test_too_little_memory_is_one_line_that_names_what_lowers_it(said: str) -> None:
+    line = r"^out of memory: .*; less is needed with any of: a; b \(docs/SCALE.md\)$"
+    with pytest.raises(UserError, match=line), device_errors(["a", "b"]):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="a bug of ours"), device_errors(["a"]):
+        raise RuntimeError("a bug of ours")
+
+
+def test_settings_that_are_in_use_are_no_advice() -> None:
+    sizes = PARAMS.train.model_copy(update={"gradient_checkpointing": True, "lora_rank": 4, "micro_batch": 1})
+    params = PARAMS.model_copy(update={"train": sizes, "recipe": "notebook"})
+    assert memory_settings(params) == ["recipes.notebook.precision: bfloat16", "train.max_tokens below 20"]
 
 
 def test_threads_that_would_stop_the_machine_are_refused() -> None:

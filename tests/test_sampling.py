@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.config.schema import SamplingParams
 from pipeline.models.rollout import completion_limits, completion_tokens
-from pipeline.models.sampling import CDF_BLOCK, Rollout, inverse_cdf, pad_prompts, sample, truncate
+from pipeline.models.sampling import CDF_BLOCK, Rollout, doubling_sums, inverse_cdf, pad_prompts, sample, truncate
 from tests.models import EOS, all_completions, plain_logits, plain_logprobs, tiny_gpt2, tiny_neox, token_lists, uniform
 
 pytestmark = pytest.mark.numeric
@@ -206,3 +206,10 @@ def test_as_long_as_generate_makes_them_where_the_prompt_counts() -> None:
     rollout = draw(model, PROMPTS, limits, uniform(4, longest))
     for i, prompt in enumerate(PROMPTS):
         assert rollout.lengths[i] == len(greedy(model, prompt, max_length=longest))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 128, 393])
+def test_sums_by_doubling_are_the_running_sums(columns: int) -> None:
+    """What a GPU adds up in place of its cumsum, whose order is any."""
+    mass = uniform(3, columns)
+    torch.testing.assert_close(doubling_sums(mass), mass.cumsum(-1), rtol=1e-14, atol=0)

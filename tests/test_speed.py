@@ -21,6 +21,12 @@ def test_the_page_shows_the_tables_of_the_measured_run() -> None:
     assert [line for line in printed if line not in page] == []
 
 
+def test_a_gpu_s_figures_name_it_and_lie_beside_the_cpu_s() -> None:
+    found = json.loads((ROOT / speed.RESULTS).read_text(encoding="utf-8"))
+    assert speed.tables(found | {"gpu": "X, CUDA 13.0"})[0] == "On a GPU: X, CUDA 13.0."
+    assert speed.results("cuda") != speed.results("cpu") == speed.RESULTS
+
+
 def test_a_rate_is_the_median_over_rounds_and_steps() -> None:
     runs: list[dict[str, Any]] = [{"samples": 10, "seconds": [1.0, 5.0]}, {"samples": 10, "seconds": [2.0]}]
     assert speed.rate(runs) == 5

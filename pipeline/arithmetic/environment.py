@@ -25,7 +25,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 def supports_portable() -> bool:
     """Whether this machine has what the portable kernels need: Linux on x86-64 with AVX2 and FMA."""
-    return platform.machine() == "x86_64" and {"avx2", "fma"} <= set(_cpu_info().get("flags", "").split())
+    return platform.machine() == "x86_64" and {"avx2", "fma"} <= cpu_flags()
 
 
 def choose_kernels() -> None:
@@ -37,15 +37,21 @@ def choose_kernels() -> None:
         return
     if wanted and supports_portable() and not {"torch", "numpy"} & sys.modules.keys():
         os.environ.update(VARIABLES)
-        if "avx512f" in _cpu_info()["flags"].split():
+        if "avx512f" in cpu_flags():
             os.environ.update(NUMPY)
 
 
 def cpu_type() -> str:
     """What this machine's CPU is called, and the widest instructions that it has."""
     info, known = _cpu_info(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    flags = [flag for flag in known if flag in info.get("flags", "").split()]
+    flags = [flag for flag in known if flag in cpu_flags()]
     return f"{info.get('model name', platform.machine())} ({', '.join(flags)})"
+
+
+def cpu_flags() -> set[str]:
+    """The instructions of this machine's CPU, as Linux names them; none elsewhere."""
+    info = _cpu_info()
+    return set(info.get("flags", info.get("Features", "")).split())  # x86-64, arm64
 
 
 def _cpu_info() -> dict[str, str]:

@@ -6,6 +6,7 @@ own part and gathers the others' parts, so that whatever is computed from whole 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among `world_size`. With one process nothing is sent and torch.distributed is not needed."""
+    """This process among `world_size`. With one process nothing is sent and torch.distributed is not needed.
+
+    What is gathered travels from CPU to CPU, by `host_group`: numbers only, while others may wait for long, as for rank
+    0 to write a checkpoint. Gradients and sharded weights go from device to device, by torch's default group.
+    """
 
     rank: int = 0
     world_size: int = 1
     sharded: bool = False  # FSDP: each process holds a part of the policy
+    host_group: Any = None  # the process group for CPU tensors; None: torch's default one
 
     @property
     def is_main_process(self) -> bool:
@@ -48,16 +54,17 @@ class DistContext:
         """
         if self.world_size == 1:
             return part
-        shapes = self._all(torch.tensor(part.shape, device=part.device))
+        shapes = self._all(torch.tensor(part.shape))
         room = torch.stack(shapes).amax(0).tolist()
-        padded = part.new_full(room, filler)
-        padded[tuple(slice(size) for size in part.shape)] = part
-        return torch.cat([rows[: int(shape[0])] for rows, shape in zip(self._all(padded), shapes, strict=True)])
+        padded = torch.full(room, filler, dtype=part.dtype)
+        padded[tuple(slice(size) for size in part.shape)] = part.cpu()
+        whole = torch.cat([rows[: int(shape[0])] for rows, shape in zip(self._all(padded), shapes, strict=True)])
+        return whole.to(part.device)
 
     def _all(self, same: Tensor) -> list[Tensor]:
-        """The tensors of all processes, which have one shape."""
+        """The CPU tensors of all processes, which have one shape."""
         received = [torch.empty_like(same) for _ in range(self.world_size)]
-        dist.all_gather(received, same)
+        dist.all_gather(received, same, group=self.host_group)
         return received
 
     def all_reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -71,18 +78,18 @@ class DistContext:
     def barrier(self) -> None:
         """Waits until all processes are here."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
 
-    def all_reduce_max(self, value: int, device: torch.device) -> int:
-        return int(self.gather(torch.tensor([value], device=device)).max())
+    def all_reduce_max(self, value: int) -> int:
+        return int(self.gather(torch.tensor([value])).max())
 
-    def reduce_if_sharded(self, value: float, device: torch.device) -> float:
+    def reduce_if_sharded(self, value: float) -> float:
         """A sum over the weights that this process holds -> the sum over all weights."""
-        return self.all_reduce_sum(value, device) if self.sharded else value
+        return self.all_reduce_sum(value) if self.sharded else value
 
-    def all_reduce_sum(self, value: float, device: torch.device) -> float:
+    def all_reduce_sum(self, value: float) -> float:
         """The sum of a number over the processes."""
-        return self.gather(torch.tensor([value], dtype=torch.float64, device=device)).sum().item()
+        return self.gather(torch.tensor([value], dtype=torch.float64)).sum().item()
 
 
 SINGLE_PROCESS = DistContext()

@@ -5,17 +5,20 @@ accelerate may not be installed, and a launcher takes a second to import, so bot
 
 import os
 import sys
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed.accelerate_file import check_file
 from pipeline.distributed.device import LAUNCHER, is_launched, launcher_number
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.errors import UserError
 
 CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config --config_file FILE` writes
+PATIENCE = timedelta(hours=12)  # of processes that wait, as for rank 0 to write a large checkpoint; NCCL has 10 minutes
 
 
 def relaunch_with_accelerate(module: str, base: Path) -> None:
@@ -23,8 +26,8 @@ def relaunch_with_accelerate(module: str, base: Path) -> None:
     exit code of the first process that failed, which has printed its error.
 
     An environment variable, not a key of params.yaml: the number of processes is no part of a run's configuration. A
-    relative path counts from `base`. Raises UserError where the file or accelerate is missing, or the file is not what
-    accelerate writes.
+    relative path counts from `base`. Raises UserError where the file or accelerate is missing, the file is not what
+    accelerate writes, or asks for what is not here. What else of it has no effect is said on stderr.
     """
     name = os.environ.get(CONFIG)
     if not name or is_launched():
@@ -43,9 +46,10 @@ def relaunch_with_accelerate(module: str, base: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        load_config_from_file(str(config))
+        asked = load_config_from_file(str(config))
     except Exception as error:  # whatever a file can be wrong about
         raise UserError(f"{config}: not a configuration of accelerate: {error}") from error
+    check_file(name, asked)
     sys.stdout.flush()
     try:
         launch_command(launch_command_parser().parse_args(["--config_file", str(config), "--quiet", "-m", module]))
@@ -74,7 +78,9 @@ def init_process_group(device: torch.device, prompts: int) -> DistContext:
         )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # set by `accelerate launch` where its configuration says distributed_type: FSDP
-    return DistContext(dist.get_rank(), dist.get_world_size(), os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return DistContext(dist.get_rank(), dist.get_world_size(), sharded, host_group)
 
 
 def destroy_process_group(processes: DistContext) -> None:

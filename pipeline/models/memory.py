@@ -1,4 +1,4 @@
-"""Less memory with the same numbers: bfloat16 copies and activation checkpointing."""
+"""Less memory with the same numbers: bfloat16 copies and activation checkpointing; and which settings ask for them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pipeline.config.schema import Params
 
 
 def bf16_copy(model: PreTrainedModel) -> Callable[..., Any]:
@@ -47,3 +49,16 @@ def activation_checkpointing(model: PreTrainedModel, layers: bool) -> Iterator[N
     finally:
         for layer in chosen:
             del layer.forward  # the attribute of this layer; its class's method is there again
+
+
+def memory_settings(params: Params) -> list[str]:
+    """The settings that would lower the memory of training and are not in use yet, those that change least first."""
+    sizes = params.train
+    ways = [
+        (sizes.micro_batch > 1, f"train.micro_batch below {sizes.micro_batch}"),
+        (not sizes.gradient_checkpointing, "train.gradient_checkpointing: true"),
+        (params.selected_recipe.precision == "float32", f"recipes.{params.recipe}.precision: bfloat16"),
+        (not sizes.lora_rank, "train.lora_rank: 16 (adapters)"),
+        (sizes.max_tokens > 1, f"train.max_tokens below {sizes.max_tokens}"),
+    ]
+    return [way for left, way in ways if left]

@@ -76,7 +76,7 @@ def truncate(logits: Tensor, sampling_params: SamplingParams) -> Tensor:
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the more likely tokens
+        before = cumulative(ordered.softmax(-1)) - ordered.softmax(-1)  # mass of the more likely tokens
         out = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(out, -torch.inf)
     return logits
@@ -104,12 +104,29 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 def _search(mass: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """First index whose cumulative mass exceeds `goal`, and what is left of `goal` before it. An entry without mass is
     never chosen, also where rounding puts the goal at the very end."""
-    cumulative = mass.cumsum(-1)
-    goal = torch.minimum(goal, cumulative[:, -1] * (1 - 1e-15))
+    up_to = cumulative(mass)
+    goal = torch.minimum(goal, up_to[:, -1] * (1 - 1e-15))
     # the clamp is for NaN, which no comparison finds: its logprob, NaN too, then stops the run in an orderly way
-    index = torch.searchsorted(cumulative, goal[:, None], right=True).clamp(max=mass.shape[1] - 1)
+    index = torch.searchsorted(up_to, goal[:, None], right=True).clamp(max=mass.shape[1] - 1)
     # rounding can leave a hair less than nothing, and would then choose a first entry without mass
-    return index.squeeze(1), (goal - (cumulative - mass).gather(1, index).squeeze(1)).clamp(min=0)
+    return index.squeeze(1), (goal - (up_to - mass).gather(1, index).squeeze(1)).clamp(min=0)
+
+
+def cumulative(mass: Tensor) -> Tensor:
+    """Sums of each row's first 1, 2, 3, ... entries, [n, K]. CUDA's cumsum adds in any order, so there each entry
+    repeatedly adds the one 1, 2, 4, ... places before it (Hillis & Steele, 1986)."""
+    if mass.device.type == "cpu":
+        return mass.cumsum(-1)
+    return doubling_sums(mass)
+
+
+def doubling_sums(mass: Tensor) -> Tensor:
+    """`cumulative` in log2(K) additions, whose order is always the same."""
+    distance = 1
+    while distance < mass.shape[-1]:
+        mass = mass + F.pad(mass[..., :-distance], (distance, 0))
+        distance *= 2
+    return mass
 
 
 @torch.no_grad()
@@ -299,10 +316,10 @@ class _Completions:
         """Notes token t of the rows that are running."""
         if not self.logprobs:
             self.logprobs = [of_softmax.new_zeros(self.tokens.shape) for _ in range(2)]
-        going = self.present[self.running]
+        # `where`, since the host would wait for a GPU to count the rows that are running
         for table, values in zip([self.tokens, *self.logprobs], [token, of_sampler, of_softmax], strict=True):
-            table[going, t] = values[self.running]
-        self.lengths[going] = t + 1
+            table[self.present, t] = torch.where(self.running, values, table[self.present, t])
+        self.lengths[self.present] = torch.where(self.running, t + 1, self.lengths[self.present])
         self.running = self.running & ~torch.isin(token, self.eos) & (t + 1 < self.limits[self.present])
         if self.stopped is not None:
             rows = self.running.nonzero().squeeze(1)

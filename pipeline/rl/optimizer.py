@@ -58,7 +58,7 @@ def optimizer_step(
     parameters = [p for p in policy.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None])
     if processes.sharded:
-        norm = torch.tensor(processes.all_reduce_sum(norm.double().item() ** 2, norm.device) ** 0.5, device=norm.device)
+        norm = torch.tensor(processes.all_reduce_sum(norm.double().item() ** 2) ** 0.5, device=norm.device)
     if not (math.isfinite(loss) and torch.isfinite(norm)):
         optimizer.zero_grad()
         return Update(norm.item(), 0.0, True)
@@ -72,7 +72,7 @@ def optimizer_step(
         size = _square(before)
         optimizer.step()
         squares.append((size, _square(before.sub_(local_tensor(p.detach())))))
-    whole, change = (processes.reduce_if_sharded(_total(part), norm.device) for part in zip(*squares, strict=True))
+    whole, change = (processes.reduce_if_sharded(_total(part)) for part in zip(*squares, strict=True))
     return Update(norm.item(), (change / whole) ** 0.5, False)
 
 

@@ -27,11 +27,19 @@ class TrainState:
     processes: list[int | str] = dataclasses.field(
         default_factory=list
     )  # how many computed it: once more after each change
+    gpus: list[str] = dataclasses.field(default_factory=list)  # which ones, likewise; none on a CPU
 
     @property
     def step(self) -> int:
         """Steps done."""
         return len(self.rows)
+
+    def note_change(self, processes: int | str, gpu: str | None) -> None:
+        """Notes what computes from now on, where it is something else than before."""
+        if self.processes[-1:] != [processes]:
+            self.processes.append(processes)
+        if gpu and self.gpus[-1:] != [gpu]:
+            self.gpus.append(gpu)
 
     def progress_line(self, steps: int) -> str:
         """The notebook's line for the last step, with its seconds and the time that the rest will take."""

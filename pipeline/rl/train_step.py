@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import Params, SamplingParams
 from pipeline.data.prompts import Prompt
+from pipeline.models.host import on_cpu
 from pipeline.rl.advantages import (
     BASELINES,
     adaptive_kl_coef,
@@ -111,9 +112,13 @@ def train_step(
 
     # metrics, also of how far the update moved the policy
     after = score_batch(context.rollout_model, rollout.take(probe_rows), context).logprobs
+    rollout, gradient, ref_scores = on_cpu(rollout), on_cpu(gradient), on_cpu(ref_scores)
+    rewards, advantage, mask, after = rewards.cpu(), advantage.cpu(), rollout.completion_mask, after.cpu()
+    terms = terms.cpu()
+    ref_rows, probe_rows, ref_logprobs = ref_rows.cpu(), probe_rows.cpu(), ref_scores.logprobs
     watch.lap("rescore")
     metrics = {
-        **reward_metrics(rewards, group_mean(rewards) if normalized else baseline * scale, advantage),
+        **reward_metrics(rewards, (group_mean(rewards) if normalized else baseline * scale).cpu(), advantage),
         **policy_metrics(gradient.logprobs, gradient.entropy, mask),
         **reference_metrics(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows], group_size),
         **update_metrics(gradient.logprobs[probe_rows], after, mask[probe_rows], group_size),

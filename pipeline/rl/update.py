@@ -92,7 +92,7 @@ def backward(
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=keep)
     starts = list(range(mine.start, mine.stop, micro_batch))
     # FSDP needs all ranks in each forward pass: ranks with fewer micro-batches run dummy ones
-    dummy_microbatches = processes.all_reduce_max(len(starts), device) - len(starts) if processes.sharded else 0
+    dummy_microbatches = processes.all_reduce_max(len(starts)) - len(starts) if processes.sharded else 0
     with separately as squares, half, activation_checkpointing(policy, gradient_checkpointing):
         for start in starts + [mine.start] * dummy_microbatches:
             rows = slice(start, min(start + micro_batch, mine.stop))
@@ -120,12 +120,12 @@ def backward(
     snr = math.nan
     if track_microbatch_norms:
         whole = square_norm(p.grad for p in policy.parameters())
-        squared = torch.tensor([float(square) for square in squares], dtype=torch.float64, device=device)
-        sizes = torch.tensor([len(part[0]) for part in parts], device=device)
+        squared = torch.tensor([float(square) for square in squares], dtype=torch.float64)
+        sizes = torch.tensor([len(part[0]) for part in parts])
         snr = signal_to_noise(whole, processes.gather(squared).tolist(), processes.gather(sizes).tolist())
     logprobs, scored, entropy = (processes.gather(torch.cat(tensors)) for tensors in zip(*parts, strict=True))
-    share = processes.all_reduce_sum(clipped, device) / max(int(batch.loss_mask.sum()), 1)
-    return BackwardResult(processes.all_reduce_sum(total, device), logprobs, scored, entropy, share, snr)
+    share = processes.all_reduce_sum(clipped) / max(int(batch.loss_mask.sum()), 1)
+    return BackwardResult(processes.all_reduce_sum(total), logprobs, scored, entropy, share, snr)
 
 
 def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:

@@ -19,7 +19,7 @@ from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.curve import curve_rows
 from pipeline.diagnosis.text import ending_shares, text_statistics
-from pipeline.distributed.device import configure_torch
+from pipeline.distributed.device import configure_torch, device_errors
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import finite_or_none, folder_digests, read_jsonl, sha256, write_json, write_jsonl
 from pipeline.models.load import end_of_text_ids, load_layout, load_policy, load_tokenizer
@@ -59,17 +59,18 @@ def main() -> None:
         raise UserError(f"{RUN_FILES.heldout}: no such file; run `dvc repro train`")
     heldout = read_jsonl(RUN_FILES.heldout)
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
-    stored = stored_classifiers(CLASSIFIERS, INDEPENDENT)
-    tables = measured_rewards(params, prompts, stored)
-    cuts = {name: Cuts() for name in tables}
-    rewards = {
-        name: build_reward(name, table, CHECKPOINT / "encoder", device, stored, cuts[name])
-        for name, table in tables.items()
-    }
-    metrics, rows = evaluate(params, prompts, device, rewards)
-    curve = curve_rows(
-        heldout, heldout_scores(heldout, prompts, params.reward, rewards), params.reward, partial(draw, params)
-    )
+    with device_errors([f"evaluate.samples_per_prompt below {params.evaluate.samples_per_prompt}", "a smaller model"]):
+        stored = stored_classifiers(CLASSIFIERS, INDEPENDENT)
+        tables = measured_rewards(params, prompts, stored)
+        cuts = {name: Cuts() for name in tables}
+        rewards = {
+            name: build_reward(name, table, CHECKPOINT / "encoder", device, stored, cuts[name])
+            for name, table in tables.items()
+        }
+        metrics, rows = evaluate(params, prompts, device, rewards)
+        curve = curve_rows(
+            heldout, heldout_scores(heldout, prompts, params.reward, rewards), params.reward, partial(draw, params)
+        )
     for name, counted in cuts.items():
         if counted.cut:
             print(counted.note(name), file=sys.stderr)

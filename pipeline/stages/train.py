@@ -15,12 +15,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pipeline.arithmetic.bfloat16 import bfloat16_note, uses_bfloat16
+from pipeline.arithmetic.environment import Arithmetic
 from pipeline.config.load import load_params
 from pipeline.config.schema import SELECTORS, Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.verdict import TITLES, Finding, confirmed_healthy_steps, findings
 from pipeline.distributed import launch
-from pipeline.distributed.device import arithmetic_in_effect, configure_torch
+from pipeline.distributed.device import arithmetic_in_effect, configure_torch, device_errors, gpu_description
 from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.weights import load_optimizer_state, load_weights, optimizer_state, trained_weights
 from pipeline.errors import UserError, run_stage
@@ -34,6 +36,7 @@ from pipeline.file_io import (
     write_jsonl,
 )
 from pipeline.models.load import load_layout
+from pipeline.models.memory import memory_settings
 from pipeline.paths import BEST, CHECKPOINT, CLASSIFIERS, HEALTHY, HELDOUT_PROMPTS, POLICY, RUN_FILES, TRAIN_PROMPTS
 from pipeline.rewards.classifier import Cuts
 from pipeline.rewards.columns import searches_patterns
@@ -58,10 +61,7 @@ NO_PORTABLE = (
     "train.arithmetic = portable needs Linux on an x86-64 CPU with AVX2 and FMA: this run is native, its bytes are "
     "those of this type of device"
 )
-SLOW_BFLOAT16 = (
-    "portable arithmetic multiplies bfloat16 in float32, which saves memory and no time; train.arithmetic: native is "
-    "faster on a CPU that has arithmetic for it"
-)
+NATIVE_GPU = "train.arithmetic = portable is for CPUs: this run is native, its bytes are those of this type of GPU"
 UNDO = "undo that and repeat the command, which then only writes the result; to train with the change, just repeat it"
 
 
@@ -79,10 +79,8 @@ def main() -> None:
         sample_files.check_pyarrow()
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     identity = run_identity(params, device)
-    if identity["arithmetic"] != params.train.arithmetic:
-        print(f"note: {NO_PORTABLE}", file=sys.stderr)
-    elif identity["arithmetic"] == "portable" and params.selected_recipe.precision == "bfloat16":
-        print(f"note: {SLOW_BFLOAT16}", file=sys.stderr)
+    for note in arithmetic_notes(params, identity["arithmetic"], device):
+        print(f"note: {note}", file=sys.stderr)
     folder = workspace.resume_folder(identity["train_key"])
     processes = launch.init_process_group(device, params.train.prompts_per_step)
     with ExitStack() as locks:
@@ -92,8 +90,17 @@ def main() -> None:
             locks.enter_context(checkpoints.exclusive_lock(IN_FOLDER, "in this folder"))
             discard_states(folder, identity, params)
         processes.barrier()
-        train(params, identity, folder, device, processes)
+        with device_errors(memory_settings(params)):
+            train(params, identity, folder, device, processes)
     launch.destroy_process_group(processes)
+
+
+def arithmetic_notes(params: Params, arithmetic: Arithmetic, device: torch.device) -> list[str]:
+    """What is to be said of a run's arithmetic before it starts, a line each."""
+    bfloat16 = bfloat16_note(arithmetic) if device.type == "cpu" and uses_bfloat16(params) else None
+    native = NO_PORTABLE if device.type == "cpu" else NATIVE_GPU
+    portable = native if arithmetic != params.train.arithmetic else None
+    return [note for note in (portable, bfloat16) if note]
 
 
 def discard_states(folder: Path, identity: dict[str, Any], params: Params) -> None:
@@ -112,8 +119,9 @@ def discard_states(folder: Path, identity: dict[str, Any], params: Params) -> No
 
 
 def run_record(identity: dict[str, Any], run: TrainState) -> dict[str, Any]:
-    """The content of run.json: what the result depends on. The number of processes moves its last digits."""
-    return {**identity, "processes": run.processes}
+    """The content of run.json: what the result depends on. The number of processes moves its last digits, and so does
+    the GPU, where there is one."""
+    return {**identity, "processes": run.processes} | ({"gpus": run.gpus} if run.gpus else {})
 
 
 def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
@@ -175,13 +183,13 @@ def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.
     context, policy = build_context(params, device, processes)
     optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
     run = resume(folder, policy, optimizer)
-    check_ranks_in_sync(identity["train_key"], run.step, processes, device)
+    check_ranks_in_sync(identity["train_key"], run.step, processes)
     sync_rollout_model(context, policy)
     if not run.calibration:
         batches = progress(range(params.train.calibration_batches), "calibration", processes.is_main_process)
         run.calibration = calibrate(context, batches)
-    if run.processes[-1:] != [processes.description] and not is_finished(run, params):
-        run.processes.append(processes.description)
+    if not is_finished(run, params):
+        run.note_change(processes.description, gpu_description(device))
     if run.step and processes.is_main_process:  # a kill may have come after the state and before these files
         write_progress(folder, run)
     with follower(folder, run_record(identity, run)) if processes.is_main_process else nullcontext():
@@ -219,7 +227,7 @@ def loop(
                     announced.add(finding.kind)
             measure_heldout(run, context, policy, folder, found)
             bar.update()
-            signal = processes.all_reduce_max(signals[0] if signals else 0, context.device)
+            signal = processes.all_reduce_max(signals[0] if signals else 0)
             if run.step % every == 0 or run.step == steps or run.stopped or signal:
                 save_checkpoint(folder, run, policy, optimizer, context, found)
             if signal and run.step < steps:
@@ -242,10 +250,7 @@ def keep_samples(samples: StepSamples, run: TrainState, context: TrainContext, f
 
 def note_cuts(context: TrainContext) -> None:
     """Collective call: say how many inputs of classifiers were cut since this start."""
-    inputs, cut = (
-        int(context.processes.all_reduce_sum(count, context.device))
-        for count in (context.cuts.inputs, context.cuts.cut)
-    )
+    inputs, cut = (int(context.processes.all_reduce_sum(count)) for count in (context.cuts.inputs, context.cuts.cut))
     if cut and context.processes.is_main_process:
         print(Cuts(inputs, cut).note(context.params.reward), file=sys.stderr)
 
@@ -283,9 +288,9 @@ def resume(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimiz
     return TrainState(**state["run"])
 
 
-def check_ranks_in_sync(train_key: str, step: int, processes: DistContext, device: torch.device) -> None:
+def check_ranks_in_sync(train_key: str, step: int, processes: DistContext) -> None:
     """Raises UserError unless all processes are at the same step of the same run: they need one shared folder."""
-    mine = torch.tensor([[int(train_key[:15], 16), step]], device=device)
+    mine = torch.tensor([[int(train_key[:15], 16), step]])
     first, *others = processes.gather(mine).tolist()
     for rank, other in enumerate(others, 1):
         if other != first:
