@@ -147,7 +147,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("torch.where(terms.isnan(), 0.0, factors * terms)", "factors * terms"),
         ("(centred * centred.sum(0))", "(centred * centred)"),
         ("return covariances / covariances.sum()", "return covariances / covariances.abs().sum()"),
-        ("signals(terms, weights, combine)", "added"),
+        ("signals(terms, weights, combine)", "signals(terms, weights, \"sum\")"),
         ("return values - values[..., :1]", "return values"),
         ("if len(group) > 1", "if len(group) > 0"),
     ]),
