@@ -424,7 +424,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         (") < SLOWER", ") > SLOWER"),
         ("_seconds(torch.bfloat16, size) / _seconds(torch.float32, size)",
          "_seconds(torch.float32, size) / _seconds(torch.bfloat16, size)"),
-        ("*(table.precision for table in encoders)", ""),
+        (", *own]", "]"),
     ]),
     "arithmetic/environment.py": ("arithmetic", [
         ('{"avx2", "fma"} <=', '{"avx2"} <='),
