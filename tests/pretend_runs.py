@@ -107,6 +107,8 @@ def planted() -> str:
         two_steps("cuda", {})
     except RuntimeError as error:
         return str(error)
+    finally:
+        scoring.pack = real
     return ""
 
 
