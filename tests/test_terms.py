@@ -57,7 +57,9 @@ def test_shares_by_hand() -> None:
         "step": 3, "term": "one", "weight": 0.5, "scored_share": 0.75, "mean": 5 / 3, "mean_weighted": 2.5 / 4,
         "std_within": 8**0.5, "std_within_weighted": ((2 + 0.125) / 2) ** 0.5, "share": 1.0,
     }  # fmt: skip
-    nothing = term_rows(0, torch.tensor([[[0.1, 0.1, 0.1]], [[math.nan] * 3]]).double(), {"a": 1.0, "b": 1.0}, "sum")
+    nothing = term_rows(
+        0, torch.tensor([[[0.1] * 7], [[math.nan] * 7]], dtype=torch.float64), {"a": 1.0, "b": 1.0}, "sum"
+    )
     assert [row["share"] for row in nothing] == [None, None]
     assert (nothing[0]["std_within_weighted"], nothing[1]["mean"], nothing[1]["std_within"]) == (0.0, None, None)
 
