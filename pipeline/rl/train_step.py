@@ -6,12 +6,14 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import Params, SamplingParams
 from pipeline.data.prompts import Prompt
+from pipeline.models.sampling import Rollout
 from pipeline.rl.advantages import (
     BASELINES,
     adaptive_kl_coef,
     advantages,
     log_ratios,
     next_running_mean,
+    overlong_penalties,
     reward_scale,
     with_kl_penalty,
 )
@@ -28,6 +30,7 @@ from pipeline.rl.metrics import (
     update_metrics,
 )
 from pipeline.rl.optimizer import learning_rate
+from pipeline.rl.resample import Groups, replace_flat_groups
 from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms
 from pipeline.rl.state import TrainState
 from pipeline.rl.update import Batch, make_loss_mask, update_policy
@@ -46,13 +49,18 @@ def train_step(
     prompts = [context.prompts[i] for i in indices]
     uniforms = draw_uniforms(params.seed, step, "sample", len(prompts) * group_size, sizes.max_tokens)
     rollout = sample_batch(prompts, context, context.rollout_model, uniforms)
-    mask = rollout.completion_mask
     watch.lap("sample")
 
     # rewards: r(x, y), and in units of their spread before training
     completions, rewards = reward_batch(prompts, rollout, context, step)
+    drawn, sampled = rewards, rewards.numel()  # what metrics call the reward, whatever is learned from
+    if recipe.resample_rounds > 0:
+        groups, more = replace_flat_groups(Groups(prompts, rollout, completions, rewards), context, step)
+        prompts, rollout, completions, rewards = groups.prompts, groups.rollout, groups.completions, groups.rewards
+        sampled += more
+    mask = rollout.completion_mask
     scale = reward_scale(state.calibration) if recipe.scale_rewards == "calibration" else 1.0
-    scaled_rewards = rewards / scale
+    scaled_rewards = with_overlong_penalty(rewards, rollout, params) / scale
     watch.lap("reward")
 
     # reference logprobs: log pi_ref(y | x), of all completions for a KL term, else of some, to measure the distance
@@ -108,7 +116,7 @@ def train_step(
     after = score_batch(context.rollout_model, rollout.take(probe_rows), context).logprobs
     watch.lap("rescore")
     metrics = {
-        **reward_metrics(rewards, baseline * scale, advantage),
+        **reward_metrics(drawn, baseline * scale, advantage),
         **policy_metrics(gradient.logprobs, gradient.entropy, mask),
         **reference_metrics(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows], group_size),
         **update_metrics(gradient.logprobs[probe_rows], after, mask[probe_rows], group_size),
@@ -127,7 +135,8 @@ def train_step(
     if recipe.baseline == "running":
         state.running_mean = next_running_mean(state.running_mean, rewards_with_kl, recipe.baseline_decay)
     watch.lap("diagnostics")
-    state.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
+    sampled += len(prompts) if recipe.baseline == "greedy" else 0
+    state.timings.append(timing_row(watch.seconds, sampled, context.device))
 
 
 def baseline_inputs(
@@ -144,12 +153,21 @@ def baseline_inputs(
     rollout = sample_batch(
         prompts, context, context.rollout_model, uniforms, SamplingParams(recipe.temperature, top_k=1)
     )
-    rewards = reward_batch(prompts, rollout, context, state.step)[1] / scale  # [B, 1]
-    if recipe.kl == "reward_k1":  # the samples are penalised: without it, the penalty would stay in every advantage
+    rewards = reward_batch(prompts, rollout, context, state.step)[1]  # [B, 1]
+    rewards = with_overlong_penalty(rewards, rollout, context.params) / scale
+    if recipe.kl == "reward_k1":  # the samples are penalised, by both: else it would stay in every advantage
         with context.reference() as reference:
             ref_logprobs = score_batch(reference, rollout, context).logprobs
         rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, rollout.completion_mask, kl_coef)
     return rewards.squeeze(1)
+
+
+def with_overlong_penalty(rewards: Tensor, rollout: Rollout, params: Params) -> Tensor:
+    """Rewards [B, G] less what the recipe takes from completions that come near the limit."""
+    buffer, penalty = params.selected_recipe.overlong_buffer, params.selected_recipe.overlong_penalty
+    if buffer == 0:
+        return rewards
+    return rewards - overlong_penalties(rollout.lengths, params.train.max_tokens, buffer, penalty).view_as(rewards)
 
 
 def draw_probe_rows(params: Params, step: int, device: torch.device) -> Tensor:
