@@ -22,7 +22,7 @@ from tests.project import CHECKOUT, ROOT, copy_checkout
 
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
-    "verdict", "runtime", "heldout", "algorithms",
+    "verdict", "runtime", "heldout", "algorithms", "pass_at_k",
     "rewards", "large", "verification", "tokenization", "chat", "stop_strings", "halving",
 )  # fmt: skip
 
@@ -167,6 +167,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(pull < 0) & ", "(pull <= 0) & "),
         ("ratio > 1 + high", "ratio > 1 - high"),
         ("ratio > 1 + high", "ratio > 1 + clip_range"),
+    ]),
+    "diagnosis/pass_at_k.py": ("pass_at_k", [
+        ("math.comb(samples - c, k) /", "math.comb(c, k) /"),
+        ("1 - torch.tensor", "torch.tensor"),
     ]),
     "rl/resample.py": ("algorithms", [
         ("source[place] = len(groups.prompts) + new", "source[place] = len(groups.prompts) + place"),

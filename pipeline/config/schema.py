@@ -240,6 +240,8 @@ class CustomReward(Table):
     params: dict[Key, JsonValue] = {}
 
 
+VERIFIABLE = MatchReward | FormatReward  # 1 where a completion is right, else 0
+
 PlainReward = EmbeddingReward | LengthReward | WordsReward | MatchReward | FormatReward | CustomReward
 
 

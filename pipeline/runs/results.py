@@ -1,7 +1,7 @@
 """What the stages write of a run: the shape of each file, and one reader for all of them."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
@@ -86,13 +86,19 @@ def gain_text(difference: Interval, digits: str = ".3g") -> str:
     return f"{mean:+{digits}} ({interval})"
 
 
-class Comparison(TypedDict):
-    """One reward on held-out prompts: the reference, the trained policy, their difference."""
+class Compared(TypedDict):
+    """On held-out prompts: the reference, the trained policy, their difference."""
 
     checkpoint: Interval
     policy: Interval
     difference: Interval
+
+
+class Comparison(Compared):
+    """One reward."""
+
     win_rate: float | None
+    pass_at: NotRequired[dict[str, Compared]]  # by k, of a reward of 0 or 1
 
 
 class Sides(TypedDict):

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.load import load_params
-from pipeline.config.schema import Params
+from pipeline.config.schema import VERIFIABLE, Params
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.curve import curve_rows
+from pipeline.diagnosis.pass_at_k import measured_k, pass_at_k
 from pipeline.diagnosis.text import ending_shares, text_statistics
 from pipeline.distributed.device import configure_torch
 from pipeline.errors import UserError, run_stage
@@ -107,6 +108,8 @@ def evaluate(
         both = torch.tensor([reward(batch) for batch in asked], dtype=torch.float64)
         scores[name] = both.view(2, len(prompts), group)
         metrics[name] = compare(scores[name], params)
+        if isinstance(params.rewards[name], VERIFIABLE):
+            metrics[name]["pass_at"] = compare_solved(scores[name], params)
     rows = [
         {
             "prompt": prompt.text, "sample": g, **{name: texts[name][b * group + g] for name in NAMES},
@@ -249,11 +252,22 @@ def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
     rewards [2, B, G]: reference, policy. win_rate: share of pairs in which the policy's reward is higher, ties count
     half.
     """
-    checkpoint, policy = rewards.mean(2)  # [B]
     wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()
+    return intervals(rewards.mean(2), params) | {"win_rate": wins.mean().item()}
+
+
+def compare_solved(rewards: Tensor, params: Params) -> dict[str, Any]:
+    """pass@k of both models and of the paired difference, by k. rewards [2, B, G]: 0 or 1."""
+    right, samples = rewards.sum(2).long(), rewards.shape[2]
+    return {str(k): intervals(pass_at_k(right, samples, k), params) for k in measured_k(samples)}
+
+
+def intervals(values: Tensor, params: Params) -> dict[str, Any]:
+    """Of the reference's and the policy's values [2, B] by prompt: means and the mean difference, with intervals."""
+    checkpoint, policy = values
     pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
     indices = draw(params, len(checkpoint))
-    return {name: interval(values, indices) for name, values in pairs.items()} | {"win_rate": wins.mean().item()}
+    return {name: interval(of_prompts, indices) for name, of_prompts in pairs.items()}
 
 
 if __name__ == "__main__":
