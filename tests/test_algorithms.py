@@ -1,4 +1,4 @@
-"""What DAPO adds: groups without a spread are drawn anew, and long completions are penalised before the limit."""
+"""The algorithms' recipes, and what DAPO adds: groups without a spread are drawn anew, long completions penalised."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from pipeline.rl import resample
 from pipeline.rl.advantages import overlong_penalties
 from pipeline.rl.resample import Groups, joined, replace_flat_groups
 from pipeline.stages import train
-from tests.models import rollout_of
+from tests.models import PARAMS, rollout_of
 from tests.project import Project
 from tests.training import forget, history
 
@@ -138,3 +138,39 @@ def test_an_overlong_penalty_is_in_the_advantages_and_not_in_the_reward(here: Pr
         assert [row["advantage"] for row in rows] == pytest.approx(truth)
     else:  # of the greedy completions, which are not on record: their lengths count
         assert plain["baseline"] - 3.0 <= penalised["baseline"] < plain["baseline"]
+
+
+# --- the recipes: what one differs from another by, besides its learning rate, is its idea
+
+IDEAS: dict[tuple[str, str], dict[str, object]] = {
+    ("reinforce", "reinforce_running_mean"): {"baseline": "running"},
+    ("reinforce", "rloo"): {"baseline": "rloo"},
+    ("reinforce", "remax"): {"baseline": "greedy"},
+    ("rloo", "dr_grpo"): {"baseline": "group", "aggregation": "constant_length"},
+    ("dr_grpo", "grpo"): {"advantage_norm": "group", "aggregation": "sequence_mean"},
+    ("rloo", "ppo_clip"): {"importance": "token", "clip_range": 0.2, "epochs": 4},
+    ("grpo", "dapo"): {
+        "aggregation": "token_mean", "importance": "token", "clip_range": 0.2, "clip_range_high": 0.28, "epochs": 4,
+        "overlong_buffer": 4, "resample_rounds": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("start", "other"), IDEAS)
+def test_a_recipe_differs_from_another_by_its_idea(start: str, other: str) -> None:
+    before, after = (PARAMS.recipes[name].model_dump() for name in (start, other))
+    assert {key: value for key, value in after.items() if value != before[key] and key != "lr"} == IDEAS[start, other]
+
+
+def test_what_a_recipe_leaves_out_is_reinforce_as_stable_writes_it_without_its_terms() -> None:
+    """Of all keys that `stable` writes, those that are not its own choice are the defaults."""
+    stable, plain = (PARAMS.recipes[name].model_dump() for name in ("stable", "reinforce"))
+    own = {"baseline", "scale_rewards", "kl", "kl_coef", "kl_target"}
+    assert {key for key, value in stable.items() if plain[key] != value} == own
+
+
+@pytest.mark.parametrize("name", sorted({name for pair in IDEAS for name in pair}))
+def test_every_algorithm_trains(here: Project, name: str) -> None:
+    here.edit(recipe=name, train__steps=2)
+    train.main()
+    assert [row["nonfinite"] for row in history(here)] == [0.0, 0.0]
