@@ -65,6 +65,12 @@ def samples_until(row: Row, level: float) -> float:
     return math.inf
 
 
+def reach(runs: Sequence[Row], level: float) -> str:
+    """How many runs reach the level in training, and the median of their thousand samples until then."""
+    found = [drawn for row in runs if (drawn := samples_until(row, level)) < math.inf]
+    return f"{len(found)} of {len(runs)}" + (f", {statistics.median(found) / 1000:.3g}" if found else "")
+
+
 def algorithms_table(rows: Sequence[Row], task: str) -> str:
     """A row an algorithm: what it reached."""
     seconds = {row["recipe"]: row["seconds"] for row in rows if (row["group"], row["task"]) == ("time", task)}
@@ -77,7 +83,8 @@ def algorithms_table(rows: Sequence[Row], task: str) -> str:
         "samples a step",
         "seconds a step",
     ]
-    cells = [titles]
+    solved = task == "arithmetic"
+    cells = [titles + [f"runs that solve {ENOUGH:.0%} in training, after thousand samples"] * solved]
     for recipe in RECIPES:
         if not (runs := reported(rows, task, recipe)):
             continue
@@ -85,7 +92,8 @@ def algorithms_table(rows: Sequence[Row], task: str) -> str:
         drawn = statistics.fmean(statistics.fmean(row["samples"]) for row in runs)
         time = f"{seconds[recipe]:.2f}" if recipe in seconds else "not measured"
         gained = str(mean_over_seeds(list(gains(runs).values())))
-        cells.append([f"`{recipe}`", f"{runs[0]['lr']:g}", str(len(runs)), gained, str(ends), f"{drawn:.0f}", time])
+        told = [f"`{recipe}`", f"{runs[0]['lr']:g}", str(len(runs)), gained, str(ends), f"{drawn:.0f}", time]
+        cells.append(told + [reach(runs, ENOUGH)] * solved)
     return markdown_table(cells)
 
 
