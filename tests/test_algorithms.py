@@ -93,7 +93,7 @@ def one_in_two(here: Project) -> None:
     here.edit(recipes__stable__kl="none", recipes__stable__scale_rewards="none", train__samples_per_prompt=2)
 
 
-def test_a_run_learns_from_more_groups_and_reports_the_reward_of_the_drawn(here: Project) -> None:
+def test_a_run_learns_from_redrawn_groups_and_reports_the_first(here: Project) -> None:
     one_in_two(here)
     train.main()
     plain = history(here)
@@ -162,7 +162,7 @@ def test_a_recipe_differs_from_another_by_its_idea(start: str, other: str) -> No
     assert {key: value for key, value in after.items() if value != before[key] and key != "lr"} == IDEAS[start, other]
 
 
-def test_what_a_recipe_leaves_out_is_reinforce_as_stable_writes_it_without_its_terms() -> None:
+def test_what_a_recipe_leaves_out_is_stable_without_its_terms() -> None:
     """Of all keys that `stable` writes, those that are not its own choice are the defaults."""
     stable, plain = (PARAMS.recipes[name].model_dump() for name in ("stable", "reinforce"))
     own = {"baseline", "scale_rewards", "kl", "kl_coef", "kl_target"}
