@@ -22,7 +22,7 @@ class Stopwatch:
 
 
 def timing_row(seconds: dict[str, float], samples: int, device: torch.device) -> dict[str, float]:
-    """Phase times, throughput and peak memory of a step."""
+    """Phase times, throughput and peak memory of a step. samples: all that it drew, used or not."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
@@ -31,7 +31,13 @@ def timing_row(seconds: dict[str, float], samples: int, device: torch.device) ->
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     total = sum(seconds.values())
     now = int(time.time() * 1000)
-    return {"timestamp_ms": now, **seconds, "samples_per_second": samples / total, "peak_memory_mb": peak}
+    return {
+        "timestamp_ms": now,
+        **seconds,
+        "samples": samples,
+        "samples_per_second": samples / total,
+        "peak_memory_mb": peak,
+    }
 
 
 def time_left(seconds: float, count: int) -> str:

@@ -22,7 +22,7 @@ from tests.project import CHECKOUT, ROOT, copy_checkout
 
 TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
-    "verdict", "runtime", "heldout",
+    "verdict", "runtime", "heldout", "algorithms", "pass_at_k",
     "rewards", "terms", "samples", "page_samples", "large", "verification", "tokenization", "chat", "stop_strings",
     "halving",
 )  # fmt: skip
@@ -129,6 +129,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("return mean if before is None else decay * before + (1 - decay) * mean", "return mean"),
         ("else decay * before + (1 - decay) * mean", "else (1 - decay) * before + decay * mean"),
         ("centred = rewards - baseline", "centred = rewards + baseline"),
+        ("(longest - buffer)).clamp(min=0)", "(longest - buffer))"),
         ("rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
         ("(rewards.std() + eps)", "(rewards.std(1, keepdim=True) + eps)"),
         ("(count - 1).clamp(min=1)", "count.clamp(min=1)"),
@@ -186,8 +187,20 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ('level == "sequence"', 'level == "token"'),
         ("(pull > 0) & ", ""),
         ("(pull < 0) & ", "(pull <= 0) & "),
-        ("ratio > 1 + clip_range", "ratio > 1 - clip_range"),
+        ("ratio > 1 + high", "ratio > 1 - high"),
+        ("ratio > 1 + high", "ratio > 1 + clip_range"),
     ]),
+    "diagnosis/pass_at_k.py": ("pass_at_k", [
+        ("math.comb(samples - c, k) /", "math.comb(c, k) /"),
+        ("1 - torch.tensor", "torch.tensor"),
+    ]),
+    "rl/resample.py": ("algorithms", [
+        ("source[place] = len(groups.prompts) + new", "source[place] = len(groups.prompts) + place"),
+        ("drawn.rewards[: len(flat)]", "drawn.rewards"),
+        ("place * group + g for", "place + g for"),
+        ("gap[::-1] for gap", "gap for gap"),
+    ]),
+    "timing.py": ("algorithms", [('"samples": samples,', '"samples": 6,')]),
     "config/schema.py": ("gradient", [
         ('if self.loss_distribution == "sampler" else SamplingParams(self.temperature)',
         "if False else SamplingParams(self.temperature)"),

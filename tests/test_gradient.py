@@ -43,6 +43,7 @@ RECIPES = {
     "importance": {"importance": "sequence"},
     "importance, padding counted": {"importance": "sequence", "padding": "counted"},
     "importance of tokens, clipped": {"importance": "token", "clip_range": 0.2},
+    "importance of tokens, clipped less above": {"importance": "token", "clip_range": 0.2, "clip_range_high": 0.4},
     "shifted loss_k2": {"alignment": "shifted", "padding": "counted", "kl": "loss_k2", "kl_coef": COEF},
 }  # fmt: skip
 
@@ -74,7 +75,8 @@ def ratio_times_score(scored: Tensor, old: Tensor, n: int, advantage: Tensor, ch
     ratios = (scored[:n] - old[:n]).detach().exp()
     if chosen.importance == "sequence":
         return ratios.prod() * scored
-    beyond = (ratios - 1) * advantage.sign() > chosen.clip_range
+    limit = chosen.clip_range_high if advantage > 0 and chosen.clip_range_high else chosen.clip_range
+    beyond = (ratios - 1) * advantage.sign() > limit
     return torch.cat([torch.where(beyond, 0.0, ratios) * scored[:n], scored[n:]])
 
 

@@ -38,20 +38,25 @@ def test_whole_completions_weighed_by_their_ratio_are_unbiased(level: str, limit
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 10_000), st.sampled_from(["token", "sequence"]), st.floats(0.01, 0.9))
-def test_the_gradient_is_that_of_ppo_s_clipped_surrogate(seed: int, level: str, clip_range: float) -> None:
-    """min(r A, clip(r) A) as it is published, through autograd."""
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(["token", "sequence"]),
+    st.floats(0.01, 0.9),
+    st.just(0) | st.floats(0.01, 0.9),
+)
+def test_the_gradient_is_that_of_ppo_s_clipped_surrogate(seed: int, level: str, clip_range: float, high: float) -> None:
+    """min(r A, clip(r) A) as it is published, through autograd; with DAPO's limit above 1, or without one."""
     lengths = torch.tensor([3, 1, 4])
     mask, advantage = mask_of(lengths, 4), random(3, seed=seed + 1)
     new = (-1 + 0.3 * random(3, 4, seed=seed)).requires_grad_()
     old = -1 + 0.3 * random(3, 4, seed=seed + 2)
     difference_of_logs = torch.where(mask, new - old, 0.0)
     ratio = (difference_of_logs.sum(1, keepdim=True) if level == "sequence" else difference_of_logs).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - clip_range, 1 + (high or clip_range))
     surrogate = torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None])
     loss = -(surrogate.squeeze(1) if level == "sequence" else (surrogate * mask).sum(1)).sum() / 3
     truth = torch.autograd.grad(loss, new)[0]
-    factors, cut = importance_weights(new, old, mask, advantage, level, clip_range)
+    factors, cut = importance_weights(new, old, mask, advantage, level, clip_range, high)
     assert not factors.requires_grad
     assert not importance_weights(new, old, mask, torch.zeros(3), level, clip_range)[1].any()  # it pulls nowhere
     weights = token_weights(mask, "sequence_sum", size_of(mask)) * factors.masked_fill(cut, 0.0)

@@ -257,6 +257,8 @@ class CustomReward(Table):
     params: dict[Key, JsonValue] = {}
 
 
+VERIFIABLE = MatchReward | FormatReward  # 1 where a completion is right, else 0
+
 PlainReward = (
     EmbeddingReward | ClassifierReward | LengthReward | WordsReward | MatchReward | FormatReward | CustomReward
 )
@@ -323,38 +325,45 @@ class SamplingParams:
 
 
 class Recipe(Table):
-    """The algorithm. An ablation can change each choice alone."""
+    """The algorithm. An ablation can change each choice alone.
 
-    alignment: Literal["correct", "shifted"]
-    loss_distribution: Literal["full", "sampler"]
-    prompt_sampling: Literal["shuffled", "replacement"]
-    length_limit: Literal["completion", "total"]
-    padding: Literal["masked", "counted"]
-    special_tokens: Literal["strip", "keep"]
-    temperature: float = Field(gt=0, le=100)
-    top_k: int = Field(ge=0, description="0 is off")
-    top_p: float = Field(gt=0, le=1, description="1 is off")
+    A key that is left out is REINFORCE as it is written down: no term besides the policy gradient.
+    """
+
+    alignment: Literal["correct", "shifted"] = "correct"
+    loss_distribution: Literal["full", "sampler"] = "full"
+    prompt_sampling: Literal["shuffled", "replacement"] = "shuffled"
+    length_limit: Literal["completion", "total"]  # written in each recipe, since `cache` depends on it in dvc.yaml
+    padding: Literal["masked", "counted"] = "masked"
+    special_tokens: Literal["strip", "keep"] = "strip"
+    temperature: float = Field(1.0, gt=0, le=100)
+    top_k: int = Field(0, ge=0, description="0 is off")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 is off")
     stop_strings: tuple[Text, ...] = Field((), description="texts that end a completion", strict=False)
     baseline: Literal["none", "batch", "group", "rloo", "running", "greedy"]
-    baseline_decay: float = Field(ge=0, lt=1, description="share of the running mean that a step keeps")
+    baseline_decay: float = Field(0.9, ge=0, lt=1, description="share of the running mean that a step keeps")
     scale_rewards: Literal["none", "calibration"] = "none"
-    advantage_norm: Literal["none", "group", "batch"]
-    aggregation: Literal["sequence_sum", "sequence_mean", "token_mean", "constant_length"]
-    importance: Literal["none", "token", "sequence"]
-    clip_range: float = Field(ge=0, description="0 is off")
-    epochs: int = Field(ge=1, le=1000, description="updates on each batch")
-    kl: Literal["none", "reward_k1", "loss_k2", "loss_k3"]
-    kl_coef: float = Field(ge=0, description="scaled reward units per nat")
-    kl_target: float = Field(ge=0, description="nats per completion, above which kl_coef rises; 0 = fixed")
-    entropy_coef: float = Field(ge=0, description="scaled reward units per nat; 0 is off")
-    optimizer: Literal["adam", "sgd"]
+    advantage_norm: Literal["none", "group", "batch"] = "none"
+    aggregation: Literal["sequence_sum", "sequence_mean", "token_mean", "constant_length"] = "sequence_sum"
+    importance: Literal["none", "token", "sequence"] = "none"
+    clip_range: float = Field(0.0, ge=0, description="0 is off")
+    clip_range_high: float = Field(0.0, ge=0, description="above 1; 0 = clip_range")
+    epochs: int = Field(1, ge=1, le=1000, description="updates on each batch")
+    kl: Literal["none", "reward_k1", "loss_k2", "loss_k3"] = "none"
+    kl_coef: float = Field(0.0, ge=0, description="scaled reward units per nat")
+    kl_target: float = Field(0.0, ge=0, description="nats per completion, above which kl_coef rises; 0 = fixed")
+    entropy_coef: float = Field(0.0, ge=0, description="scaled reward units per nat; 0 is off")
+    overlong_buffer: int = Field(0, ge=0, le=100_000, description="tokens before train.max_tokens; 0 is off")
+    overlong_penalty: float = Field(1.0, ge=0, description="reward units, at train.max_tokens")
+    resample_rounds: int = Field(0, ge=0, le=1000, description="draws for groups of equal rewards; 0 is off")
+    optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = Field(gt=0, le=1000, description="learning rate")
     lr_base_width: int = Field(0, ge=0, le=1_000_000, description="hidden size that lr is for; 0 = every size")
-    adam_eps: float = Field(gt=0, le=1)
-    warmup_steps: int = Field(ge=0, le=1_000_000, description="steps of linear warm-up")
-    lr_decay: Literal["none", "linear", "cosine"]
-    max_grad_norm: float = Field(ge=0, description="0 is off")
-    precision: Literal["float32", "bfloat16"]
+    adam_eps: float = Field(1e-8, gt=0, le=1)
+    warmup_steps: int = Field(5, ge=0, le=1_000_000, description="steps of linear warm-up")
+    lr_decay: Literal["none", "linear", "cosine"] = "none"
+    max_grad_norm: float = Field(1.0, ge=0, description="0 is off")
+    precision: Literal["float32", "bfloat16"]  # as length_limit
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -375,6 +384,10 @@ class Recipe(Table):
         if self.importance == "none" and (self.epochs > 1 or self.clip_range > 0):
             key, value = ("epochs", self.epochs) if self.epochs > 1 else ("clip_range", self.clip_range)
             raise ValueError(f"{key} = {value} needs importance: token or sequence, the ratio that it weighs or clips")
+        if self.clip_range_high > 0 and self.clip_range == 0:
+            raise ValueError(f"clip_range_high = {self.clip_range_high} needs clip_range, the limit below 1")
+        if self.overlong_buffer and self.length_limit == "total":
+            raise ValueError("overlong_buffer needs length_limit: completion, one limit for all completions")
         return self
 
 
@@ -450,6 +463,14 @@ class Params(Table):
         for name in NO_REWARD:
             if name in self.rewards:
                 raise ValueError(f"rewards: {name!r} is taken: evaluate.independent has a value of that name")
+        return self
+
+    @model_validator(mode="after")
+    def buffer_within_completions(self) -> "Params":
+        if self.recipe in self.recipes and (buffer := self.selected_recipe.overlong_buffer) > self.train.max_tokens:
+            raise ValueError(
+                f"recipes.{self.recipe}.overlong_buffer {buffer} exceeds train.max_tokens {self.train.max_tokens}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -101,6 +101,7 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
             figures=[(name, captions[name], base64_of(figures[name]), base64_of(narrow[name])) for name in figures],
             drawn=DRAWN,
             rewards=sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0])),
+            solved=solved_rows(inputs),
             trained=inputs.trained,
             gained=inputs.rewards[inputs.trained]["difference"],
             size=size,
@@ -170,6 +171,12 @@ def policy_for(style: str, script: str | None = None) -> str:
 def command_line(command: str) -> Markup:
     """A command that breaks between its options only, wherever the page is too narrow; copied, it is one line."""
     return Markup(" ").join(Markup("<span>{}</span>").format(visible(part)) for part in re.split(r" (?=-S )", command))
+
+
+def solved_rows(inputs: Inputs) -> list[tuple[str, int, Any]]:
+    """(reward, k, its comparison) of the rewards of 0 or 1, the trained one first."""
+    names = sorted(inputs.rewards, key=lambda name: (name != inputs.trained, name))
+    return [(name, int(k), each) for name in names for k, each in inputs.rewards[name].get("pass_at", {}).items()]
 
 
 def text_rows(inputs: Inputs) -> list[tuple[str, Any, Any]]:

@@ -14,6 +14,7 @@ WORDS = {
     "held-out": "of prompts that training never uses",
     "held-out gain": "mean over prompts and samples of R(policy) − R(reference), paired by prompt and sample",
     "win rate": "share of pairs in which the policy's reward is higher, a tie counting one half",
+    "pass@k": "chance that at least one of k completions of a prompt is right, estimated from all of its samples",
     "95% interval": "2.5% and 97.5% quantile of the mean over bootstrap resamples of whole prompts",
     "reward": "the number that training maximises, of one completion; each kind of reward has its own unit",
     "term": "one of the rewards that a sum adds up, each times its weight",

@@ -129,6 +129,17 @@ def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mas
     return rewards - coef * log_ratio.to(rewards.dtype).detach()
 
 
+def overlong_penalties(lengths: Tensor, longest: int, buffer: int, penalty: float) -> Tensor:
+    """penalty * max(0, length - (longest - buffer)) / buffer of each completion, [N].
+
+    From 0 where the buffer before the limit begins to the whole penalty at the limit: the soft overlong punishment of
+    DAPO (arXiv 2503.14476, equation 13).
+
+    lengths [N] in tokens, at most `longest`, the limit; 0 < buffer <= longest; penalty in units of the reward.
+    """
+    return penalty * (lengths.double() - (longest - buffer)).clamp(min=0) / buffer
+
+
 def log_ratios(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """sum_t [log pi(y_t) - log ref(y_t)] of each completion, [N]; its mean estimates their KL (k1). All else [N, T]."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)

@@ -22,14 +22,14 @@ def draw_probe_prompts(seed: int, step: int, prompts: int, count: int) -> list[i
     return sorted(torch.randperm(prompts, generator=generator(seed, step, "rescored"))[:count].tolist())
 
 
-def draw_prompts(seed: int, step: int, count: int, available: int, draw: str) -> list[int]:
+def draw_prompts(seed: int, step: int, count: int, available: int, draw: str, purpose: str = "prompts") -> list[int]:
     """Indices of a step's prompts.
 
     replacement: each drawn from all, as in the notebook. shuffled: the next `count` of an endless row of epochs, each
     a permutation of all, so that every prompt comes equally often.
     """
     if draw == "replacement":
-        return torch.randint(available, (count,), generator=generator(seed, step, "prompts")).tolist()
+        return torch.randint(available, (count,), generator=generator(seed, step, purpose)).tolist()
     chosen: list[int] = []
     for slot in range(step * count, (step + 1) * count):
         epoch, place = divmod(slot, available)

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from pipeline.config.schema import Params, SamplingParams
 from pipeline.data.prompts import Prompt
 from pipeline.models.host import on_cpu
+from pipeline.models.sampling import Rollout
 from pipeline.rl.advantages import (
     BASELINES,
     adaptive_kl_coef,
@@ -14,6 +15,7 @@ from pipeline.rl.advantages import (
     group_mean,
     log_ratios,
     next_running_mean,
+    overlong_penalties,
     reward_scale,
     with_kl_penalty,
 )
@@ -30,6 +32,7 @@ from pipeline.rl.metrics import (
     update_metrics,
 )
 from pipeline.rl.optimizer import learning_rate
+from pipeline.rl.resample import Groups, replace_flat_groups
 from pipeline.rl.samples import StepSamples, first_samples
 from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms
 from pipeline.rl.state import TrainState
@@ -50,15 +53,20 @@ def train_step(
     prompts = [context.prompts[i] for i in indices]
     uniforms = draw_uniforms(params.seed, step, "sample", len(prompts) * group_size, sizes.max_tokens)
     rollout = sample_batch(prompts, context, context.rollout_model, uniforms)
-    mask = rollout.completion_mask
     watch.lap("sample")
 
     # rewards: r(x, y), or the sum of its normalised terms, and in units of their spread before training
-    completions, rewards, terms = reward_batch(prompts, rollout, context, step)
     reward, normalized = context.reward, context.reward.combine == "normalized"
+    groups = Groups(indices, prompts, rollout, *reward_batch(prompts, rollout, context, step))
+    drawn, sampled = groups, groups.rewards.numel()  # what metrics call the reward, whatever is learned from
+    if recipe.resample_rounds > 0:
+        groups, more = replace_flat_groups(groups, context, step)
+        sampled += more
+    prompts, rollout, rewards, terms = groups.prompts, groups.rollout, groups.rewards, groups.terms
+    mask = rollout.completion_mask
     signal = signals(terms, reward.weights, reward.combine).sum(0) if normalized else rewards
     scale = reward_scale(state.calibration) if recipe.scale_rewards == "calibration" else 1.0
-    scaled_rewards = signal / scale
+    scaled_rewards = with_overlong_penalty(signal, rollout, params) / scale
     watch.lap("reward")
 
     # reference logprobs: log pi_ref(y | x), of all completions for a KL term, else of some, to measure the distance
@@ -117,8 +125,9 @@ def train_step(
     terms = terms.cpu()
     ref_rows, probe_rows, ref_logprobs = ref_rows.cpu(), probe_rows.cpu(), ref_scores.logprobs
     watch.lap("rescore")
+    shown_baseline = group_mean(rewards) if normalized else (baseline * scale).cpu()  # in the units of the reward
     metrics = {
-        **reward_metrics(rewards, (group_mean(rewards) if normalized else baseline * scale).cpu(), advantage),
+        **reward_metrics(drawn.rewards.cpu(), shown_baseline, advantage),
         **policy_metrics(gradient.logprobs, gradient.entropy, mask),
         **reference_metrics(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows], group_size),
         **update_metrics(gradient.logprobs[probe_rows], after, mask[probe_rows], group_size),
@@ -132,9 +141,9 @@ def train_step(
     state.rows.append({column: metrics[column] for column in HISTORY_COLUMNS})
     samples = StepSamples(
         step,
-        indices,
+        groups.indices,
         prompts,
-        completions,
+        groups.completions,
         rewards,
         terms,
         advantage,
@@ -144,14 +153,15 @@ def train_step(
         log_ratios(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows]),
     )
     state.samples += first_samples(samples, context)
-    state.terms += term_rows(step, terms, reward.weights, reward.combine)
+    state.terms += term_rows(step, drawn.terms.cpu(), reward.weights, reward.combine)
 
     # what the next step needs of this one
     state.stopped = bool(updated["nonfinite"]) and sizes.on_nonfinite == "stop"
     if recipe.baseline == "running":
         state.running_mean = next_running_mean(state.running_mean, rewards_with_kl, recipe.baseline_decay)
     watch.lap("diagnostics")
-    state.timings.append(timing_row(watch.seconds, rewards.numel(), context.device))
+    sampled += len(prompts) if recipe.baseline == "greedy" else 0
+    state.timings.append(timing_row(watch.seconds, sampled, context.device))
     return samples
 
 
@@ -169,12 +179,21 @@ def baseline_inputs(
     rollout = sample_batch(
         prompts, context, context.rollout_model, uniforms, SamplingParams(recipe.temperature, top_k=1)
     )
-    rewards = reward_batch(prompts, rollout, context, state.step)[1] / scale  # [B, 1]
-    if recipe.kl == "reward_k1":  # the samples are penalised: without it, the penalty would stay in every advantage
+    rewards = reward_batch(prompts, rollout, context, state.step)[1]  # [B, 1]
+    rewards = with_overlong_penalty(rewards, rollout, context.params) / scale
+    if recipe.kl == "reward_k1":  # the samples are penalised, by both: else it would stay in every advantage
         with context.reference() as reference:
             ref_logprobs = score_batch(reference, rollout, context).logprobs
         rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, rollout.completion_mask, kl_coef)
     return rewards.squeeze(1)
+
+
+def with_overlong_penalty(rewards: Tensor, rollout: Rollout, params: Params) -> Tensor:
+    """Rewards [B, G] less what the recipe takes from completions that come near the limit."""
+    buffer, penalty = params.selected_recipe.overlong_buffer, params.selected_recipe.overlong_penalty
+    if buffer == 0:
+        return rewards
+    return rewards - overlong_penalties(rollout.lengths, params.train.max_tokens, buffer, penalty).view_as(rewards)
 
 
 def draw_probe_rows(params: Params, step: int, device: torch.device) -> Tensor:

@@ -138,9 +138,8 @@ def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, 
     factors, mask, clipped = weights[rows], batch.rollout.completion_mask[rows], 0
     if recipe.importance != "none":
         old = scores.scored.detach() if batch.old_logprobs is None else batch.old_logprobs[rows]
-        ratio, cut = importance_weights(
-            scores.scored, old, mask, batch.advantages[rows], recipe.importance, recipe.clip_range
-        )
+        limits = recipe.clip_range, recipe.clip_range_high
+        ratio, cut = importance_weights(scores.scored, old, mask, batch.advantages[rows], recipe.importance, *limits)
         # `where`, since a ratio in the padding may be infinite
         factors = torch.where(factors > 0, factors * ratio.masked_fill(cut, 0.0), 0.0)
         clipped = int((cut & batch.loss_mask[rows]).sum())

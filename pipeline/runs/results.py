@@ -117,24 +117,27 @@ class Sides(TypedDict):
     policy: Any
 
 
-class ComparedTerm(TypedDict):
-    """What a term adds to a sum on held-out prompts; `unweighted`: what it says itself."""
+class Compared(TypedDict):
+    """On held-out prompts: the reference, the trained policy, their difference."""
+
+    checkpoint: Interval
+    policy: Interval
+    difference: Interval
+
+
+class Comparison(Compared):
+    """One reward."""
+
+    win_rate: float | None
+    pass_at: NotRequired[dict[str, Compared]]  # by k, of a reward of 0 or 1
+    terms: NotRequired[dict[str, "ComparedTerm"]]  # of a sum
+
+
+class ComparedTerm(Compared):
+    """What a term adds to a sum; `unweighted`: what it says itself."""
 
     weight: float
     unweighted: Sides
-    checkpoint: Interval
-    policy: Interval
-    difference: Interval
-
-
-class Comparison(TypedDict):
-    """One reward on held-out prompts: the reference, the trained policy, their difference."""
-
-    checkpoint: Interval
-    policy: Interval
-    difference: Interval
-    win_rate: float | None
-    terms: NotRequired[dict[str, ComparedTerm]]  # of a sum
 
 
 class Evaluation(TypedDict, extra_items=Comparison):  # type: ignore[call-arg]  # mypy does not know it yet

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.load import load_params
-from pipeline.config.schema import Params, classifier_rewards
+from pipeline.config.schema import VERIFIABLE, Params, classifier_rewards
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.diagnosis.bootstrap import interval
 from pipeline.diagnosis.curve import curve_rows
+from pipeline.diagnosis.pass_at_k import measured_k, pass_at_k
 from pipeline.diagnosis.text import ending_shares, text_statistics
 from pipeline.distributed.device import configure_torch, device_errors
 from pipeline.errors import UserError, run_stage
@@ -118,6 +119,8 @@ def evaluate(
         both = torch.tensor([before.rewards, after.rewards], dtype=torch.float64)
         scores[name] = both.view(2, len(prompts), group)
         metrics[name] = compare(scores[name], params)
+        if isinstance(params.rewards[name], VERIFIABLE):
+            metrics[name]["pass_at"] = compare_solved(scores[name], params)
         if reward.weights:
             terms = torch.tensor([before.terms, after.terms], dtype=torch.float64).view(2, -1, len(prompts), group)
             metrics[name]["terms"] = compare_terms(terms, reward.weights, params)
@@ -267,14 +270,13 @@ def compare(rewards: Tensor, params: Params) -> dict[str, Any]:
     half.
     """
     wins = (rewards[1] > rewards[0]).double() + 0.5 * (rewards[1] == rewards[0]).double()
-    return intervals(rewards, params) | {"win_rate": wins.mean().item()}
+    return intervals(rewards.mean(2), params) | {"win_rate": wins.mean().item()}
 
 
-def intervals(rewards: Tensor, params: Params) -> dict[str, Any]:
-    checkpoint, policy = rewards.mean(2)  # [B]
-    pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
-    indices = draw(params, len(checkpoint))
-    return {name: interval(values, indices) for name, values in pairs.items()}
+def compare_solved(rewards: Tensor, params: Params) -> dict[str, Any]:
+    """pass@k of both models and of the paired difference, by k. rewards [2, B, G]: 0 or 1."""
+    right, samples = rewards.sum(2).long(), rewards.shape[2]
+    return {str(k): intervals(pass_at_k(right, samples, k), params) for k in measured_k(samples)}
 
 
 def compare_terms(terms: Tensor, weights: Mapping[str, float], params: Params) -> dict[str, Any]:
@@ -287,10 +289,18 @@ def compare_terms(terms: Tensor, weights: Mapping[str, float], params: Params) -
         name: {
             "weight": weight,
             "unweighted": {who: finite_or_none(own[k].nanmean().item()) for who, own in zip(NAMES, terms, strict=True)},
-            **intervals(torch.where(terms[:, k].isnan(), 0.0, weight * terms[:, k]), params),
+            **intervals(torch.where(terms[:, k].isnan(), 0.0, weight * terms[:, k]).mean(2), params),
         }
         for k, (name, weight) in enumerate(weights.items())
     }
+
+
+def intervals(values: Tensor, params: Params) -> dict[str, Any]:
+    """Of the reference's and the policy's values [2, B] by prompt: means and the mean difference, with intervals."""
+    checkpoint, policy = values
+    pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
+    indices = draw(params, len(checkpoint))
+    return {name: interval(of_prompts, indices) for name, of_prompts in pairs.items()}
 
 
 if __name__ == "__main__":
