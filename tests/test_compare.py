@@ -556,6 +556,7 @@ def test_the_newest_training_of_a_seed_is_compared(say: Say) -> None:
         ({"reward.target": "another"}, {}),
         ({"encoder": "another"}, {}),
         ({"encoder.revision": "another"}, {}),
+        ({"classifiers.mood.revision": "another"}, {}),
         ({"model.revision": "another"}, {}),
         ({}, {"measured": "on other prompts"}),
     ],
@@ -566,7 +567,9 @@ def test_gains_of_another_kind_are_not_compared(say: Say, params: dict[str, str]
     printed = say(found, "--against", "recipe=stable")
     assert differences() == []
     assert re.search("\nnote: nothing is comparable with: .*recipe=stable", printed)
-    assert "note: not compared, as nothing of the same reward, encoder, model and held-out prompts fits --ag" in printed
+    assert (
+        "note: not compared, as nothing of the same reward, encoder, classifiers, model and held-out prompts" in printed
+    )
 
 
 def test_each_reward_has_a_configuration_to_compare_with(say: Say) -> None:
