@@ -174,7 +174,7 @@ def test_a_recipe_differs_from_another_by_its_idea(start: str, other: str) -> No
 def test_what_a_recipe_leaves_out_is_stable_without_its_terms() -> None:
     """Of all keys that `stable` writes, those that are not its own choice are the defaults."""
     stable, plain = (PARAMS.recipes[name].model_dump() for name in ("stable", "reinforce"))
-    own = {"baseline", "scale_rewards", "kl", "kl_coef", "kl_target"}
+    own = {"baseline", "scale_rewards", "kl", "kl_coef", "kl_target", "lr_base_width"}
     assert {key for key, value in stable.items() if plain[key] != value} == own
 
 
