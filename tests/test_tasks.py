@@ -321,6 +321,8 @@ def test_questions_and_answers_of_a_csv_file(here: Project, monkeypatch: pytest.
     (here.root / "custom/near.py").write_text(
         "def reward(completions, answer, **kwargs):\n"
         "    return [-abs(len(c) - len(a)) for c, a in zip(completions, answer)]\n"
+        "def of_others(completions, **kwargs):\n"
+        "    return [len(each) for each in kwargs['solution']]\n"
     )
     here.edit(
         prompts="sums", reward="right", train__steps=2, evaluate__prompts=4,
@@ -332,15 +334,17 @@ def test_questions_and_answers_of_a_csv_file(here: Project, monkeypatch: pytest.
             {"weight": 1.0, "reward": {"kind": "match", "column": "answer", "compare": "number"}},
             {"weight": 0.1, "reward": {"kind": "custom", "function": "custom/near.py:reward"}},
         ]},
+        rewards__of_others={"kind": "custom", "function": "custom/near.py:of_others"},
         rewards__absent={"kind": "match", "column": "solution"},
         rewards__other={"kind": "match", "column": "answer", "column_pattern": "#### (.+)"},  # of another task
     )  # fmt: skip
-    for stage in ("check", "prepare", "cache", "train", "evaluate"):
+    for stage in ("check", "prepare", "cache", "train"):
         here.run(stage)
+    assert "note: not measured: reward custom/near.py:of_others raised KeyError" in here.run("evaluate").stderr
     assert len(read_prompts(here.root / "data/prompts/heldout.jsonl")) == 8
     metrics = json.loads((here.root / "reports/evaluate/metrics.json").read_text())
     assert "right" in metrics
-    assert not {"absent", "other"} & metrics.keys()
+    assert not {"absent", "other", "of_others"} & metrics.keys()
     here.edit(reward="absent")
     said = "reward absent needs 'solution' of each prompt's row, which prompt_sets.sums does not keep (columns: answer)"
     assert said in here.refuse("check")

@@ -69,8 +69,9 @@ def main() -> None:
             for name, table in tables.items()
         }
         metrics, rows = evaluate(params, prompts, device, rewards)
+        measured = {name: reward for name, reward in rewards.items() if name in metrics}
         curve = curve_rows(
-            heldout, heldout_scores(heldout, prompts, params.reward, rewards), params.reward, partial(draw, params)
+            heldout, heldout_scores(heldout, prompts, params.reward, measured), params.reward, partial(draw, params)
         )
     for name, counted in cuts.items():
         if counted.cut:
@@ -90,7 +91,8 @@ def main() -> None:
 def evaluate(
     params: Params, prompts: list[Prompt], device: torch.device, rewards: dict[str, Reward]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """metrics.json and the rows of completions.jsonl."""
+    """metrics.json and the rows of completions.jsonl, without rewards that raise and are neither trained nor asked
+    for."""
     group = params.evaluate.samples_per_prompt
     tokenizer = load_tokenizer(POLICY)
     ids = [encode_prompt(tokenizer, prompt.content, params.selected_model.chat) for prompt in prompts]
@@ -114,8 +116,11 @@ def evaluate(
     tokens = {name: [ids for rollout in rollouts[name] for ids in rollout.token_lists()] for name in NAMES}
     scores: dict[str, Tensor] = {}  # [2, B, G]: checkpoint, policy
     for name, reward in rewards.items():
-        asked = [RewardBatch(repeated, texts[which], tokens[which]) for which in NAMES]
-        before, after = map(reward.score, asked)
+        try:
+            before, after = (reward.score(RewardBatch(repeated, texts[which], tokens[which])) for which in NAMES)
+        except UserError as error:
+            leave_out(name, error, params)
+            continue
         both = torch.tensor([before.rewards, after.rewards], dtype=torch.float64)
         scores[name] = both.view(2, len(prompts), group)
         metrics[name] = compare(scores[name], params)
@@ -146,10 +151,15 @@ def measured_rewards(params: Params, prompts: list[Prompt], classifiers: dict[st
                 folder_of(name, asked, classifiers)
             found[name] = table
         except UserError as error:
-            if name in (params.reward, params.evaluate.independent):
-                raise
-            print(f"note: not measured: {error}", file=sys.stderr)
+            leave_out(name, error, params)
     return found
+
+
+def leave_out(name: str, error: UserError, params: Params) -> None:
+    """A reward that nobody asked for does not end the stage: a note. Raises the error of any other."""
+    if name in (params.reward, params.evaluate.independent):
+        raise error
+    print(f"note: not measured: {error}", file=sys.stderr)
 
 
 def depends_on(params: Params) -> tuple[Any, ...]:
