@@ -36,9 +36,14 @@ def test_the_completions_sum_up_to_the_history(keeping: Project) -> None:
     """Every completion is there once: the means of the history are theirs, and the first ones are in samples.jsonl."""
     terms = [{"weight": 0.5, "reward": {"kind": "length", "target": 9}},
              {"weight": 2.0, "reward": {"kind": "words", "words": ["e"]}}]  # fmt: skip
-    keeping.edit(recipes__stable__kl="loss_k3", reward="both", rewards__both={"kind": "sum", "terms": terms})
+    stops = list("etaoinsu")  # so that completions have different lengths
+    keeping.edit(recipes__stable__kl="loss_k3", recipes__stable__stop_strings=stops,
+                 reward="both", rewards__both={"kind": "sum", "terms": terms})  # fmt: skip
     train.main()
     table, rows = pd.read_parquet(ALL), history(keeping)
+    stopped = ["".join(pieces)[-1] in stops for pieces in table["pieces"]]
+    assert list(table["ending"] == "stop_string") == stopped
+    assert set(stopped) == {True, False}
     assert list(table.groupby("step").size()) == [6] * 6
     assert not table.duplicated(["step", "group", "sample"]).any()
     by_step = table.groupby("step")
@@ -47,7 +52,8 @@ def test_the_completions_sum_up_to_the_history(keeping: Project) -> None:
         "advantage_std": by_step["advantage"].apply(lambda x: x.std(ddof=0)),
         "ref_kl_sequence": by_step["ref_log_ratio"].mean(),
         "completion_tokens": table["tokens"].str.len().groupby(table["step"]).mean(),
-        "ended_share": (table["ending"] != "limit").groupby(table["step"]).mean(),
+        "ended_share": (table["ending"] == "eos").groupby(table["step"]).mean(),
+        "stopped_share": (table["ending"] == "stop_string").groupby(table["step"]).mean(),
         "policy_logprob": table.explode("token_logprobs").groupby("step")["token_logprobs"].mean(),
     }.items():
         assert list(values) == pytest.approx([row[column] for row in rows], rel=1e-5, abs=1e-6), column
