@@ -70,7 +70,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(here: Project, number: s
 
 STATEFUL = {
     "scale_rewards": "none", "baseline": "running", "kl_target": 0.001, "kl_coef": 0.05, "lr_decay": "linear",
-    "lr": 0.01,
+    "lr": 0.01, "lr_base_width": 0,
 }  # fmt: skip
 
 
@@ -226,7 +226,12 @@ def test_the_share_of_rescored_prompts_changes_what_is_measured_alone(here: Proj
 
 
 def test_a_batch_can_be_used_for_several_updates(here: Project) -> None:
-    here.edit(recipes__stable__importance="token", recipes__stable__clip_range=1e-4, recipes__stable__lr=0.01)
+    here.edit(
+        recipes__stable__importance="token",
+        recipes__stable__clip_range=1e-4,
+        recipes__stable__lr=0.01,
+        recipes__stable__lr_base_width=0,
+    )
     train.main()
     once = history(here)
     forget(here)

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from pipeline.__main__ import build_parser
 from pipeline.commands import tune
 from pipeline.config.load import load_params
+from pipeline.config.schema import Recipe
 from pipeline.errors import UserError
 from pipeline.file_io import write_json
 from pipeline.runs import dvc_queue
@@ -373,6 +374,6 @@ def test_a_real_search_ends_with_a_recipe_and_runs_nothing_twice(trials: int, ta
     applied = YAML(typ="safe", pure=True).load(clone.read("params.yaml"))
     block = printed.partition("params.yaml:\n\n")[2].partition("Train with it")[0]
     tuned = YAML(typ="safe", pure=True).load(block)["tuned"]
-    assert {key: applied["recipes"]["stable"][key] for key in tuned} == tuned
+    assert Recipe.model_validate(applied["recipes"]["stable"]) == Recipe.model_validate(tuned)
     clone("git", "reset", "-q", "--hard")
     clone("git", "clean", "-q", "-f", "-d")

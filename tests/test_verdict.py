@@ -410,7 +410,8 @@ def test_the_headline_ends_with_what_the_run_has_come_to(calibration: list[dict[
 def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[dict[str, float]]) -> None:
     content = diagnose.diagnose(PARAMS, history()[:steps], calibration, [], chosen_params(PARAMS))
     assert content == {
-        "verdict": "healthy", "onset": None, "headline": headline, "steps": steps, "findings": [], "cure": None,
+        "verdict": "healthy", "onset": None, "headline": headline, "steps": steps, "findings": [], "notes": [],
+        "cure": None,
         "independent": "reference",
         "over_optimisation": "Over-optimisation cannot be told by fewer than 30 held-out completions.",
     }  # fmt: skip
