@@ -75,6 +75,9 @@ def test_beyond_the_limit_the_page_shows_whole_prompts(kept: inputs.Inputs) -> N
         if most == PROMPTS:
             break
         assert shown.rule.startswith(f"{number} of 105 completions of training: ")
+        which = ["the first completions of each step", "of each step all completions of the first prompt"]
+        assert (which[most] if most < 2 else f"all completions of the first {most} prompts") in shown.rule
+        assert (", and the first ones of others" in shown.rule) == (0 < most < 4)
         assert shown.rest.endswith("all are in reports/train/samples/all.parquet.")
         more, _ = samples.whole_prompts(kept.all_samples, 10**9)
         next_one = size_of({step: prompts[: most + 1] for step, prompts in more.items()})
