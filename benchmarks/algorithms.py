@@ -11,7 +11,6 @@ themselves make it, in a clone of the current commit.
 """
 
 import argparse
-import os
 import shutil
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.clones import MADE, environment, make_clone
 from pipeline.config.load import PARAMS_FILE
 from pipeline.file_io import read_csv, read_jsonl, write_jsonl
 from pipeline.paths import RUN_FILES
@@ -102,7 +102,7 @@ def run(plan: Plan, clone: Path) -> dict[str, Any]:
 
     subprocess.run(["git", "checkout", "--quiet", "--force", "HEAD"], cwd=clone, check=True)
     apply_overrides(clone / PARAMS_FILE.name, plan.overrides())
-    made = clone / "made.txt"  # the task that data/checkpoint is of
+    made = clone / MADE  # the task that data/checkpoint is of
     before = [] if made.exists() and made.read_text() == plan.task else ["prepare", "cache"]
     made.unlink(missing_ok=True)
     shutil.rmtree(clone / ".checkpoints", ignore_errors=True)
@@ -131,25 +131,6 @@ def row(plan: Plan, clone: Path) -> dict[str, Any]:
         seconds = [sum(v for name, v in step.items() if name.startswith("seconds_")) for step in timings[2:]]
         kept["seconds"] = round(statistics.median(seconds), 4)
     return kept
-
-
-def environment(clone: Path) -> dict[str, str]:
-    """The clone's own code, whatever is installed."""
-    return os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
-
-
-def make_clone(folder: Path) -> Path:
-    """A clone of the current commit; an older one is brought to it, and prepares anew."""
-    here, commit = Path.cwd(), head_commit()
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["git", "clone", "--quiet", "--no-checkout", here, folder], check=True)
-    at = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout
-    if at.strip() != commit or not (folder / PARAMS_FILE.name).exists():
-        (folder / "made.txt").unlink(missing_ok=True)
-        subprocess.run(["git", "fetch", "--quiet", here, commit], cwd=folder, check=True)
-        subprocess.run(["git", "checkout", "--quiet", "--force", "--detach", commit], cwd=folder, check=True)
-    return folder
 
 
 def left(rows: Sequence[dict[str, Any]], timed: bool) -> list[Plan]:

@@ -51,6 +51,11 @@ def reported(rows: Sequence[Row], task: str, recipe: str) -> list[Row]:
     return sorted((row for row in wanted if row["lr"] == rate and row["seed"] in SEEDS), key=lambda row: row["seed"])
 
 
+def seconds_of(rows: Sequence[Row], task: str) -> dict[str, float]:
+    """Seconds a step, of the recipes that were timed."""
+    return {row["recipe"]: row["seconds"] for row in rows if (row["group"], row["task"]) == ("time", task)}
+
+
 def gains(runs: Sequence[Row]) -> dict[str, float]:
     """Held-out reward after the last update minus before the first, by seed."""
     return {str(row["seed"]): row["heldout"][-1][1] - row["heldout"][0][1] for row in runs}
@@ -73,7 +78,7 @@ def reach(runs: Sequence[Row], level: float) -> str:
 
 def algorithms_table(rows: Sequence[Row], task: str) -> str:
     """A row an algorithm: what it reached."""
-    seconds = {row["recipe"]: row["seconds"] for row in rows if (row["group"], row["task"]) == ("time", task)}
+    seconds = seconds_of(rows, task)
     titles = [
         "recipe",
         "lr",
@@ -127,7 +132,7 @@ def curves(rows: Sequence[Row], command: str) -> Figure:
     """Held-out reward against samples, and against wall time where it was measured."""
     figure = canvas(1400, 1000, "Held-out reward of each algorithm, mean over seeds with its 95% interval", command)
     for panels, task in zip(figure.subplots(len(TASKS), 2), TASKS, strict=True):
-        seconds = {row["recipe"]: row["seconds"] for row in rows if (row["group"], row["task"]) == ("time", task)}
+        seconds = seconds_of(rows, task)
         for axes, label in zip(panels, ("thousand samples", "seconds on an idle core"), strict=True):
             for recipe in RECIPES:
                 runs = reported(rows, task, recipe)

@@ -12,7 +12,6 @@ The stages themselves make a run, in a clone of the current commit, one a job.
 """
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import real_models_tables as results
+from benchmarks.clones import MADE, environment, make_clone
 from pipeline.config.load import PARAMS_FILE
 from pipeline.file_io import atomic_folder, read_json
 from pipeline.paths import REPORTS, RUN_FILES
-from pipeline.runs.dvc_git import head_commit
 
 RUNS = Path("benchmarks/runs/real_models")  # a folder a run: params.yaml and reports/
 SOURCES = ("models/local/smollm2", "data/local")
@@ -97,7 +96,7 @@ OTHERS = [
 STABLE = [
     planned("stable", "stable", model, reward, seed) for seed in range(3) for model in MODELS for reward in REWARDS
 ]
-AS_WIDE = [  # `stable` without lr_base_width, as it was before
+UNSCALED_STABLE = [  # `stable` without lr_base_width, as it was before
     planned("other", "unscaled", model, reward, seed, UNSCALED)
     for seed in range(2) for model in MODELS for reward in REWARDS
 ]  # fmt: skip
@@ -114,7 +113,7 @@ HARDEST = [  # the hardest of those: other KL targets in nats a completion, 0 = 
 def plans() -> list[Plan]:
     """In the order in which they are made: so that the first ones say something of everything."""
     first = len(MODELS) * len(REWARDS)
-    return [*STABLE[:first], *OTHERS[:8], *STABLE[first:], *OTHERS[8:], *HARDEST, *AS_WIDE]
+    return [*STABLE[:first], *OTHERS[:8], *STABLE[first:], *OTHERS[8:], *HARDEST, *UNSCALED_STABLE]
 
 
 def cure_plans() -> Iterator[Plan]:
@@ -132,7 +131,7 @@ def run(plan: Plan, clone: Path) -> None:
 
     subprocess.run(["git", "checkout", "--quiet", "--force", "HEAD"], cwd=clone, check=True)
     apply_overrides(clone / PARAMS_FILE.name, [*SETTING, *plan.changes])
-    log, made = RUNS / f"{plan.name}.log", clone / "made.txt"
+    log, made = RUNS / f"{plan.name}.log", clone / MADE
     stages = STAGES if made.exists() and made.read_text() == plan.checkpoint else (*BEFORE, *STAGES)
     made.unlink(missing_ok=True)
     with log.open("w") as output:
@@ -151,15 +150,10 @@ def run(plan: Plan, clone: Path) -> None:
     print(f"{plan.name}: {diagnosis['verdict']}: {diagnosis['headline']}", flush=True)
 
 
-def environment(clone: Path) -> dict[str, str]:
-    """The clone's own code, whatever is installed."""
-    return os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
-
-
 def run_all(wanted: Iterable[Plan], jobs: int) -> None:
     collected = {row["name"] for row in results.read_rows()}
     todo = [plan for plan in wanted if plan.name not in collected and not results.is_finished(plan, RUNS)]
-    clones = [make_clone((RUNS / f"clone-{job}").resolve()) for job in range(min(jobs, len(todo)))]
+    clones = [with_sources(make_clone((RUNS / f"clone-{job}").resolve())) for job in range(min(jobs, len(todo)))]
 
     def work(clone: Path) -> None:
         while todo:
@@ -169,19 +163,11 @@ def run_all(wanted: Iterable[Plan], jobs: int) -> None:
         list(pool.map(work, clones))
 
 
-def make_clone(folder: Path) -> Path:
-    """A clone of the current commit with the model and the prompts. An older clone is brought to the commit."""
-    here = Path.cwd()
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        quiet = ("-c", "advice.detachedHead=false", "clone", "--quiet")
-        subprocess.run(["git", *quiet, here, folder], check=True)
-    commit = head_commit()
-    subprocess.run(["git", "fetch", "--quiet", here, commit], cwd=folder, check=True)
-    subprocess.run(["git", "checkout", "--quiet", "--force", "--detach", commit], cwd=folder, check=True)
+def with_sources(clone: Path) -> Path:
+    """The clone, with the model and the prompts."""
     for source in SOURCES:
-        shutil.copytree(source, folder / source, dirs_exist_ok=True)
-    return folder
+        shutil.copytree(source, clone / source, dirs_exist_ok=True)
+    return clone
 
 
 def main() -> None:

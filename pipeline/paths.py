@@ -33,3 +33,13 @@ class RunFiles:
 
 
 RUN_FILES = RunFiles()
+
+
+def resume_states(folder: Path) -> list[Path]:
+    """The states of a run that lie in its folder, oldest first."""
+    return sorted(folder.glob("state-*.pt"))
+
+
+def resume_files(folder: Path) -> list[Path]:
+    """The same, and what lies beside them: candidates for data/best, completions of each step."""
+    return [*resume_states(folder), *folder.glob("best-*.pt"), *folder.glob("samples-*.parquet")]

@@ -153,7 +153,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if len(group) > 1", "if len(group) > 0"),
     ]),
     "diagnosis/terms.py": ("terms", [
-        ('if row["weight"] != 0:', "if True:"),
+        ('if own[-1]["weight"] != 0}', "}"),
         ("if silent >= DEAD_STEPS", "if silent > DEAD_STEPS"),
         ("if len(alive) > 1]", "]"),
         ("weight * total(others) / len(others) / spreads[name]", "weight * spreads[name] / total(others)"),
@@ -283,7 +283,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("dtype=torch.float64)).sum()", "dtype=torch.float64)).mean()"),
     ]),
     "rl/samples.py": ("samples", [
-        ("samples.indices[b] for b, _ in places", "b for b, _ in places"),
+        ("groups.indices[b] for b, _ in places", "b for b, _ in places"),
         ("row[: len(ids)]", "row[-len(ids) :]"),
         ("[ratios.get(i) for", "[ratios.get(i, 0.0) for"),
     ]),
@@ -461,7 +461,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "rewards/classifier.py": ("classifier", [
         ("logits.sigmoid() if alone else logits.softmax(1)", "logits.softmax(1)"),
         ("return labels.index(table.label)", "return 0"),
-        ("[long[one] for one in inputs].count(True)", "cut.count(True)"),
+        ("cuts.cut += cut.count(True)", "cuts.cut += any(cut)"),
         ("abs(one - other) > TOLERANCE[table.precision]", "abs(one - other) > 1e9"),
     ]),
     "rewards/sequence_classifier.py": ("classifier", [

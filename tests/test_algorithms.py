@@ -11,7 +11,8 @@ from pipeline.file_io import read_csv, read_jsonl
 from pipeline.models.sampling import Rollout
 from pipeline.rl import resample
 from pipeline.rl.advantages import overlong_penalties
-from pipeline.rl.resample import Groups, joined, replace_flat_groups
+from pipeline.rl.batch import Groups
+from pipeline.rl.resample import joined, replace_flat_groups
 from pipeline.stages import train
 from tests.models import PARAMS, rollout_of
 from tests.project import Project

@@ -15,10 +15,10 @@ from pydantic import TypeAdapter
 from pipeline.__main__ import build_parser
 from pipeline.commands import diagnose as command
 from pipeline.config.schema import SumReward, term_names
-from pipeline.diagnosis.terms import DEAD_STEPS, notes
+from pipeline.diagnosis.terms import DEAD_STEPS, Note, notes
 from pipeline.file_io import read_json, read_jsonl, write_jsonl
 from pipeline.rl.terms import shares_of_variance, std_within, term_rows
-from pipeline.runs.results import TERM_COLUMNS
+from pipeline.runs.results import TERM_COLUMNS, by_term
 from pipeline.stages import diagnose, evaluate, train
 from pipeline.tracking.record import read_growing
 from tests.mlflow_runs import grow, timestamp
@@ -104,28 +104,32 @@ def rows_of(**terms: list[tuple[float, float | None]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def noted(rows: list[dict[str, Any]], combine: str) -> list[Note]:
+    return notes(by_term(rows), combine)
+
+
 def test_a_term_that_drowns_the_others_is_named_with_its_weight() -> None:
     rows = rows_of(length=[(8.0, 0.95), (12.0, 0.97)], words=[(0.5, 0.05), (0.5, 0.03)])
-    (note,) = notes(rows, "sum")
+    (note,) = noted(rows, "sum")
     assert (note.kind, note.short, note.weight) == ("dominant", "`length` carries 96% of the signal.", 0.05)
     assert "A weight of 0.05 instead of 1 would make it differ within a prompt as much as `words` does" in note.advice
-    assert [note.weight for note in notes(rows, "normalized")] == [1.0], "normalised terms have one spread"
-    assert notes(rows_of(length=[(9.0, 0.9)], words=[(1.0, 0.1)]), "sum") == []
-    assert notes(rows_of(length=[(9.0, 1.0)]), "sum") == [], "alone it drowns none"
-    assert notes([], "sum") == []
+    assert [note.weight for note in noted(rows, "normalized")] == [1.0], "normalised terms have one spread"
+    assert noted(rows_of(length=[(9.0, 0.9)], words=[(1.0, 0.1)]), "sum") == []
+    assert noted(rows_of(length=[(9.0, 1.0)]), "sum") == [], "alone it drowns none"
+    assert noted([], "sum") == []
 
 
 def test_a_term_that_has_died_is_named_with_its_step() -> None:
     alive, dead = [(1.0, 0.5)] * 3, [(0.0, 0.0)] * DEAD_STEPS
-    (note,) = notes(rows_of(length=alive + [(1.0, 1.0)] * DEAD_STEPS, words=alive + dead), "sum")
+    (note,) = noted(rows_of(length=alive + [(1.0, 1.0)] * DEAD_STEPS, words=alive + dead), "sum")
     assert (note.kind, note.short, note.weight) == ("dead", "`words` is dead since step 3.", None)
-    (note,) = notes(rows_of(length=[(1.0, 1.0)] * DEAD_STEPS, words=dead), "sum")
+    (note,) = noted(rows_of(length=[(1.0, 1.0)] * DEAD_STEPS, words=dead), "sum")
     assert note.short == "`words` is dead from the start."
-    assert notes(rows_of(length=alive[:1] + dead[1:], words=alive), "sum") == [], "too few steps to tell"
+    assert noted(rows_of(length=alive[:1] + dead[1:], words=alive), "sum") == [], "too few steps to tell"
     revived = rows_of(words=[*dead, (1.0, 0.5)], length=[(1.0, 0.5)] * (DEAD_STEPS + 1))
-    assert notes(revived, "sum") == []
+    assert noted(revived, "sum") == []
     unweighted = [{**row, "weight": 0.0} for row in rows_of(words=dead)]
-    assert notes(unweighted, "sum") == [], "it was left out on purpose"
+    assert noted(unweighted, "sum") == [], "it was left out on purpose"
 
 
 # --- runs
@@ -244,7 +248,7 @@ def test_mlflow_gets_the_defined_numbers_of_each_term(tmp_path: Path, monkeypatc
 def test_a_note_s_command_changes_the_weight_alone() -> None:
     written = json.dumps([{"name": None, **term} for term in TERMS])
     chosen = {"reward": "both", "reward.terms": written}
-    note = notes(rows_of(length=[(8.0, 0.95)], words=[(0.4, 0.05)]), "sum")[0]
+    note = noted(rows_of(length=[(8.0, 0.95)], words=[(0.4, 0.05)]), "sum")[0]
     chosen |= dict.fromkeys(("model", "prompts", "encoder", "recipe"), "x") | {"seed": 0}
     report = diagnose.report_note(note, chosen, ["length", "words"])
     assert report["changes"] == {"rewards.both.terms": [{"weight": 0.05, "reward": LENGTH}, TERMS[1]]}

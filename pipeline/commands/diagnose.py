@@ -21,7 +21,7 @@ from pipeline.file_io import read_csv, to_json
 from pipeline.paths import RunFiles
 from pipeline.rl.metrics import CALIBRATION_COLUMNS, HISTORY_COLUMNS
 from pipeline.runs.foreign_logs import Table, by_our_names, read_completions, read_log
-from pipeline.runs.results import read_result
+from pipeline.runs.results import by_term, read_result
 from pipeline.tracking.logged_run import read_run
 from pipeline.tracking.summaries import readable
 
@@ -49,9 +49,7 @@ def main(options: argparse.Namespace) -> None:
     content = report(judged, table)
     told = notes_beside(options.log)
     content["headline"] = " ".join([content["headline"], *(note.short for note in told)])
-    content["notes"] = [
-        {"kind": note.kind, "term": note.term, "text": f"{note.short} {note.advice}"} for note in told
-    ]  # fmt: skip
+    content["notes"] = [{"kind": note.kind, "term": note.term, "text": note.text} for note in told]
     print(to_json(content) if options.json else text(content), end="")
 
 
@@ -83,7 +81,7 @@ def notes_beside(log: str) -> list[Note]:
     files = RunFiles(Path(log).expanduser().parent.parent)
     if Path(log).name != files.history.name or not (files.terms.is_file() and files.run.is_file()):
         return []
-    return notes(read_result(files.terms), read_result(files.run)["params"].get("reward.combine", "sum"))
+    return notes(by_term(read_result(files.terms)), read_result(files.run)["params"].get("reward.combine", "sum"))
 
 
 def add_completions(table: Table, place: Path) -> None:

@@ -514,6 +514,11 @@ class Params(Table):
         return self.recipes[self.recipe]
 
     @property
+    def asked_rewards(self) -> list[str]:
+        """The rewards that somebody asks for: the selected one, and the independent one where that is a reward."""
+        return [name for name in (self.reward, self.evaluate.independent) if name in self.rewards]
+
+    @property
     def selected_classifiers(self) -> dict[str, Classifier]:
         """Those that the selected reward asks, by name."""
         return self._classifiers_of(self.reward)

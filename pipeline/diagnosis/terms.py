@@ -23,22 +23,23 @@ class Note:
     advice: str
     weight: float | None = None  # what the term's should be; None: no weight would help
 
+    @property
+    def text(self) -> str:
+        return f"{self.short} {self.advice}"
 
-def notes(rows: Sequence[TermRow], combine: str) -> list[Note]:
-    """The notes on a run, from its rows of terms.jsonl; none where the reward is no sum.
+
+def notes(terms: Mapping[str, Sequence[TermRow]], combine: str) -> list[Note]:
+    """The notes on a run, from its rows of terms.jsonl by term; none where the reward is no sum.
 
     dominant: the mean over the steps of a term's share is above DOMINANT, and another term that counts is alive. Its
     weight should be such that its spread within a prompt is the mean of theirs. dead: in the last DEAD_STEPS steps or
     more a term that counts has no spread within any prompt.
     """
-    by_term: dict[str, list[TermRow]] = {}
-    for row in rows:
-        if row["weight"] != 0:
-            by_term.setdefault(row["term"], []).append(row)
-    since = {name: dead_since(own) for name, own in by_term.items()}
-    alive = {name: own for name, own in by_term.items() if since[name] is None}
+    counted = {name: own for name, own in terms.items() if own[-1]["weight"] != 0}
+    since = {name: dead_since(own) for name, own in counted.items()}
+    alive = {name: own for name, own in counted.items() if since[name] is None}
     found = [dominant_note(name, alive, combine) for name in alive if len(alive) > 1]
-    found += [dead_note(name, own[-1], since[name]) for name, own in by_term.items()]
+    found += [dead_note(name, own[-1], since[name]) for name, own in counted.items()]
     return [note for note in found if note is not None]
 
 

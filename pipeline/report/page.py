@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
@@ -71,6 +72,7 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
     """The page for a run; `figures` maps a name of CAPTIONS to PNG bytes, `narrow` to those for a phone."""
     folder = resources.files("pipeline.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "browser.js"))
+    rewards = sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0]))
     shown = shown_samples(inputs)
     browser = browser_data(inputs, shown.prompts)
     intervals = has_intervals(inputs)
@@ -100,8 +102,8 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
             key_numbers=key_numbers(inputs),
             figures=[(name, captions[name], base64_of(figures[name]), base64_of(narrow[name])) for name in figures],
             drawn=DRAWN,
-            rewards=sorted(inputs.rewards.items(), key=lambda item: (item[0] != inputs.trained, item[0])),
-            solved=solved_rows(inputs),
+            rewards=rewards,
+            solved=solved_rows(rewards),
             trained=inputs.trained,
             gained=inputs.rewards[inputs.trained]["difference"],
             size=size,
@@ -173,10 +175,9 @@ def command_line(command: str) -> Markup:
     return Markup(" ").join(Markup("<span>{}</span>").format(visible(part)) for part in re.split(r" (?=-S )", command))
 
 
-def solved_rows(inputs: Inputs) -> list[tuple[str, int, Any]]:
-    """(reward, k, its comparison) of the rewards of 0 or 1, the trained one first."""
-    names = sorted(inputs.rewards, key=lambda name: (name != inputs.trained, name))
-    return [(name, int(k), each) for name in names for k, each in inputs.rewards[name].get("pass_at", {}).items()]
+def solved_rows(rewards: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, int, Any]]:
+    """(reward, k, its comparison) of the rewards of 0 or 1, in their order."""
+    return [(name, int(k), each) for name, metric in rewards for k, each in metric.get("pass_at", {}).items()]
 
 
 def text_rows(inputs: Inputs) -> list[tuple[str, Any, Any]]:

@@ -25,6 +25,7 @@ from pipeline.report.style import (
     steps_axis,
     value_axis,
 )
+from pipeline.runs.results import by_term
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 ENDS = 5  # steps at either end of a run, whose mean the table has
@@ -54,14 +55,6 @@ def terms(rows: list[dict[str, Any]], run: dict[str, Any], narrow: bool = False)
     value_axis(top, "share of the signal, %", *shares)
     value_axis(bottom, f"weighted mean since step {steps[0]:.0f},\nreward units", *moves)
     return figure
-
-
-def by_term(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of terms.jsonl by the term's name, in the order of params.yaml."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["term"], []).append(row)
-    return found
 
 
 def column(rows: list[dict[str, Any]], name: str) -> np.ndarray:

@@ -52,14 +52,11 @@ def classifier_reward(name: str, table: ClassifierReward, folder: Path, device: 
     def reward(batch: RewardBatch) -> list[float]:
         pairs = zip(batch.prompts, batch.completions, strict=True)
         inputs = [classifier.input_of(prompt, completion) for prompt, completion in pairs]
-        different = list(dict.fromkeys(inputs))
-        rows, cut = classifier.rows(different)
-        values = scores(classifier.logits(rows), place, table.score, classifier.config).tolist()
-        long = dict(zip(different, cut, strict=True))
+        rows, cut = classifier.rows(inputs)
         cuts.inputs += len(inputs)
-        cuts.cut += [long[one] for one in inputs].count(True)
-        found = dict(zip(different, values, strict=True))
-        return [found[one] for one in inputs]
+        cuts.cut += cut.count(True)
+        values: list[float] = scores(classifier.logits(rows), place, table.score, classifier.config).tolist()
+        return values
 
     return reward
 

@@ -1,6 +1,7 @@
 """One batch: B prompts, G samples of each, N = B * G completions of up to T tokens, their rewards and statistics."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,18 @@ from pipeline.models.tokenization import encode_prompt
 from pipeline.rewards.batch import RewardBatch
 from pipeline.rl.context import TrainContext
 from pipeline.rl.metrics import text_cost
+
+
+@dataclass(frozen=True)
+class Groups:
+    """G completions of each of B prompts with their rewards."""
+
+    indices: list[int]  # [B] of the prompts among those of training
+    prompts: list[Prompt]  # [B]
+    rollout: Rollout  # [B * G]
+    completions: list[str]  # [B * G] texts as the reward reads them
+    rewards: Tensor  # [B, G]
+    terms: Tensor  # [K, B, G] of a sum
 
 
 def sample_batch(

@@ -3,27 +3,13 @@
 import dataclasses
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
-from pipeline.data.prompts import Prompt
 from pipeline.models.sampling import Rollout
-from pipeline.rl.batch import reward_batch, sample_batch
+from pipeline.rl.batch import Groups, reward_batch, sample_batch
 from pipeline.rl.context import TrainContext
 from pipeline.rl.metrics import zero_spread
 from pipeline.rl.seeding import draw_prompts, draw_uniforms
-
-
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """G completions of each of B prompts with their rewards."""
-
-    indices: list[int]  # [B] of the prompts among those of training
-    prompts: list[Prompt]  # [B]
-    rollout: Rollout  # [B * G]
-    completions: list[str]  # [B * G] texts as the reward reads them
-    rewards: Tensor  # [B, G]
-    terms: Tensor  # [K, B, G] of a sum
 
 
 def replace_flat_groups(groups: Groups, context: TrainContext, step: int) -> tuple[Groups, int]:

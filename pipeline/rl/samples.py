@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.data.prompts import Prompt
 from pipeline.file_io import finite_or_none
 from pipeline.models.rollout import Completion, read_completions
-from pipeline.models.sampling import Rollout
+from pipeline.rl.batch import Groups
 from pipeline.rl.context import TrainContext
 
 PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
@@ -23,13 +22,8 @@ class StepSamples:
     """The completions of a step, prompt by prompt, as the policy that sampled them scores them."""
 
     step: int
-    indices: Sequence[int]  # [B] of the prompts among those of training
-    prompts: Sequence[Prompt]  # [B]
-    completions: list[str]  # [N], as the reward reads them
-    rewards: Tensor  # [B, G]
-    terms: Tensor  # [K, B, G] of a sum, what each of its terms says; K = 0 for other rewards
+    groups: Groups
     advantages: Tensor  # [B, G]
-    rollout: Rollout
     logprobs: Tensor  # [N, T]
     ref_rows: Tensor  # [n] which of the N the reference has scored
     ref_log_ratios: Tensor  # [n] log pi(y | x) - log pi_ref(y | x), nats
@@ -38,39 +32,41 @@ class StepSamples:
 def first_samples(samples: StepSamples, context: TrainContext) -> list[dict[str, Any]]:
     """The first completions of the first prompts, as rows of samples.jsonl. Those of a sum hold its terms with their
     weights: they add up to the reward."""
-    group, rows, weights = samples.rewards.shape[1], [], context.reward.weights
+    groups, weights, rows = samples.groups, context.reward.weights, []
+    group = groups.rewards.shape[1]
     read = _read(samples, context)
-    for b in range(min(PROMPTS_KEPT, len(samples.prompts))):
+    for b in range(min(PROMPTS_KEPT, len(groups.prompts))):
         for g in range(min(SAMPLES_KEPT, group)):
             i = b * group + g
-            tokens = samples.rollout.completions[i, : int(samples.rollout.lengths[i])].tolist()
+            tokens = groups.rollout.completions[i, : int(groups.rollout.lengths[i])].tolist()
             rows.append({
-                "step": samples.step, "prompt": samples.prompts[b].text, "completion": samples.completions[i],
-                "reward": samples.rewards[b, g].item(), "advantage": finite_or_none(samples.advantages[b, g].item()),
+                "step": samples.step, "prompt": groups.prompts[b].text, "completion": groups.completions[i],
+                "reward": groups.rewards[b, g].item(), "advantage": finite_or_none(samples.advantages[b, g].item()),
                 "tokens": tokens, "pieces": [context.tokenizer.decode([token]) for token in tokens],
                 "token_logprobs": [finite_or_none(x) for x in samples.logprobs[i, : len(tokens)].tolist()],
                 "ended": read[i].ending != "limit",
-                **({"terms": weighted_terms(samples.terms[:, b, g].tolist(), weights)} if weights else {}),
+                **({"terms": weighted_terms(groups.terms[:, b, g].tolist(), weights)} if weights else {}),
             })  # fmt: skip
     return rows
 
 
 def sample_columns(samples: StepSamples, context: TrainContext) -> dict[str, list[Any]]:
     """All completions [N] of the step, as columns of all.parquet (`runs.sample_files.schema`)."""
-    tokens, group = samples.rollout.token_lists(), samples.rewards.shape[1]
-    places = [(b, g) for b in range(len(samples.prompts)) for g in range(group)]
+    groups = samples.groups
+    tokens, group = groups.rollout.token_lists(), groups.rewards.shape[1]
+    places = [(b, g) for b in range(len(groups.prompts)) for g in range(group)]
     pieces = {token: context.tokenizer.decode([token]) for token in {token for row in tokens for token in row}}
     weights = context.reward.weights
-    terms = [weighted_terms(samples.terms[:, b, g].tolist(), weights) if weights else None for b, g in places]
+    terms = [weighted_terms(groups.terms[:, b, g].tolist(), weights) if weights else None for b, g in places]
     ratios = dict(zip(samples.ref_rows.tolist(), samples.ref_log_ratios.tolist(), strict=True))
     return {
         "step": [samples.step] * len(tokens),
-        "prompt_index": [samples.indices[b] for b, _ in places],
+        "prompt_index": [groups.indices[b] for b, _ in places],
         "group": [b for b, _ in places],
         "sample": [g for _, g in places],
-        "prompt": [samples.prompts[b].text for b, _ in places],
-        "completion": samples.completions,
-        "reward": samples.rewards.flatten().tolist(),
+        "prompt": [groups.prompts[b].text for b, _ in places],
+        "completion": groups.completions,
+        "reward": groups.rewards.flatten().tolist(),
         "terms": terms,
         "advantage": samples.advantages.flatten().tolist(),
         "ending": [completion.ending for completion in _read(samples, context)],
@@ -88,4 +84,4 @@ def weighted_terms(values: Sequence[float], weights: Mapping[str, float]) -> dic
 
 def _read(samples: StepSamples, context: TrainContext) -> list[Completion]:
     ends = context.eos, context.params.selected_recipe.stop_strings
-    return read_completions(samples.rollout, context.tokenizer, *ends)
+    return read_completions(samples.groups.rollout, context.tokenizer, *ends)

@@ -19,7 +19,7 @@ from pipeline.rl.advantages import (
     reward_scale,
     with_kl_penalty,
 )
-from pipeline.rl.batch import reward_batch, rollout_metrics, sample_batch, score_batch, text_costs
+from pipeline.rl.batch import Groups, reward_batch, rollout_metrics, sample_batch, score_batch, text_costs
 from pipeline.rl.context import TrainContext, sync_rollout_model
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.metrics import (
@@ -32,7 +32,7 @@ from pipeline.rl.metrics import (
     update_metrics,
 )
 from pipeline.rl.optimizer import learning_rate
-from pipeline.rl.resample import Groups, replace_flat_groups
+from pipeline.rl.resample import replace_flat_groups
 from pipeline.rl.samples import StepSamples, first_samples
 from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms
 from pipeline.rl.state import TrainState
@@ -120,9 +120,9 @@ def train_step(
 
     # metrics, also of how far the update moved the policy
     after = score_batch(context.rollout_model, rollout.take(probe_rows), context).logprobs
-    rollout, gradient, ref_scores = on_cpu(rollout), on_cpu(gradient), on_cpu(ref_scores)
-    rewards, advantage, mask, after = rewards.cpu(), advantage.cpu(), rollout.completion_mask, after.cpu()
-    terms = terms.cpu()
+    groups, gradient, ref_scores = on_cpu(groups), on_cpu(gradient), on_cpu(ref_scores)
+    rollout, rewards, advantage, after = groups.rollout, groups.rewards, advantage.cpu(), after.cpu()
+    mask = rollout.completion_mask
     ref_rows, probe_rows, ref_logprobs = ref_rows.cpu(), probe_rows.cpu(), ref_scores.logprobs
     watch.lap("rescore")
     shown_baseline = group_mean(rewards) if normalized else (baseline * scale).cpu()  # in the units of the reward
@@ -139,19 +139,8 @@ def train_step(
         "truncation_gap": largest_gap(rollout.sampler_logprobs, rollout.logprobs, mask),
     }  # fmt: skip
     state.rows.append({column: metrics[column] for column in HISTORY_COLUMNS})
-    samples = StepSamples(
-        step,
-        groups.indices,
-        prompts,
-        groups.completions,
-        rewards,
-        terms,
-        advantage,
-        rollout,
-        gradient.logprobs,
-        ref_rows,
-        log_ratios(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows]),
-    )
+    ref_log_ratios = log_ratios(gradient.logprobs[ref_rows], ref_logprobs, mask[ref_rows])
+    samples = StepSamples(step, groups, advantage, gradient.logprobs, ref_rows, ref_log_ratios)
     state.samples += first_samples(samples, context)
     state.terms += term_rows(step, drawn.terms.cpu(), reward.weights, reward.combine)
 

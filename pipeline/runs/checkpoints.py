@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
 from pipeline.file_io import atomic_path, translate_write_errors, write_text
+from pipeline.paths import resume_files, resume_states
 
 DIGEST = 32  # bytes of a sha256, before the state
 KEEP_LAST = 2  # states: if the newest is damaged, the one before it is used
@@ -49,8 +50,8 @@ def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int
     Deletes older states, except the KEEP_LAST newest and the one that `last_before` finds.
     """
     write(folder / f"state-{step:08d}.pt", state)
-    kept = {*_states(folder)[-KEEP_LAST:], last_before(folder, judged, every)}
-    for old in set(_states(folder)) - kept:
+    kept = {*resume_states(folder)[-KEEP_LAST:], last_before(folder, judged, every)}
+    for old in set(resume_states(folder)) - kept:
         old.unlink()
 
 
@@ -71,7 +72,7 @@ def load(folder: Path) -> dict[str, Any] | None:
 
     A damaged one is named in a warning and deleted: it would count among the KEEP_LAST newest.
     """
-    states = _states(folder)
+    states = resume_states(folder)
     for path in reversed(states):
         if (state := read(path)) is not None:
             return state
@@ -118,7 +119,7 @@ def last_before(folder: Path, before: int, every: int) -> Path | None:
 
     The states that a signal leaves at other steps must not change a result.
     """
-    steps = {step_of(path): path for path in _states(folder)}
+    steps = {step_of(path): path for path in resume_states(folder)}
     return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 
 
@@ -141,19 +142,15 @@ def sample_file(folder: Path, step: int) -> Path:
 def delete_checkpoints(folder: Path, first: int = 0) -> int:
     """Deletes the states after `first` steps or more, and what going on from an earlier state makes again: candidates
     for data/best, completions. Returns the step to go on from."""
-    for path in [*_states(folder), *folder.glob("best-*.pt"), *folder.glob("samples-*.parquet")]:
+    for path in resume_files(folder):
         if step_of(path) >= first:
             path.unlink()
     return max(saved_steps(folder), default=0)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return list(map(step_of, _states(folder)))
+    return list(map(step_of, resume_states(folder)))
 
 
 def step_of(path: Path) -> int:
     return int(path.stem.partition("-")[2])
-
-
-def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("state-*.pt"))

@@ -74,6 +74,14 @@ class TermRow(TypedDict):
     share: float | None
 
 
+def by_term(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of terms.jsonl by the term's name, in the order of params.yaml."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["term"], []).append(row)
+    return found
+
+
 TERM_COLUMNS = ("scored_share", "mean", "mean_weighted", "std_within", "std_within_weighted", "share")
 
 

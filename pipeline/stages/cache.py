@@ -103,10 +103,9 @@ def check_classifier_rewards(params: Params, *folders: Path) -> None:
     stored = stored_classifiers(*folders)
     if not stored:
         return
-    names = [name for name in (params.reward, params.evaluate.independent) if name in params.rewards]
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     prompts = [*made_prompts(TRAIN_PROMPTS), *made_prompts(HELDOUT_PROMPTS)[: params.evaluate.prompts or None]]
-    for name in names:
+    for name in params.asked_rewards:
         for asked in classifier_rewards(params.rewards[name]):
             check_classifier_reward(name, asked, stored[asked.classifier], device, prompts)
 

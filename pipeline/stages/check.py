@@ -38,8 +38,7 @@ def main() -> None:
 def asked_classifiers(params: Params) -> dict[str, Any]:
     """The classifiers of the selected and of the independent reward, and what these ask them."""
     used = {"reward": params.selected_classifiers, "independent": params.independent_classifiers}
-    names = [name for name in (params.reward, params.evaluate.independent) if name in params.rewards]
-    asked = [each.model_dump() for name in names for each in classifier_rewards(params.rewards[name])]
+    asked = [each.model_dump() for name in params.asked_rewards for each in classifier_rewards(params.rewards[name])]
     found = {use: {name: table.model_dump() for name, table in tables.items()} for use, tables in used.items()}
     return {**found, "asked": asked}
 

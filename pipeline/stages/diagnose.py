@@ -20,7 +20,7 @@ from pipeline.errors import run_stage
 from pipeline.file_io import flatten, sha256, write_json
 from pipeline.paths import RUN_FILES
 from pipeline.runs.consistency import judged, raise_if_mixed, run_digests
-from pipeline.runs.results import read_result
+from pipeline.runs.results import by_term, read_result
 
 SHOWN = 3  # completions a finding
 ENOUGH = 30  # held-out completions to judge their texts by
@@ -86,7 +86,8 @@ def diagnose(
     )
     summaries = [summary(finding, rows, spreads) for finding in found]
     cures = {finding.kind: cure(finding, params, spreads) for finding in found}
-    told_of_terms = notes(terms, chosen.get("reward.combine", "sum"))
+    of_terms = by_term(list(terms))
+    told_of_terms = notes(of_terms, chosen.get("reward.combine", "sum"))
     said = headline(found, summaries, len(rows), evaluation is not None and heldout is None)
     changes: dict[str, Any] = {}
     for finding in root_causes(found):
@@ -101,7 +102,7 @@ def diagnose(
         "findings": [
             report(finding, text, cures[finding.kind], samples) for finding, text in zip(found, summaries, strict=True)
         ],
-        "notes": [report_note(note, chosen, [row["term"] for row in terms]) for note in told_of_terms],
+        "notes": [report_note(note, chosen, list(of_terms)) for note in told_of_terms],
         "cure": {"changes": changes, "command": experiment_command(chosen, changes)} if changes else None,
     }
 
@@ -133,7 +134,7 @@ def report_note(note: Note, chosen: dict[str, Any], names: Sequence[str]) -> dic
         terms = [written(term) | {"reward": written(term["reward"])} for term in table]
         changes = {f"rewards.{chosen['reward']}.terms": terms}
     return {
-        "kind": note.kind, "term": note.term, "text": f"{note.short} {note.advice}", "changes": changes,
+        "kind": note.kind, "term": note.term, "text": note.text, "changes": changes,
         "command": experiment_command(chosen, changes) if changes else None,
     }  # fmt: skip
 

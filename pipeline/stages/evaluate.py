@@ -43,6 +43,7 @@ from pipeline.rewards.classifier import Cuts, folder_of, stored_classifiers
 from pipeline.rewards.columns import check_columns
 from pipeline.rl.metrics import text_cost
 from pipeline.rl.seeding import draw_uniforms, generator
+from pipeline.rl.terms import contributions
 from pipeline.runs.progress import progress
 
 PROMPT_BATCH = 32  # prompts sampled at once
@@ -157,7 +158,7 @@ def measured_rewards(params: Params, prompts: list[Prompt], classifiers: dict[st
 
 def leave_out(name: str, error: UserError, params: Params) -> None:
     """A reward that nobody asked for does not end the stage: a note. Raises the error of any other."""
-    if name in (params.reward, params.evaluate.independent):
+    if name in params.asked_rewards:
         raise error
     print(f"note: not measured: {error}", file=sys.stderr)
 
@@ -295,11 +296,12 @@ def compare_terms(terms: Tensor, weights: Mapping[str, float], params: Params) -
 
     terms [2, K, B, G]: reference, policy; NaN where a term says nothing.
     """
+    added = torch.stack([contributions(own, weights) for own in terms])
     return {
         name: {
             "weight": weight,
             "unweighted": {who: finite_or_none(own[k].nanmean().item()) for who, own in zip(NAMES, terms, strict=True)},
-            **intervals(torch.where(terms[:, k].isnan(), 0.0, weight * terms[:, k]).mean(2), params),
+            **intervals(added[:, k].mean(2), params),
         }
         for k, (name, weight) in enumerate(weights.items())
     }

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from pipeline import file_io
 from pipeline.errors import UserError, run_stage
-from pipeline.paths import RUN_FILES
+from pipeline.paths import RUN_FILES, resume_files
 from pipeline.runs import workspace
 from pipeline.tracking import mlflow_store
 from pipeline.tracking.record import read_record
@@ -83,8 +83,7 @@ def drop_resume_state(train_key: str) -> None:
         return
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=0):  # `train` holds it
-            states = sorted(folder.glob("state-*.pt"))  # oldest first: a kill leaves the newest one
-            for path in [*states, *folder.glob("best-*.pt"), *folder.glob("samples-*.parquet")]:
+            for path in resume_files(folder):  # oldest state first: a kill leaves the newest one
                 path.unlink()
     except Timeout:
         print("note: this very run is being trained again; its resume state is left alone", file=sys.stderr)
