@@ -1,7 +1,7 @@
 """The algorithms of params.yaml side by side, on sums (`arithmetic`) and on `length`: docs/ALGORITHMS.md.
 
 python -m benchmarks.algorithms list             # the runs that are left, in their order
-python -m benchmarks.algorithms run [--most 10]  # makes them, one after the other; goes on where it stopped
+python -m benchmarks.algorithms run [--jobs 2]   # makes them; goes on where it stopped
 python -m benchmarks.algorithms time             # seconds a step of each, in short runs: on a machine that is idle
 python -m benchmarks.algorithms page             # docs/algorithms.jsonl -> the tables and the figure of the page
 
@@ -15,7 +15,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +35,12 @@ TUNING, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 COMMON = ("train.samples_per_prompt=8", "train.threads=1", "train.checkpoint_every=1000", "evaluate.independent=none")
 TASKS = {
     "arithmetic": (
-        "model=pocket-math", "prompts=arithmetic", "reward=answer", "train.steps=300", "train.prompts_per_step=32",
+        "model=pocket-math", "prompts=arithmetic", "reward=answer", "train.steps=200", "train.prompts_per_step=32",
         "train.max_tokens=12", "evaluate.every=25", "evaluate.prompts=0", "evaluate.curve_prompts=256",
     ),
     "length": (
-        "reward=length", "train.steps=50", "train.prompts_per_step=16", "train.max_tokens=20", "evaluate.every=5",
-        "evaluate.prompts=200", "evaluate.curve_prompts=200",
+        "reward=length", "train.steps=30", "train.prompts_per_step=16", "train.max_tokens=20", "evaluate.every=10",
+        "evaluate.prompts=128", "evaluate.curve_prompts=128",
     ),
 }  # fmt: skip
 TIMED_STEPS = 12
@@ -138,21 +140,32 @@ def left(rows: Sequence[dict[str, Any]], timed: bool) -> list[Plan]:
     return [plan for plan in wanted if plan not in done(rows)]
 
 
-def run_all(timed: bool, most: int) -> None:
-    """Each finished run is on file before the next one begins."""
-    clone = make_clone(CLONE.resolve())
-    for _ in range(most):
-        if not (todo := left(read_rows(), timed)):
-            return
-        made = run(todo[0], clone)
-        write_jsonl(FOUND, [*read_rows(), made])
-        print(*todo[0], f"held-out {made['heldout'][-1][1]}" if made["heldout"] else made["seconds"], flush=True)
+def run_all(timed: bool, jobs: int) -> None:
+    """Each finished run is on file before its job begins another one. CalledProcessError: a stage of one failed."""
+    clones = [make_clone((CLONE / f"clone-{job}").resolve()) for job in range(jobs)]
+    begun: set[Plan] = set()
+    lock = threading.Lock()  # of the file and of what is begun
+
+    def work(clone: Path) -> None:
+        while True:
+            with lock:
+                plan = next((plan for plan in left(read_rows(), timed) if plan not in begun), None)
+                if plan is None:
+                    return
+                begun.add(plan)
+            made = run(plan, clone)
+            with lock:
+                write_jsonl(FOUND, [*read_rows(), made])
+            print(*plan, f"held-out {made['heldout'][-1][1]}" if made["heldout"] else made["seconds"], flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, clones))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "run", "time", "page"))
-    parser.add_argument("--most", type=int, default=10_000, help="runs to make")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     if arguments.command == "list":
         for plan in left(read_rows(), timed=False):
@@ -162,7 +175,8 @@ def main() -> None:
 
         write_page(read_rows())
     else:
-        run_all(arguments.command == "time", arguments.most)
+        timed = arguments.command == "time"
+        run_all(timed, jobs=1 if timed else arguments.jobs)
 
 
 if __name__ == "__main__":

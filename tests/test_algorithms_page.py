@@ -60,7 +60,7 @@ def test_every_run_has_valid_parameters(tmp_path: Path, task: str, group: str) -
         params = load_params(path)
         assert (params.recipe, params.selected_recipe.lr, params.seed) == (recipe, 0.00003, 7)
         assert params.train.steps == (
-            algorithms.TIMED_STEPS if group == "time" else {"arithmetic": 300, "length": 50}[task]
+            algorithms.TIMED_STEPS if group == "time" else {"arithmetic": 200, "length": 30}[task]
         )
 
 

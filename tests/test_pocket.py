@@ -143,6 +143,8 @@ def test_the_model_that_adds_solves_some_of_its_problems() -> None:
         first, _, second = row["question"].removesuffix("=").partition("+")
         assert row["answer"] == str(int(first) + int(second))
     assert len({row["question"] for row in sets[0] + sets[1]}) == len(sets[0]) + len(sets[1]) == 768
+    pairs = [{frozenset(row["question"].removesuffix("=").split("+")) for row in rows} for rows in sets]
+    assert not pairs[0] & pairs[1]  # in either order
 
     tokenizer, rows, cpu = load_tokenizer(folder / "checkpoint"), sets[1], torch.device("cpu")
     ids, eos = [tokenizer(row["question"])["input_ids"] for row in rows], tokenizer.eos_token_id
