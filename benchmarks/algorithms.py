@@ -39,7 +39,7 @@ TASKS = {
         "train.max_tokens=12", "evaluate.every=25", "evaluate.prompts=0", "evaluate.curve_prompts=256",
     ),
     "length": (
-        "reward=length", "train.steps=30", "train.prompts_per_step=16", "train.max_tokens=20", "evaluate.every=10",
+        "reward=length", "train.steps=30", "train.prompts_per_step=8", "train.max_tokens=20", "evaluate.every=10",
         "evaluate.prompts=128", "evaluate.curve_prompts=128",
     ),
 }  # fmt: skip
