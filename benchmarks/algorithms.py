@@ -120,7 +120,8 @@ def row(plan: Plan, clone: Path) -> dict[str, Any]:
     """What is kept of a run: rewards and samples by step, held-out rewards [updates, mean]; seconds where timed."""
     history = read_csv(clone / RUN_FILES.history)
     (folder,) = (clone / ".checkpoints").glob("*/timings.csv")
-    timings, heldout = read_csv(folder), {}
+    timings = read_csv(folder)
+    heldout: dict[int, list[float]] = {}
     for measured in read_jsonl(clone / RUN_FILES.heldout):
         heldout.setdefault(measured["step"], []).append(measured["reward"])
     kept: dict[str, Any] = {

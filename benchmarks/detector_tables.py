@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def of(count: int, total: int) -> str:
     return f"{count} of {total} = {count / total:.1%} ({interval.low:.1%} to {interval.high:.1%})"
 
 
-def onset_words(errors: list[float]) -> str:
+def onset_words(errors: Sequence[float]) -> str:
     if not errors:
         return ""
     near = sum(abs(error) <= 1 for error in errors)
@@ -134,8 +134,8 @@ def overall(name: str, runs: pd.DataFrame) -> Iterator[str]:
             for step, alarm, label in zip(when, said, truth, strict=True)
             if alarm and first(label) is not None
         ]
-        alarms, misses = of(sum(healthy), len(healthy)), of(sum(missed), len(missed))
-        yield f"| {name} | rldoctor, {title} | {alarms} | {misses} | | {onset_words(errors)} |"
+        false, misses = of(sum(healthy), len(healthy)), of(sum(missed), len(missed))
+        yield f"| {name} | rldoctor, {title} | {false} | {misses} | | {onset_words(errors)} |"
 
 
 def by_kind(runs: pd.DataFrame) -> Iterator[str]:
@@ -162,9 +162,8 @@ def scan(folder: Path, choose: dict[str, tuple[int, ...]]) -> None:
     print(scan_row("as chosen", "", contents, truth, THRESHOLDS))
     for name, values in OTHERS.items():
         for value in values:
-            print(
-                scan_row(f"`{name}`", f"{value:g}", contents, truth, dataclasses.replace(THRESHOLDS, **{name: value}))
-            )
+            changed: dict[str, Any] = {name: value}
+            print(scan_row(f"`{name}`", f"{value:g}", contents, truth, dataclasses.replace(THRESHOLDS, **changed)))
 
 
 def scan_row(

@@ -34,8 +34,9 @@ def main(steps: int) -> None:
     run, real = TrainState(), train_step.update_policy
 
     def without_ratio(*arguments: Any) -> Any:
-        *others, micro_batch, group = arguments[:7]
-        return real(*others, micro_batch - 1, group, *arguments[7:])  # no micro-batch holds whole groups: no ratio
+        changed = list(arguments)
+        changed[5] -= 1  # the micro-batch
+        return real(*changed)  # no micro-batch holds whole groups: no ratio
 
     with mock.patch.object(train_step, "update_policy", without_ratio):
         train_step.train_step(run, setting, policy, optimizer)  # the first one is slower

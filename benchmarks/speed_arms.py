@@ -7,6 +7,7 @@ counted."""
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import random
@@ -91,21 +92,19 @@ def drawn(prompts: list[str], count: int, step: int) -> list[str]:
 def notebook(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from benchmarks import notebook_loop
 
-    policy, tokenizer, prompts = material.policy(options.shape).to(device), *_texts()
+    policy: Any = material.policy(options.shape)
+    tokenizer, prompts = _texts()
+    policy.to(device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
-    reward: Callable[[str], Any] = lambda text: notebook_loop.has_length(text, TARGET_LENGTH)  # noqa: E731
+    reward: Callable[[str], Any] = partial(notebook_loop.has_length, target_len=TARGET_LENGTH)
     if options.reward == "embedding":
         reward = notebook_loop.bert_distance(options.encoder, TARGET, str(device))
     times = []
     for step in range(options.steps + 1):
         count = options.prompts if step else min(options.prompts, 4)
         chosen = drawn(prompts, count, step)
-        times.append(
-            timed(
-                lambda chosen=chosen: notebook_loop.step(policy, tokenizer, optimizer, chosen, reward, options.samples),
-                device,
-            )
-        )
+        work = partial(notebook_loop.step, policy, tokenizer, optimizer, chosen, reward, options.samples)
+        times.append(timed(work, device))
     return {"samples": options.prompts * options.samples, "seconds": times[1:]}
 
 
@@ -149,26 +148,27 @@ def trl(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """`train_step` as the stage `train` calls it, with every metric of history.csv, without tracking."""
+    from pipeline.config.schema import EmbeddingReward, LengthReward
     from pipeline.data.prompts import Prompt
-    from pipeline.rewards.embedding import embedding_reward
-    from pipeline.rewards.surface import length_reward
+    from pipeline.rewards.build import build_reward
     from pipeline.rl.optimizer import make_optimizer
     from pipeline.stages import train
 
     params = our_params(options, options.prompts)
     tokenizer, prompts = _texts()
     policy, reference = saved_and_loaded(options.shape, options.precision, device)
-    measure = length_reward(TARGET_LENGTH)
     if options.reward == "embedding":
-        measure = embedding_reward(TARGET, options.encoder, device, getattr(torch, options.encoder_precision))
+        table: Any = EmbeddingReward(kind="embedding", target=TARGET, precision=options.encoder_precision)
+    else:
+        table = LengthReward(kind="length", target=TARGET_LENGTH)
     eos = (tokenizer.eos_token_id,)
     setting = TrainContext(
         params,
         list(map(Prompt, prompts)),
         tokenizer,
         policy,
-        partial(nullcontext, reference),
-        measure,
+        lambda: nullcontext(reference),
+        build_reward(options.reward, table, options.encoder or Path(), device),
         device,
         eos,
         Layout(),
@@ -182,6 +182,7 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     result = {
         "samples": options.prompts * options.samples, "seconds": seconds, "phases": phases, "logprob_gap": gap,
         "tokens": [row["completion_tokens"] for row in run.rows[1:]], "peak_mib": peak_mib(device),
+        "digest": hashlib.sha256(json.dumps(run.rows).encode()).hexdigest(),
     }  # fmt: skip
     if options.count_flops:
         with FlopCounterMode(display=False) as counter:
@@ -204,7 +205,7 @@ def saved_and_loaded(shape: str, precision: str, device: torch.device) -> tuple[
 
 
 def our_params(options: argparse.Namespace, prompts: int) -> Any:
-    """Recipe `stable` without its KL term and with the notebook's lengths: the work that the other loops do."""
+    """Recipe `stable` without its KL term and scale, with the notebook's lengths: the work that the other loops do."""
     from ruamel.yaml import YAML
 
     tree = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
@@ -213,7 +214,9 @@ def our_params(options: argparse.Namespace, prompts: int) -> Any:
         "steps": 1000, "prompts_per_step": prompts, "samples_per_prompt": options.samples, "max_tokens": TOKENS,
         "micro_batch": micro_batch, "threads": THREADS,
     }  # fmt: skip
-    tree["recipes"]["stable"] |= {"kl": options.kl, "length_limit": "total", "precision": options.precision}
+    tree["recipes"]["stable"] |= {
+        "kl": options.kl, "length_limit": "total", "precision": options.precision, "scale_rewards": "none",
+    }  # fmt: skip
     return validate_params(tree)
 
 

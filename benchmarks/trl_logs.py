@@ -83,7 +83,8 @@ def train(name: str, plan: Plan) -> None:
         trainer.save_state()
         write_text(LOGS / name / "trainer_state.json", Path(folder, "trainer_state.json").read_text(encoding="utf-8"))
         steps = [pd.read_parquet(file) for file in sorted(Path(folder, "completions").glob("*.parquet"))]
-    if rows := [row for step in steps for row in step.head(KEPT).to_dict("records")]:  # RLOOTrainer writes none
+    rows: list[Any] = [row for step in steps for row in step.head(KEPT).to_dict("records")]
+    if rows:  # RLOOTrainer writes none
         write_jsonl(LOGS / name / "completions.jsonl", rows)
 
 

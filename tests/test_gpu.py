@@ -123,3 +123,22 @@ def test_more_processes_than_gpus_are_refused(ready: Project, gpu: Path) -> None
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors[0].startswith("error: LOCAL_RANK = 1: each process needs a GPU of its own, and torch sees 1 here")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.exhaustive
+def test_the_benchmark_for_a_gpu_runs_without_dvc_and_mlflow(tmp_path: Path, gpu: Path) -> None:
+    """trl alone may be missing. The notebook's loop and ours run; one seed gives one digest."""
+    for name in ("dvc", "mlflow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not on this machine')")
+    environment = with_gpu(gpu)
+    environment["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "run", "--tiny", "--out", str(tmp_path / "out")], cwd=ROOT,
+        env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert {name for name, part in found["arms"].items() if "failed" in part} <= {"trl"}, done.stdout
+    assert "both runs have the same bytes" in done.stdout
+    assert pretend_cuda.NAME in done.stdout

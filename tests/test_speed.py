@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import material, notebook_loop, speed
+from benchmarks import gpu, material, notebook_loop, speed
 from tests.models import tiny_neox
 from tests.project import ROOT
 
@@ -51,3 +51,25 @@ def test_an_encoder_of_bert_s_shape_rewards_nearness(tmp_path: Path) -> None:
     distance = notebook_loop.bert_distance(tmp_path, "Hi there!")
     assert distance("Hi there!").item() == 0
     assert distance("Something else").item() < 0
+
+
+def test_a_step_of_ours_is_measured_and_repeats_itself() -> None:
+    arm = ("ours", "--shape", "pythia-14m", "--prompts", "2", "--samples", "2")
+    first, second = speed.measure(arm), speed.measure(arm)
+    assert first["samples"] == 4
+    assert first["digest"] == second["digest"]
+
+
+def test_the_tables_of_a_gpu_say_what_failed_and_what_differs() -> None:
+    run = {"samples": 1024, "seconds": [0.5] * 50, "peak_mib": 2**10, "digest": "a"}
+    arms: dict[str, Any] = {
+        "experiment": run, "experiment, again": run | {"digest": "b"}, "trl": {"failed": "No module named 'trl'"},
+        "matmul bfloat16": {"flops_per_second": 4e12}, "one step": run | {"seconds": [0.5], "flops": 1e12},
+    }  # fmt: skip
+    said = "\n".join(gpu.tables({"gpu": "X, CUDA 13.0", "arms": arms}))
+    assert "* 50 steps in 25.0 s (goal: 60 s)" in said
+    assert "**the two runs differ**" in said
+    assert "50.0%" in said
+    assert said.endswith("* trl: No module named 'trl'")
+    arms["experiment, again"] = run
+    assert "both runs have the same bytes" in "\n".join(gpu.tables({"gpu": "X", "arms": arms}))
