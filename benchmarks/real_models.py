@@ -117,12 +117,15 @@ def plans() -> list[Plan]:
 
 
 def cure_plans() -> Iterator[Plan]:
-    """For each collected run with a change to try, the same run with that change."""
+    """For each collected run with a change to try, the same run with that change; and so on where that was collected
+    and has a change to try itself."""
     found = {row["name"]: row["cure"] for row in results.read_rows()}
-    for plan in plans():
+    tried = plans()
+    for plan in tried:  # it grows
         if changes := found.get(plan.name):
             added = tuple(f"{key}={value}" for key, value in changes.items())
-            yield Plan("cure", f"cure-{plan.name}", plan.changes + added)
+            tried.append(Plan("cure", f"cure-{plan.name}", plan.changes + added))
+            yield tried[-1]
 
 
 def run(plan: Plan, clone: Path) -> None:
