@@ -265,15 +265,14 @@ STATE = {"policy": torch.arange(10_000.0), "optimizer": torch.ones(500)}
 def test_ctrl_c_while_training_waits_for_a_write_gives_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "Hashing", Slow)
 
-    def interrupt() -> None:
-        Slow.reached.wait(SECONDS)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
-        Slow.go.set()
+    def interrupted() -> None:
+        assert Slow.reached.wait(SECONDS)
+        threading.Timer(0.05, Slow.go.set).start()
+        raise KeyboardInterrupt
 
     with BackgroundWriter() as writer:
         writer.submit(lambda: checkpoints.save(tmp_path, 1, STATE, 0, 1, writer.stop))
-        threading.Thread(target=interrupt).start()
+        monkeypatch.setattr(writer._writing, "result", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.wait()
     assert not list(tmp_path.iterdir())
