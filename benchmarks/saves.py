@@ -4,8 +4,8 @@
     python -m benchmarks.saves --shape pythia-410m --steps 3 --saves 4
 
 Real steps of one process, the three arms in turn, so that whatever slows the machine down slows down all: steps alone,
-steps with a save that they wait for, and with one beside them. A save's stall is what a round of steps takes longer with
-it than without, a slower step beside the write included. One line of JSON.
+steps with a save that they wait for, and with one beside them. A save's stall is what a round of steps takes longer
+with it than without, a slower step beside the write included. One line of JSON.
 """
 
 import argparse

@@ -310,7 +310,8 @@ def test_a_reward_waits_for_one_piece_of_a_state_only(tmp_path: Path, monkeypatc
     with BackgroundWriter() as writer:
         writer.submit(lambda: checkpoints.write(tmp_path / "beside", STATE))
         assert Slow.reached.wait(SECONDS)
-        with settings_of_reward():  # for ever, if it waited for the state, which waits for `go`
+        # for ever, if it waited for the state, which waits for `go`; twice: a reward that calls another one
+        with settings_of_reward(), settings_of_reward():
             pass
         Slow.go.set()
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_next, _settings = threading.Lock(), threading.Lock()
+_next, _settings = threading.RLock(), threading.RLock()  # a reward may call another one
 
 
 @contextmanager
