@@ -24,7 +24,7 @@ TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
     "verdict", "runtime", "heldout", "algorithms", "pass_at_k",
     "rewards", "terms", "samples", "page_samples", "large", "verification", "tokenization", "chat", "stop_strings",
-    "halving",
+    "halving", "background",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -267,9 +267,23 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("del layer.forward  #", "pass  #"),
         ("layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)", "pass"),
     ]),
+    "stages/train.py": ("background", [('"run": dataclasses.asdict(run)}', '"run": vars(run)}')]),
+    "runs/background.py": ("background", [
+        ("        self.wait()\n        self._writing = self._thread", "        self._writing = self._thread"),
+        ("        if not beside:\n            self.wait()\n", ""),
+        ("            self.stop.set()\n", ""),
+        ("            if error is None:\n                raise\n", ""),
+    ]),
+    "runs/host_memory.py": ("background", [
+        ("again * processes", "again"),
+        ("min([free, *_left_in_groups(root)])", "free"),
+        ("here, *here.parents", "here, here"),
+    ]),
+    "rewards/turns.py": ("background", [("    with _next, _settings:", "    with _next:")]),
     "distributed/sharding.py": ("gradient", [
         ("module.set_gradient_divide_factor(1.0)", "pass"),
         ("together = tree.full_tensor()", "together = tree.to_local()"),
+        ('return tree.to("cpu", copy=True) if', "return tree if"),
     ]),
     "distributed/weights.py": ("large", [
         ("if p.requires_grad}\n    if", "}\n    if"),

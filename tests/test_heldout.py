@@ -31,6 +31,7 @@ from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure
 from pipeline.rl.seeding import draw_uniforms
 from pipeline.rl.state import TrainState
 from pipeline.runs import checkpoints
+from pipeline.runs.background import BackgroundWriter
 from pipeline.runs.consistency import raise_if_mixed
 from pipeline.runs.loaded_run import load_run
 from pipeline.runs.provenance import chosen_params
@@ -229,8 +230,9 @@ def at_a_step(here: Project, monkeypatch: pytest.MonkeyPatch) -> Any:
                              evaluate=SimpleNamespace(every=2))  # fmt: skip
     context, values = SimpleNamespace(params=params, processes=DistContext()), {}
     monkeypatch.setattr(train, "measure", lambda _, step: measured(**{f"at{step}": [values[step], 0.0]}))
-    monkeypatch.setattr(train, "trained_weights", lambda step, _: {"step": torch.tensor(step)})
+    monkeypatch.setattr(train, "trained_weights", lambda step, *_: {"step": torch.tensor(step)})
     monkeypatch.setattr(train, "optimizer_state", lambda *_: {})
+    monkeypatch.setattr(train, "state_bytes", lambda *_: 0)
     monkeypatch.setattr(train, "findings", lambda *_: [])
     monkeypatch.setattr(train, "load_weights", lambda *_: None)
     monkeypatch.setattr("pipeline.rl.heldout.findings", lambda *_: [])
@@ -240,14 +242,16 @@ def at_a_step(here: Project, monkeypatch: pytest.MonkeyPatch) -> Any:
         values.update(measures)
         state = checkpoints.load(folder)
         run = TrainState(**state["run"]) if state else TrainState()
-        while True:
-            train.measure_heldout(run, context, run.step, folder, [])
-            if run.step and (run.step % 5 == 0 or run.step == 12):
-                train.save_checkpoint(folder, run, run.step, None, context, [])
-            if run.step == until:
-                return run
-            run.rows.append({"step": float(run.step)})
-            run.timings.append({"seconds": 0.0})
+        with BackgroundWriter() as writer:
+            while True:
+                candidate = train.measure_heldout(run, context, [])
+                due = bool(run.step) and (run.step % 5 == 0 or run.step == 12)
+                if candidate or due:
+                    train.save_checkpoint(folder, run, run.step, None, context, [], writer, candidate, due)
+                if run.step == until:
+                    return run
+                run.rows.append({"step": float(run.step)})
+                run.timings.append({"seconds": 0.0})
 
     folder = here.root / "states"
     folder.mkdir()

@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.file_io import read_csv
 from pipeline.models.sampling import Rollout
 from pipeline.rewards.build import LARGEST
+from pipeline.rewards.turns import settings_of_training
 from pipeline.rl.advantages import reward_scale
 from pipeline.rl.metrics import CALIBRATION_COLUMNS, SHUFFLED
 from pipeline.runs import checkpoints
@@ -571,10 +572,11 @@ def test_ctrl_c_while_a_state_is_saved_leaves_none_half_written(tmp_path: Path) 
             raise KeyboardInterrupt
 
     writer = checkpoints.Hashing(Interrupting())  # type: ignore[arg-type]
-    torch.save({"policy": torch.ones(1000)}, writer)  # type: ignore[arg-type]
+    with settings_of_training():
+        torch.save({"policy": torch.ones(1000)}, writer)  # type: ignore[arg-type]
     assert isinstance(writer.failure, KeyboardInterrupt)
     with pytest.MonkeyPatch.context() as inside:
-        inside.setattr(checkpoints, "Hashing", lambda _: writer)
+        inside.setattr(checkpoints, "Hashing", lambda *_: writer)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(tmp_path, 1, {"policy": torch.ones(1000)}, 0, 1)
     assert not list(tmp_path.iterdir())

@@ -31,17 +31,18 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_full(tree: Any, keep: bool = True) -> Any:
+def gather_full(tree: Any, keep: bool = True, copy: bool = False) -> Any:
     """Collective call: gathers the sharded tensors of a tree of dicts and lists on the CPU. Ranks with keep=False get
-    empty tensors: several whole copies may not fit into one machine."""
+    empty tensors: several whole copies may not fit into one machine. With copy=True every tensor of the result lies on
+    the CPU and shares no memory with one of the tree."""
     if isinstance(tree, dict):
-        return {key: gather_full(value, keep) for key, value in tree.items()}
+        return {key: gather_full(value, keep, copy) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [gather_full(value, keep) for value in tree]
-    if not isinstance(tree, DTensor):
-        return tree
-    together = tree.full_tensor()
-    return together.cpu() if keep else together.new_empty(0)
+        return [gather_full(value, keep, copy) for value in tree]
+    if isinstance(tree, DTensor):
+        together = tree.full_tensor()
+        return together.to("cpu", copy=copy) if keep else together.new_empty(0)
+    return tree.to("cpu", copy=True) if copy and isinstance(tree, Tensor) else tree
 
 
 def distribute_like(parameter: Tensor, value: Tensor) -> Tensor:

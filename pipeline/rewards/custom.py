@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.errors import UserError, did_you_mean
 from pipeline.file_io import why_unwatched
 from pipeline.rewards.batch import RewardBatch
+from pipeline.rewards.turns import settings_of_reward
 from pipeline.rewards.watchdog import watchdog
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _run(function: str, what: str, settings: "OwnSettings", seed: str, root: Pat
     def place(frame: FrameType) -> str | None:
         return _place(root, frame.f_code.co_filename, frame.f_lineno)
 
-    with watchdog(f"reward {function}", place), settings.in_place(seed):
+    with settings_of_reward(), watchdog(f"reward {function}", place), settings.in_place(seed):
         try:
             return call()
         except KeyboardInterrupt:

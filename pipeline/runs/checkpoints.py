@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import UserError
 from pipeline.file_io import atomic_path, translate_write_errors, write_text
 from pipeline.paths import resume_files, resume_states
+from pipeline.rewards.turns import rewards_may_run, settings_of_training
 
 DIGEST = 32  # bytes of a sha256, before the state
 KEEP_LAST = 2  # states: if the newest is damaged, the one before it is used
@@ -44,27 +46,33 @@ def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def save(folder: Path, step: int, state: dict[str, Any], judged: int, every: int) -> None:
-    """Write the state after `step` steps.
+def save(
+    folder: Path, step: int, state: dict[str, Any], judged: int, every: int, stop: threading.Event | None = None
+) -> None:
+    """Write the state after `step` steps, as `write` does.
 
     Deletes older states, except the KEEP_LAST newest and the one that `last_before` finds.
     """
-    write(folder / f"state-{step:08d}.pt", state)
+    write(folder / f"state-{step:08d}.pt", state, stop)
     kept = {*resume_states(folder)[-KEEP_LAST:], last_before(folder, judged, every)}
     for old in set(resume_states(folder)) - kept:
         old.unlink()
 
 
-def write(path: Path, state: dict[str, Any]) -> None:
-    """Its sha256, then torch's format."""
-    with atomic_path(path) as temporary, temporary.open("wb") as target:
+def write(path: Path, state: dict[str, Any], stop: threading.Event | None = None) -> None:
+    """Its sha256, then torch's format. Custom rewards may run in other threads meanwhile. Raises KeyboardInterrupt, and
+    leaves nothing, where `stop` is set before the end."""
+    with settings_of_training(), atomic_path(path) as temporary, temporary.open("wb") as target:
         target.write(bytes(DIGEST))
-        hashing = Hashing(target)
+        hashing = Hashing(target, stop)
         torch.save(state, hashing)  # type: ignore[arg-type]  # it writes, and that is all torch asks of it
         if hashing.failure:
             raise hashing.failure
         target.seek(0)
         target.write(hashing.sha256.digest())
+        target.flush()
+        with rewards_may_run():  # it takes long; `atomic_path` then finds little left to sync
+            os.fsync(target.fileno())
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -92,13 +100,14 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 class Hashing(io.RawIOBase):
-    """Write to a file and compute its sha256 on the way, without a second copy in memory.
+    """Write to a file and compute its sha256 on the way, without a second copy in memory. Within
+    `settings_of_training`.
 
     After a failed write it ignores further ones and keeps the exception: torch would replace it by one of its own.
     """
 
-    def __init__(self, target: BinaryIO) -> None:
-        self._target, self.sha256 = target, hashlib.sha256()
+    def __init__(self, target: BinaryIO, stop: threading.Event | None = None) -> None:
+        self._target, self._stop, self.sha256 = target, stop, hashlib.sha256()
         self.failure: BaseException | None = None  # Ctrl-C too
 
     def writable(self) -> bool:
@@ -106,8 +115,11 @@ class Hashing(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         if self.failure is None:
-            self.sha256.update(data)
             try:
+                with rewards_may_run():
+                    self.sha256.update(data)
+                if self._stop is not None and self._stop.is_set():
+                    raise KeyboardInterrupt
                 self._target.write(data)
             except BaseException as error:
                 self.failure = error

@@ -6,8 +6,10 @@ update, or for several with importance weights (`epochs`).
 
 import dataclasses
 import sys
+import threading
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,13 @@ from pipeline.diagnosis.verdict import TITLES, Finding, confirmed_healthy_steps,
 from pipeline.distributed import launch
 from pipeline.distributed.device import arithmetic_in_effect, configure_torch, device_errors, gpu_description
 from pipeline.distributed.dist_context import DistContext
-from pipeline.distributed.weights import load_optimizer_state, load_weights, optimizer_state, trained_weights
+from pipeline.distributed.weights import (
+    load_optimizer_state,
+    load_weights,
+    optimizer_state,
+    state_bytes,
+    trained_weights,
+)
 from pipeline.errors import UserError, run_stage
 from pipeline.file_io import (
     atomic_folder,
@@ -41,6 +49,7 @@ from pipeline.paths import BEST, CHECKPOINT, CLASSIFIERS, HEALTHY, HELDOUT_PROMP
 from pipeline.rewards.classifier import Cuts
 from pipeline.rewards.columns import searches_patterns
 from pipeline.rewards.custom_files import custom_digests
+from pipeline.rewards.turns import settings_of_training
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import TrainContext, build_context, gather_full_policy, initial_policy, sync_rollout_model
 from pipeline.rl.heldout import best_report, best_step, candidate_steps, measure, needed_candidates
@@ -49,9 +58,11 @@ from pipeline.rl.samples import StepSamples, sample_columns
 from pipeline.rl.state import TrainState
 from pipeline.rl.train_step import train_step
 from pipeline.runs import checkpoints, provenance, sample_files, workspace
+from pipeline.runs.background import BackgroundWriter
 from pipeline.runs.dvc_git import check_experiment_folder
 from pipeline.runs.follower import follower
 from pipeline.runs.history import history_file
+from pipeline.runs.host_memory import fits
 from pipeline.runs.policy_files import save_policy
 from pipeline.runs.progress import progress
 from pipeline.runs.signals import caught_signals
@@ -205,15 +216,16 @@ def loop(
     run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path
 ) -> None:
     """Run steps until the last one, a non-finite number, a collapse if `on_collapse` is stop, or a signal, which ends
-    the process after the current step. Saves a resume state every `checkpoint_every` steps."""
+    the process after the current step. Has a resume state written every `checkpoint_every` steps, the
+    last one before it returns."""
     steps, every, processes = context.params.train.steps, context.params.train.checkpoint_every, context.processes
     spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
     found = findings(run.rows, spreads, steps)
     announced = {finding.kind for finding in found}
     bar = tqdm(total=steps, initial=run.step, disable=None if processes.is_main_process else True, unit="step")
     history = history_file(RUN_FILES.history, run.rows) if processes.is_main_process else nullcontext()
-    with bar, caught_signals() as signals, history as record:
-        measure_heldout(run, context, policy, folder, found)
+    with bar, caught_signals() as signals, history as record, BackgroundWriter() as writer:
+        measure_heldout(run, context, found)  # step 0, whose weights are the checkpoint's
         while not is_finished(run, context.params):
             keep_samples(train_step(run, context, policy, optimizer), run, context, folder)
             found = findings(run.rows, spreads, steps)
@@ -225,12 +237,15 @@ def loop(
                     if finding.kind not in announced:
                         tqdm.write(f"Diagnosis: {TITLES[finding.kind].lower()} from step {finding.onset} on")
                     announced.add(finding.kind)
-            measure_heldout(run, context, policy, folder, found)
+            candidate = measure_heldout(run, context, found)
             bar.update()
             signal = processes.all_reduce_max(signals[0] if signals else 0)
-            if run.step % every == 0 or run.step == steps or run.stopped or signal:
-                save_checkpoint(folder, run, policy, optimizer, context, found)
+            writer.raise_if_failed()
+            due = run.step % every == 0 or run.step == steps or run.stopped or bool(signal)
+            if due or candidate:
+                save_checkpoint(folder, run, policy, optimizer, context, found, writer, candidate, due)
             if signal and run.step < steps:
+                writer.wait()
                 if processes.is_main_process:
                     print(
                         f"stopped by a signal after step {run.step - 1}; when DVC has ended, the same command goes on; "
@@ -255,24 +270,20 @@ def note_cuts(context: TrainContext) -> None:
         print(Cuts(inputs, cut).note(context.params.reward), file=sys.stderr)
 
 
-def measure_heldout(
-    run: TrainState, context: TrainContext, policy: PreTrainedModel, folder: Path, found: list[Finding]
-) -> None:
+def measure_heldout(run: TrainState, context: TrainContext, found: list[Finding]) -> bool:
     """Collective call: the held-out rewards where they are due, every `evaluate.every` steps, before the first step and
-    after the last. Writes the weights that may become data/best, beside the resume states."""
-    every, step, here = context.params.evaluate.every, run.step, context.processes.is_main_process
+    after the last. Returns whether the weights of now may become data/best."""
+    every, step = context.params.evaluate.every, run.step
     if not every or (step % every and not is_finished(run, context.params)):
-        return
+        return False
     if run.heldout and run.heldout[-1]["step"] == step:  # it is in the resume state
-        return
+        return False
     rows = measure(context, step)
     run.heldout += rows
-    weights = trained_weights(policy, here) if step in candidate_steps(run.heldout, found, step) else {}
-    if here:
+    if context.processes.is_main_process:
         mean = sum(row["reward"] for row in rows) / len(rows)
         tqdm.write(f"Held-out reward after {step} steps: {mean:.4f}")
-        if weights:
-            checkpoints.write(checkpoints.candidate(folder, step), {"policy": weights})
+    return step in candidate_steps(run.heldout, found, step)
 
 
 def is_finished(run: TrainState, params: Params) -> bool:
@@ -307,15 +318,47 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     context: TrainContext,
     found: list[Finding],
+    writer: BackgroundWriter,
+    candidate: bool,
+    due: bool,
 ) -> None:
-    """Collective call: rank 0 saves the resume state and the progress. The last of the policies that are known to be
-    healthy is kept too, and so are the candidates for data/best that any of the states left may ask for."""
-    here, sizes = context.processes.is_main_process, context.params.train
-    weights = {"policy": trained_weights(policy, here), "optimizer": optimizer_state(optimizer, here)}
+    """Collective call: copies what training changes, and rank 0 has it written while the next steps run: the weights if
+    they are a `candidate` for data/best, the resume state if it is `due`. Without the memory for a copy the steps
+    wait."""
+    here, size = context.processes.is_main_process, state_bytes(policy, optimizer)
+    writer.wait()  # for the state before: there is memory for one copy
+    context.processes.barrier()  # others wait here, for hours if need be; NCCL would for ten minutes
+    copy = here and fits(size, context.processes.world_size)
+    weights = trained_weights(policy, here, copy)
+    state = {"policy": weights, "optimizer": optimizer_state(optimizer, here, copy)} if due else {}
     if not here:
         return
+    if not copy:
+        writer.note_once(f"no memory for a copy of the state ({size / 1e9:.1f} GB): steps wait while it is written")
+    state = state and {**state, "run": dataclasses.asdict(run)}
     judged = confirmed_healthy_steps(found, run.step)
-    checkpoints.save(folder, run.step, {**weights, "run": dataclasses.asdict(run)}, judged, sizes.checkpoint_every)
+    at = checkpoints.candidate(folder, run.step) if candidate else None
+    writer.submit(partial(write_checkpoint, folder, context, at, weights, state, judged, writer.stop), copy)
+
+
+def write_checkpoint(
+    folder: Path,
+    context: TrainContext,
+    candidate: Path | None,
+    weights: dict[str, Any],
+    state: dict[str, Any],
+    judged: int,
+    stop: threading.Event,
+) -> None:
+    """Write the weights to the file `candidate`, then the state and the progress, where there are any. Of the policies
+    that are known to be healthy the last one is kept, and so are the candidates that any of the states left may ask
+    for."""
+    if candidate:
+        checkpoints.write(candidate, {"policy": weights}, stop)
+    if not state:
+        return
+    sizes, run = context.params.train, TrainState(**state["run"])
+    checkpoints.save(folder, run.step, state, judged, sizes.checkpoint_every, stop)
     spreads, states = null_statistics(run.calibration, sizes.prompts_per_step), checkpoints.saved_steps(folder)
     checkpoints.keep_candidates(folder, needed_candidates(run.heldout, run.rows, states, spreads, sizes.steps))
     write_progress(folder, run)
@@ -323,9 +366,10 @@ def save_checkpoint(
 
 def write_progress(folder: Path, run: TrainState) -> None:
     """Write the steps' metrics and timings for MLflow: the follower and `track` read them."""
-    write_csv(folder / "history.csv", run.rows)
-    write_jsonl(folder / "terms.jsonl", run.terms)
-    write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
+    with settings_of_training():
+        write_csv(folder / "history.csv", run.rows)
+        write_jsonl(folder / "terms.jsonl", run.terms)
+        write_csv(folder / "timings.csv", [{"step": step, **timing} for step, timing in enumerate(run.timings)])
 
 
 def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, folder: Path, onset: int) -> int:

@@ -1,0 +1,69 @@
+"""Resume states are written by a thread, while the next steps run."""
+
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+
+from pipeline.errors import UserError
+
+
+class BackgroundWriter:
+    """One thread that writes one thing at a time: the next one waits, so that memory holds one copy of a state.
+
+    What a write raises is raised by the next call of any method, or at the latest at the block's end. The block ends
+    when everything is written, also where an exception ends it. Ctrl-C while it waits gives up what is being written:
+    then `stop` is set, which the writing asks.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "state-writer")
+        self._writing: Future[None] | None = None
+        self._noted = False
+
+    def submit(self, write: Callable[[], None], beside: bool = True) -> None:
+        """Have it written, by what lies in memory of its own; beside=False: what is written is training's own memory,
+        which must not change meanwhile, so that this call waits for the end."""
+        self.wait()
+        self._writing = self._thread.submit(write)
+        if not beside:
+            self.wait()
+
+    def raise_if_failed(self) -> None:
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+        except KeyboardInterrupt:
+            self.stop.set()
+            wait([self._writing])
+            raise
+        finally:
+            self._writing = None
+
+    def note_once(self, text: str) -> None:
+        if not self._noted:
+            print(f"note: {text}", file=sys.stderr)
+        self._noted = True
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except UserError as failed:
+            if error is None:
+                raise
+            print(f"warning: {failed}", file=sys.stderr)  # the other one ends the run, and is its one line
+        finally:
+            self._thread.shutdown()
