@@ -57,7 +57,7 @@ def stalls(steps: int, saves: int) -> dict[str, Any]:
         for _ in range(steps):
             train.train_step(run, context, policy, optimizer)
         if arm != "alone":
-            train.fits = lambda *_: arm == "beside"  # type: ignore[attr-defined]
+            train.fits = lambda *_: arm == "beside"
             train.save_checkpoint(folder, run, policy, optimizer, context, [], writer, candidate=False, due=True)
 
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
