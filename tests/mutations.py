@@ -24,7 +24,7 @@ TESTS = (
     "sampling", "scoring", "packing", "objective", "gradient", "kl", "importance", "notebook", "diagnostics",
     "verdict", "runtime", "heldout", "algorithms", "pass_at_k",
     "rewards", "terms", "samples", "page_samples", "large", "verification", "tokenization", "chat", "stop_strings",
-    "halving", "background",
+    "halving", "background", "cache_size",
 )  # fmt: skip
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
@@ -52,6 +52,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("cache.batch_select_indices(stay)", "pass"),
         ("[back]\n", "\n"),
         ("uniforms[rows],\n", "uniforms[: len(rows)],\n"),
+        (".split(at_once):  #", ".split(group):  #"),
         ("limits[prompts].repeat", "limits[: len(prompts)].repeat"),
         ("(mask.long().cumsum(-1) - 1).clamp(min=0)", "torch.arange(mask.shape[1]).expand(mask.shape)"),
         ("attention_mask=prompt_mask.long()", "attention_mask=torch.ones_like(prompt_ids)"),
@@ -60,10 +61,16 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("mass.log().to(logits.dtype) + top.squeeze(-1)", "mass.log().to(logits.dtype)"),
         (") < self.lengths[:, None]", ") <= self.lengths[:, None]"),
         ("self.lengths[:, None] - 1)", "self.lengths[:, None] * 0)"),
-        ("limits[prompts].repeat_interleave(group)", "limits[prompts].repeat(group)"),
+        ("limits[prompts].repeat_interleave(len(samples))", "limits[prompts].repeat(len(samples))"),
         ("prompt_ids.repeat_interleave(group, 0),\n        prompt_mask.repeat_interleave(group, 0)",
         "prompt_ids.repeat(group, 1), prompt_mask.repeat(group, 1)"),
         ("[filler] * (width - len(p)) + p", "p + [filler] * (width - len(p))"),
+    ]),
+    "models/cache_size.py": ("cache_size", [
+        ("(tokens - len(prompt)) * of_token", "tokens * of_token"),
+        ("bound // max(1,", "2 * bound // max(1,"),
+        ("max(1, int(bound", "max(0, int(bound"),
+        ("leaf.nbytes for", "leaf.numel() for"),
     ]),
     "models/scoring.py": ("scoring", [
         ('count - (alignment == "correct")', "count - 1"),

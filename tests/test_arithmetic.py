@@ -123,6 +123,30 @@ def test_a_native_run_keeps_the_environment_as_it_is(project: Project) -> None:
 
 
 @needs_portable
+def test_portable_arithmetic_samples_the_same_tokens_in_parts() -> None:
+    program = """
+import pipeline.stages, torch
+from pipeline.distributed.device import configure_torch
+configure_torch("cpu", 1, "portable")
+from pathlib import Path
+from pipeline.models import cache_size
+from pipeline.models.load import load_policy
+from pipeline.models.sampling import pad_prompts, sample
+from tests.models import token_lists, uniform
+policy = load_policy(Path("data/pocket/checkpoint"), torch.device("cpu"))
+found = []
+for bound in (2**30, 10 * 2**20, 2**20):
+    cache_size.CACHE_BYTES["cpu"] = bound
+    inputs = pad_prompts(token_lists([3, 9, 5, 12], 4096), 0, torch.device("cpu"))
+    found.append(sample(policy, *inputs, torch.full((4,), 24), uniform(32, 24), [0]))
+print(*(torch.equal(part.completions, found[0].completions) for part in found))
+print(*((part.logprobs - found[0].logprobs).abs().max().item() < 1e-4 for part in found))
+"""
+    done = in_python(program, ROOT)
+    assert done.stdout.split() == ["True"] * 6, done.stderr
+
+
+@needs_portable
 @pytest.mark.parametrize("first", ["torch", "numpy"])
 def test_a_process_with_other_kernels_says_so_and_stops(project: Project, first: str) -> None:
     program = (

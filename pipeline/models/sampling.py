@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.schema import SamplingParams
+from pipeline.models.cache_size import completions_at_once
 from pipeline.models.logprobs import row_slices, upcast
 from pipeline.models.stop_strings import Stopped
 
 SamplingLayout = Literal["left_padding", "equal_lengths", "no_cache"]
 CDF_BLOCK = 128  # vocabulary entries summed together before the first look-up; divides Pythia's 50,304
-SAMPLED_AT_ONCE = 512  # completions
+SAMPLED_AT_ONCE = 512  # completions at most, see also `completions_at_once`: more are no faster
 COMPACT_BELOW = 7 / 8  # of the rows are running: then the others leave the cache
 
 
@@ -143,39 +144,46 @@ def sample(
 ) -> Rollout:
     """Samples G = N / B completions a prompt.
 
-    Prompts of like length go together, SAMPLED_AT_ONCE completions at a time: a larger batch takes no more memory.
+    Prompts of like length go together, so many completions at a time that their cache keeps within its bound and they
+    are no more than SAMPLED_AT_ONCE: a larger batch or longer completions take no more memory.
 
     layout: left_padding puts prompts of any lengths together. equal_lengths feeds the model nothing but tokens, as in
     its plain forward pass; slower, for models whose masks or positions do not follow left padding. no_cache does
     without the model's cache as well, and computes the whole sequence for each token.
     """
     group = len(uniforms) // len(prompt_ids)
-    prompt_lengths = prompt_mask.sum(1)
+    lengths, most = prompt_mask.sum(1).tolist(), limits.tolist()
     complete: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _generate
     if layout != "left_padding":
         complete = partial(_generate_each_row, use_cache=layout == "equal_lengths")
+    at_once = SAMPLED_AT_ONCE
+    if layout != "no_cache" and len(uniforms) > 1:
+        shortest, longest = lengths.index(min(lengths)), max(map(sum, zip(lengths, most, strict=True)))
+        prompt = prompt_ids[shortest, -lengths[shortest] :]
+        at_once = min(at_once, completions_at_once(model, prompt, longest, placed=layout == "left_padding"))
     parts, places = [], []
-    for chosen in _batches(limits.tolist(), prompt_lengths.tolist(), max(1, SAMPLED_AT_ONCE // group), layout):
+    for chosen in _batches(most, lengths, max(1, at_once // group), layout):
         prompts = torch.tensor(chosen, device=prompt_ids.device)
-        rows = (prompts[:, None] * group + torch.arange(group, device=prompts.device)).flatten()
-        width = int(prompt_lengths[prompts].max())
-        parts.append(
-            complete(
-                model,
-                prompt_ids[prompts, -width:],
-                prompt_mask[prompts, -width:],
-                limits[prompts].repeat_interleave(group),
-                uniforms[rows],
-                eos,
-                partial(sample_tokens, sampling_params),
-                stopped,
+        width = max(lengths[prompt] for prompt in chosen)
+        for samples in torch.arange(group, device=prompts.device).split(at_once):  # in one, if a group is no more
+            rows = (prompts[:, None] * group + samples).flatten()
+            parts.append(
+                complete(
+                    model,
+                    prompt_ids[prompts, -width:],
+                    prompt_mask[prompts, -width:],
+                    limits[prompts].repeat_interleave(len(samples)),
+                    uniforms[rows],
+                    eos,
+                    partial(sample_tokens, sampling_params),
+                    stopped,
+                )
             )
-        )
-        places.append(rows)
-    longest = max(part[0].shape[1] for part in parts)
+            places.append(rows)
+    columns = max(part[0].shape[1] for part in parts)
     back = torch.cat(places).argsort()
     completions, sampled, full = (
-        torch.cat([F.pad(part[k], (0, longest - part[k].shape[1]), value=filler) for part in parts])[back]
+        torch.cat([F.pad(part[k], (0, columns - part[k].shape[1]), value=filler) for part in parts])[back]
         for k, filler in enumerate((eos[0], 0.0, 0.0))
     )
     return Rollout(
