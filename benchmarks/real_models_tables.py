@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ JUDGE = Path("data/pocket/checkpoint")  # shares neither weights nor vocabulary 
 HALFWAY = 0.5  # the witness's limit, from the reference's own texts to the same with their words in random order
 LEAST_FALL = -1.0  # nats a token that the reference's log-likelihood may fall by
 SHOWN = 10  # completions a run
+SLUR = re.compile(r"n.gg[ae]r?\w*", re.IGNORECASE)  # not printed again
 
 
 def collect(plans: Sequence[Any], runs: Path) -> None:
@@ -90,7 +92,7 @@ def row(plan: Any, files: RunFiles, known: set[tuple[str, str]], judge: "Judge")
         **{name: finite_or_none(value) for name, value in measured.items()},
         "rldoctor": " ".join(verdict(history)[0]),
         "cure": diagnosis["cure"]["changes"] if diagnosis["cure"] else {},
-        "completions": [each["policy"] for each in random.Random(0).sample(completions, SHOWN)],
+        "completions": [SLUR.sub("[a slur]", one["policy"]) for one in random.Random(0).sample(completions, SHOWN)],
     }  # fmt: skip
 
 
@@ -129,7 +131,7 @@ class Judge:
 def tables() -> None:
     """Markdown."""
     runs = pd.DataFrame(read_rows())
-    for part in (stable_rows, other_rows, detection_rows, cure_rows):
+    for part in (stable_rows, other_rows, detection_rows, cure_shares, cure_rows):
         print(*part(runs), "", sep="\n")
 
 
@@ -185,13 +187,29 @@ def detection_rows(runs: pd.DataFrame) -> Iterator[str]:
                 of(int((~alarm)[texts].sum()), int(texts.sum())))  # fmt: skip
 
 
+def cure_shares(runs: pd.DataFrame) -> Iterator[str]:
+    """By the kind of collapse, how often the first change that was recommended helped."""
+    yield from heading(
+        "the verdict was", "changes tried", "healthy afterwards, and no label", "of the gain at least half, too"
+    )
+    before = runs.set_index("name")
+    cured = runs[(runs["group"] == "cure") & ~runs["name"].str.startswith("cure-cure-")]
+    first = before.loc[cured["name"].str.removeprefix("cure-")]
+    held = (cured["verdict"].to_numpy() == "healthy") & (cured["labels"].to_numpy() == "")
+    kept = held & (cured["gain"].to_numpy() >= first["gain"].to_numpy() / 2)
+    for kind in [*first["verdict"].unique(), "any"]:
+        those = (first["verdict"].to_numpy() == kind) | (kind == "any")
+        tried = int(those.sum())
+        yield cells(kind, tried, of(int(held[those].sum()), tried), of(int(kept[those].sum()), tried))
+
+
 def cure_rows(runs: pd.DataFrame) -> Iterator[str]:
     """The recommended change of each collapsed run, tried."""
     yield from heading("run", "verdict", "the change", "gain before", "gain after", "verdict after", "labels after")
     before = runs.set_index("name")
     one: Any
     for one in runs[runs["group"] == "cure"].itertuples():
-        first = before.loc[one.name.removeprefix("cure-")]
+        first = before.loc[one.name.removeprefix("cure-")]  # of a second change, the run with the first
         added = " ".join(one.changes.split()[len(str(first["changes"]).split()) :])
         yield cells(f"`{first.name}`", first["verdict"], f"`{added}`", gain_text(first), gain_text(one), one.verdict,
                     one.labels or "none")  # fmt: skip
