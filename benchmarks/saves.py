@@ -42,6 +42,7 @@ def stalls(steps: int, saves: int) -> dict[str, Any]:
     from pipeline.config.load import load_params
     from pipeline.distributed.device import configure_torch
     from pipeline.distributed.weights import state_bytes
+    from pipeline.rl.calibrate import calibrate
     from pipeline.rl.context import build_context
     from pipeline.rl.optimizer import make_optimizer
     from pipeline.rl.state import TrainState
@@ -50,7 +51,8 @@ def stalls(steps: int, saves: int) -> dict[str, Any]:
 
     params = load_params()
     context, policy = build_context(params, configure_torch(params.train.device, params.train.threads))
-    optimizer, run = make_optimizer(policy.parameters(), params.selected_recipe), TrainState()
+    optimizer = make_optimizer(policy.parameters(), params.selected_recipe)
+    run = TrainState(calibration=calibrate(context, range(2)))
     folder = Path("states").resolve()
 
     def one_round(arm: str, writer: BackgroundWriter) -> None:
