@@ -57,6 +57,7 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
     yaml = YAML()
     tree = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     tree["reward"] = "length"
+    tree["recipes"][tree["recipe"]]["scale_rewards"] = "none"  # no calibration comes before these steps
     for key, value in changes.items():
         (tree["train"] if key in tree["train"] else tree["recipes"][tree["recipe"]])[key] = value
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:

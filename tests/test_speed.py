@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, material, notebook_loop, speed
+from benchmarks import gpu, material, notebook_loop, real_steps, speed
 from tests.models import tiny_neox
 from tests.project import ROOT
 
@@ -58,6 +58,12 @@ def test_a_step_of_ours_is_measured_and_repeats_itself() -> None:
     first, second = speed.measure(arm), speed.measure(arm)
     assert first["samples"] == 4
     assert first["digest"] == second["digest"]
+
+
+def test_real_steps_run_as_train_does_them() -> None:
+    sizes = {"prompts_per_step": 2, "samples_per_prompt": 2, "max_tokens": 4, "threads": 1, "precision": "float32"}
+    (found,) = real_steps.measure("pythia-14m", sizes)
+    assert found["bytes"] > 0
 
 
 def test_the_tables_of_a_gpu_say_what_failed_and_what_differs() -> None:
