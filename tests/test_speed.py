@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, material, notebook_loop, real_steps, speed
+from benchmarks import gpu, long_completions, material, notebook_loop, real_steps, speed
 from tests.models import tiny_neox
 from tests.project import ROOT
 
@@ -30,6 +31,29 @@ def test_a_gpu_s_figures_name_it_and_lie_beside_the_cpu_s() -> None:
 def test_a_rate_is_the_median_over_rounds_and_steps() -> None:
     runs: list[dict[str, Any]] = [{"samples": 10, "seconds": [1.0, 5.0]}, {"samples": 10, "seconds": [2.0]}]
     assert speed.rate(runs) == 5
+
+
+def test_long_completions_are_measured_once_each_and_set_beside_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = iter([(1.0, 4), (2.0, 8), (3.0, 6), (8.0, 8)])  # seconds and MiB: ours and generate, in two rounds
+    asked: list[list[str]] = []
+
+    def arm(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command)
+        seconds, size = next(found)
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"seconds": seconds, "bytes": size * 2**20}))
+
+    monkeypatch.setattr(long_completions, "find_spec", lambda name: None)
+    monkeypatch.setattr(long_completions, "subprocess", SimpleNamespace(run=arm))
+    for rounds in ("1", "2", "2"):  # the first one was ended, the last has nothing left to do
+        arguments = ["run", "--tokens", "128", "--rounds", rounds, "--results", str(tmp_path / "found.json")]
+        monkeypatch.setattr("sys.argv", ["long_completions", *arguments])
+        long_completions.main()
+    assert [command[command.index("--arm") + 1] for command in asked] == ["ours", "generate"] * 2
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+    assert cells[5:8] == ["2.0", "5.0, 2.5 times", "not measured"]
+    assert cells[8:11] == ["5", "8, 1.6 times", "not measured"]
 
 
 def test_the_notebook_s_loop_learns_from_the_prompts_it_is_given() -> None:
