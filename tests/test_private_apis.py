@@ -16,6 +16,8 @@ PRIVATE = {
     "_linear_pointwise": ("arithmetic/kernels.py", "torch:ops.mkldnn._linear_pointwise"),
     "_attn_implementation": ("models/scoring.py", "transformers:PretrainedConfig._attn_implementation"),
     "_current_frames": ("rewards/watchdog.py", "sys:_current_frames"),
+    # torch has no public walk over nested lists, tuples and dicts
+    "torch.utils._pytree": ("models/cache_size.py", "torch:utils._pytree"),
     # without an underscore, and in no documentation
     "accelerate.commands.config.config_args": (
         "distributed/launch.py", "accelerate.commands.config.config_args:load_config_from_file",
