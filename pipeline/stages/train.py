@@ -330,12 +330,12 @@ def save_checkpoint(
     context.processes.barrier()  # others wait here, for hours if need be; NCCL would for ten minutes
     copy = here and fits(size, context.processes.world_size)
     weights = trained_weights(policy, here, copy)
-    state = {"policy": weights, "optimizer": optimizer_state(optimizer, here, copy)} if due else {}
+    moments = optimizer_state(optimizer, here, copy) if due else {}
     if not here:
         return
     if not copy:
         writer.note_once(f"no memory for a copy of the state ({size / 1e9:.1f} GB): steps wait while it is written")
-    state = state and {**state, "run": dataclasses.asdict(run)}
+    state = {"policy": weights, "optimizer": moments, "run": dataclasses.asdict(run)} if due else None
     judged = confirmed_healthy_steps(found, run.step)
     at = checkpoints.candidate(folder, run.step) if candidate else None
     writer.submit(partial(write_checkpoint, folder, context, at, weights, state, judged, writer.stop), copy)
@@ -346,7 +346,7 @@ def write_checkpoint(
     context: TrainContext,
     candidate: Path | None,
     weights: dict[str, Any],
-    state: dict[str, Any],
+    state: dict[str, Any] | None,
     judged: int,
     stop: threading.Event,
 ) -> None:
@@ -355,7 +355,7 @@ def write_checkpoint(
     for."""
     if candidate:
         checkpoints.write(candidate, {"policy": weights}, stop)
-    if not state:
+    if state is None:
         return
     sizes, run = context.params.train, TrainState(**state["run"])
     checkpoints.save(folder, run.step, state, judged, sizes.checkpoint_every, stop)
