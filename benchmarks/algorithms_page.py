@@ -153,17 +153,14 @@ def curves(rows: Sequence[Row], command: str) -> Figure:
 
 
 def write_page(rows: Sequence[Row]) -> None:
-    """Replaces what stands between BEGIN and END in the page; draws the figure once all runs are made."""
-    parts = []
-    for task in TASKS:
-        made = sum((row["group"], row["task"]) == ("report", task) for row in rows)
-        planned = len(RECIPES) * len(SEEDS)
-        parts.append(f"### `{task}`: {made} of {planned} runs\n")
-        # differences of a few seeds may be equal by chance, and then have an interval of no width
-        shown = [algorithms_table] * (made > 0) + [differences_table] * (made == planned) + [rates_table] * (made > 0)
-        parts += [table(rows, task) for table in shown]
+    """Replaces what stands between BEGIN and END in the page; draws the figure once there are runs of each task."""
+    parts, made = [], {task: sum(len(reported(rows, task, recipe)) for recipe in RECIPES) for task in TASKS}
+    for task, count in made.items():
+        parts.append(f"### `{task}`: {count} of {len(RECIPES) * len(SEEDS)} runs\n")
+        if count:
+            parts += [table(rows, task) for table in (algorithms_table, differences_table, rates_table)]
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(before + BEGIN + "\n" + "\n".join(parts) + "\n" + END + after, encoding="utf-8")
-    if sum(row["group"] == "report" for row in rows) == len(TASKS) * len(RECIPES) * len(SEEDS):
+    if all(made.values()):
         FIGURE.write_bytes(png(curves(rows, "python -m benchmarks.algorithms page, from docs/algorithms.jsonl")))

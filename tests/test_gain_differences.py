@@ -96,7 +96,8 @@ def test_without_a_gain_there_is_no_difference() -> None:
 @pytest.mark.parametrize(
     ("interval", "word"),
     [((0.1, 2.0), "higher"), ((-2.0, -0.1), "lower"), ((-0.1, 0.1), "cannot tell"), ((0.0, 0.1), "cannot tell"),
-     ((-0.1, 0.0), "cannot tell"), ((0.0, 0.0), "cannot tell"), (None, "too few seeds: an interval needs two")],
+     ((-0.1, 0.0), "cannot tell"), ((0.0, 0.0), "cannot tell"), ((0.3, 0.3 + 1e-16), "cannot tell"),
+     (None, "too few seeds: an interval needs two")],
 )  # fmt: skip
 def test_the_answer_is_what_the_interval_allows(interval: tuple[float, float] | None, word: str) -> None:
     assert answer(interval) == word

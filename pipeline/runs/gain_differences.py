@@ -78,8 +78,10 @@ def _unpaired(gains: Gains, other: Gains) -> Difference:
 
 
 def answer(interval: Limits | None) -> str:
-    """In a word: higher or lower, where the interval leaves out 0."""
+    """In a word: higher or lower, where the interval has a width and leaves out 0."""
     if interval is None:
         return TOO_FEW
     low, high = interval
+    if math.isclose(low, high, rel_tol=1e-9):  # seeds that differ by the same amount leave no spread to judge by
+        return "cannot tell"
     return "higher" if low > 0 else "lower" if high < 0 else "cannot tell"
