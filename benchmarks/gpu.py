@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import material
 from benchmarks.memory import predicted
-from benchmarks.speed import Arm, measure, rate
+from benchmarks.speed import Arm, flop_rate, measure, rate
 from pipeline.distributed.device import gpu_description
 from pipeline.report.table import markdown_table
 
@@ -31,26 +31,26 @@ LARGER = ("pythia-410m", "pythia-1b", "pythia-2_8b")
 SECONDS = 60  # the goal for the experiment
 
 
-def parts(steps: int, prompts: int, few: int, shape: str, larger: tuple[str, ...]) -> dict[str, Arm]:
+def parts(steps: int, prompts: int, few: int, shape: str, larger: tuple[str, ...], size: int = 0) -> dict[str, Arm]:
     """By name, what `benchmarks.speed_arms` is called with."""
     ours: Arm = ("ours", "--shape", shape, "--prompts", str(prompts))
     embedding: Arm = ("--reward", "embedding", "--encoder-precision", "bfloat16")
     half: Arm = ("--precision", "bfloat16")
+    matmul: Arm = ("matmul", "--size", str(size))
     return {
-        **dict.fromkeys(EXPERIMENT, (*ours, *half, *embedding, "--steps", str(steps))),
+        **dict.fromkeys(EXPERIMENT, (*ours, *half, *embedding, "--steps", str(steps), "--count-flops")),
         "notebook's loop": ("notebook", "--shape", shape, "--prompts", str(few), "--reward", "embedding"),
-        "matmul bfloat16": ("matmul", *half),
-        "one step": (*ours, *half, *embedding, "--count-flops"),
-        "one step, float32": (*ours, "--reward", "embedding", "--count-flops"),
+        "matmul bfloat16": (*matmul, *half),
+        "float32": (*ours, "--reward", "embedding", "--count-flops"),
         "trl": ("trl", "--shape", shape, "--prompts", str(few), *half),
         "ours, length": (*ours, *half),
-        "matmul float32": ("matmul",),
+        "matmul float32": matmul,
         **{name: ("ours", "--shape", name, "--prompts", str(prompts), *half) for name in larger},
     }
 
 
 FULL = parts(steps=50, prompts=128, few=16, shape="pythia-70m", larger=LARGER)
-TINY = parts(steps=1, prompts=2, few=1, shape="pythia-14m", larger=("pythia-14m",))
+TINY = parts(steps=1, prompts=2, few=1, shape="pythia-14m", larger=("pythia-14m",), size=256)
 
 
 def run(arms: dict[str, Arm], device: str, out: Path, minutes: float) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     arms = {name: result for name, result in found["arms"].items() if "failed" not in result}
     lines = [f"On {found['gpu']}.", "", *_experiment(arms), ""]
     cells = [["loop", "samples/s", "share of the rate of matrix multiplication"]]
-    for name in ("notebook's loop", "one step", "one step, float32", "ours, length", "trl"):
+    for name in ("notebook's loop", EXPERIMENT[0], "float32", "ours, length", "trl"):
         if result := arms.get(name):
             cells.append([name, f"{rate([result]):.0f}", _share(result, arms, name)])
     lines += [markdown_table(cells), ""]
@@ -107,10 +107,10 @@ def _experiment(arms: dict[str, Any]) -> list[str]:
 
 
 def _share(result: dict[str, Any], arms: dict[str, Any], name: str) -> str:
-    limit = arms.get("matmul float32" if "float32" in name else "matmul bfloat16")
+    limit = arms.get("matmul float32" if name == "float32" else "matmul bfloat16")
     if "flops" not in result or limit is None:
         return ""
-    return f"{result['flops'] / result['seconds'][0] / limit['flops_per_second']:.1%}"
+    return f"{flop_rate([result]) / limit['flops_per_second']:.1%}"
 
 
 def main() -> None:

@@ -96,6 +96,11 @@ def rate(runs: list[dict[str, Any]]) -> float:
     return statistics.median(run["samples"] / seconds for run in runs for seconds in run["seconds"])
 
 
+def flop_rate(runs: list[dict[str, Any]]) -> float:
+    """Operations a second in a step, the median over rounds and steps of runs whose operations were counted."""
+    return statistics.median(run["flops"] / seconds for run in runs for seconds in run["seconds"])
+
+
 def tables(found: dict[str, Any]) -> list[str]:
     arms = found["arms"]
     where = [f"On a GPU: {found['gpu']}.", ""] if "gpu" in found else []
@@ -125,7 +130,7 @@ def _rates(arms: dict[str, Any]) -> list[str]:
         ("ours bfloat16, length", "notebook, length"),
         ("ours bfloat16, embedding, encoder too", "notebook, embedding"),
     ):
-        share = statistics.median(run["flops"] / run["seconds"][0] for run in arms[name]) / matmul["bfloat16"]
+        share = flop_rate(arms[name]) / matmul["bfloat16"]
         per_sample = arms[name][0]["flops"] / arms[name][0]["samples"]
         limit, exact = matmul["bfloat16"] / per_sample, matmul["float32"] / per_sample
         lines.append(

@@ -49,13 +49,15 @@ def main() -> None:
     parser.add_argument("--encoder-precision", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--shape", choices=list(material.SHAPES), default="pythia-70m")
     parser.add_argument("--count-flops", action="store_true", help="one step more, under torch's counter")
+    parser.add_argument("--size", type=int, default=0, help="of the matrices of matmul; 0: as the device needs")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device = configure_torch(options.device, THREADS)
     if device.type == "cuda" and options.arm in ("notebook", "trl"):
         torch.use_deterministic_algorithms(False)  # an operation of theirs may have no such kernel on a GPU
     if options.arm == "matmul":
-        print(json.dumps(matmul_rate(getattr(torch, options.precision), device)))
+        size = options.size or (2048 if device.type == "cpu" else 8192)
+        print(json.dumps(matmul_rate(size, getattr(torch, options.precision), device)))
         return
     measured = {"notebook": notebook, "trl": trl, "ours": ours}[options.arm](options, device)
     print(json.dumps({"peak_mib": peak_mib(device)} | measured))
@@ -68,9 +70,8 @@ def peak_mib(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """FLOP/s of a large square product, the best of ten."""
-    size = 2048 if device.type == "cpu" else 8192
+def matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """FLOP/s of a square product, the best of ten."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.nn.functional.linear(a, b)
     seconds = [timed(lambda: torch.nn.functional.linear(a, b), device) for _ in range(10)]

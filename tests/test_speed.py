@@ -70,7 +70,13 @@ def test_the_notebook_s_loop_learns_from_the_prompts_it_is_given() -> None:
     assert moved == pytest.approx(3e-4, rel=0.05)
 
 
-def test_an_encoder_of_bert_s_shape_rewards_nearness(tmp_path: Path) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_encoder_of_bert_s_shape_rewards_nearness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """Also where MiniLM's package, whose tokenizer it takes, is not installed."""
+    if not installed:
+        monkeypatch.setattr(material, "find_spec", lambda _: None)
     material.write_encoder(tmp_path)
     distance = notebook_loop.bert_distance(tmp_path, "Hi there!")
     assert distance("Hi there!").item() == 0
@@ -91,10 +97,10 @@ def test_real_steps_run_as_train_does_them() -> None:
 
 
 def test_the_tables_of_a_gpu_say_what_failed_and_what_differs() -> None:
-    run = {"samples": 1024, "seconds": [0.5] * 50, "peak_mib": 2**10, "digest": "a"}
+    run = {"samples": 1024, "seconds": [0.5] * 50, "peak_mib": 2**10, "digest": "a", "flops": 1e12}
     arms: dict[str, Any] = {
         "experiment": run, "experiment, again": run | {"digest": "b"}, "trl": {"failed": "No module named 'trl'"},
-        "matmul bfloat16": {"flops_per_second": 4e12}, "one step": run | {"seconds": [0.5], "flops": 1e12},
+        "matmul bfloat16": {"flops_per_second": 4e12},
     }  # fmt: skip
     said = "\n".join(gpu.tables({"gpu": "X, CUDA 13.0", "arms": arms}))
     assert "* 50 steps in 25.0 s (goal: 60 s)" in said
