@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,9 +188,7 @@ def ready(project: Project, checkpoint: Path) -> Project:
 @pytest.fixture
 def here(ready: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None) -> Project:
     """`ready` as the current directory, for stages that run in this process: quicker, where a process adds nothing."""
-    monkeypatch.chdir(ready.root)
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
+    ready.enter(monkeypatch)
     return ready
 
 

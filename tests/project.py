@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
 from tests.hub import Hub
@@ -59,6 +60,12 @@ class Project:
 
     def use(self, hub: Hub) -> None:
         self.environment["HF_ENDPOINT"] = hub.url
+
+    def enter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Makes it the current directory, for stages that run in this process, without MLflow."""
+        monkeypatch.chdir(self.root)
+        monkeypatch.setitem(sys.modules, "mlflow", None)
+        monkeypatch.delenv("DVC_ROOT", raising=False)
 
     def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

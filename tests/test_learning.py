@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pandas as pd
 import pytest
@@ -40,9 +39,7 @@ def test_the_held_out_reward_rises_by_three_standard_errors(
     pocket: Project, monkeypatch: pytest.MonkeyPatch, torch_as_before: None, reward: str, seed: int
 ) -> None:
     """Over the reference model, paired by prompt and random numbers; the standard error is that of prompts."""
-    monkeypatch.chdir(pocket.root)
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
+    pocket.enter(monkeypatch)
     for folder in ("data/policy", "reports", ".checkpoints"):
         shutil.rmtree(folder, ignore_errors=True)
     pocket.edit(reward=reward, seed=seed, train__steps=STEPS[reward])

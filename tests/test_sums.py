@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,9 +34,7 @@ def trained(base: Path, monkeypatch: pytest.MonkeyPatch, shuffled: bool) -> Proj
     for stage in ("prepare", "cache"):
         done = project.run(stage)
         assert done.returncode == 0, done.stderr
-    monkeypatch.chdir(project.root)
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
+    project.enter(monkeypatch)
     train.main()
     evaluate.main()
     return project
