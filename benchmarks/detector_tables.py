@@ -134,8 +134,8 @@ def overall(name: str, runs: pd.DataFrame) -> Iterator[str]:
             for step, alarm, label in zip(when, said, truth, strict=True)
             if alarm and first(label) is not None
         ]
-        false, misses = of(sum(healthy), len(healthy)), of(sum(missed), len(missed))
-        yield f"| {name} | rldoctor, {title} | {false} | {misses} | | {onset_words(errors)} |"
+        false_alarms, misses = of(sum(healthy), len(healthy)), of(sum(missed), len(missed))
+        yield f"| {name} | rldoctor, {title} | {false_alarms} | {misses} | | {onset_words(errors)} |"
 
 
 def by_kind(runs: pd.DataFrame) -> Iterator[str]:

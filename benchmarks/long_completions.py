@@ -33,15 +33,8 @@ from pipeline.models.sampling import pad_prompts, sample
 RESULTS = Path("docs/long_completions.json")
 TOKENS = (128, 256, 512)
 ARMS = ("ours", "generate", "trl")
-SETTING = (
-    "tokens",
-    "precision",
-    "shape",
-    "prompts",
-    "samples",
-    "threads",
-    "device",
-)  # with arm and round: what is measured
+# with arm and round: what is measured
+SETTING = ("tokens", "precision", "shape", "prompts", "samples", "threads", "device")
 WARM_UP = 4  # tokens
 
 
