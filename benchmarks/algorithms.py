@@ -30,7 +30,7 @@ from pipeline.runs.dvc_git import head_commit
 FOUND = Path("docs/algorithms.jsonl")
 CLONE = Path("benchmarks/runs/algorithms")
 RECIPES = ("rloo", "reinforce", "reinforce_running_mean", "remax", "grpo", "dr_grpo", "ppo_clip", "dapo")
-RATES = (0.00003, 0.0001, 0.0003)
+RATES = (0.00001, 0.00003, 0.0001, 0.0003)
 TUNING, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 COMMON = ("train.samples_per_prompt=8", "train.threads=1", "train.checkpoint_every=1000", "evaluate.independent=none")
 TASKS = {
@@ -95,7 +95,7 @@ def plans(rows: Sequence[dict[str, Any]]) -> Iterator[Plan]:
 def timed_plans(rows: Sequence[dict[str, Any]]) -> Iterator[Plan]:
     for task in TASKS:
         for recipe in RECIPES:
-            yield Plan("time", task, recipe, chosen_rate(rows, task, recipe) or RATES[1], SEEDS[0])
+            yield Plan("time", task, recipe, chosen_rate(rows, task, recipe) or RATES[2], SEEDS[0])
 
 
 def run(plan: Plan, clone: Path) -> dict[str, Any]:

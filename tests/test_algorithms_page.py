@@ -27,8 +27,8 @@ def tuned(recipe: str, ends: dict[float, tuple[float, float]]) -> list[dict[str,
 
 
 def test_the_rate_with_the_best_mean_is_chosen_once_all_are_there() -> None:
-    low, middle, high = RATES
-    rows = tuned("grpo", {low: (0.6, 0.6), middle: (0.9, 0.5), high: (1.0, 0.0)})
+    low, middle, *high = RATES
+    rows = tuned("grpo", {low: (0.6, 0.6), middle: (0.9, 0.5), **dict.fromkeys(high, (1.0, 0.0))})
     assert algorithms.chosen_rate(rows, "arithmetic", "grpo") == middle
     assert algorithms.chosen_rate(rows[:-1], "arithmetic", "grpo") is None
     assert algorithms.chosen_rate(rows, "length", "grpo") is None
