@@ -403,8 +403,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max(sizes)[0] < LARGE_UPDATE", "False"),
     ]),
     "diagnosis/cures.py": ("verdict", [
-        ("{\"special_tokens\": \"strip\"} | add_kl_and_slow_down(recipe, spreads, slower)",
-        "{\"special_tokens\": \"strip\"}"),
+        ("slower = true_gradient(recipe) | slower", "slower = dict(slower)"),
+        ("recipe.lr / 3, LARGEST_LR", "recipe.lr / 3, 1.0"),
+        ("recipe.top_k > 0 or recipe.top_p < 1", "recipe.top_k > 0"),
+        ("and not recipe.kl.endswith(\"k3\")", ""),
         ("KL_PER_SPREAD * spread.mean", "KL_PER_SPREAD"),
         ("rounded(recipe.kl_target / 3)", "rounded(recipe.kl_target * 3)"),
         ("finding.onset == others[0].onset", "True"),

@@ -332,7 +332,8 @@ def test_each_cure_changes_something_and_gives_valid_parameters(
 
 
 NOTEBOOK_EMPTY = {
-    "special_tokens": "strip", "kl": "reward_k1",
+    "alignment": "correct", "padding": "masked", "special_tokens": "strip", "loss_distribution": "sampler",
+    "kl": "reward_k1",
     "kl_coef": 0.04,  # a tenth of the spread of rewards, 0.45, to one digit
     "kl_target": 6.0,
     "lr": 1e-4, "max_grad_norm": 1.0, "warmup_steps": 10,
@@ -344,6 +345,10 @@ NOTEBOOK_EMPTY = {
     (found("empty", metric="empty_share"), "notebook", {}, NOTEBOOK_EMPTY),
     (found("mode"), "stable", {}, {"lr": 3e-5, "warmup_steps": 10}),
     (found("mode"), "stable", {"kl_target": 0.0}, {"kl_target": 6.0, "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {"lr": 1e-3}, {"lr": 1e-4, "warmup_steps": 10}),
+    (found("mode"), "stable", {"top_k": 50}, {"loss_distribution": "sampler", "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {"top_p": 0.9}, {"loss_distribution": "sampler", "lr": 3e-5, "warmup_steps": 10}),
+    (found("mode"), "stable", {"top_p": 0.9, "kl": "loss_k3"}, {"lr": 3e-5, "warmup_steps": 10}),
     (found("over-optimised"), "stable", {}, {"kl_target": 2.0}),
     (found("gibberish"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     (found("step-size"), "stable", {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
