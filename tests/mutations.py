@@ -403,8 +403,9 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max(sizes)[0] < LARGE_UPDATE", "False"),
     ]),
     "diagnosis/cures.py": ("verdict", [
-        ("slower = true_gradient(recipe) | slower", "slower = dict(slower)"),
+        ("slower = true_gradient(recipe) | room", "slower = room"),
         ("recipe.lr / 3, LARGEST_LR", "recipe.lr / 3, 1.0"),
+        ("tokens is not None and tokens.mean < FEWEST_TOKENS", "tokens is not None"),
         ("recipe.top_k > 0 or recipe.top_p < 1", "recipe.top_k > 0"),
         ("and not recipe.kl.endswith(\"k3\")", ""),
         ("KL_PER_SPREAD * spread.mean", "KL_PER_SPREAD"),

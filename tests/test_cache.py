@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.stages import cache
 from tests import repositories
 from tests.hub import Hub
+from tests.models import PARAMS
 from tests.pickles import Malicious, pickled_weights
 from tests.project import PYTHIA, ROOT, Project
 
@@ -448,3 +449,12 @@ def test_mistakes_with_the_hub_are_one_line(project: Project, hub: Hub, pythia: 
     hub.failing = 503
     assert "answered 503: try again later" in project.refuse("cache")
     assert not stored(project.root)
+
+
+@pytest.mark.parametrize(("limits", "said"), [([1, 1, 5], True), ([1, 1, 5, 5], False), ([20, 20], False)])
+def test_prompts_that_leave_room_for_one_token_are_told(
+    limits: list[int], said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.note_one_token(PARAMS, limits)
+    expected = "note: recipes.stable.length_limit: total counts the prompt: 2 of 3 prompts leave room for one token of "
+    assert capsys.readouterr().err.startswith(expected) == said

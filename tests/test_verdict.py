@@ -49,7 +49,12 @@ NORMAL = {  # of the reference: mean and spread of a batch
     "ref_bits_per_byte": (1.4, 0.05), "ref_typicality": (0.0, 0.05), "shuffled_bits_per_byte": (3.2, 0.1),
     "shuffled_typicality": (-3.5, 0.1),
 }  # fmt: skip
-REST = {"logprob_gap": 1e-5, "update_kl": 1e-3, "reward_se": 0.06}  # the other columns are zero
+REST = {
+    "logprob_gap": 1e-5,
+    "update_kl": 1e-3,
+    "reward_se": 0.06,
+    "completion_tokens": 12.0,
+}  # the other columns are zero
 
 
 def batch(draw: random.Random) -> dict[str, float]:
@@ -360,6 +365,17 @@ def test_cures_are_what_the_ablation_found(
 ) -> None:
     measured = cure(finding, changed(recipe=recipe, **settings), spreads).changes
     assert {key.removeprefix(f"recipes.{recipe}."): value for key, value in measured.items()} == changes
+
+
+@pytest.mark.parametrize(
+    ("mean", "limit", "expected"), [(1.2, "total", True), (9.0, "total", False), (1.2, "completion", False)]
+)
+def test_prompts_that_leave_one_token_are_not_counted(
+    mean: float, limit: str, expected: bool, spreads: dict[str, Spread]
+) -> None:
+    params = changed(recipe="stable", length_limit=limit)
+    measured = cure(found("mode"), params, spreads | {"completion_tokens": Spread(mean, 0.1, 7, 8)}).changes
+    assert (measured.get("recipes.stable.length_limit") == "completion") is expected
 
 
 def test_a_short_run_gets_a_short_warm_up(spreads: dict[str, Spread]) -> None:

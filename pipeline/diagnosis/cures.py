@@ -13,6 +13,7 @@ Changes = dict[str, Any]  # keys of params.yaml, or of a recipe in it
 KL_PER_SPREAD = 0.1  # reward spread within a prompt that a nat of a completion's log-ratio costs
 KL_TARGET = 6.0  # nats of a completion, above which it costs more: as in the recipe `stable`
 LARGEST_LR = 1e-4  # 14 of 16 runs of SmolLM2 kept their text with it (docs/REAL_MODELS.md)
+FEWEST_TOKENS = 2  # of a completion
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Cha
     a term, smaller steps and a target: on a real model a larger coefficient or a lower target cost more of the gain
     (docs/REAL_MODELS.md). With them the gradient of the objective, where the recipe has another one: SmolLM2 collapsed
     again after the KL term alone."""
-    slower = true_gradient(recipe) | slower
+    slower = true_gradient(recipe) | room_for_text(recipe, spreads) | slower
     if recipe.kl == "none" or recipe.kl_coef == 0:
         # of normalised terms another one is learnt from than the reward's
         own = spreads.get("signal_std_within", spreads.get("reward_std_within"))
@@ -118,6 +119,13 @@ def true_gradient(recipe: Recipe) -> Changes:
     if (recipe.top_k > 0 or recipe.top_p < 1) and recipe.loss_distribution == "full" and not recipe.kl.endswith("k3"):
         changes["loss_distribution"] = "sampler"  # k3 is biased with it
     return changes
+
+
+def room_for_text(recipe: Recipe, spreads: dict[str, Spread]) -> Changes:
+    """Limits that do not count the prompt, where prompts leave hardly a token to learn."""
+    tokens = spreads.get("completion_tokens")
+    short = recipe.length_limit == "total" and tokens is not None and tokens.mean < FEWEST_TOKENS
+    return {"length_limit": "completion"} if short else {}
 
 
 def kl_is_limited(recipe: Recipe) -> bool:

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,19 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
         fits = [i for i, length in enumerate(lengths) if room is None or length + allowed[i] <= room]
         tokens += [ids[i] for i in fits]
         limits += [allowed[i] for i in fits]
+    note_one_token(params, limits)
     return tokens, limits
+
+
+def note_one_token(params: Params, limits: Sequence[int]) -> None:
+    """Say that `length_limit: total` leaves most prompts no room for a text."""
+    single, longest = limits.count(1), params.train.max_tokens
+    if longest > 1 and 2 * single > len(limits):
+        print(
+            f"note: recipes.{params.recipe}.length_limit: total counts the prompt: {single} of {len(limits)} prompts "
+            f"leave room for one token of train.max_tokens ({longest}); `completion` gives each completion all of them",
+            file=sys.stderr,
+        )
 
 
 def made_prompts(file: Path) -> list[Prompt]:
