@@ -82,7 +82,8 @@ def test_stages_on_a_gpu_go_on_to_the_same_bytes(ready: Project, gpu: Path) -> N
         assert found["run"]["gpus"] == [f"{pretend_cuda.NAME}, CUDA 0.0"]
 
 
-@pytest.mark.parametrize("kind", ["FSDP", pytest.param("MULTI_GPU", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # test_large.py spreads a policy over two processes of a CPU
+@pytest.mark.parametrize("kind", ["FSDP", "MULTI_GPU"])
 def test_two_processes_on_two_gpus_train_what_one_cpu_does(
     ready: Project, gpu: Path, tmp_path: Path, kind: str
 ) -> None:

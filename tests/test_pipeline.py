@@ -87,6 +87,7 @@ def test_a_wrong_selector_is_refused_before_anything_runs(clone: Clone) -> None:
     clone.restore()
 
 
+@pytest.mark.exhaustive  # test_crash.py kills training, .ci/run compares a clean clone
 def test_two_fresh_clones_give_the_same_lock_though_one_was_killed(clone: Clone, tmp_path: Path) -> None:
     """The second has caches of its own, another hash seed, umask, locale, time zone and folder for what is temporary;
     and all its processes are killed once it has trained a step."""

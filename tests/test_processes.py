@@ -129,6 +129,7 @@ def test_two_processes_go_on_on_two_machines_to_the_same_bytes(exact: Project, t
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # test_crash.py kills one, and two go on above
 def test_killed_with_two_processes_it_goes_on_with_one(exact: Project, here: Project) -> None:
     interrupted(exact, configured(exact, 2), signal.SIGKILL)
     assert last_step(exact) < STEPS, "else the other number has nothing to do"
