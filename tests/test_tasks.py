@@ -285,7 +285,7 @@ def test_a_row_that_makes_no_prompt_is_named(place: Path, row: Any, keys: dict[s
     ({"columns": ["prompts"]}, "cannot be a column too"), ({"heldout_seed": 1}, "heldout_seed needs heldout_share"),
     ({"columns": ["a", "a"]}, "stands twice"),
     ({"heldout_share": 0.1, "heldout_split": "test"}, "at most one of heldout_split, heldout_share"),
-    ({"heldout_share": 1.0}, "heldout_share"), ({"config": "main"}, "config needs repo"),
+    ({"heldout_share": 1.0}, "heldout_share"), ({"config": "main"}, "config belongs to repo"),
     ({"train_split": ".."}, "split"),
 ])  # fmt: skip
 def test_a_mistake_in_a_prompt_set_is_refused(keys: dict[str, Any], said: str) -> None:
