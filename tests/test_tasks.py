@@ -382,3 +382,4 @@ def test_the_page_that_goes_from_a_file_to_a_policy(here: Project) -> None:
     exec(texts["python"], space)
     said = [[{"role": "assistant", "content": "paris."}], "London"]
     assert space["right"]([], said, answer=["Paris", "Paris"]) == [1.0, 0.0]
+    assert space["right"]([], ["It is 17.", "It is 7."], answer=["7", "7"]) == [0.0, 1.0]
