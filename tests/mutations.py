@@ -413,6 +413,12 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("finding.onset == others[0].onset", "True"),
         ("{\"alignment\": \"correct\"}", "{\"alignment\": \"shifted\"}"),
     ]),
+    "diagnosis/explanations.py": ("verdict", [
+        ('row["zero_spread_share"] == 1 for', 'row["zero_spread_share"] > 0 for'),
+        ("flat = bool(rows) and all(", "flat = bool(rows) and any("),
+        ("flat = bool(rows) and all(", "flat = all("),
+        ('if not flat or any(finding.kind == "starved" for finding in found):', "if not flat:"),
+    ]),
     "diagnosis/bootstrap.py": ("heldout", [("math.fsum(values)", "sum(values)")]),
     "diagnosis/curve.py": ("heldout", [
         ("everywhere[::2], everywhere[1::2]", "everywhere, everywhere"),
@@ -496,6 +502,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "rewards/build.py": ("rewards", [
         ("weight * values[i]", "values[i]"),
+        ('return f"{name} ({table.function})" if', "return name if"),
         ("getattr(torch, table.precision)", "torch.float32"),
         ("_check_size(name, value, value, completion, LARGEST)", "pass"),
         ("len(values) != len(batch.completions)", "len(values) < len(batch.completions)"),

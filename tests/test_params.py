@@ -317,6 +317,19 @@ def test_a_mistake_in_a_reward_that_was_learned_is_one_line(place: str, value: A
         assert expected in check_line(str(caught.value))
 
 
+@pytest.mark.parametrize(("table", "keys", "expected"), [
+    ("models", {"source": "models/local/x", "revision": "main"}, "revision belongs to repo and does nothing"),
+    ("prompt_sets", {"source": "data/local/x.csv", "revision": "0" * 40}, "revision belongs to repo and does nothing"),
+    ("encoders", {"package": "some-encoder", "revision": "main"}, "revision belongs to repo and does nothing"),
+    ("classifiers", {"source": "models/local/x", "revision": "main"}, "revision belongs to repo and does nothing"),
+    ("models", {"repo": "a/b", "manifest_sha256": "0" * 64}, "manifest_sha256 needs source"),
+])  # fmt: skip
+def test_a_key_that_its_origin_has_not_is_refused(table: str, keys: dict[str, str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate_params({**TREE, table: {**TREE.get(table, {}), "mine": keys}})
+    assert f"{table}.mine: {expected}" in check_line(str(caught.value))
+
+
 def bomb(indent: str, width: int = 9, depth: int = 9) -> str:
     """Nine lines that stand for 9^9 values."""
     lines = [f"{indent}a0: &a0 [{', '.join(['x'] * width)}]"]

@@ -201,7 +201,7 @@ def test_a_csv_file_of_texts_is_taken_whole_and_drops_are_said_aloud(
     ]
     for content, message in (
         (b"text,x\na,b,c\n", "train.csv line 2: has 3 cells, the header 2; quote what holds a comma"),
-        (b"words\na\n", "train.csv line 2: column 'text' is missing (there are: words)"),
+        (b"words\na\n", "train.csv: column 'text' is missing (there are: words)"),
         (b"text,text\na,b\n", "there are 2 columns 'text'; keep one"),
         (b"text\n\xff\n", "not a CSV file in UTF-8"),
         (b'text\n"a\n', "not a CSV file in UTF-8"),

@@ -271,13 +271,13 @@ def test_a_custom_reward_may_return_any_sequence_of_numbers_or_booleans(
 NOT_THERE = "custom reward that cannot be imported"
 WRONG: dict[str, list[tuple[str, list[str]]]] = {
     "custom reward without a number": [
-        *((returning(values), ["mine returned", "not a finite number", "'second'"]) for values in (
+        *((returning(values), ["mine (custom/mine.py:reward) returned", "not a finite", "'second'"]) for values in (
             "[1, float('nan')]", "[1, float('inf')]", "[1, -float('inf')]", "[1, '2']", "[1, [2]]",
             "[1, 1j]", "[1, 10 ** 400]", "[1, 10 ** 5000]")),
-        *((returning(f"[1e12, {value}]"), [f"mine returned {value} for 'second': the largest size that works is 1e+12"])
+        *((returning(f"[1e12, {value}]"), [f"returned {value} for 'second': the largest size that works is 1e+12"])
           for value in ("1e+30", "-1e+200", "1.7e+308", "1000000000000000")),
-        (returning("np.ones((2, 1))"), ["mine returned", "not a finite number", "'first'"]),
-        (returning("[1]"), ["1 values for 2 completions"]),
+        (returning("np.ones((2, 1))"), ["mine (custom/mine.py:reward) returned", "not a finite number", "'first'"]),
+        (returning("[1]"), ["reward mine (custom/mine.py:reward) returned 1 values for 2 completions"]),
         (returning("[]"), ["0 values for 2 completions"]),
         (returning("[1, 2, 3]"), ["3 values for 2 completions"]),
         (returning("itertools.repeat(1.0)"), ["3 values for 2 completions"]),

@@ -179,6 +179,16 @@ def test_a_conversation_reaches_a_reward_as_messages(custom: Callable[[str], Any
     assert custom(code)([Prompt("2 + 2?", tuple(CHAT))], ["four"]) == [4.0]
 
 
+def test_a_reward_that_takes_texts_for_messages_is_told(custom: Callable[[str], Any]) -> None:
+    told = "texts here: a prompt column of conversations makes them messages"
+    with pytest.raises(UserError, match=told):
+        custom("def reward(completions):\n    return [len(c[0]['content']) for c in completions]\n")(["Hi"], ["four"])
+    itself = custom("def reward(completions):\n    return [str(c)['content'] for c in completions]\n")
+    with pytest.raises(UserError, match="string indices must be integers") as refusal:
+        itself([Prompt("Hi", tuple(CHAT))], ["four"])
+    assert told not in str(refusal.value)
+
+
 def test_a_reward_cannot_change_what_others_are_given(custom: Callable[[str], Any]) -> None:
     prompt = Prompt("Hi", tuple(CHAT), {"answer": ["a"]})
     code = "def reward(prompts, completions, answer):\n    answer[0].clear(); prompts[0].clear()\n    return [1.0]\n"
@@ -217,6 +227,8 @@ def test_the_columns_of_a_custom_reward(
     kept = PromptSet(source="x", columns=["answer"])
     with pytest.raises(UserError, match=r"which prompt_sets\.x does not keep \(columns: answer\); add it to"):
         check_columns("mine", both, kept, "prompt_sets.x")
+    with pytest.raises(UserError, match=r"\(columns: levle\); is 'levle' the same, misspelt\? Else add it to"):
+        check_columns("mine", table(kind="match", column="level"), PromptSet(source="x", columns=["levle"]), "x")
 
 
 # --- prompt sets
@@ -260,6 +272,7 @@ def test_a_conversation_ends_where_the_answer_begins(place: Path) -> None:
     ({"q": "x"}, {}, r"column 'text' is missing \(there are: q\)"),
     ({"q": "x"}, {"prompt_template": "{question}"}, r"column 'question' is missing \(there are: q\)"),
     ({"text": "x"}, {"columns": ["answer"]}, r"column 'answer' is missing \(there are: text\)"),
+    ({"text": "x", "answer": 1}, {"columns": ["anwser"]}, r"\(there are: text, answer\); did you mean 'answer'\?"),
     ({"q": None}, {"prompt_template": "{q}"}, "q should be a string or a number for prompt_template, not null"),
     ({"q": [1]}, {"prompt_template": "{q}"}, "q should be a string or a number for prompt_template, not a list"),
     ({"text": "x", "a": float("nan")}, {"columns": ["a"]}, "a should be a string, a number, a list or an object"),
@@ -285,7 +298,7 @@ def test_a_row_that_makes_no_prompt_is_named(place: Path, row: Any, keys: dict[s
     ({"columns": ["prompts"]}, "cannot be a column too"), ({"heldout_seed": 1}, "heldout_seed needs heldout_share"),
     ({"columns": ["a", "a"]}, "stands twice"),
     ({"heldout_share": 0.1, "heldout_split": "test"}, "at most one of heldout_split, heldout_share"),
-    ({"heldout_share": 1.0}, "heldout_share"), ({"config": "main"}, "config needs repo"),
+    ({"heldout_share": 1.0}, "heldout_share"), ({"config": "main"}, "config belongs to repo"),
     ({"train_split": ".."}, "split"),
 ])  # fmt: skip
 def test_a_mistake_in_a_prompt_set_is_refused(keys: dict[str, Any], said: str) -> None:
@@ -369,3 +382,4 @@ def test_the_page_that_goes_from_a_file_to_a_policy(here: Project) -> None:
     exec(texts["python"], space)
     said = [[{"role": "assistant", "content": "paris."}], "London"]
     assert space["right"]([], said, answer=["Paris", "Paris"]) == [1.0, 0.0]
+    assert space["right"]([], ["It is 17.", "It is 7."], answer=["7", "7"]) == [0.0, 1.0]

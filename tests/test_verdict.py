@@ -438,6 +438,22 @@ def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[
     }  # fmt: skip
 
 
+def test_a_short_run_without_a_difference_in_reward_says_so(calibration: list[dict[str, float]]) -> None:
+    def said(steps: int, **changes: Any) -> tuple[str, str]:
+        rows = history(**changes)[:steps]
+        content = diagnose.diagnose(PARAMS, rows, without_signal(calibration), [], chosen_params(PARAMS))
+        return content["verdict"], content["headline"]
+
+    verdict, headline = said(5, zero_spread_share=since(0, 1.0))
+    assert verdict == "healthy"
+    assert headline.startswith("No sign of collapse in 5 steps. At every step all completions of a prompt had the same")
+    assert "nothing to learn from" not in said(5, zero_spread_share=[0.5, *since(1, 1.0)[1:]])[1]
+    assert "nothing to learn from" not in said(0)[1]
+    verdict, headline = said(STEPS, zero_spread_share=since(0, 1.0))
+    assert verdict == "starved"
+    assert headline.count("nothing to learn from") == 1
+
+
 def heldout(before: dict[str, float] | None = None, **after: float) -> dict[str, Any]:
     """metrics.json of a policy that writes as the reference does, but for `after`."""
     text = {"empty_share": 0.03, "repeated_3grams": 0.02, "distinct_completions": 0.97, "distinct_2": 0.8,

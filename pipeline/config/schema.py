@@ -74,6 +74,9 @@ class Model(Table):
     @model_validator(mode="after")
     def one_origin(self) -> "Model":
         _exactly_one(self, "repo", "source")
+        _goes_with_repo(self, "revision")
+        if self.manifest_sha256 is not None and self.source is None:
+            raise ValueError("manifest_sha256 needs source: a repository is pinned by its revision")
         return self
 
     @model_validator(mode="after")
@@ -111,10 +114,9 @@ class PromptSet(Table):
     @model_validator(mode="after")
     def one_origin(self) -> "PromptSet":
         _exactly_one(self, "repo", "source")
+        _goes_with_repo(self, "revision", "config")
         if self.max_characters is not None and self.min_characters > self.max_characters:
             raise ValueError(f"min_characters {self.min_characters} exceeds max_characters {self.max_characters}")
-        if self.config is not None and self.repo is None:
-            raise ValueError("config needs repo: a directory or a file has no configurations")
         if self.heldout_seed and self.heldout_share is None:
             raise ValueError("heldout_seed needs heldout_share; without it nothing is drawn")
         if self.heldout_split is not None and self.heldout_share is not None:
@@ -166,6 +168,7 @@ class Encoder(Table):
     @model_validator(mode="after")
     def one_origin(self) -> "Encoder":
         _exactly_one(self, "repo", "source", "package")
+        _goes_with_repo(self, "revision")
         return self
 
 
@@ -541,3 +544,11 @@ class Params(Table):
 def _exactly_one(table: Table, *names: str) -> None:
     if sum(getattr(table, name) is not None for name in names) != 1:
         raise ValueError(f"needs exactly one of {', '.join(names)}")
+
+
+def _goes_with_repo(table: Table, *names: str) -> None:
+    """Raises ValueError where a key that only a repository has stands beside another origin: nobody would read it."""
+    origin = next(name for name in ("repo", "source", "package") if getattr(table, name, None) is not None)
+    for name in names:
+        if origin != "repo" and getattr(table, name) is not None:
+            raise ValueError(f"{name} belongs to repo and does nothing beside {origin}: leave it out")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
@@ -17,18 +17,19 @@ Located = tuple[str, Row]  # where a row is ("train.jsonl line 3"), and the row
 
 
 def read_rows(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Located]:
-    """Yield the rows of a file by its suffix. Of Parquet only these columns are read; raises UserError where it lacks a
-    needed one."""
+    """Yield the rows of a file by its suffix. Of Parquet only these columns are read; raises UserError where it, or a
+    CSV file, lacks a needed one."""
     if path.suffix == ".parquet":
         return read_parquet(path, needed, optional)
-    return read_csv(path) if path.suffix == ".csv" else read_jsonl(path)
+    return read_csv(path, needed) if path.suffix == ".csv" else read_jsonl(path)
 
 
 def chosen_columns(where: str, present: Sequence[str], needed: Sequence[str], optional: Sequence[str]) -> list[str]:
     """The named columns that are there. Raises UserError where a needed one is not."""
     for column in needed:
         if column not in present:
-            raise UserError(f"{where}: column {column!r} is missing (there are: {', '.join(present) or 'none'})")
+            there = f"(there are: {', '.join(present) or 'none'}){did_you_mean(column, present)}"
+            raise UserError(f"{where}: column {column!r} is missing {there}")
     return [column for column in dict.fromkeys((*needed, *optional)) if column in present]
 
 
@@ -46,8 +47,9 @@ def read_jsonl(path: Path) -> Iterator[Located]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_csv(path: Path) -> Iterator[Located]:
-    """Yield the rows of a CSV file with a header, in UTF-8. Raises UserError for a row of another length."""
+def read_csv(path: Path, needed: Sequence[str]) -> Iterator[Located]:
+    """Yield the rows of a CSV file with a header, in UTF-8. Raises UserError where the header lacks a needed column,
+    and for a row of another length."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, strict=True)
@@ -55,6 +57,7 @@ def read_csv(path: Path) -> Iterator[Located]:
             if len(set(columns)) < len(columns):
                 twice = next(column for column in columns if columns.count(column) > 1)
                 raise UserError(f"{path}: there are {columns.count(twice)} columns {twice!r}; keep one")
+            chosen_columns(str(path), columns, needed, ())
             for cells in rows:
                 where = f"{path} line {rows.line_num}"
                 if cells and len(cells) != len(columns):

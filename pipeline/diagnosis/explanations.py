@@ -131,6 +131,19 @@ def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, hel
     return " ".join(texts)
 
 
+def nothing_to_learn(found: Sequence[Finding], rows: Sequence[Row]) -> str:
+    """What to say beside the verdict where at every step each prompt's completions had one and the same reward; ""
+    elsewhere, and where `starved`, which takes THRESHOLDS.no_signal_steps steps, says so itself."""
+    flat = bool(rows) and all(row["zero_spread_share"] == 1 for row in rows)
+    if not flat or any(finding.kind == "starved" for finding in found):
+        return ""
+    return (
+        "At every step all completions of a prompt had the same reward: there was nothing to learn from. Easier "
+        "prompts, more samples a prompt (train.samples_per_prompt), or a second reward that pays for a part of the way "
+        "(kind: sum) can change that."
+    )
+
+
 def evidence(shown: Evidence) -> dict[str, Any]:
     limit, spread = shown.limit, shown.limit.reference
     return {

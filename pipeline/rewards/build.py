@@ -61,7 +61,7 @@ def build_reward(
     largest = math.inf if is_sum else LARGEST
     stored, counted = classifiers or {}, cuts or Cuts()
     built = [
-        (weight, _checked(name, _plain(name, plain, encoder, device, stored, counted), largest))
+        (weight, _checked(_label(name, plain), _plain(name, plain, encoder, device, stored, counted), largest))
         for weight, plain in terms
     ]
 
@@ -99,6 +99,11 @@ def _plain(
         case CustomReward():
             return custom_reward(table.function, table.params)
     raise TypeError(f"no reward is made from {type(table).__name__}")
+
+
+def _label(name: str, table: Any) -> str:
+    """What messages call a reward: of a function, which the table's name does not tell, where it is too."""
+    return f"{name} ({table.function})" if isinstance(table, CustomReward) else name
 
 
 def check_rows(name: str, table: Any, prompts: Iterable[Prompt]) -> None:

@@ -94,9 +94,17 @@ def custom_reward(function: str, params: dict[str, Any]) -> Callable[[RewardBatc
                 values.close()  # else a `with` inside it would end, and change settings, when it is collected
             return rewards
 
-        return _run(function, " raised", loaded.settings, seed, loaded.root, call)
+        texts = all(prompt.messages is None for prompt in batch.prompts)
+        return _run(function, " raised", loaded.settings, seed, loaded.root, call, _about_texts if texts else None)
 
     return reward
+
+
+def _about_texts(error: BaseException) -> str:
+    """What to say besides of a function that is given texts, where it took them for messages."""
+    if type(error) is TypeError and str(error).startswith("string indices must be integers"):
+        return "; prompts and completions are texts here: a prompt column of conversations makes them messages"
+    return ""
 
 
 def _columns(batch: RewardBatch) -> dict[str, list[Any]]:
@@ -147,8 +155,16 @@ def _load(function: str, path: Path) -> Loaded:
     return _loaded[name]
 
 
-def _run(function: str, what: str, settings: "OwnSettings", seed: str, root: Path, call: Callable[[], Any]) -> Any:
-    """Call the user's code under its own settings. Raises UserError for whatever it raises."""
+def _run(
+    function: str,
+    what: str,
+    settings: "OwnSettings",
+    seed: str,
+    root: Path,
+    call: Callable[[], Any],
+    advice: Callable[[BaseException], str] | None = None,
+) -> Any:
+    """Call the user's code under its own settings. Raises UserError for whatever it raises, with the advice on it."""
 
     def place(frame: FrameType) -> str | None:
         return _place(root, frame.f_code.co_filename, frame.f_lineno)
@@ -159,7 +175,8 @@ def _run(function: str, what: str, settings: "OwnSettings", seed: str, root: Pat
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: it would end the stage as if it had succeeded
-            raise UserError(f"reward {function}{what} {_describe(error, root)}") from error
+            more = advice(error) if advice else ""
+            raise UserError(f"reward {function}{what} {_describe(error, root)}{more}") from error
 
 
 def _missing(function: str, file: str) -> UserError:

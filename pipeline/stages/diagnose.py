@@ -11,7 +11,7 @@ from pipeline.config.overrides import experiment_command
 from pipeline.config.schema import Params
 from pipeline.diagnosis.calibration import null_statistics
 from pipeline.diagnosis.cures import Cure, cure, root_causes
-from pipeline.diagnosis.explanations import evidence, headline, summary
+from pipeline.diagnosis.explanations import evidence, headline, nothing_to_learn, summary
 from pipeline.diagnosis.over_optimisation import Heldout, over_optimised
 from pipeline.diagnosis.terms import Note, notes
 from pipeline.diagnosis.text import repeated_ngrams
@@ -89,13 +89,14 @@ def diagnose(
     of_terms = by_term(list(terms))
     told_of_terms = notes(of_terms, chosen.get("reward.combine", "sum"))
     said = headline(found, summaries, len(rows), evaluation is not None and heldout is None)
+    flat = nothing_to_learn(found, rows)
     changes: dict[str, Any] = {}
     for finding in root_causes(found):
         changes |= {key: value for key, value in cures[finding.kind].changes.items() if key not in changes}
     return {
         "verdict": found[0].kind if found else "healthy",
         "onset": found[0].onset if found else None,
-        "headline": " ".join([said, *(note.short for note in told_of_terms)]),
+        "headline": " ".join(filter(None, [said, flat, *(note.short for note in told_of_terms)])),
         "steps": len(rows),
         "independent": independent,
         "over_optimisation": told,
