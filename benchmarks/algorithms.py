@@ -5,9 +5,9 @@ python -m benchmarks.algorithms run [--jobs 2]   # makes them; goes on where it 
 python -m benchmarks.algorithms time             # seconds a step of each, in short runs: on a machine that is idle
 python -m benchmarks.algorithms page             # docs/algorithms.jsonl -> the tables and the figure of the page
 
-Each algorithm's learning rate is the one of RATES with the best held-out reward at the end, mean over TUNING seeds; the
-page reports runs with that rate on SEEDS, which are others. A run is a line of docs/algorithms.jsonl. The stages
-themselves make it, in a clone of the current commit.
+Each algorithm's learning rate is the one of the task's RATES with the best held-out reward at the end, mean over TUNING
+seeds; the page reports runs with that rate on SEEDS, which are others. A run is a line of docs/algorithms.jsonl. The
+stages themselves make it, in a clone of the current commit.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pipeline.runs.dvc_git import head_commit
 FOUND = Path("docs/algorithms.jsonl")
 CLONE = Path("benchmarks/runs/algorithms")
 RECIPES = ("rloo", "reinforce", "reinforce_running_mean", "remax", "grpo", "dr_grpo", "ppo_clip", "dapo")
-RATES = (0.00001, 0.00003, 0.0001, 0.0003)
+RATES = {"arithmetic": (0.00001, 0.00003, 0.0001, 0.0003), "length": (0.0001, 0.0003, 0.001, 0.003)}
 TUNING, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 COMMON = ("train.samples_per_prompt=8", "train.threads=1", "train.checkpoint_every=1000", "evaluate.independent=none")
 TASKS = {
@@ -75,9 +75,9 @@ def chosen_rate(rows: Sequence[dict[str, Any]], task: str, recipe: str) -> float
     for row in rows:
         if (row["group"], row["task"], row["recipe"]) == ("tuning", task, recipe) and row["seed"] in TUNING:
             ends.setdefault(row["lr"], []).append(row["heldout"][-1][1])
-    if any(len(ends.get(rate, ())) < len(TUNING) for rate in RATES):
+    if any(len(ends.get(rate, ())) < len(TUNING) for rate in RATES[task]):
         return None
-    return max(RATES, key=lambda rate: statistics.fmean(ends[rate]))
+    return max(RATES[task], key=lambda rate: statistics.fmean(ends[rate]))
 
 
 def plans(rows: Sequence[dict[str, Any]]) -> Iterator[Plan]:
@@ -85,7 +85,7 @@ def plans(rows: Sequence[dict[str, Any]]) -> Iterator[Plan]:
     for task in TASKS:
         for seed in TUNING:
             for recipe in RECIPES:
-                yield from (Plan("tuning", task, recipe, rate, seed) for rate in RATES)
+                yield from (Plan("tuning", task, recipe, rate, seed) for rate in RATES[task])
         for seed in SEEDS:
             for recipe in RECIPES:
                 if (rate := chosen_rate(rows, task, recipe)) is not None:
@@ -95,7 +95,7 @@ def plans(rows: Sequence[dict[str, Any]]) -> Iterator[Plan]:
 def timed_plans(rows: Sequence[dict[str, Any]]) -> Iterator[Plan]:
     for task in TASKS:
         for recipe in RECIPES:
-            yield Plan("time", task, recipe, chosen_rate(rows, task, recipe) or RATES[2], SEEDS[0])
+            yield Plan("time", task, recipe, chosen_rate(rows, task, recipe) or RATES[task][1], SEEDS[0])
 
 
 def run(plan: Plan, clone: Path) -> dict[str, Any]:

@@ -118,10 +118,10 @@ def differences_table(rows: Sequence[Row], task: str) -> str:
 
 def rates_table(rows: Sequence[Row], task: str) -> str:
     """Held-out reward at the end of the tuning runs, mean over their seeds: the best one is chosen."""
-    cells = [["recipe", *(f"{rate:g}" for rate in RATES)]]
+    cells = [["recipe", *(f"{rate:g}" for rate in RATES[task])]]
     for recipe in RECIPES:
         ends = [[row["heldout"][-1][1] for row in rows if row["group"] == "tuning" and row["task"] == task
-                 and (row["recipe"], row["lr"]) == (recipe, rate)] for rate in RATES]  # fmt: skip
+                 and (row["recipe"], row["lr"]) == (recipe, rate)] for rate in RATES[task]]  # fmt: skip
         if any(ends):
             cells.append([f"`{recipe}`", *(f"{statistics.fmean(each):.3g}" if each else "" for each in ends)])
     return markdown_table(cells)
