@@ -94,17 +94,18 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
 
 def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Changes) -> Changes:
     """Smaller steps and a KL term in the units of the reward, scaled where the recipe scales it. Where the recipe has
-    a term, smaller steps and a target: on a real model a larger coefficient or a lower target cost more of the gain
-    (docs/REAL_MODELS.md). With them the gradient of the objective, where the recipe has another one: SmolLM2 collapsed
-    again after the KL term alone."""
+    a term, smaller steps and a target, and a larger coefficient only where it is weak beside the reward's spread: on a
+    real model that, or a lower target, cost more of the gain (docs/REAL_MODELS.md). With them the gradient of the
+    objective, where the recipe has another one: SmolLM2 collapsed again after the KL term alone."""
     slower = true_gradient(recipe) | room_for_text(recipe, spreads) | slower
+    # of normalised terms another one is learnt from than the reward's
+    own = spreads.get("signal_std_within", spreads.get("reward_std_within"))
+    spread = own if recipe.scale_rewards == "none" else None
+    per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
     if recipe.kl == "none" or recipe.kl_coef == 0:
-        # of normalised terms another one is learnt from than the reward's
-        own = spreads.get("signal_std_within", spreads.get("reward_std_within"))
-        spread = own if recipe.scale_rewards == "none" else None
-        per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
         return {"kl": "reward_k1", "kl_coef": rounded(per_nat), "kl_target": KL_TARGET, **slower}
-    return slower if kl_is_limited(recipe) else {"kl_target": KL_TARGET, **slower}
+    weak: Changes = {"kl_coef": rounded(per_nat)} if recipe.kl_coef < per_nat / 2 else {}
+    return weak | slower if kl_is_limited(recipe) else weak | {"kl_target": KL_TARGET, **slower}
 
 
 def true_gradient(recipe: Recipe) -> Changes:
