@@ -69,6 +69,12 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        if not arguments:
+            raise
+        # `head`, or another reader of a command's output, has what it wanted; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted" if arguments else "interrupted; the same command goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

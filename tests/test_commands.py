@@ -45,6 +45,16 @@ def one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 # --- arguments and help
 
 
+def test_a_reader_that_has_enough_ends_a_command_without_a_traceback() -> None:
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "completion", "bash"], cwd=ROOT, stdout=written, stderr=subprocess.PIPE
+    )
+    os.close(written)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_the_console_script_and_the_commands_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"reinforce": "pipeline.__main__:main"}

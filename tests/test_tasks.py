@@ -372,7 +372,7 @@ def test_the_page_that_goes_from_a_file_to_a_policy(here: Project) -> None:
         (here.root / file).write_text(texts[language])
     tables = YAML(typ="safe").load(texts["yaml"])
     changed = {f"{table}__{name}": keys for table, named in tables.items() for name, keys in named.items()}
-    here.edit(model="chat", prompts="questions", reward="right", **changed)
+    here.edit(model="chat", prompts="quiz", reward="right", **changed)
     for stage in ("check", "prepare"):
         done = here.run(stage)
         assert not done.returncode, done.stderr

@@ -430,8 +430,8 @@ def test_the_headline_ends_with_what_the_run_has_come_to(calibration: list[dict[
 
 @pytest.mark.parametrize(("steps", "headline"), [
     (STEPS, f"No sign of collapse in {STEPS} steps."),
-    (1, "Too short to tell: a collapse has to last 2 steps to count."),
-    (0, "Too short to tell: a collapse has to last 2 steps to count."),
+    (1, "No sign of collapse, but too short to tell: one has to last 2 steps to count."),
+    (0, "No sign of collapse, but too short to tell: one has to last 2 steps to count."),
 ])  # fmt: skip
 def test_a_healthy_run_has_no_cure(steps: int, headline: str, calibration: list[dict[str, float]]) -> None:
     content = diagnose.diagnose(PARAMS, history()[:steps], calibration, [], chosen_params(PARAMS))

@@ -117,7 +117,7 @@ def headline(found: Sequence[Finding], summaries: Sequence[str], steps: int, hel
     lost nothing; where training shows broken text, the verdict says so.
     """
     if not found and steps < THRESHOLDS.patience:
-        return f"Too short to tell: a collapse has to last {THRESHOLDS.patience} steps to count."
+        return f"No sign of collapse, but too short to tell: one has to last {THRESHOLDS.patience} steps to count."
     if not found:
         return f"No sign of collapse in {steps} steps."
     later = [
