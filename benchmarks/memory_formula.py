@@ -1,5 +1,7 @@
-"""What a training step holds on one device, in bytes: a formula, part by part. The tests hold it against the simulation of
-`benchmarks.simulated_memory`; docs/SCALE.md explains the parts."""
+"""What a training step holds on one device, in bytes: a formula, part by part.
+
+Tests hold it against `benchmarks.simulated_memory`; docs/SCALE.md explains the parts.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +60,9 @@ class Packed:
     predicted: int  # positions that have logits
 
 
+DEFAULT_STEP = Step()  # that of the tables
+
+
 def sizes(shape: str, rank: int = RANK) -> Sizes:
     h, layers, heads = material.SHAPES[shape]
     v = material.VOCABULARY
@@ -79,7 +84,7 @@ def packed(step: Step) -> Packed:
 
 
 def predicted(
-    shape: str, changes: dict[str, Any], step: Step = Step(), processes: int = 1, gpu: bool = True
+    shape: str, changes: dict[str, Any], step: Step = DEFAULT_STEP, processes: int = 1, gpu: bool = True
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on one device: what is always held, the most while sampling and while updating, and `all`, their maximum.
 
@@ -87,7 +92,7 @@ def predicted(
     is sharded, 1 = it is not.
     """
     size = sizes(shape, changes.get("lora_rank", 0) or 0)
-    half, lora = changes.get("precision", "bfloat16") == "bfloat16", size.adapters > 0
+    half, lora = changes.get("precision", "float32") == "bfloat16", size.adapters > 0
     trained = size.adapters if lora else size.all
     frozen = 2 * size.linear + 4 * size.rest if half else 4 * size.all  # beside adapters, and the reference
     adam = 8 if changes.get("optimizer", "adam") == "adam" else 0
@@ -126,14 +131,15 @@ def update_bytes(
     """The gradient and the most of three times: at the logits, in a layer that is computed again, and at the end.
 
     Autocast's copies of the weights live as long as its cache, all micro-batches; then their gradients in bfloat16 are
-    added only behind the whole backward pass. Without the cache (checkpointing, sharded) they live as their layer needs.
+    added only behind the whole backward pass. Without the cache (checkpointing, sharded) they live as long as their
+    layer needs them.
     """
     batch, width, sharded = packed(step), 2 if half else 4, processes > 1
     trained, rounds = size.adapters if lora else size.all, half and not lora
     gradient = 4 * trained / processes + (8 * size.head if sharded else 0)  # FSDP keeps embedding and head whole
     of_layer = batch.positions * size.hidden * (KEPT * width + RESIDUAL_BYTES)
-    if not gpu:  # attention weights, in float32 and rounded; a GPU's kernel keeps none
-        of_layer += batch.positions * size.heads * batch.width * (4 + 2 * half)
+    if not gpu:  # no qkv, but attention weights in float32 and rounded, of which a GPU's kernel keeps none
+        of_layer += batch.positions * (size.heads * batch.width * (4 + 2 * half) - 3 * size.hidden * width)
     inputs = RESIDUAL_BYTES * batch.positions * size.hidden
     kept = size.layers * (inputs if checkpointing else of_layer) + inputs
     rounded = (2 * size.head if checkpointing else 2 * size.linear) if rounds else 0
@@ -142,7 +148,9 @@ def update_bytes(
     times = [kept + rounded + logits]
     if checkpointing:
         block = (size.linear - size.head) / size.layers
-        times.append(kept + of_layer + (0 if lora else (2 * block if half else 0) + 4 * size.hidden**2 * (4 + 2 * half)))
+        times.append(
+            kept + of_layer + (0 if lora else (2 * block if half else 0) + 4 * size.hidden**2 * (4 + 2 * half))
+        )
     elif rounds and not sharded:
         times.append(rounded + 2 * size.linear + 4 * size.head)
     return gradient + max(times)
