@@ -112,17 +112,19 @@ def _peaks(held: float, sampling: float, update: float) -> dict[str, float]:
 def sampling_bytes(size: Sizes, step: Step, half: bool, lora: bool, gpu: bool) -> float:
     """A copy of the policy in bfloat16, the key/value cache at its longest, and logits.
 
-    The cache of one layer is there twice while a token is put behind it, keys or values at a time. Logits [n, V] are
-    there with their float32 and their exponentials; or, where those are of a few rows, with those of the token before.
+    Logits [n, V] are there with their float32 and their exponentials; or, where those are of a few rows, with those of
+    the token before. Or, before there are new ones, the keys or the values of one layer twice, as they grow.
     """
     copy = 2 * (size.rest + size.adapters if lora else size.all) if half else 0
     width, longest = 2 if half else 4, max(step.prompts) + step.tokens
     of_token = 2 * size.layers * size.hidden * width
     fit = min(SAMPLED_AT_ONCE, max(1, CACHE_BYTES["cuda" if gpu else "cpu"] // (longest * of_token)))
     at_once = min(len(step.prompts) * step.samples, fit if fit < step.samples else fit // step.samples * step.samples)
-    cache = at_once * (longest - 1) * of_token * (1 + 1 / (2 * size.layers))
+    cache = at_once * (longest - 1) * of_token
     slices = 4 * min(at_once, ROWS_OF_A_GPU if gpu else ROWS) * (1 + half)
-    return copy + cache + material.VOCABULARY * (at_once * width + max(slices, at_once * width))
+    logits = material.VOCABULARY * at_once * width
+    more = max(material.VOCABULARY * slices, logits, cache / (2 * size.layers))
+    return copy + cache + logits + more
 
 
 def update_bytes(

@@ -12,15 +12,14 @@ from benchmarks.simulated_memory import BLOCK, Device, simulate
 from pipeline.models.adapters import add_lora
 
 ROOT = Path(__file__).resolve().parents[1]
-NEAR = 0.03  # the formula against the simulation
+NEAR = 0.04  # the formula against the simulation
 HALF = {"precision": "bfloat16"}
-UPDATE = Step((6, 9), 8, 12, 8)
+UPDATE = Step((6, 9), 8, 8, 8)
 CASES: dict[str, tuple[dict[str, Any], Step, bool]] = {
     "float32": ({}, UPDATE, True),
     "bfloat16": (HALF, UPDATE, True),
-    "checkpointing": (HALF | {"gradient_checkpointing": True}, UPDATE, True),
-    "adapters": (HALF | {"lora_rank": 16}, UPDATE, True),
-    "gradient descent on a CPU": (HALF | {"optimizer": "sgd"}, UPDATE, False),
+    "checkpointing, gradient descent": (HALF | {"gradient_checkpointing": True, "optimizer": "sgd"}, UPDATE, True),
+    "adapters on a CPU": (HALF | {"lora_rank": 16}, UPDATE, False),
     "many samples": (HALF | {"lora_rank": 16, "gradient_checkpointing": True}, Step((30, 30), 32, 3, 16), True),
 }
 
