@@ -68,6 +68,7 @@ def simulated_rows() -> list[Row]:
     names = [setting for setting in SETTINGS if setting != "sharded"]
     on_gpu = [Row(shape, setting, "gpu", DEFAULT_STEP) for shape in SIMULATED_SHAPES for setting in names]
     on_cpu = [Row(shape, setting, "cpu", drawn) for shape, setting in MEASURED if setting != "sharded"]
+    on_gpu.append(Row("pythia-12b", "bfloat16", "gpu", DEFAULT_STEP))  # its peak is the end of the backward pass
     return on_gpu + [Row(shape, setting, "gpu", LONG) for shape, setting in LONG_ROWS] + on_cpu
 
 

@@ -79,7 +79,7 @@ def test_the_formula_knows_pythia_s_sizes_and_its_page_shows_it() -> None:
 def test_the_page_s_tables_are_within_their_promise() -> None:
     """5%: the formula over the simulation, of every row on a GPU that there is."""
     rows = [row for row in memory.read_rows() if row.device == "gpu"]
-    assert len(rows) >= 40
+    assert len(rows) >= 33
     for row in rows:
         formula = predicted(row.shape, memory.changes(row.setting), row.step)
         for phase, found in formula.items():
