@@ -1,8 +1,8 @@
-"""Memory that training takes, by size and setting: a formula, and the peak of real steps beside it -> docs/scale.json.
+"""Memory that training takes, by size and setting: real steps, steps on a device that is not there, and a formula.
 
-    python -m benchmarks.memory run               # measures what fits in 20 GB, ten minutes on two cores
-    python -m benchmarks.memory tables            # docs/scale.json and the formula -> the tables of docs/SCALE.md
-    python -m benchmarks.memory saved             # what layers keep for the backward pass: LAYER_BYTES
+    python -m benchmarks.memory run               # what fits in 20 GB -> docs/scale.json; ten minutes on two cores
+    python -m benchmarks.memory simulate          # counts on fake tensors -> docs/scale_simulated.jsonl; half an hour
+    python -m benchmarks.memory tables            # both files and the formula -> the tables of docs/SCALE.md
 
 On a CPU the peak is the process's resident memory in the steps over that before the models were loaded; on a GPU what
 torch held. A step of two micro-batches: in the second all gradients are there while the activations are.
@@ -10,21 +10,23 @@ torch held. A step of two micro-batches: in the second all gradients are there w
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import material
+from benchmarks.memory_formula import DEFAULT_STEP, RANK, Step, predicted
 from benchmarks.real_steps import measure
-from pipeline.models.adapters import add_lora
-from pipeline.models.memory import cast_frozen_bf16
+from benchmarks.simulated_memory import changed_params as validated_params
+from benchmarks.simulated_memory import simulate as simulated_peaks
+from pipeline.report.table import markdown_table
+from pipeline.rl.seeding import draw_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs/scale.json"
-RANK, TOKENS, MICRO_BATCH = 16, 20, 64
-LAYER_BYTES = 40  # in bfloat16, a token, layer and hidden unit: `saved` counts 38 to 45
+RESULTS, SIMULATED = ROOT / "docs/scale.json", ROOT / "docs/scale_simulated.jsonl"
+PROMPTS, SAMPLES, TOKENS, MICRO_BATCH, GB = 16, 8, 20, 64, 1e9
 LIBRARIES = 0.2e9  # on a CPU, what is loaded after the start, whatever the size: from pythia-14m
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"precision": "float32"},
@@ -32,101 +34,75 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "lora": {"lora_rank": RANK},
     "lora-checkpointing": {"lora_rank": RANK, "gradient_checkpointing": True},
+    "sgd": {"optimizer": "sgd"},
     "sharded": {},  # over two processes, each of which is measured
 }
 BATCH = {
-    "samples_per_prompt": 8, "max_tokens": TOKENS, "micro_batch": MICRO_BATCH, "threads": 2,
+    "samples_per_prompt": SAMPLES, "max_tokens": TOKENS, "micro_batch": MICRO_BATCH, "threads": 2,
     "precision": "bfloat16",
 }  # fmt: skip
 MEASURED = [
-    *(("pythia-70m", setting) for setting in SETTINGS), *(("pythia-160m", setting) for setting in SETTINGS),
+    *((shape, setting) for shape in ("pythia-70m", "pythia-160m") for setting in SETTINGS if setting != "sgd"),
     ("pythia-410m", "bfloat16"), ("pythia-410m", "checkpointing"), ("pythia-410m", "lora"),
     ("pythia-1b", "lora-checkpointing"),
 ]  # fmt: skip
+LONG = Step((8,) * 64, 8, 64, 8)  # 512 completions of 64 tokens at once, and few of them in the update
+LONG_ROWS = [("pythia-70m", "bfloat16"), ("pythia-70m", "lora-checkpointing")]
+SIMULATED_SHAPES = ("pythia-14m", "pythia-70m", "pythia-410m", "pythia-1b", "pythia-2_8b")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters of a GPT-NeoX with Pythia's vocabulary."""
+class Row:
+    """One simulation."""
 
-    linear: int  # in linear layers, the head included: what is rounded where it is not trained
-    rest: int  # embedding and norms
-    adapters: int  # of rank RANK
-    hidden: int
-    layers: int
-
-    @property
-    def all(self) -> int:
-        return self.linear + self.rest
+    shape: str
+    setting: str
+    device: str  # cpu | gpu: whose attention and slices
+    step: Step
+    bytes: dict[str, int] = field(default_factory=dict)  # by phase
 
 
-def sizes(shape: str) -> Sizes:
-    h, layers, _ = material.SHAPES[shape]
-    v = material.VOCABULARY
-    block = 12 * h * h + 9 * h  # qkv 3h, dense h, h to 4h and back; their biases
-    adapters = RANK * (4 * h + 2 * h + 5 * h + 5 * h)
-    return Sizes(layers * block + v * h, v * h + layers * 4 * h + 2 * h, layers * adapters, h, layers)
+def simulated_rows() -> list[Row]:
+    """What is simulated: a GPU, and each row measured on one CPU with the prompts that it drew."""
+    drawn = Step(drawn_prompts(), SAMPLES, TOKENS, MICRO_BATCH)
+    names = [setting for setting in SETTINGS if setting != "sharded"]
+    on_gpu = [Row(shape, setting, "gpu", DEFAULT_STEP) for shape in SIMULATED_SHAPES for setting in names]
+    on_cpu = [Row(shape, setting, "cpu", drawn) for shape, setting in MEASURED if setting != "sharded"]
+    on_gpu.append(Row("pythia-12b", "bfloat16", "gpu", DEFAULT_STEP))  # its peak is the end of the backward pass
+    return on_gpu + [Row(shape, setting, "gpu", LONG) for shape, setting in LONG_ROWS] + on_cpu
 
 
-def predicted(shape: str, setting: str, processes: int = 1) -> dict[str, float]:
-    """Bytes on one device, by what takes them.
-
-    weights: float32, 4 a parameter; of the frozen ones of a policy with adapters and of the reference, 2 in linear
-    layers where the recipe says bfloat16. Adam 8 a trained parameter, gradient 4; both and the weights divided by the
-    processes where the policy is spread over them. gathered: embedding and head, which FSDP then keeps whole from the
-    forward pass to the end of the backward pass. rounded: autocast's copies of trained linear layers in bfloat16, which
-    the backward pass needs; with checkpointing that of one layer and of the head. activations: LAYER_BYTES a token,
-    layer and hidden unit, twice that in float32; with checkpointing 4, and once the whole. logits: of a micro-batch.
-    The gradient is let go of with the update; what sampling takes instead, a copy in bfloat16, is smaller.
-    """
-    size, half, lora = sizes(shape), setting != "float32", setting.startswith("lora")
-    checkpointing, spread = "checkpointing" in setting, setting == "sharded"
-    frozen = 2 * size.linear + 4 * size.rest if half else 4 * size.all
-    trained = size.adapters if lora else size.all
-    parts = processes if spread else 1
-    rows = MICRO_BATCH * TOKENS
-    per_token = LAYER_BYTES * (1 if half else 2) * size.hidden
-    kept = 4 * size.hidden if checkpointing else per_token
-    head = material.VOCABULARY * size.hidden
-    rounded = 2 * (head + (size.linear - head) / size.layers if checkpointing else size.linear)
-    whole = {
-        "weights": (frozen if lora else 0) + 4 * trained / parts,
-        "checkpoint": 0 if lora else frozen,
-        "copy to act": frozen if spread else 0,
-        "Adam": 8 * trained / parts,
-        "gradient": 4 * trained / parts,
-        "gathered": 8 * head if spread else 0,
-        "rounded": rounded if half and not lora else 0,
-        "activations": rows * (kept * size.layers + per_token * checkpointing),
-        "logits": rows * material.VOCABULARY * (2 if half else 4),
-    }
-    return whole | {"all": sum(whole.values())}
+def drawn_prompts() -> tuple[int, ...]:
+    """Tokens of the prompts of the second step that `run` measures, the one in which Adam has its state."""
+    texts, tokenizer = material.prompts()[0][:500], material.tokenizer()[0]
+    params = validated_params({})
+    drawn = draw_prompts(params.seed, 1, PROMPTS, len(texts), params.selected_recipe.prompt_sampling)
+    return tuple(len(tokenizer(texts[i])["input_ids"]) for i in drawn)
 
 
-def saved(shape: str, lora: bool) -> float:
-    """Bytes that the layers keep for the backward pass, a token, layer and hidden unit, counted by torch's hooks."""
-    hidden, layers, _ = material.SHAPES[shape]
-    policy = material.policy(shape)
-    policy.set_attn_implementation("eager")  # as on a CPU
-    if lora:
-        add_lora(policy, RANK, 16, torch.Generator())
-        cast_frozen_bf16(policy)
-    storages: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+def simulate() -> None:
+    rows = read_rows()
+    for row in simulated_rows():
+        if any(replace(row, bytes=found.bytes) == found for found in rows):
+            continue
+        found = simulated_peaks(row.shape, changes(row.setting), row.step, row.device == "gpu")
+        rows.append(replace(row, bytes=found))
+        print(row.shape, row.setting, row.device, found, flush=True)
+        SIMULATED.write_text("".join(json.dumps(asdict(each)) + "\n" for each in rows), encoding="utf-8")
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    ids = torch.randint(1, 1000, (8, 64))
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.base_model(ids, use_cache=False)
-    trained = [p for p in policy.base_model.parameters() if p.requires_grad and p.dim() > 1]
-    embedding = policy.get_input_embeddings().weight
-    rounded = sum(2 * p.numel() for p in trained if p is not embedding)  # autocast's, counted by the formula elsewhere
-    return (sum(storages.values()) - rounded) / (ids.numel() * layers * hidden)
+def read_rows() -> list[Row]:
+    lines = SIMULATED.read_text(encoding="utf-8").splitlines() if SIMULATED.exists() else []
+    found = []
+    for row in map(json.loads, lines):
+        sampled = Step(**row["step"] | {"prompts": tuple(row["step"]["prompts"])})
+        found.append(Row(**row | {"step": sampled}))
+    return found
+
+
+def changes(setting: str) -> dict[str, Any]:
+    """Of the recipe and of `train`; bfloat16 unless the setting says otherwise."""
+    return {"precision": BATCH["precision"]} | SETTINGS[setting]
 
 
 def run(device: str) -> None:
@@ -139,33 +115,62 @@ def run(device: str) -> None:
             print(f"{shape} {setting}: left out, there is one GPU", flush=True)
             continue
         processes = 2 if sharded else 1  # each has two micro-batches
-        changes = BATCH | SETTINGS[setting] | {"device": device, "prompts_per_step": processes * 16}
-        each = measure(shape, changes, processes, sharded, for_memory=True)
+        settings = BATCH | SETTINGS[setting] | {"device": device, "prompts_per_step": processes * PROMPTS}
+        each = measure(shape, settings, processes, sharded, for_memory=True)
         rows.append({"shape": shape, "setting": setting, "device": device, "bytes": max(one["bytes"] for one in each)})
         print(json.dumps(rows[-1]), flush=True)
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def tables() -> str:
-    gb = 1e9
-    lines = [
-        "| policy | setting | on | measured, GB | formula, GB | formula over measured |",
-        "|---" * 6 + "|",
-    ]
-    for row in json.loads(RESULTS.read_text()):
-        formula = predicted(row["shape"], row["setting"], 2)["all"] + (LIBRARIES if row["device"] == "cpu" else 0)
-        lines.append(
-            f"| {row['shape']} | {row['setting']} | {row['device']} | {row['bytes'] / gb:.2f} | {formula / gb:.2f} "
-            f"| {formula / row['bytes']:.2f} |"
-        )
-    lines += ["",
-              "| policy | float32 | bfloat16 | checkpointing | lora | lora-checkpointing | sharded over 2 | over 8 |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    return "\n".join([markdown_table(table) for table in (measured_table(), simulated_table(), long_table())])
+
+
+def measured_table() -> list[list[str]]:
+    """Real steps on a CPU beside the simulation and the formula, which know nothing of libraries."""
+    found = {(row.shape, row.setting): row for row in read_rows() if row.device == "cpu"}
+    drawn = next(iter(found.values())).step
+    cells = [["policy", "setting", "on", "measured, GB", "simulated", "over measured", "formula", "over measured"]]
+    for row in json.loads(RESULTS.read_text(encoding="utf-8")):
+        shape, setting, more = row["shape"], row["setting"], LIBRARIES if row["device"] == "cpu" else 0
+        formula = predicted(shape, changes(setting), drawn, 2 if setting == "sharded" else 1, row["device"] != "cpu")
+        each = [formula["all"] + more]
+        if (shape, setting) in found and row["device"] == "cpu":
+            each.insert(0, found[shape, setting].bytes["all"] + more)
+        beside = [cell for value in each for cell in (f"{value / GB:.2f}", f"{value / row['bytes']:.2f}")]
+        cells.append([shape, setting, row["device"], f"{row['bytes'] / GB:.2f}", *["", ""] * (2 - len(each)), *beside])
+    return cells
+
+
+def simulated_table() -> list[list[str]]:
+    """The formula for a GPU by shape and setting; in brackets what of the simulation it is."""
+    found = {(row.shape, row.setting): row for row in read_rows() if row.device == "gpu" and row.step == DEFAULT_STEP}
+    names = [setting for setting in SETTINGS if setting != "sharded"]
+    cells = [["policy", *names, "sharded over 2", "over 8"]]
     for shape in material.SHAPES:
-        cells = [predicted(shape, setting)["all"] for setting in SETTINGS if setting != "sharded"]
-        cells += [predicted(shape, "sharded", count)["all"] for count in (2, 8)]
-        lines.append(f"| {shape} | " + " | ".join(f"{cell / gb:.1f}" for cell in cells) + " |")
-    return "\n".join(lines)
+        line = [shape]
+        for setting in names:
+            formula = predicted(shape, changes(setting))["all"]
+            row = found.get((shape, setting))
+            line.append(f"{formula / GB:.1f}" + (f" ({formula / row.bytes['all']:.2f})" if row else ""))
+        more = [predicted(shape, changes("sharded"), processes=count)["all"] for count in (2, 8)]
+        cells.append(line + [f"{value / GB:.1f}" for value in more])
+    return cells
+
+
+def long_table() -> list[list[str]]:
+    """The phases of a step of long completions, simulated, and what of it the formula is."""
+    cells = [["policy", "setting", "held, GB", "while sampling", "formula", "in the update", "formula"]]
+    for row in read_rows():
+        if row.step == LONG:
+            formula = predicted(row.shape, changes(row.setting), LONG)
+            beside = [
+                cell
+                for phase in ("sampling", "update")
+                for cell in (f"{row.bytes[phase] / GB:.2f}", f"{formula[phase] / row.bytes[phase]:.2f}")
+            ]
+            cells.append([row.shape, row.setting, f"{row.bytes['held'] / GB:.2f}", *beside])
+    return cells
 
 
 def main() -> None:
@@ -173,14 +178,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
     runs.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    commands.add_parser("simulate")
     commands.add_parser("tables")
-    commands.add_parser("saved")
     options = parser.parse_args()
     if options.command == "run":
         run(options.device)
-    elif options.command == "saved":
-        for shape in ("pythia-31m", "pythia-70m", "pythia-160m"):
-            print(json.dumps({"shape": shape, "all weights": saved(shape, False), "adapters": saved(shape, True)}))
+    elif options.command == "simulate":
+        simulate()
     else:
         print(tables())
 

@@ -12,7 +12,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks import material, memory
 from pipeline.__main__ import build_parser
 from pipeline.commands import generate
 from pipeline.config.load import load_params
@@ -30,7 +29,7 @@ from pipeline.rl.update import Batch, backward
 from pipeline.stages import evaluate, train
 from tests.faults import fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform
-from tests.project import ROOT, Project
+from tests.project import Project
 from tests.training import (
     STEPS,
     assert_same_curve,
@@ -182,23 +181,6 @@ def test_adapters_come_from_the_generator() -> None:
     first = next(name for name in drawn[0] if ".lora_A." in name)
     assert not torch.equal(drawn[0][first], drawn[2][first])
     assert drawn[0][first].abs().max() <= 1 / math.sqrt(drawn[0][first].shape[1])
-
-
-def test_the_formula_knows_pythia_s_sizes_and_its_page_shows_it() -> None:
-    published = {
-        "pythia-70m": 70_426_624,
-        "pythia-160m": 162_322_944,
-        "pythia-410m": 405_334_016,
-        "pythia-2_8b": 2_775_208_960,
-    }
-    for shape, parameters in published.items():  # Biderman et al., arXiv 2304.01373, and the models' cards
-        assert memory.sizes(shape).all == parameters
-    adapted = material.policy("pythia-14m")
-    assert memory.sizes("pythia-14m").all == sum(p.numel() for p in adapted.parameters())
-    add_lora(adapted, memory.RANK, 1, seeded())
-    assert memory.sizes("pythia-14m").adapters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    page = (ROOT / "docs/SCALE.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in memory.tables().splitlines() if line not in page] == []
 
 
 def test_weights_of_another_policy_are_refused() -> None:
