@@ -11,20 +11,18 @@ torch held. A step of two micro-batches: in the second all gradients are there w
 import argparse
 import json
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import material
 from benchmarks.memory_formula import DEFAULT_STEP, RANK, Step, predicted
-from benchmarks.real_steps import measure
-from benchmarks.simulated_memory import changed_params as validated_params
+from benchmarks.real_steps import ROOT, measure
 from benchmarks.simulated_memory import simulate as simulated_peaks
+from pipeline.config.load import PARAMS_FILE, load_params
 from pipeline.report.table import markdown_table
 from pipeline.rl.seeding import draw_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS, SIMULATED = ROOT / "docs/scale.json", ROOT / "docs/scale_simulated.jsonl"
 PROMPTS, SAMPLES, TOKENS, MICRO_BATCH, GB = 16, 8, 20, 64, 1e9
 LIBRARIES = 0.2e9  # on a CPU, what is loaded after the start, whatever the size: from pythia-14m
@@ -37,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd"},
     "sharded": {},  # over two processes, each of which is measured
 }
+ONE_DEVICE = [setting for setting in SETTINGS if setting != "sharded"]
 BATCH = {
     "samples_per_prompt": SAMPLES, "max_tokens": TOKENS, "micro_batch": MICRO_BATCH, "threads": 2,
     "precision": "bfloat16",
@@ -65,9 +64,8 @@ class Row:
 def simulated_rows() -> list[Row]:
     """What is simulated: a GPU, and each row measured on one CPU with the prompts that it drew."""
     drawn = Step(drawn_prompts(), SAMPLES, TOKENS, MICRO_BATCH)
-    names = [setting for setting in SETTINGS if setting != "sharded"]
-    on_gpu = [Row(shape, setting, "gpu", DEFAULT_STEP) for shape in SIMULATED_SHAPES for setting in names]
-    on_cpu = [Row(shape, setting, "cpu", drawn) for shape, setting in MEASURED if setting != "sharded"]
+    on_gpu = [Row(shape, setting, "gpu", DEFAULT_STEP) for shape in SIMULATED_SHAPES for setting in ONE_DEVICE]
+    on_cpu = [Row(shape, setting, "cpu", drawn) for shape, setting in MEASURED if setting in ONE_DEVICE]
     on_gpu.append(Row("pythia-12b", "bfloat16", "gpu", DEFAULT_STEP))  # its peak is the end of the backward pass
     return on_gpu + [Row(shape, setting, "gpu", LONG) for shape, setting in LONG_ROWS] + on_cpu
 
@@ -75,7 +73,7 @@ def simulated_rows() -> list[Row]:
 def drawn_prompts() -> tuple[int, ...]:
     """Tokens of the prompts of the second step that `run` measures, the one in which Adam has its state."""
     texts, tokenizer = material.prompts()[0][:500], material.tokenizer()[0]
-    params = validated_params({})
+    params = load_params(ROOT / PARAMS_FILE.name)
     drawn = draw_prompts(params.seed, 1, PROMPTS, len(texts), params.selected_recipe.prompt_sampling)
     return tuple(len(tokenizer(texts[i])["input_ids"]) for i in drawn)
 
@@ -145,11 +143,10 @@ def measured_table() -> list[list[str]]:
 def simulated_table() -> list[list[str]]:
     """The formula for a GPU by shape and setting; in brackets what of the simulation it is."""
     found = {(row.shape, row.setting): row for row in read_rows() if row.device == "gpu" and row.step == DEFAULT_STEP}
-    names = [setting for setting in SETTINGS if setting != "sharded"]
-    cells = [["policy", *names, "sharded over 2", "over 8"]]
+    cells = [["policy", *ONE_DEVICE, "sharded over 2", "over 8"]]
     for shape in material.SHAPES:
         line = [shape]
-        for setting in names:
+        for setting in ONE_DEVICE:
             formula = predicted(shape, changes(setting))["all"]
             row = found.get((shape, setting))
             line.append(f"{formula / GB:.1f}" + (f" ({formula / row.bytes['all']:.2f})" if row else ""))

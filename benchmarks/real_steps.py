@@ -58,10 +58,15 @@ def stage_in(folder: Path, shape: str, changes: dict[str, Any]) -> None:
     tree = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     tree["reward"] = "length"
     tree["recipes"][tree["recipe"]]["scale_rewards"] = "none"  # no calibration comes before these steps
-    for key, value in changes.items():
-        (tree["train"] if key in tree["train"] else tree["recipes"][tree["recipe"]])[key] = value
+    set_keys(tree, changes)
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(tree, file)
+
+
+def set_keys(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Sets keys of `train`, and any others of the selected recipe, in what params.yaml holds."""
+    for key, value in changes.items():
+        (tree["train"] if key in tree["train"] else tree["recipes"][tree["recipe"]])[key] = value
 
 
 def two_steps() -> dict[str, Any]:

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import material
 from benchmarks.memory_formula import DEFAULT_STEP, Step
+from benchmarks.real_steps import ROOT, set_keys
 from pipeline.config.load import validate_params
 from pipeline.config.schema import Params
 from pipeline.models import cache_size, logprobs, sampling
@@ -35,7 +35,6 @@ from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.optimizer import make_optimizer
 from pipeline.rl.update import Batch, update_policy
 
-ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten
 BLOCK = 512  # bytes: torch's allocator of a GPU rounds up to a multiple
 
@@ -187,6 +186,5 @@ def bounds_of(gpu: bool) -> Iterator[None]:
 
 def changed_params(changes: dict[str, Any]) -> Params:
     tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        (tree["train"] if key in tree["train"] else tree["recipes"][tree["recipe"]])[key] = value
+    set_keys(tree, changes)
     return validate_params(tree)

@@ -37,13 +37,19 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where one of these ends or begins with it, or is near, else nothing."""
+def nearest(wrong: str, known: Iterable[str]) -> str | None:
+    """One of these that ends or begins with it, or is near; None where none is."""
     known = list(known)
     near = [name for name in known if name.endswith(f".{wrong}")]
     near += sorted((name for name in known if len(wrong) > 2 and name.startswith(wrong)), key=len)
     near += difflib.get_close_matches(wrong, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return near[0] if near else None
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where there is a `nearest` one, else nothing."""
+    near = nearest(wrong, known)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def run_stage(main: Callable[[], None], arguments: bool = False) -> None:

@@ -404,7 +404,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "diagnosis/cures.py": ("verdict", [
         ("slower = true_gradient(recipe) | room", "slower = room"),
-        ("recipe.lr / 3, LARGEST_LR", "recipe.lr / 3, 1.0"),
+        ("recipe.lr / divisor, LARGEST_LR", "recipe.lr / divisor, 1.0"),
         ("if recipe.kl_coef < per_nat / 2 else {}", "if recipe.kl_coef > per_nat / 2 else {}"),
         ("tokens is not None and tokens.mean < FEWEST_TOKENS", "tokens is not None"),
         ("recipe.top_k > 0 or recipe.top_p < 1", "recipe.top_k > 0"),

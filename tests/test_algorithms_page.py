@@ -8,9 +8,11 @@ import pytest
 from scipy import stats
 
 from benchmarks import algorithms, algorithms_page
-from benchmarks.algorithms import RATES, RECIPES, SEEDS, TASKS, TUNING, Plan
+from benchmarks.algorithms import RECIPES, SEEDS, TASKS, TUNING, Plan
 from pipeline.config.load import load_params
 from tests.project import ROOT
+
+RATES = algorithms.RATES["arithmetic"]
 
 
 def made(group: str, recipe: str, rate: float, seed: int, end: float, task: str = "arithmetic") -> dict[str, Any]:
@@ -27,7 +29,7 @@ def tuned(recipe: str, ends: dict[float, tuple[float, float]]) -> list[dict[str,
 
 
 def test_the_rate_with_the_best_mean_is_chosen_once_all_are_there() -> None:
-    low, middle, *high = RATES["arithmetic"]
+    low, middle, *high = RATES
     rows = tuned("grpo", {low: (0.6, 0.6), middle: (0.9, 0.5), **dict.fromkeys(high, (1.0, 0.0))})
     assert algorithms.chosen_rate(rows, "arithmetic", "grpo") == middle
     assert algorithms.chosen_rate(rows[:-1], "arithmetic", "grpo") is None
@@ -39,13 +41,13 @@ def test_runs_of_the_report_wait_for_the_rate_and_use_other_seeds() -> None:
     assert not set(TUNING) & set(SEEDS)
     assert len(SEEDS) >= 5
     assert {plan.group for plan in algorithms.plans([])} == {"tuning"}
-    rows = tuned("rloo", {rate: (rate, rate) for rate in RATES["arithmetic"]})
+    rows = tuned("rloo", {rate: (rate, rate) for rate in RATES})
     left = algorithms.left(rows, timed=False)
     assert [plan for plan in left if plan.group == "report"] == [
-        Plan("report", "arithmetic", "rloo", RATES["arithmetic"][-1], seed) for seed in SEEDS
+        Plan("report", "arithmetic", "rloo", RATES[-1], seed) for seed in SEEDS
     ]
     assert not [plan for plan in left if (plan.group, plan.task, plan.recipe) == ("tuning", "arithmetic", "rloo")]
-    assert len(left) == len(SEEDS) + len(RATES["arithmetic"]) * len(TUNING) * (len(RECIPES) * len(TASKS) - 1)
+    assert len(left) == len(SEEDS) + len(RATES) * len(TUNING) * (len(RECIPES) * len(TASKS) - 1)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -82,12 +84,8 @@ def test_samples_until_a_level_is_reached(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_tables_are_of_the_chosen_rate_and_paired_by_seed() -> None:
-    rows = [
-        row
-        for recipe in ("rloo", "grpo", "dapo")
-        for row in tuned(recipe, {rate: (rate, rate) for rate in RATES["arithmetic"]})
-    ]
-    best, other = RATES["arithmetic"][-1], RATES["arithmetic"][0]
+    rows = [row for recipe in ("rloo", "grpo", "dapo") for row in tuned(recipe, {rate: (rate, rate) for rate in RATES})]
+    best, other = RATES[-1], RATES[0]
     for seed in SEEDS:
         rows += [made("report", "rloo", best, seed, 0.7 + seed / 100), made("report", "rloo", other, seed, 0.0)]
         rows.append(made("report", "grpo", best, seed, 0.8 + seed / 100 + (0.002 if seed % 2 else 0)))

@@ -34,7 +34,7 @@ def cure(finding: Finding, params: Params, spreads: dict[str, Spread]) -> Cure:
             reason = "numbers overflow before any update: rewards of this size have to be scaled down"
             source = "docs/THEORY.md"
         case "numeric":
-            changes = slower | {"lr": rounded(min(recipe.lr / 10, LARGEST_LR))}
+            changes = smaller_steps(recipe, train.steps, divisor=10)
             changes |= {"precision": "float32"} if recipe.precision != "float32" else {}
             reason = "numbers overflow where updates are too large; clipping bounds the gradient"
             source = "Pascanu et al. 2013 (arXiv 1211.5063)"
@@ -105,7 +105,8 @@ def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Cha
     if recipe.kl == "none" or recipe.kl_coef == 0:
         return {"kl": "reward_k1", "kl_coef": rounded(per_nat), "kl_target": KL_TARGET, **slower}
     weak: Changes = {"kl_coef": rounded(per_nat)} if recipe.kl_coef < per_nat / 2 else {}
-    return weak | slower if kl_is_limited(recipe) else weak | {"kl_target": KL_TARGET, **slower}
+    target: Changes = {} if kl_is_limited(recipe) else {"kl_target": KL_TARGET}
+    return weak | target | slower
 
 
 def true_gradient(recipe: Recipe) -> Changes:
@@ -134,9 +135,9 @@ def kl_is_limited(recipe: Recipe) -> bool:
     return recipe.kl != "none" and recipe.kl_coef > 0 and recipe.kl_target > 0
 
 
-def smaller_steps(recipe: Recipe, steps: int) -> Changes:
-    """At most a third of the learning rate; clipping and a warm-up of up to a fifth of the run where there is none."""
-    changes: Changes = {"lr": rounded(min(recipe.lr / 3, LARGEST_LR))}
+def smaller_steps(recipe: Recipe, steps: int, divisor: float = 3) -> Changes:
+    """At most the rate over the divisor; clipping and a warm-up of up to a fifth of the run where there is none."""
+    changes: Changes = {"lr": rounded(min(recipe.lr / divisor, LARGEST_LR))}
     if recipe.max_grad_norm == 0:
         changes["max_grad_norm"] = 1.0
     if recipe.warmup_steps < (warmup := min(10, steps // 5)):

@@ -1,7 +1,5 @@
 """What a reward needs: columns of the prompts' rows, a library."""
 
-import difflib
-
 from pipeline.config.schema import (
     GIVEN_TO_REWARDS,
     CustomReward,
@@ -11,7 +9,7 @@ from pipeline.config.schema import (
     Reward,
     plain_rewards,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 from pipeline.rewards.custom import arguments_of
 from pipeline.rewards.custom_files import custom_rewards
 
@@ -31,8 +29,8 @@ def check_columns(name: str, table: Reward, prompt_set: PromptSet, key: str) -> 
     """Raises UserError where the reward needs a column that the prompt set does not keep. key: of the prompt set."""
     if missing := sorted(needed_columns(table) - set(prompt_set.columns)):
         kept = ", ".join(prompt_set.columns) or "none"
-        near = difflib.get_close_matches(missing[0], prompt_set.columns, n=1)
-        advice = f"is {near[0]!r} the same, misspelt? Else " if near else ""
+        near = nearest(missing[0], prompt_set.columns)
+        advice = f"is {near!r} the same, misspelt? Else " if near else ""
         advice += f"add it to {key}.columns, choose other prompts, or give a function's argument as params.{missing[0]}"
         raise UserError(
             f"reward {name} needs {missing[0]!r} of each prompt's row, which {key} does not keep (columns: {kept}); "
