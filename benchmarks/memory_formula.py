@@ -113,7 +113,8 @@ def sampling_bytes(size: Sizes, step: Step, half: bool, lora: bool, gpu: bool) -
     """A copy of the policy in bfloat16, the key/value cache at its longest, and logits.
 
     Logits [n, V] are there with their float32 and their exponentials; or, where those are of a few rows, with those of
-    the token before. Or, before there are new ones, the keys or the values of one layer twice, as they grow.
+    the token before. Or, before there are new ones, the keys or the values of one layer twice, as they grow; a GPU's
+    attention, without fused kernels, multiplies bfloat16 in float32: keys, scaled keys and values of the layer.
     """
     copy = 2 * (size.rest + size.adapters if lora else size.all) if half else 0
     width, longest = 2 if half else 4, max(step.prompts) + step.tokens
@@ -123,7 +124,8 @@ def sampling_bytes(size: Sizes, step: Step, half: bool, lora: bool, gpu: bool) -
     cache = at_once * (longest - 1) * of_token
     slices = 4 * min(at_once, ROWS_OF_A_GPU if gpu else ROWS) * (1 + half)
     logits = material.VOCABULARY * at_once * width
-    more = max(material.VOCABULARY * slices, logits, cache / (2 * size.layers))
+    of_layer = cache / size.layers
+    more = max(material.VOCABULARY * slices, logits, 3 * of_layer if half and gpu else of_layer / 2)
     return copy + cache + logits + more
 
 
@@ -140,8 +142,9 @@ def update_bytes(
     trained, rounds = size.adapters if lora else size.all, half and not lora
     gradient = 4 * trained / processes + (8 * size.head if sharded else 0)  # FSDP keeps embedding and head whole
     of_layer = batch.positions * size.hidden * (KEPT * width + RESIDUAL_BYTES)
-    if not gpu:  # no qkv, but attention weights in float32 and rounded, of which a GPU's kernel keeps none
-        of_layer += batch.positions * (size.heads * batch.width * (4 + 2 * half) - 3 * size.hidden * width)
+    in_float32 = half and gpu  # as above: what stands for qkv is as large
+    weights = 4 if in_float32 else 4 + 2 * half  # of attention, in float32; and rounded
+    of_layer += batch.positions * (size.heads * batch.width * weights - (0 if in_float32 else 3 * size.hidden * width))
     inputs = RESIDUAL_BYTES * batch.positions * size.hidden
     kept = size.layers * (inputs if checkpointing else of_layer) + inputs
     rounded = (2 * size.head if checkpointing else 2 * size.linear) if rounds else 0

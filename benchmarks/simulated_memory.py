@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from ruamel.yaml import YAML
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -89,7 +90,8 @@ def simulate(shape: str, changes: dict[str, Any], sampled: Step = DEFAULT_STEP, 
     params = changed_params({**sizes, **changes})
     train, recipe = params.train, params.selected_recipe
     half, attention = recipe.precision == "bfloat16", "sdpa" if gpu else "eager"
-    with Device() as device, without_numbers(), bounds_of(gpu):
+    # on a GPU `configure_torch` switches the fused kernels off; on a CPU the policy's own attention is none
+    with Device() as device, without_numbers(), bounds_of(gpu), sdpa_kernel(SDPBackend.MATH):
         policy = loaded(device, shape, attention)
         reference: Any = partial(without_lora, policy)
         if train.lora_rank:
