@@ -10,8 +10,8 @@ from pipeline.diagnosis.verdict import CAUSES, Finding
 
 Changes = dict[str, Any]  # keys of params.yaml, or of a recipe in it
 
-KL_PER_SPREAD = 0.1  # reward spread within a prompt that a nat of a completion's log-ratio costs
-KL_TARGET = 6.0  # nats of a completion, above which it costs more: as in the recipe `stable`
+KL_PER_SPREAD = 0.2  # reward spread within a prompt that a nat of a completion's log-ratio costs: as in `stable`
+KL_TARGET = 6.0  # nats of a completion, above which it costs more: as there
 LARGEST_LR = 1e-4  # 14 of 16 runs of SmolLM2 kept their text with it (docs/REAL_MODELS.md)
 FEWEST_TOKENS = 2  # of a completion
 
