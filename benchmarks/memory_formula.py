@@ -76,7 +76,7 @@ def packed(step: Step) -> Packed:
     for start in range(0, len(step.prompts) * group, step.micro_batch):
         numbers = range(start, min(start + step.micro_batch, len(step.prompts) * group))
         prompts = [[number // group] * step.prompts[number // group] for number in numbers]
-        rows = pack(prompts, [[0] * (step.tokens - 1)] * len(prompts), torch.device("cpu"))
+        rows = pack(prompts, [[0] * (step.tokens - 1)] * len(prompts))
         completion, token = torch.ones(len(prompts), step.tokens).nonzero(as_tuple=True)
         asked = rows.sources(completion, token, "correct").unique()
         found.append(Packed(rows.ids.numel(), rows.ids.shape[1], len(asked)))

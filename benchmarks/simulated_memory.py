@@ -33,8 +33,9 @@ from pipeline.models.verification import Layout
 from pipeline.rl.batch import score_batch
 from pipeline.rl.context import TrainContext
 from pipeline.rl.loss import LossNormalizers
+from pipeline.rl.micro_batch import Batch
 from pipeline.rl.optimizer import make_optimizer
-from pipeline.rl.update import Batch, update_policy
+from pipeline.rl.update import update_policy
 
 aten = torch.ops.aten
 BLOCK = 512  # bytes: torch's allocator of a GPU rounds up to a multiple

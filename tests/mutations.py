@@ -72,6 +72,14 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("max(1, int(bound", "max(0, int(bound"),
         ("leaf.nbytes for", "leaf.numel() for"),
     ]),
+    "models/growing_cache.py": ("cache_size", [
+        ("held is not self.view or ", ""),
+        (" or end > self.tensor.shape[-2]", ""),
+        ("min(end + ROOM, self.most)", "end"),
+        ("min(end + ROOM, self.most)", "end + ROOM"),
+        ("        self._values.clear()\n", ""),
+        ("[..., start:end, :] = new", "[..., start - 1 : end - 1, :] = new"),
+    ]),
     "models/scoring.py": ("scoring", [
         ('count - (alignment == "correct")', "count - 1"),
         ("layout.sources(rows, columns, \"correct\")", "layout.sources(rows, columns, \"shifted\")"),
@@ -214,12 +222,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ('if self.loss_distribution == "sampler" else SamplingParams(self.temperature)', ""),
         ("else SamplingParams(self.temperature)", "else SamplingParams()"),
     ]),
-    "rl/update.py": ("gradient", [
-        ("= token_weights(batch.loss_mask, recipe.aggregation, batch.normalizers)",
-         "= torch.cat([token_weights(part, recipe.aggregation, LossNormalizers(len(part), int(part.sum()), "
-         "batch.normalizers.max_completion_tokens))"
-         " for part in batch.loss_mask.split(micro_batch)])"),
-        (".view(-1, group).amax(1).repeat_interleave(group)", ".amax().expand(len(rollout.lengths))"),
+    "rl/micro_batch.py": ("gradient", [
         ("recipe.alignment,", '"correct",'),
         ("acting = scores.scored if", "acting = scores.logprobs if"),
         ('if recipe.loss_distribution == "sampler" else scores.logprobs', "if True else scores.logprobs"),
@@ -233,6 +236,21 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if batch.old_logprobs is None else batch.old_logprobs[rows]", ""),
         ("int((cut & batch.loss_mask[rows]).sum())", "int((~cut & batch.loss_mask[rows]).sum())"),
         ("ratio.masked_fill(cut, 0.0)", "ratio"),
+        ("recipe.kl in KL_LOSSES or recipe.entropy_coef > 0 or", "recipe.kl in KL_LOSSES or"),
+        ("recipe.kl in KL_LOSSES or recipe.entropy_coef > 0 or", "recipe.entropy_coef > 0 or"),
+        (" or flat[mine].all()", ""),
+        ("flat = batch.advantages.cpu() == 0", "flat = batch.advantages.cpu() <= 0"),
+        ("flat = batch.advantages.cpu() == 0", "flat = batch.advantages.cpu() != batch.advantages.cpu()"),
+        (".argsort()\n", "\n"),
+        ("    scores = differentiable(apart)", "    with torch.no_grad():\n        scores = differentiable(apart)"),
+        ("parts = [(scores.logprobs.detach(), scores.scored.detach(),", "parts = [(scores.logprobs, scores.scored,"),
+    ]),
+    "rl/update.py": ("gradient", [
+        ("= token_weights(batch.loss_mask, recipe.aggregation, batch.normalizers)",
+         "= torch.cat([token_weights(part, recipe.aggregation, LossNormalizers(len(part), int(part.sum()), "
+         "batch.normalizers.max_completion_tokens))"
+         " for part in batch.loss_mask.split(micro_batch)])"),
+        (".view(-1, group).amax(1).repeat_interleave(group)", ".amax().expand(len(rollout.lengths))"),
         ("(whole - total(parts)) / rest", "whole - total(parts)"),
         ("signal / (whole - signal) if", "signal / whole if"),
         ("and micro_batch % group == 0", ""),

@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from ruamel.yaml import YAML
@@ -17,7 +18,7 @@ from pipeline.config.load import validate_params
 from pipeline.config.schema import Params
 from pipeline.distributed.device import configure_torch, device_errors
 from pipeline.errors import UserError
-from pipeline.models import scoring
+from pipeline.models import packing
 from pipeline.models.load import load_policy, load_tokenizer
 from pipeline.rl.calibrate import calibrate
 from pipeline.rl.context import build_context
@@ -101,14 +102,12 @@ def compare(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def planted() -> str:
     """What a step says whose scoring lays its rows on the CPU."""
-    real = scoring.pack
-    scoring.pack = lambda prompts, completions, _: real(prompts, completions, torch.device("cpu"))
-    try:
-        two_steps("cuda", {})
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        scoring.pack = real
+    real, cpu = packing.Rows.with_others_on, torch.device("cpu")
+    with mock.patch.object(packing.Rows, "with_others_on", lambda rows, _, *more: real(rows, cpu, *more)):
+        try:
+            two_steps("cuda", {})
+        except RuntimeError as error:
+            return str(error)
     return ""
 
 

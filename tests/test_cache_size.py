@@ -1,14 +1,16 @@
 """Completions sampled at once are bounded by the bytes of their cache, which changes none of them."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from pipeline.models import cache_size
 from pipeline.models.cache_size import cache_bytes, completions_at_once, sequence_bytes
+from pipeline.models.growing_cache import grow_in_steps
 from pipeline.models.load import load_policy
 from pipeline.models.memory import bf16_copy
 from pipeline.models.sampling import SAMPLED_AT_ONCE, SamplingLayout, pad_prompts, sample
@@ -89,3 +91,50 @@ def test_the_default_run_is_sampled_as_before() -> None:
     policy = load_policy(ROOT / "data/pocket/checkpoint", CPU)
     assert completions_at_once(policy, torch.tensor([5]), longest, placed=True) > SAMPLED_AT_ONCE
     assert PARAMS.train.max_tokens + 31 <= longest
+
+
+def test_a_growing_cache_holds_what_a_concatenated_one_does() -> None:
+    """In few buffers, of no more than the tokens to come, also when its rows are repeated or leave it; then it frees
+    the buffer at once."""
+    generator, most = torch.Generator().manual_seed(0), 2 + 200
+    plain, growing = DynamicCache(), DynamicCache()
+
+    def append(rows: int, tokens: int) -> None:
+        for layer in range(2):
+            keys, values = (torch.randn(rows, 2, tokens, size, generator=generator) for size in (3, 5))
+            for ours, theirs in zip(
+                growing.update(keys, values, layer), plain.update(keys, values, layer), strict=True
+            ):
+                assert torch.equal(ours, theirs)
+
+    append(2, 2)
+    grow_in_steps(growing, most)
+    buffers: list[weakref.ref[torch.Tensor]] = []
+    for t in range(200):
+        if t == 100:
+            for cache in (plain, growing):
+                cache.batch_repeat_interleave(2)
+        if t == 150:
+            for cache in (plain, growing):
+                cache.batch_select_indices(torch.tensor([2, 0]))
+            assert buffers[-1]() is None
+        append(4 if 100 <= t < 150 else 2, 1)
+        if not buffers or growing.layers[1].values._base is not buffers[-1]():
+            buffers.append(weakref.ref(growing.layers[1].values._base))
+            assert growing.layers[1].values._base.shape[-2] <= most
+    assert growing.get_seq_length() == plain.get_seq_length() == most
+    assert len(buffers) == 4, "of 67 and 132 tokens, one of the repeated rows, one of those that stay"
+
+
+def test_sampling_does_not_copy_the_cache_for_each_token() -> None:
+    model, caches = grouped(), []
+
+    def watched(**inputs: Any) -> Any:
+        output = model(**inputs)
+        caches.append(output.past_key_values.layers[1].values._base)
+        return output
+
+    sample(watched, *pad_prompts([[1, 2]], 0, CPU), torch.tensor([50]), uniform(3, 50), NEVER)
+    tokens = caches[-49:]  # before: the prompt, and the two calls that measure the cache
+    assert all(buffer is tokens[0] for buffer in tokens)
+    assert tokens[0].shape[-2] == 2 + 50

@@ -1,5 +1,6 @@
 """The gradient of one batch: the formula's, whatever the micro-batches, the padding, the order and the processes."""
 
+import dataclasses
 import itertools
 import math
 import socket
@@ -16,7 +17,8 @@ from pipeline.distributed.dist_context import DistContext
 from pipeline.distributed.sharding import gather_full, shard
 from pipeline.rl.advantages import with_kl_penalty
 from pipeline.rl.loss import LossNormalizers, kl_loss_k2, policy_loss, token_weights
-from pipeline.rl.update import Batch, backward, make_loss_mask, signal_to_noise
+from pipeline.rl.micro_batch import Batch
+from pipeline.rl.update import backward, make_loss_mask, signal_to_noise
 from tests.enumeration import COEF, random, size_of
 from tests.models import EOS, difference, gradient, plain_logits, recipe, rollout_of, tiny_neox, token_lists
 
@@ -60,6 +62,13 @@ def make_batch(chosen: Recipe, dtype: torch.dtype, order: list[int] = ORDER, **p
     behind = (0, padding.get("longer", 0))
     ref, old = (F.pad(x[order], behind, value=9).to(dtype) for x in (REF_LOGPROBS, OLD_LOGPROBS))
     return Batch(rollout, ADVANTAGES[order], counted, ref, size_of(counted, LONGEST), chosen.kl_coef, old)
+
+
+def some_flat(batch: Batch, *rows: int) -> Batch:
+    """The batch with advantages of zero in these rows."""
+    return dataclasses.replace(
+        batch, advantages=batch.advantages.index_fill(0, torch.tensor(rows, dtype=torch.long), 0.0)
+    )
 
 
 def loss_and_gradient(
@@ -142,6 +151,53 @@ def test_the_gradient_does_not_move(changes: dict[str, object], dtype: torch.dty
     for what, (other_loss, measured) in others.items():
         assert difference(measured, truth) < tolerance, what
         assert other_loss == pytest.approx(loss, rel=tolerance, abs=tolerance), what
+
+
+@pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
+def test_completions_without_advantage_add_what_other_terms_have(changes: dict[str, object]) -> None:
+    """The gradient is linear in the advantages: what zeros leave out of it is the rows' own part."""
+    chosen = recipe("stable", **changes)
+    batch, truth = make_batch(chosen, torch.float64), loss_and_gradient(chosen, ORDER, 6)[1]
+    for micro_batch in (2, 4):  # the first rows are one of their own, or stand beside others
+        models = [tiny_neox() for _ in range(3)]
+        batches = [some_flat(batch, 0, 1, 4), some_flat(batch, 2, 3, 5), some_flat(batch, *ORDER)]
+        found = [backward(m, part, chosen, micro_batch, GROUP) for m, part in zip(models, batches, strict=True)]
+        one, other, neither = map(gradient, models)
+        assert difference(one + other, truth + neither) < 1e-12
+        torch.testing.assert_close(found[0].logprobs, found[2].logprobs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[0].entropy, found[2].entropy, rtol=0, atol=1e-12)
+
+
+def test_completions_without_advantage_have_no_backward_pass() -> None:
+    """Unless no completion has any: then all weights get a gradient of zero, for Adam's momentum goes on."""
+    chosen, rows = recipe("stable"), []
+    batch = make_batch(chosen, torch.float64)
+    for flat in ([], [0, 1, 4], ORDER):
+        model = tiny_neox()
+        head = model.get_output_embeddings()
+        count = 0
+
+        def note(_: object, __: object, outputs: tuple[Tensor, ...]) -> None:
+            nonlocal count
+            count += outputs[0].shape[-2]
+
+        head.register_full_backward_hook(note)
+        backward(model, some_flat(batch, *flat), chosen, 4, GROUP)
+        rows.append(count)
+        assert all(p.grad is not None for p in model.parameters())
+    tokens = list(map(len, COMPLETIONS))  # each is predicted at a position, the first ones of a prompt at the same
+    assert rows == [sum(tokens) - 3, sum(tokens[i] for i in (2, 3, 5)) - 1, sum(tokens) - 3]
+
+
+def test_bfloat16_keeps_the_gradient_of_rows_behind_flat_ones() -> None:
+    """Autocast keeps weights that it has rounded: those of the first, flat micro-batch must not be without a graph."""
+    chosen = recipe("stable", precision="bfloat16")
+    batch, gradients = some_flat(make_batch(chosen, torch.float32), 0, 1), []
+    for micro_batch in (2, 6):
+        model = tiny_neox(dtype=torch.float32)
+        backward(model, batch, chosen, micro_batch, GROUP)
+        gradients.append(gradient(model))
+    assert difference(*gradients) < 0.02
 
 
 def test_the_signal_to_noise_ratio_is_that_of_the_prompts_gradients() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from pipeline.rl.advantages import BASELINES, advantages
 from pipeline.rl.importance import importance_weights
 from pipeline.rl.loss import policy_loss, token_weights
+from pipeline.rl.micro_batch import Batch
 from pipeline.rl.optimizer import make_optimizer
-from pipeline.rl.update import Batch, backward, update_policy
+from pipeline.rl.update import backward, update_policy
 from tests.enumeration import random, size_of, world
 from tests.models import difference, gradient, mask_of, plain_logprobs, recipe, rollout_of, tiny_neox, token_lists
 

@@ -25,7 +25,8 @@ from pipeline.models.sampling import pad_prompts, sample
 from pipeline.models.scoring import score
 from pipeline.rl.context import build_context
 from pipeline.rl.loss import LossNormalizers
-from pipeline.rl.update import Batch, backward
+from pipeline.rl.micro_batch import Batch
+from pipeline.rl.update import backward
 from pipeline.stages import evaluate, train
 from tests.faults import fault
 from tests.models import EOS, difference, gradient, recipe, rollout_of, tiny_gpt2, tiny_neox, token_lists, uniform

@@ -10,8 +10,9 @@ from pipeline.models.rollout import completion_limits, completion_texts
 from pipeline.models.sampling import Rollout, pad_prompts, sample
 from pipeline.rl.advantages import BASELINES, advantages
 from pipeline.rl.loss import LossNormalizers
+from pipeline.rl.micro_batch import Batch
 from pipeline.rl.optimizer import learning_rate, make_optimizer, optimizer_step
-from pipeline.rl.update import Batch, backward, make_loss_mask
+from pipeline.rl.update import backward, make_loss_mask
 from tests import repositories
 from tests.models import EOS, difference, gradient, recipe, tiny_neox, uniform
 

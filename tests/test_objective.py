@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.config.schema import Recipe
 from pipeline.rl.advantages import BASELINES, advantages, next_running_mean, normalized_terms
+from pipeline.rl.micro_batch import Batch
 from pipeline.rl.terms import signals
-from pipeline.rl.update import Batch, backward
+from pipeline.rl.update import backward
 from tests.enumeration import COEF, World, random, reinforce, size_of, world
 from tests.models import all_completions, difference, gradient, plain_logits, recipe, rollout_of, tiny_neox
 

@@ -28,7 +28,7 @@ def test_a_position_sees_its_own_sequence_and_nothing_else(shapes: list[tuple[in
     drawn = token_lists([p for p, _ in shapes], 7)
     prompts = [prompt for prompt, (_, group) in zip(drawn, shapes, strict=True) for _ in range(group)]
     completions = token_lists(lengths[: len(prompts)], 7, seed=1)
-    packed = pack(prompts, completions, CPU)
+    packed = pack(prompts, completions)
     ids, positions, mask = packed.ids.flatten(), packed.positions.flatten(), packed.mask[:, 0]
     width = packed.ids.shape[1]
     assert width <= max(ROW_TOKENS, *(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)))
@@ -46,7 +46,7 @@ def test_a_position_sees_its_own_sequence_and_nothing_else(shapes: list[tuple[in
 
 def test_a_prompt_stands_once_before_the_completions_that_fit_behind_it() -> None:
     prompts, completions = [[1, 2, 3]] * 4 + [[4]], token_lists([5, 5, 5, 5, 2], 7)
-    packed = pack(prompts, completions, CPU)
+    packed = pack(prompts, completions)
     assert packed.ids.shape == (1, 3 + 4 * 5 + 1 + 2)
     assert packed.last_prompt.tolist() == [2, 2, 2, 2, 23]
 

@@ -1,6 +1,7 @@
 """The speed benchmark's arithmetic, and that its page shows what was measured."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,18 +9,71 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, long_completions, material, notebook_loop, real_steps, speed
+from benchmarks import flat_groups, gpu, long_completions, material, notebook_loop, real_steps, speed, utilization
 from tests.models import tiny_neox
 from tests.project import ROOT
 
 pytestmark = pytest.mark.numeric
 
 
-def test_the_page_shows_the_tables_of_the_measured_run() -> None:
+@pytest.mark.parametrize(
+    ("results", "tables", "least"),
+    [
+        (speed.RESULTS, speed.tables, 20),
+        (utilization.RESULTS, utilization.table, 10),
+        (long_completions.RESULTS, long_completions.table, 5),
+    ],
+)
+def test_the_page_shows_the_tables_of_the_measured_run(
+    results: Path, tables: Callable[[Any], list[str]], least: int
+) -> None:
     page = (ROOT / "docs/SPEED.md").read_text(encoding="utf-8").splitlines()
-    printed = speed.tables(json.loads((ROOT / speed.RESULTS).read_text(encoding="utf-8")))
-    assert len(printed) > 20
+    printed = tables(json.loads((ROOT / results).read_text(encoding="utf-8")))
+    assert len(printed) >= least
     assert [line for line in printed if line not in page] == []
+
+
+def test_a_share_of_the_matrix_rate_is_of_the_same_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever else was measured; what was measured already is not measured again, nor added to on another CPU."""
+    rates = {"AVX2 alone, float32": 8e9, "as it is, float32": 4e9, "as it is, bfloat16": 16e9}
+    measured = []
+
+    def measure(arm: tuple[str, ...], variables: dict[str, str]) -> dict[str, Any]:
+        precision = arm[arm.index("--precision") + 1] if "--precision" in arm else "float32"
+        measured.append(arm)
+        if arm[0] == "matmul":
+            return {"flops_per_second": rates[f"{'AVX2 alone' if variables else 'as it is'}, {precision}"]}
+        phases = {f"seconds_{phase}": [0.5] for phase in ("sample", "reference", "update")}
+        samples = {"ours": 12, "notebook": 6, "trl": 3}[arm[0]]
+        return {"samples": samples, "seconds": [2.0], "phases": phases, "flops": 4e9, "digest": "left out"}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(utilization, "find_spec", lambda _: object())
+    results = tmp_path / "found.json"
+    for _ in range(2):
+        utilization.run(1, results)
+    assert len(measured) == len(utilization.plan()) == 17
+    rows = [[cell.strip() for cell in line.split("|")] for line in utilization.table(json.loads(results.read_text()))]
+    shares = {(row[1], row[2], row[3]): row[5:9] for row in rows if len(row) > 5 and "pythia" in row[2]}
+    assert shares["as it is", "pythia-70m", "float32"] == ["50.0%", "6.0", "2.0", "4.0"]
+    assert shares["as it is", "pythia-160m", "bfloat16"][0] == "12.5%"
+    assert shares["AVX2 alone", "pythia-70m", "float32"][0] == "25.0%"
+    monkeypatch.setattr(utilization, "cpu_type", lambda: "another")
+    with pytest.raises(SystemExit, match="was begun on another CPU"):
+        utilization.run(2, results)
+    assert "round" in capsys.readouterr().err
+
+
+def test_a_gradient_without_flat_groups_is_measured_beside_the_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"SHAPE": "pythia-14m", "PROMPTS": 4, "SAMPLES": 2, "MICRO_BATCH": 4, "ROUNDS": 1}
+    for name, value in sizes.items():
+        monkeypatch.setattr(flat_groups, name, value)
+    flat_groups.main()
+    assert [line.count("%") for line in capsys.readouterr().out.splitlines()] == [4, 0, 4, 4]
 
 
 def test_a_gpu_s_figures_name_it_and_lie_beside_the_cpu_s() -> None:

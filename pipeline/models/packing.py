@@ -4,7 +4,8 @@ The attention mask lets a position see its prompt and its own completion so far;
 sequence. n completions, R rows of at most L tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +18,31 @@ class Rows:
     """Rows for one pass of a model, and where in them the completions lie."""
 
     ids: Tensor  # [R, L] int64
-    positions: Tensor | None  # [R, L] int64; None = as the model counts them itself
-    mask: Tensor | None  # [R, 1, L, L] bool, True = the query (second to last) sees the key (last); None = its own
     last_prompt: Tensor  # [n] flat index, in R * L, of the last token of the completion's prompt
     first: Tensor  # [n] flat index of the completion's first token; the others follow it
+    places: Sequence[
+        Tensor
+    ] = ()  # positions, segments and parents of the tokens, see `_Row`; none = as a model sees ids
+
+    @property
+    def positions(self) -> Tensor | None:
+        """[R, L] int64 of each token in its own sequence; None = as the model counts them itself."""
+        return self.places[0] if self.places else None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[R, 1, L, L] bool, True = the query (second to last) sees the key (last); None = the model's own."""
+        if not self.places:
+            return None
+        _, segments, parents = self.places
+        seen = (segments[:, :, None] == segments[:, None]) | (parents[:, :, None] == segments[:, None])
+        return (seen & torch.ones_like(seen[0]).tril())[:, None]
+
+    def with_others_on(self, device: torch.device, *others: Tensor) -> tuple["Rows", list[Tensor]]:
+        """What a model needs of it, and the others, on the device."""
+        ids, *moved = move([self.ids, *self.places, *others], device)
+        count = len(self.places)
+        return replace(self, ids=ids, places=moved[:count]), moved[count:]
 
     def sources(self, completions: Tensor, tokens: Tensor, alignment: str) -> Tensor:
         """Flat indices [K] of the positions that predict these tokens: entry `tokens` [K] of `completions` [K].
@@ -33,8 +55,17 @@ class Rows:
         return torch.where(tokens == 0, self.last_prompt[completions], at - 1)
 
 
-def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Rows:
-    """Packs n sequences prompt + completion, in order; a prompt that equals the one before it is shared.
+def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """int64 tensors to a device in one transfer, since the host waits for a GPU at each."""
+    if all(tensor.device == device for tensor in tensors):
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def pack(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
+    """Packs n sequences prompt + completion, in order; a prompt that equals the one before it is shared. On the CPU.
 
     Rows hold ROW_TOKENS tokens, or the longest sequence where that is more.
     """
@@ -47,27 +78,25 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
         places.append((len(rows) - 1, *rows[-1].add(prompt, completion)))
     width = max(len(row.ids) for row in rows)
     ids, positions, segments, parents = (
-        torch.tensor([values + [filler] * (width - len(values)) for values in columns], device=device)
+        torch.tensor([values + [filler] * (width - len(values)) for values in columns])
         for columns, filler in (
             ([row.ids for row in rows], 0), ([row.positions for row in rows], 0),
             ([row.segments for row in rows], -1), ([row.parents for row in rows], -1),
         )
     )  # fmt: skip
-    seen = (segments[:, :, None] == segments[:, None]) | (parents[:, :, None] == segments[:, None])
-    mask = seen & torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    last_prompt = torch.tensor([row * width + last for row, last, _ in places], device=device)
-    first = torch.tensor([row * width + start for row, _, start in places], device=device)
-    return Rows(ids, positions, mask[:, None], last_prompt, first)
+    last_prompt = torch.tensor([row * width + last for row, last, _ in places])
+    first = torch.tensor([row * width + start for row, _, start in places])
+    return Rows(ids, last_prompt, first, (positions, segments, parents))
 
 
-def pad_right(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Rows:
+def pad_right(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
     """One sequence prompt + completion a row, padded on the right. A causal model needs neither mask nor positions for
-    it: the padding is in each token's future, so that the result is that of the sequence alone."""
+    it: the padding is in each token's future, so that the result is that of the sequence alone. On the CPU."""
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(map(len, sequences))
-    ids = torch.tensor([sequence + sequence[:1] * (width - len(sequence)) for sequence in sequences], device=device)
-    first = torch.tensor([row * width + len(prompt) for row, prompt in enumerate(prompts)], device=device)
-    return Rows(ids, None, None, first - 1, first)
+    ids = torch.tensor([sequence + sequence[:1] * (width - len(sequence)) for sequence in sequences])
+    first = torch.tensor([row * width + len(prompt) for row, prompt in enumerate(prompts)])
+    return Rows(ids, first - 1, first)
 
 
 class _Row:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config.schema import SamplingParams
 from pipeline.models.cache_size import completions_at_once
+from pipeline.models.growing_cache import grow_in_steps
 from pipeline.models.logprobs import row_slices, upcast
 from pipeline.models.stop_strings import Stopped
 
@@ -248,9 +249,10 @@ def _generate(
     )
     cache = output.past_key_values
     cache.batch_repeat_interleave(group)
+    found = _Completions(limits, eos, stopped)
+    grow_in_steps(cache, prompt_ids.shape[1] + found.width)
     logits, mask = output.logits[:, -1].repeat_interleave(group, 0), prompt_mask.repeat_interleave(group, 0)
     position = mask.sum(1)
-    found = _Completions(limits, eos, stopped)
     for t in range(found.width):
         token, *logprobs = choose(logits, uniforms[found.present, t])
         found.add(t, token, *logprobs)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import SamplingParams
 from pipeline.models.logprobs import log_probabilities, upcast
-from pipeline.models.packing import Rows, pack, pad_right
+from pipeline.models.packing import Rows, move, pack, pad_right
 from pipeline.models.sampling import Rollout, truncate
 
 
@@ -48,19 +48,22 @@ def score(
     all, and logits only where a token is predicted. packing: False computes each sequence in a row of its own, for
     models whose attention does not go by the mask and the positions that it is given.
     """
-    size = completions.shape
-    counts = [size[1]] * size[0] if lengths is None else lengths.tolist()
+    size, device = completions.shape, completions.device
+    given = [prompt_ids, prompt_mask.long(), completions, *([] if lengths is None else [lengths])]
+    ids, inside, drawn, *ends = move(given, torch.device("cpu"))
+    counts = ends[0].tolist() if ends else [size[1]] * size[0]
     # the last token of a completion predicts what comes after it, which only the notebook's alignment asks for
     fed = [max(count - (alignment == "correct"), 0) for count in counts]
-    prompts = [row[mask].tolist() for row, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
-    inputs = [row[:count] for row, count in zip(completions.tolist(), fed, strict=True)]
-    layout = (pack if packing else pad_right)(prompts, inputs, completions.device)
-    wanted = torch.arange(size[1], device=completions.device) < torch.tensor(counts, device=completions.device)[:, None]
+    prompts = [row[mask].tolist() for row, mask in zip(ids, inside.bool(), strict=True)]
+    inputs = [row[:count] for row, count in zip(drawn.tolist(), fed, strict=True)]
+    layout = (pack if packing else pad_right)(prompts, inputs)
+    wanted = torch.arange(size[1]) < torch.tensor(counts)[:, None]
     rows, columns = wanted.nonzero(as_tuple=True)  # [K]
-    tokens = completions[rows, columns]
     sources = layout.sources(rows, columns, "correct")  # [K]
     shifted = layout.sources(rows, columns, "shifted") if alignment == "shifted" else None
     positions, index = torch.cat([sources] if shifted is None else [sources, shifted]).unique(return_inverse=True)
+    layout, moved = layout.with_others_on(device, rows, columns, drawn[rows, columns], positions, index)
+    rows, columns, tokens, positions, index = moved
     logits = logits_at(model, layout, positions)
 
     def table(values: Tensor) -> Tensor:
@@ -81,9 +84,9 @@ def score(
 
 def logits_at(model: PreTrainedModel, rows: Rows, positions: Tensor) -> Tensor:
     """Logits [M, V] at flat positions [M] of rows [R, L], and only there."""
-    given = {}
-    if rows.mask is not None:
-        given = {"attention_mask": _attention_mask(model, rows.mask), "position_ids": rows.positions}
+    given, mask = {}, rows.mask
+    if mask is not None:
+        given = {"attention_mask": _attention_mask(model, mask), "position_ids": rows.positions}
     with _select_head_positions(model, positions) as seen:
         logits = model(input_ids=rows.ids, use_cache=False, **given).logits
     return logits.squeeze(0) if seen else logits.flatten(0, 1)[positions]

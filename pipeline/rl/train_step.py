@@ -31,13 +31,14 @@ from pipeline.rl.metrics import (
     reward_metrics,
     update_metrics,
 )
+from pipeline.rl.micro_batch import Batch
 from pipeline.rl.optimizer import learning_rate
 from pipeline.rl.resample import replace_flat_groups
 from pipeline.rl.samples import StepSamples, first_samples
 from pipeline.rl.seeding import draw_probe_prompts, draw_prompts, draw_uniforms
 from pipeline.rl.state import TrainState
 from pipeline.rl.terms import signals, term_rows
-from pipeline.rl.update import Batch, make_loss_mask, update_policy
+from pipeline.rl.update import make_loss_mask, update_policy
 from pipeline.timing import Stopwatch, timing_row
 
 

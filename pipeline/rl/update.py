@@ -15,23 +15,9 @@ from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.file_io import total
 from pipeline.models.memory import activation_checkpointing
 from pipeline.models.sampling import Rollout
-from pipeline.models.scoring import Scores, score
-from pipeline.rl.importance import importance_weights
-from pipeline.rl.loss import KL_LOSSES, LossNormalizers, entropy_bonus, policy_loss, token_weights
+from pipeline.rl.loss import token_weights
+from pipeline.rl.micro_batch import Batch, microbatch_loss, rows_without_gradient, score_rows
 from pipeline.rl.optimizer import Update, optimizer_step, square_norm
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a step learns from: all N completions of all processes, or n of them."""
-
-    rollout: Rollout
-    advantages: Tensor  # [n]
-    loss_mask: Tensor  # [n, T] True = in the loss
-    ref_logprobs: Tensor | None  # [n, T]; not needed without a KL term in the loss
-    normalizers: LossNormalizers  # of all N
-    kl_coef: float = 0.0
-    old_logprobs: Tensor | None = None  # [n, T] `loss_logprobs` of the batch's first update; None = this is the first
 
 
 @dataclass(frozen=True)
@@ -82,6 +68,7 @@ def backward(
     # the ratio needs each micro-batch's own gradient, which takes time: only where it is defined
     track_microbatch_norms = len(weights) > micro_batch and micro_batch % group == 0 and not processes.sharded
     mine = processes.group_slice(len(weights), group)
+    flat = rows_without_gradient(batch, recipe, mine, processes)
     separately: AbstractContextManager[list[Tensor | float]] = (
         _record_microbatch_norms(policy) if track_microbatch_norms else nullcontext([])
     )
@@ -97,20 +84,11 @@ def backward(
         for start in starts + [mine.start] * dummy_microbatches:
             rows = slice(start, min(start + micro_batch, mine.stop))
             squares.append(0.0)
-            scores = score(
-                policy,
-                rollout.prompt_ids[rows],
-                rollout.prompt_mask[rows],
-                rollout.completions[rows],
-                recipe.loss_params,
-                recipe.alignment,
-                lengths=lengths[rows],
-                entropy_gradient=recipe.entropy_coef > 0,
-                packing=packing,
-            )
+            scores = score_rows(policy, rollout, lengths, recipe, packing, rows, flat)
             with torch.autocast(device.type, enabled=False):
                 loss, cut = microbatch_loss(scores, batch, rows, weights, recipe)
-                (loss * 0 if len(parts) == len(starts) else loss).backward()
+                if loss.requires_grad:
+                    (loss * 0 if len(parts) == len(starts) else loss).backward()
             if len(parts) == len(starts):
                 continue
             total += loss.item()
@@ -126,33 +104,6 @@ def backward(
     logprobs, scored, entropy = (processes.gather(torch.cat(tensors)) for tensors in zip(*parts, strict=True))
     share = processes.all_reduce_sum(clipped) / max(int(batch.loss_mask.sum()), 1)
     return BackwardResult(processes.all_reduce_sum(total), logprobs, scored, entropy, share, snr)
-
-
-def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
-    """The part of the batch's loss that is of these rows, and how many of their tokens are clipped.
-
-        - sum_it w_it f_it A_i log pi_it  +  kl_coef * KL term  -  entropy_coef * sum_it w_it H_it
-
-    w: `token_weights`; f: `importance_weights`, else 1. The KL term is per completion, whatever the aggregation.
-    """
-    factors, mask, clipped = weights[rows], batch.rollout.completion_mask[rows], 0
-    if recipe.importance != "none":
-        old = scores.scored.detach() if batch.old_logprobs is None else batch.old_logprobs[rows]
-        limits = recipe.clip_range, recipe.clip_range_high
-        ratio, cut = importance_weights(scores.scored, old, mask, batch.advantages[rows], recipe.importance, *limits)
-        # `where`, since a ratio in the padding may be infinite
-        factors = torch.where(factors > 0, factors * ratio.masked_fill(cut, 0.0), 0.0)
-        clipped = int((cut & batch.loss_mask[rows]).sum())
-    loss = policy_loss(scores.scored, batch.advantages[rows], factors)
-    if recipe.kl in KL_LOSSES:
-        assert batch.ref_logprobs is not None
-        # under the distribution that was sampled: neither shifted ones, nor the full softmax of a truncated sampler
-        acting = scores.scored if recipe.loss_distribution == "sampler" else scores.logprobs
-        kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.normalizers.samples)
-        loss = loss + batch.kl_coef * kl
-    if recipe.entropy_coef > 0:
-        loss = loss - recipe.entropy_coef * entropy_bonus(scores.entropy, weights[rows] * mask)
-    return loss, clipped
 
 
 @contextmanager
