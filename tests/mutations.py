@@ -428,6 +428,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("recipe.top_k > 0 or recipe.top_p < 1", "recipe.top_k > 0"),
         ("and not recipe.kl.endswith(\"k3\")", ""),
         ("KL_PER_SPREAD * spread.mean", "KL_PER_SPREAD"),
+        ('rounded(per_nat, 2), "kl_target"', 'rounded(per_nat), "kl_target"'),
         ("rounded(recipe.kl_target / 3)", "rounded(recipe.kl_target * 3)"),
         ("finding.onset == others[0].onset", "True"),
         ("{\"alignment\": \"correct\"}", "{\"alignment\": \"shifted\"}"),

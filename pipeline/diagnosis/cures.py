@@ -103,8 +103,8 @@ def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Cha
     spread = own if recipe.scale_rewards == "none" else None
     per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
     if recipe.kl == "none" or recipe.kl_coef == 0:
-        return {"kl": "reward_k1", "kl_coef": rounded(per_nat), "kl_target": KL_TARGET, **slower}
-    weak: Changes = {"kl_coef": rounded(per_nat)} if recipe.kl_coef < per_nat / 2 else {}
+        return {"kl": "reward_k1", "kl_coef": rounded(per_nat, 2), "kl_target": KL_TARGET, **slower}
+    weak: Changes = {"kl_coef": rounded(per_nat, 2)} if recipe.kl_coef < per_nat / 2 else {}
     target: Changes = {} if kl_is_limited(recipe) else {"kl_target": KL_TARGET}
     return weak | target | slower
 
@@ -145,9 +145,10 @@ def smaller_steps(recipe: Recipe, steps: int, divisor: float = 3) -> Changes:
     return changes
 
 
-def rounded(value: float) -> float:
-    """To one significant digit: a suggestion claims no more."""
-    return float(f"{value:.0e}")
+def rounded(value: float, digits: int = 1) -> float:
+    """To so many significant digits: a suggestion claims no more than one, but a coefficient of 0.14 that became 0.1 let
+    the notebook's run fall apart."""
+    return float(f"{value:.{digits - 1}e}")
 
 
 def root_causes(found: Sequence[Finding]) -> list[Finding]:
