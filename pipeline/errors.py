@@ -1,6 +1,7 @@
 """Errors that a user can cause, and how a stage reports them: one line, exit code 1, no traceback."""
 
 import difflib
+import gc
 import io
 import os
 import re
@@ -84,6 +85,8 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted" if arguments else "interrupted; the same command goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        gc.freeze()  # else Python looks for garbage in all of torch and transformers before it ends: a second
 
 
 def _check_python() -> None:

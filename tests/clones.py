@@ -123,7 +123,7 @@ def end(clone: Clone) -> None:
 
 
 def tiny(base: Path, prepared: Path) -> Clone:
-    """A copy of what the fixture `prepared` has made, with a cache of its own beside it."""
+    """A copy of what the fixture `prepared` or `finished` has made, with a cache of its own beside it."""
     shutil.copytree(prepared, base, dirs_exist_ok=True)
     return Clone(base / "project", base / "cache")
 
@@ -135,3 +135,8 @@ def prepare_tiny(base: Path) -> None:
     made("dvc", "repro", "check", "prepare", "cache")
     made.commit()
     assert not (made.root / "mlflow.db").exists()
+
+
+def finish_tiny(base: Path, prepared: Path) -> None:
+    """A run of the recipe that collapses, not committed."""
+    tiny(base, prepared)("dvc", "exp", "run", "-S", "recipe=notebook")

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from filelock import FileLock
 from pipeline.arithmetic.environment import choose_kernels
 from tests import faults, repositories
 from tests.browser import CHROMIUM, FLAGS
-from tests.clones import prepare_tiny
+from tests.clones import finish_tiny, prepare_tiny
 from tests.forks import Forks
 from tests.hub import Hub
 from tests.project import SHARED, Project, copy_of_project
@@ -28,6 +29,18 @@ def leaves_out_exhaustive(config: pytest.Config) -> bool:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if leaves_out_exhaustive(config):
         terminalreporter.write_line("exhaustive tests were left out: `make test-all` or pytest -m exhaustive runs them")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What test modules import stays: to look for garbage in it took half the time of collecting, and later the time of
+    many tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -71,13 +84,23 @@ def project(tmp_path: Path) -> Project:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `clones.tiny` copies, made once for all processes of pytest-xdist."""
+    return made_once(tmp_path_factory, "prepared", prepare_tiny)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """The same with a whole run that collapses."""
+    return made_once(tmp_path_factory, "finished", lambda base: finish_tiny(base, prepared))
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    with FileLock(shared / "prepared.lock"):
-        if not (shared / "prepared").exists():
-            prepare_tiny(shared / "unfinished")
-            (shared / "unfinished").rename(shared / "prepared")
-    return shared / "prepared"
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / name).exists():
+            make(shared / "unfinished" / name)
+            (shared / "unfinished" / name).rename(shared / name)
+    return shared / name
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ has imported everything and computed nothing.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -87,7 +88,7 @@ class Forks:
         self.server.communicate()
 
 
-def until(condition, run: Run, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+def until(condition, run: Run, seconds: float = 300.0) -> None:  # type: ignore[no-untyped-def]
     """Waits for a condition in the shortest of steps."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -130,8 +131,11 @@ def child(main: str, folder: str, said: str, environment: dict[str, str]) -> Non
 
 def serve() -> None:
     die_with_parent()
+    gc.disable()
     for module in MODULES:
         importlib.import_module(module)
+    gc.freeze()  # a child that looks for garbage in it would copy all of it
+    gc.enable()
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         if (pid := os.fork()) == 0:

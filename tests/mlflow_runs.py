@@ -136,7 +136,7 @@ def train_live(steps, flush_every=5, status="KILLED", key=KEY, start=0, params=P
     follow.follow(grow(start, key=key, params=params), os.getpid(), wait)
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -70,7 +70,7 @@ class Project:
     def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", *module_of(stage), *arguments],
-            cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300,
+            cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
 
     def refuse(self, stage: str, **environment: str) -> str:

@@ -134,7 +134,7 @@ class SshServer:
         self._loop.close()
 
 
-def wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
+def wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert process.poll() is None, log.read_text()

@@ -18,11 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Clone]:
+def clone(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Iterator[Clone]:
     """A whole run, committed."""
-    base = tmp_path_factory.mktemp("advice")
-    made = tiny(base, prepared)
-    made("dvc", "repro")
+    made = tiny(tmp_path_factory.mktemp("advice"), finished)
     made.commit()
     yield made
     end(made)

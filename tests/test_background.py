@@ -173,7 +173,7 @@ def test_a_kill_amid_a_write_beside_a_step_leaves_the_state_before(here: Project
                 [sys.executable, "held.py"], cwd=here.root, env=here.environment, stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE, text=True, start_new_session=True,
             )  # fmt: skip
-            history, deadline = here.root / "reports/train/history.csv", time.monotonic() + 120
+            history, deadline = here.root / "reports/train/history.csv", time.monotonic() + 300
             while not (history.exists() and history.read_text().count("\n") >= 1 + 5):  # two steps past the state
                 assert run.poll() is None, run.communicate()[1]
                 assert time.monotonic() < deadline

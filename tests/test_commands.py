@@ -137,7 +137,7 @@ def test_another_checkout_runs_its_own_code(tmp_path: Path) -> None:
     def run(**more: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
         return subprocess.run(
-            command, cwd=tmp_path / "docs", env=environment, capture_output=True, text=True, timeout=60
+            command, cwd=tmp_path / "docs", env=environment, capture_output=True, text=True, timeout=300
         )
 
     assert run().stdout == f"the other {tmp_path} ['generate', 'Hi there']\n"

@@ -400,7 +400,7 @@ class Piped:
                     found.append(process)
         return found
 
-    def wait(self, condition: Callable[[], object], seconds: float = 120.0) -> None:
+    def wait(self, condition: Callable[[], object], seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline

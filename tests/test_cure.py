@@ -251,10 +251,9 @@ def answer_of(output: str) -> str:
 
 @pytest.mark.slow
 def test_a_real_cure_leaves_the_workspace_alone_and_trains_once(
-    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clone = tiny(tmp_path, prepared)
-    clone("dvc", "exp", "run", "-S", "recipe=notebook")  # leaves params.yaml modified, as a user would
+    clone = tiny(tmp_path, finished)  # `dvc exp run` has left params.yaml modified
 
     def files() -> dict[str, bytes]:
         watched = [path for path in (clone.root / "reports").rglob("*") if path.is_file() and path.name != "cure.html"]

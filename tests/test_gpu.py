@@ -118,12 +118,11 @@ def test_too_little_memory_names_the_settings_that_lower_it(ready: Project, gpu:
 
 
 def test_more_processes_than_gpus_are_refused(ready: Project, gpu: Path) -> None:
+    """The second process, as a launcher would start it."""
     ready.edit(train__device="cuda")
-    done = ready.run("train", **configured(ready, 2), **with_gpu(gpu, PRETEND_GPUS="1"))
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors[0].startswith("error: LOCAL_RANK = 1: each process needs a GPU of its own, and torch sees 1 here")
-    assert "Traceback" not in done.stderr
+    second = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    line = ready.refuse("train", **second, **with_gpu(gpu, PRETEND_GPUS="1"))
+    assert line.startswith("error: LOCAL_RANK = 1: each process needs a GPU of its own, and torch sees 1 here")
 
 
 @pytest.mark.exhaustive

@@ -120,7 +120,7 @@ def test_a_reward_may_start_threads_and_processes_of_every_kind(tmp_path: Path) 
     ways = [*WAYS, "threads", "asyncio", "program"]
     done = subprocess.run(
         [sys.executable, "main.py", *ways], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[how, [3.0, 5.0]] for how in ways]
@@ -329,7 +329,7 @@ def test_a_reward_may_close_the_output(tmp_path: Path, how: str) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", run], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=60,
+        text=True, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "before\nsaid\nafter\n", "after\n")
 

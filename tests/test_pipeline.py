@@ -58,15 +58,15 @@ def test_the_trained_policy_loads_with_transformers(clone: Clone) -> None:
     assert said.count("Hi there, how") == 2
 
 
-def test_another_reward_reruns_train_and_what_follows_once(clone: Clone) -> None:
+def test_another_reward_trains_once(clone: Clone) -> None:
+    """`dvc repro` above and test_cure.py run what follows."""
     before = clone.runs()
-    out = clone("dvc", "exp", "run", "-S", "reward=length")
-    assert clone.ran(out) == ["check", "train", "evaluate", "diagnose", "plot", "track"]
+    assert clone.ran(clone("dvc", "exp", "run", "-S", "reward=length", "train")) == ["check", "train"]
     added = set(clone.runs()) - set(before)
     assert len(added) == 1
     first = clone.read("reports/train/history.csv")
     clone.restore()
-    again = clone("dvc", "exp", "run", "-S", "reward=length")
+    again = clone("dvc", "exp", "run", "-S", "reward=length", "train")
     assert clone.ran(again) == [], "an identical run comes from the cache"
     assert clone.read("reports/train/history.csv") == first
     assert sorted(clone.runs()) == sorted({*before, *added})
@@ -75,8 +75,8 @@ def test_another_reward_reruns_train_and_what_follows_once(clone: Clone) -> None
 
 def test_editing_a_reward_that_is_not_selected_never_retrains(clone: Clone) -> None:
     clone.edit(rewards={"length": {"kind": "length", "target": 33}})
-    assert clone.ran(clone("dvc", "repro")) == ["check", "evaluate", "diagnose", "plot", "track"]
-    assert len(clone.runs()) == len(set(clone.runs())), "the same training is the same run"
+    assert clone.ran(clone("dvc", "repro", "train")) == ["check"]
+    assert list(json.loads(clone("dvc", "status", "--json"))) == ["evaluate"]
     clone.restore()
 
 

@@ -121,7 +121,7 @@ def test_two_processes_go_on_on_two_machines_to_the_same_bytes(exact: Project, t
     )  # fmt: skip
     try:
         succeed(exact, **{CONFIG: "rank0.yaml"})
-        said = second.communicate(timeout=60)[1]
+        said = second.communicate(timeout=300)[1]
     finally:
         second.kill()
     assert second.returncode == 0, said

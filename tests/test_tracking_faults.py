@@ -79,7 +79,7 @@ def train_elsewhere(seconds: float = 0.0) -> list[str]:
     """The warnings of a training in a process of its own, as trainings are: what is not sent in time is lost. Each of
     its blocks takes `seconds`."""
     trainer = start_trainer("", seconds, CLOSE_SECONDS)
-    said = trainer.communicate(timeout=120)[1].splitlines()
+    said = trainer.communicate(timeout=300)[1].splitlines()
     assert trainer.returncode == 0, said
     assert all(line.startswith("warning: MLflow: ") and line.endswith("completes the record") for line in said), said
     return said

@@ -121,7 +121,7 @@ def interrupted(project: Project, environment: dict[str, str], number: signal.Si
         process.kill()
     else:
         process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or "Traceback" not in said
     return said

@@ -146,8 +146,8 @@ def smaller_steps(recipe: Recipe, steps: int, divisor: float = 3) -> Changes:
 
 
 def rounded(value: float, digits: int = 1) -> float:
-    """To so many significant digits: a suggestion claims no more than one, but a coefficient of 0.14 that became 0.1 let
-    the notebook's run fall apart."""
+    """To so many significant digits. A suggestion claims no more than one; but a KL coefficient of 0.14 that became 0.1
+    let the notebook's run fall apart."""
     return float(f"{value:.{digits - 1}e}")
 
 
