@@ -222,15 +222,21 @@ def test_sgd_steps_along_the_clipped_gradient(limit: float, moves: float) -> Non
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize(("chunk", "steps"), [(1, 6), (100, 4), (2**26, 1)])  # bytes; of 60, 12, 3600, 1200, 16, 8
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_parameters_that_step_one_by_one_step_as_all_at_once(optimizer: str) -> None:
+def test_parameters_that_step_in_chunks_step_as_all_at_once(
+    optimizer: str, chunk: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's own optimizer over all of them gives the same bytes, and the change is that of one long vector. One
     parameter takes no part, as of a model's part that the loss does not use."""
+    monkeypatch.setattr("pipeline.rl.optimizer.CHUNK_BYTES", chunk)
     chosen = recipe("stable", optimizer=optimizer, lr=0.1)
     torch.manual_seed(0)
     ours = torch.nn.ModuleList([torch.nn.Linear(5, 3), torch.nn.Linear(3, 300), torch.nn.Linear(2, 2)])
     truth = copy.deepcopy(ours)
     mine, theirs = make_optimizer(ours.parameters(), chosen), make_optimizer(truth.parameters(), chosen)
+    calls: list[None] = []
+    mine.register_step_post_hook(lambda *_: calls.append(None))
     for _ in range(3):
         before = [p.detach().clone() for p in truth.parameters()]
         for p, q in list(zip(ours.parameters(), truth.parameters(), strict=True))[:-1]:
@@ -244,6 +250,7 @@ def test_parameters_that_step_one_by_one_step_as_all_at_once(optimizer: str) -> 
             (change.double().norm() / whole.double().norm()).item(), rel=1e-6
         )
         assert all(p.grad is None for p in ours.parameters())  # nothing is held while the next batch is sampled
+    assert len(calls) == 3 * steps
 
 
 @pytest.mark.parametrize(("grad", "loss"), [(torch.nan, 0.0), (torch.inf, 0.0), (1.0, torch.nan), (1.0, torch.inf)])

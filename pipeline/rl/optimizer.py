@@ -11,6 +11,8 @@ from pipeline.config.schema import Recipe
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.distributed.sharding import local_tensor
 
+CHUNK_BYTES = 2**26  # of parameters that are updated together; the embedding of 70M alone has 100 MB
+
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba, arXiv 1412.6980) without weight decay, or plain SGD, over the trained parameters."""
@@ -67,24 +69,42 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     squares: list[tuple[Tensor, Tensor]] = []
-    for p in _with_gradient_one_by_one(parameters):  # so that no more than one is held as it was before
-        before = local_tensor(p.detach()).clone()
-        size = _square(before)
+    for chunk in _with_gradient_in_chunks(parameters):  # so that no more than one is held as it was before
+        before = [local_tensor(p.detach()).clone() for p in chunk]
+        sizes = [_square(part) for part in before]
         optimizer.step()
-        squares.append((size, _square(before.sub_(local_tensor(p.detach())))))
+        changes = [_square(part.sub_(local_tensor(p.detach()))) for part, p in zip(before, chunk, strict=True)]
+        squares += zip(sizes, changes, strict=True)
     whole, change = (processes.reduce_if_sharded(_total(part)) for part in zip(*squares, strict=True))
     return Update(norm.item(), (change / whole) ** 0.5, False)
 
 
-def _with_gradient_one_by_one(parameters: list[torch.nn.Parameter]) -> Iterator[torch.nn.Parameter]:
-    """Yield each parameter while only it has a gradient, so that the optimizer updates only it. Frees them."""
-    gradients = [p.grad for p in parameters]
+def _with_gradient_in_chunks(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Yield parameters while only they have a gradient, so that the optimizer updates only them. Frees their gradients.
+    As many at once as CHUNK_BYTES holds, at least one: a step of few parameters leaves a GPU with little to do."""
+    gradients = {p: p.grad for p in parameters}
     for p in parameters:
         p.grad = None
-    for i, p in enumerate(parameters):
-        p.grad, gradients[i] = gradients[i], None
-        yield p
-        p.grad = None
+    for chunk in _chunks(parameters):
+        for p in chunk:
+            p.grad = gradients.pop(p)
+        yield chunk
+        for p in chunk:
+            p.grad = None
+
+
+def _chunks(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    chunk: list[torch.nn.Parameter] = []
+    size = 0
+    for p in parameters:
+        bytes_of_it = local_tensor(p.detach()).nbytes
+        if chunk and size + bytes_of_it > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(p)
+        size += bytes_of_it
+    if chunk:
+        yield chunk
 
 
 def square_norm(tensors: Iterable[Tensor | None]) -> float:
