@@ -10,14 +10,19 @@ hence no test of pytest's: run it after changes to the core or its tests, and ad
 """
 
 import argparse
+import gc
+import importlib
 import os
 import re
-import subprocess
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
+import pytest
+
+from pipeline.arithmetic.environment import choose_kernels
 from tests.project import CHECKOUT, ROOT, copy_checkout
 
 TESTS = (
@@ -634,21 +639,53 @@ def first_red(file: str | None, text: str, first: str) -> str | None:
         copy_checkout(copy, *CHECKOUT)
         if file is not None:
             (copy / "pipeline" / file).write_text(text, encoding="utf-8")
-        options = ["-x", "-q", "-m", "not hub", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        options = [
+            "-x", "-q", "-m", "not hub", "-p", "no:cacheprovider", "--hypothesis-seed=0",
+            "-W", "ignore::pytest.PytestAssertRewriteWarning",  # of plugins that are imported already
+        ]  # fmt: skip
         for names in ([first], [name for name in TESTS if name != first]):
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, *(f"tests/test_{name}.py" for name in names)],
-                cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True,
-            )  # fmt: skip
-            if done.returncode != 0:
+            code, said = run_pytest(copy, [*options, *(f"tests/test_{name}.py" for name in names)])
+            if code != 0:
                 break
         else:
             return None
     # a test has a `::`; without, the file could not even be imported
-    red = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or red is None:
-        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    red = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.+?)(?: - .*)?$", said, re.MULTILINE)
+    if code != 1 or red is None:
+        raise RuntimeError(f"pytest ended with {code}:\n{said[-4000:]}")
     return red[1]
+
+
+def run_pytest(copy: Path, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of pytest on a copy, in a fork of this process, which has imported what takes long."""
+    with TemporaryFile("w+", encoding="utf-8") as output:
+        if (pid := os.fork()) == 0:
+            code = 3  # pytest's own for an error inside it
+            try:
+                for stream in (1, 2):
+                    os.dup2(output.fileno(), stream)
+                os.chdir(copy)
+                os.environ["PYTHONPATH"] = str(copy)
+                sys.path.insert(0, str(copy))
+                for name in [name for name in sys.modules if name.split(".")[0] in ("pipeline", "tests", "benchmarks")]:
+                    del sys.modules[name]  # these are the checkout's
+                code = int(pytest.main(arguments))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        output.seek(0)
+        return code, output.read()
+
+
+def import_libraries() -> None:
+    choose_kernels()  # before torch
+    for name in ("torch", "transformers.models.gpt_neox.modeling_gpt_neox", "hypothesis", "scipy.stats", "pandas"):
+        importlib.import_module(name)
+    gc.freeze()  # a fork that looks for garbage in it would copy all of it
 
 
 def main() -> int:
@@ -660,6 +697,8 @@ def main() -> int:
     chosen = [(file, *pair) for file in MUTATIONS if any(part in file for part in parts) for pair in MUTATIONS[file][1]]
     if not chosen:
         parser.error(f"no file contains {' or '.join(parts)}; there are {', '.join(MUTATIONS)}")
+    if not arguments.check:
+        import_libraries()
     if not arguments.check and (red := first_red(None, "", TESTS[0])):
         sys.exit(f"nothing can be learned: {red} fails without any error")
     counts = Counter[str]()
