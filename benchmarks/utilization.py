@@ -1,11 +1,11 @@
-"""How much of the machine's rate of matrix multiplication a step reaches, on CPUs with and without AVX-512.
+"""How much of the machine's rate of matrix multiplication a step reaches, on the CPU as it is and limited to AVX2.
 
-python -m benchmarks.utilization run       # -> docs/utilization.json, an hour on two free cores; goes on where it was
+python -m benchmarks.utilization run       # -> docs/utilization.json, 20 minutes a round; goes on where it was
 python -m benchmarks.utilization tables    # docs/utilization.json -> the table of docs/SPEED.md, on the terminal
 
-The loops of `benchmarks.speed_arms`, length reward, each in a process of its own, arms in turn. A CPU with AVX2 alone
-is this one with torch, MKL and oneDNN limited to such instructions. Needs trl (pip install -e '.[benchmarks]'); without
-it that arm is left out.
+The loops of `benchmarks.speed_arms`, length reward, each in a process of its own, arms in turn. AVX2 alone: torch and
+oneDNN are limited to such instructions, and MKL on Intel's CPUs; on AMD's it multiplies float32 with AVX2 anyway. Needs
+trl (pip install -e '.[benchmarks]'); without it that arm is left out.
 """
 
 import argparse

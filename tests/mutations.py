@@ -76,8 +76,10 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("bound // max(1,", "2 * bound // max(1,"),
         ("max(1, int(bound", "max(0, int(bound"),
         ("leaf.nbytes for", "leaf.numel() for"),
+        ("cache = own_keys(cache)\n", "\n"),
     ]),
     "models/growing_cache.py": ("cache_size", [
+        ("own_keys(cache).layers", "cache.layers"),
         ("held is not self.view or ", ""),
         (" or end > self.tensor.shape[-2]", ""),
         ("min(end + ROOM, self.most)", "end"),

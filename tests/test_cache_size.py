@@ -126,6 +126,24 @@ def test_a_growing_cache_holds_what_a_concatenated_one_does() -> None:
     assert len(buffers) == 4, "of 67 and 132 tokens, one of the repeated rows, one of those that stay"
 
 
+def test_a_decoder_made_for_an_encoder_samples_from_one_prefill() -> None:
+    """RoCBert, RemBERT and Megatron-BERT keep their own keys beside those of an encoder that they do not have."""
+    model, caches, (ids, mask) = tiny("roc_bert"), [], pad_prompts([[5, 6], [7]], 0, CPU)
+
+    def watched(**inputs: Any) -> Any:
+        output = model(**inputs)
+        caches.append(output.past_key_values.self_attention_cache.layers[1].values._base)
+        return output
+
+    arguments = torch.tensor([3, 3]), uniform(4, 3), NEVER
+    found, plain = (sample(each, ids, mask, *arguments, layout=layout) for each, layout in
+                    ((watched, "left_padding"), (model, "no_cache")))  # fmt: skip
+    assert caches[-1] is caches[-2] is not None
+    assert torch.equal(found.completions, plain.completions)
+    torch.testing.assert_close(found.logprobs, plain.logprobs, rtol=0, atol=1e-4)
+    assert sequence_bytes(model, torch.tensor([5, 6]), 20, placed=True) == 2 * 2 * 4 * 8 * 20 * 4
+
+
 def test_sampling_does_not_copy_the_cache_for_each_token() -> None:
     model, caches = grouped(), []
 

@@ -41,5 +41,11 @@ def sequence_bytes(model: Callable[..., Any], prompt: Tensor, tokens: int, place
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors of a cache of transformers, whose layers keep them as attributes, or of nested tuples."""
+    cache = own_keys(cache)
     held = [vars(layer) for layer in cache.layers] if hasattr(cache, "layers") else cache
     return sum(leaf.nbytes for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor))
+
+
+def own_keys(cache: Any) -> Any:
+    """The cache itself; of a decoder that could have an encoder, the part for its own tokens."""
+    return getattr(cache, "self_attention_cache", cache)

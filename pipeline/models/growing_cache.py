@@ -6,15 +6,18 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from pipeline.models.cache_size import own_keys
+
 ROOM = 64  # tokens that a full buffer is enlarged by
 
 
 def grow_in_steps(cache: Cache, most: int) -> None:
     """Replaces the layers of a cache that would concatenate by such that have room for the tokens to come, up to `most`
     a sequence. Other kinds (sliding windows, recurrent states) stay."""
-    for i, layer in enumerate(cache.layers):
+    layers = own_keys(cache).layers
+    for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[i] = GrowingLayer(layer, most)
+            layers[i] = GrowingLayer(layer, most)
 
 
 class GrowingLayer(DynamicLayer):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import Recipe
 from pipeline.distributed.dist_context import DistContext
+from pipeline.models.packing import move
 from pipeline.models.sampling import Rollout
 from pipeline.models.scoring import Scores, score
 from pipeline.rl.importance import importance_weights
@@ -66,6 +67,8 @@ def score_rows(
     apart, learning = numbers[flat[rows]], numbers[~flat[rows]]
     if not len(apart):
         return differentiable(rows)
+    back = torch.cat([apart, learning]).argsort()
+    apart, learning, back = move([apart, learning, back], lengths.device)
     # not under no_grad: autocast would keep the weights that it rounds there for the other rows, without their graph
     scores = differentiable(apart)
     parts = [(scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach())]
@@ -73,7 +76,6 @@ def score_rows(
     if len(learning):
         scores = differentiable(learning)
         parts.append((scores.logprobs, scores.scored, scores.entropy))
-    back = torch.cat([apart, learning]).argsort()
     return Scores(*(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)))
 
 
