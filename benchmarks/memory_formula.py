@@ -13,6 +13,7 @@ from pipeline.models.cache_size import CACHE_BYTES
 from pipeline.models.logprobs import ROWS, ROWS_OF_A_GPU
 from pipeline.models.packing import pack
 from pipeline.models.sampling import SAMPLED_AT_ONCE
+from pipeline.rl.optimizer import CHUNK_BYTES
 
 RANK = 16
 # What a layer keeps for the backward pass, in numbers of a token and hidden unit: two outputs of layer norms, qkv (3),
@@ -158,6 +159,8 @@ def update_bytes(
         )
     elif rounds and not sharded:
         times.append(rounded + 2 * size.linear + 4 * size.head)
+    # the optimizer holds some parameters as they were before; their gradients are freed after the step
+    times.append(min(4 * trained / processes, max(CHUNK_BYTES, 4 * size.head)))
     return gradient + max(times)
 
 
