@@ -6,6 +6,7 @@ Pythia-70M's shape, a batch of 32 prompts x 8 completions; the advantages of ran
 gradients in turn, medians of three.
 """
 
+import dataclasses
 import random
 import statistics
 import time
@@ -13,12 +14,14 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks import material
 from pipeline.config.load import load_params
 from pipeline.config.schema import Recipe
 from pipeline.distributed.device import configure_torch
 from pipeline.models.sampling import pad_prompts, sample
+from pipeline.report.table import markdown_table
 from pipeline.rl import update
 from pipeline.rl.loss import LossNormalizers
 from pipeline.rl.micro_batch import Batch
@@ -30,20 +33,20 @@ SHARES = (0.0, 0.25, 0.5, 0.75)
 
 def main() -> None:
     device = configure_torch("cpu", 2)
-    policy, batch = material.policy(SHAPE), whole_batch(device)
+    policy = material.policy(SHAPE)
+    batch = whole_batch(policy, device)
     rows = {}
     for precision in ("float32", "bfloat16"):
         recipe = load_params().recipes["rloo"].model_copy(update={"precision": precision})
         rows[precision] = [saving(policy, with_flat_groups(batch, share), recipe) for share in SHARES]
-    print("| precision | " + " | ".join(f"{share:.0%} without advantage" for share in SHARES) + " |")
-    print("|---|" + "---|" * len(SHARES))
-    for precision, ratios in rows.items():
-        print(f"| {precision} | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |")
+    table = [["precision", *(f"{share:.0%} without advantage" for share in SHARES)]]
+    table += [[precision, *(f"{ratio:.0%}" for ratio in ratios)] for precision, ratios in rows.items()]
+    print(markdown_table(table), end="")
 
 
-def whole_batch(device: torch.device) -> Batch:
+def whole_batch(policy: PreTrainedModel, device: torch.device) -> Batch:
     """Completions that the policy sampled, with advantages that are never zero."""
-    policy, tokenizer, prompts = material.policy(SHAPE), material.tokenizer()[0], material.prompts()[0]
+    tokenizer, prompts = material.tokenizer()[0], material.prompts()[0]
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts[:PROMPTS]]
     uniforms = torch.rand(PROMPTS * SAMPLES, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     limits = torch.tensor([max(1, TOKENS - len(prompt)) for prompt in ids])
@@ -56,17 +59,16 @@ def whole_batch(device: torch.device) -> Batch:
 def with_flat_groups(batch: Batch, share: float) -> Batch:
     flat = torch.zeros(PROMPTS, dtype=torch.bool)
     flat[random.Random(0).sample(range(PROMPTS), round(share * PROMPTS))] = True
-    advantages = batch.advantages.masked_fill(flat.repeat_interleave(SAMPLES), 0.0)
-    return Batch(batch.rollout, advantages, batch.loss_mask, None, batch.normalizers)
+    return dataclasses.replace(batch, advantages=batch.advantages.masked_fill(flat.repeat_interleave(SAMPLES), 0.0))
 
 
-def saving(policy: torch.nn.Module, batch: Batch, recipe: Recipe) -> float:
+def saving(policy: PreTrainedModel, batch: Batch, recipe: Recipe) -> float:
     """Seconds of the gradient over those of one that goes through all rows."""
 
     def seconds() -> float:
         policy.zero_grad()
         start = time.perf_counter()
-        update.backward(policy, batch, recipe, MICRO_BATCH, SAMPLES)  # type: ignore[arg-type]
+        update.backward(policy, batch, recipe, MICRO_BATCH, SAMPLES)
         return time.perf_counter() - start
 
     def through_all() -> float:

@@ -57,11 +57,11 @@ def main() -> None:
         return
     if options.what == "run":
         run(options)
-    print("\n".join(table(json.loads(options.results.read_text(encoding="utf-8")))))
+    print("\n".join(table(material.read_rows(options.results))))
 
 
 def run(options: argparse.Namespace) -> None:
-    rows = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else []
+    rows = material.read_rows(options.results)
     arms = [arm for arm in ARMS if arm != "trl" or find_spec("trl")]
     if arms != list(ARMS):
         print("trl is not installed: left out; pip install -e '.[benchmarks]'", file=sys.stderr)
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
             raise RuntimeError(f"{case}: {done.stderr[-2000:]}")
         rows.append(case | json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        options.results.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+        material.write_rows(options.results, rows)
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:

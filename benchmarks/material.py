@@ -1,4 +1,5 @@
-"""What the speed benchmarks run on: policies and encoders of known shapes with random weights, and real prompts.
+"""What the speed benchmarks run on: policies and encoders of known shapes with random weights, real prompts, and
+the files of what they measure.
 
 Where OASST1's texts and Pythia's tokenizer lie beside the project they are used; else the pocket model's own, and the
 output says so.
@@ -6,8 +7,10 @@ output says so.
 
 import gzip
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -37,6 +40,16 @@ SHAPES = {  # hidden, layers, heads: of Pythia (Biderman et al., arXiv 2304.0137
     "pythia-12b": (5120, 36, 40),
 }
 VOCABULARY = 50304
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """What `write_rows` wrote; nothing where it did not yet."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Measurements, one a line."""
+    file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
 
 
 def policy(shape: str, seed: int = 0) -> PreTrainedModel:

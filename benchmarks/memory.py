@@ -104,7 +104,7 @@ def changes(setting: str) -> dict[str, Any]:
 
 
 def run(device: str) -> None:
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = material.read_rows(RESULTS)
     for shape, setting in MEASURED:
         if any((row["shape"], row["setting"], row["device"]) == (shape, setting, device) for row in rows):
             continue
@@ -117,7 +117,7 @@ def run(device: str) -> None:
         each = measure(shape, settings, processes, sharded, for_memory=True)
         rows.append({"shape": shape, "setting": setting, "device": device, "bytes": max(one["bytes"] for one in each)})
         print(json.dumps(rows[-1]), flush=True)
-        RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        material.write_rows(RESULTS, rows)
 
 
 def tables() -> str:
@@ -129,7 +129,7 @@ def measured_table() -> list[list[str]]:
     found = {(row.shape, row.setting): row for row in read_rows() if row.device == "cpu"}
     drawn = next(iter(found.values())).step
     cells = [["policy", "setting", "on", "measured, GB", "simulated", "over measured", "formula", "over measured"]]
-    for row in json.loads(RESULTS.read_text(encoding="utf-8")):
+    for row in material.read_rows(RESULTS):
         shape, setting, more = row["shape"], row["setting"], LIBRARIES if row["device"] == "cpu" else 0
         formula = predicted(shape, changes(setting), drawn, 2 if setting == "sharded" else 1, row["device"] != "cpu")
         each = [formula["all"] + more]

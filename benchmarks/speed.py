@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -86,10 +85,10 @@ def run(rounds: int, device: str) -> None:
             results(device).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(arm: Arm, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+def measure(arm: Arm, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
     """An arm in a process of its own, with these variables in its environment."""
     command = [sys.executable, "-m", "benchmarks.speed_arms", *arm]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **variables}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **(variables or {})}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.strip().splitlines()[-1])
 

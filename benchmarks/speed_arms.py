@@ -12,6 +12,7 @@ import itertools
 import json
 import random
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--encoder-precision", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--shape", choices=list(material.SHAPES), default="pythia-70m")
     parser.add_argument("--count-flops", action="store_true", help="one step more, under torch's counter")
+    parser.add_argument("--profile", action="store_true", help="of ours: one step more, its operations on stderr")
     parser.add_argument("--size", type=int, default=0, help="of the matrices of matmul; 0: as the device needs")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -189,6 +191,11 @@ def ours(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         with FlopCounterMode(display=False) as counter:
             train.train_step(run, setting, policy, optimizer)
         result["flops"] = counter.get_total_flops()
+    if options.profile:
+        with torch.profiler.profile(record_shapes=True, with_flops=True) as found:
+            train.train_step(run, setting, policy, optimizer)
+        for averages in (found.key_averages(), found.key_averages(group_by_input_shape=True)):
+            print(averages.table(sort_by="self_cpu_time_total", row_limit=30), file=sys.stderr)
     return result
 
 

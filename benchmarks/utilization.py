@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speed
+from benchmarks import material, speed
 from benchmarks.arithmetic import AVX2
 from pipeline.arithmetic.environment import cpu_type
 
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "run":
         run(options.rounds, options.results)
-    print("\n".join(table(json.loads(options.results.read_text(encoding="utf-8")))))
+    print("\n".join(table(material.read_rows(options.results))))
 
 
 def plan() -> dict[Case, speed.Arm]:
@@ -59,30 +59,29 @@ def plan() -> dict[Case, speed.Arm]:
 
 
 def run(rounds: int, results: Path) -> None:
-    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"cpu": cpu_type(), "rows": []}
-    if found["cpu"] != cpu_type():
-        raise SystemExit(f"{results} was begun on another CPU ({found['cpu']}; here: {cpu_type()}): remove it first")
-    done = {(*row["case"], row["round"]) for row in found["rows"]}
+    rows, cpu = material.read_rows(results), cpu_type()
+    for row in rows:
+        if row["cpu"] != cpu:
+            raise SystemExit(f"{results} was begun on another CPU ({row['cpu']}; here: {cpu}): remove it first")
+    done = {(*row["case"], row["round"]) for row in rows}
     for count in range(rounds):
         for case, arm in plan().items():
             if (*case, count) in done:
                 continue
             measured = speed.measure(arm, ENVIRONMENTS[case[0]])
             kept = {key: measured[key] for key in KEPT if key in measured}
-            found["rows"].append({"case": case, "round": count} | kept)
-            print(json.dumps(found["rows"][-1])[:200], file=sys.stderr, flush=True)
-            lines = ",\n".join(map(json.dumps, found["rows"]))
-            head = json.dumps({"cpu": found["cpu"]})[:-1]
-            results.write_text(f'{head}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+            rows.append({"cpu": cpu, "case": case, "round": count} | kept)
+            print(json.dumps(rows[-1])[:200], file=sys.stderr, flush=True)
+            material.write_rows(results, rows)
 
 
-def table(found: dict[str, Any]) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> list[str]:
     """A row a loop of ours; arms that were not measured are left out."""
     arms: dict[Case, list[dict[str, Any]]] = {}
-    for row in found["rows"]:
+    for row in rows:
         arms.setdefault(tuple(row["case"]), []).append(row)
     lines = [
-        f"Measured on {found['cpu']}.", "",
+        f"Measured on {rows[0]['cpu']}.", "",
         "| instructions | policy | precision | matrix rate, GFLOP/s | share of it | samples/s | over the notebook's "
         "loop | over trl float32 | sampling | reference | update | rest |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",

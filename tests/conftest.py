@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pipeline.arithmetic.environment import choose_kernels
 from tests import faults, repositories
 from tests.browser import CHROMIUM, FLAGS
 from tests.clones import finish_tiny, prepare_tiny
-from tests.forks import Forks
+from tests.forks import Forks, keeping_imports
 from tests.hub import Hub
 from tests.project import SHARED, Project, copy_of_project
 
@@ -33,14 +32,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What test modules import stays: to look for garbage in it took half the time of collecting, and later the time of
-    many tests."""
-    gc.disable()
-    try:
+    """To look for garbage in what test modules import took half the time of collecting, and later the time of many
+    tests."""
+    with keeping_imports():
         return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,9 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from tests.project import Project
@@ -109,19 +110,21 @@ def child(main: str, folder: str, said: str, environment: dict[str, str]) -> Non
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    run_and_exit(lambda: importlib.import_module("pipeline.errors").run_stage(importlib.import_module(main).main), log)
+
+
+def run_and_exit(work: Callable[[], int | None], log: int) -> NoReturn:
+    """Ends this fork with the exit code of `work`, None = 0. What it says goes to the open file `log`."""
     for number in (1, 2):
         os.dup2(log, number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     code = 1
     try:
-        importlib.import_module("pipeline.errors").run_stage(importlib.import_module(main).main)
-        code = 0
+        code = int(work() or 0)
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -129,13 +132,23 @@ def child(main: str, folder: str, said: str, environment: dict[str, str]) -> Non
         os._exit(code)
 
 
+@contextlib.contextmanager
+def keeping_imports() -> Iterator[None]:
+    """What is imported inside stays: Python does not look for garbage in it. That takes long, and a fork copies all
+    that it looks at."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def serve() -> None:
     die_with_parent()
-    gc.disable()
-    for module in MODULES:
-        importlib.import_module(module)
-    gc.freeze()  # a child that looks for garbage in it would copy all of it
-    gc.enable()
+    with keeping_imports():
+        for module in MODULES:
+            importlib.import_module(module)
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         if (pid := os.fork()) == 0:

@@ -66,9 +66,8 @@ def make_batch(chosen: Recipe, dtype: torch.dtype, order: list[int] = ORDER, **p
 
 def some_flat(batch: Batch, *rows: int) -> Batch:
     """The batch with advantages of zero in these rows."""
-    return dataclasses.replace(
-        batch, advantages=batch.advantages.index_fill(0, torch.tensor(rows, dtype=torch.long), 0.0)
-    )
+    advantages = batch.advantages.index_fill(0, torch.tensor(rows, dtype=torch.long), 0.0)
+    return dataclasses.replace(batch, advantages=advantages)
 
 
 def loss_and_gradient(

@@ -354,7 +354,7 @@ NOTEBOOK_EMPTY = {
     (found("mode"), "stable", {"top_k": 50}, {"loss_distribution": "sampler", "lr": 3e-5, "warmup_steps": 10}),
     (found("mode"), "stable", {"top_p": 0.9}, {"loss_distribution": "sampler", "lr": 3e-5, "warmup_steps": 10}),
     (found("mode"), "stable", {"top_p": 0.9, "kl": "loss_k3"}, {"lr": 3e-5, "warmup_steps": 10}),
-    # a fifth of the spread of rewards, 0.42, to one digit; what is half of it or more stays
+    # a fifth of the spread of rewards, 0.42, to two digits; what is half of it or more stays
     (found("mode"), "stable", {"scale_rewards": "none", "kl_coef": 0.04},
      {"kl_coef": 0.083, "lr": 3e-5, "warmup_steps": 10}),
     (found("mode"), "stable", {"scale_rewards": "none", "kl_coef": 0.05}, {"lr": 3e-5, "warmup_steps": 10}),

@@ -102,9 +102,10 @@ def add_kl_and_slow_down(recipe: Recipe, spreads: dict[str, Spread], slower: Cha
     own = spreads.get("signal_std_within", spreads.get("reward_std_within"))
     spread = own if recipe.scale_rewards == "none" else None
     per_nat = KL_PER_SPREAD * spread.mean if spread and spread.mean > 0 else KL_PER_SPREAD
+    coefficient: Changes = {"kl_coef": rounded(per_nat, 2)}
     if recipe.kl == "none" or recipe.kl_coef == 0:
-        return {"kl": "reward_k1", "kl_coef": rounded(per_nat, 2), "kl_target": KL_TARGET, **slower}
-    weak: Changes = {"kl_coef": rounded(per_nat, 2)} if recipe.kl_coef < per_nat / 2 else {}
+        return {"kl": "reward_k1", **coefficient, "kl_target": KL_TARGET, **slower}
+    weak = coefficient if recipe.kl_coef < per_nat / 2 else {}
     target: Changes = {} if kl_is_limited(recipe) else {"kl_target": KL_TARGET}
     return weak | target | slower
 

@@ -20,9 +20,8 @@ class Rows:
     ids: Tensor  # [R, L] int64
     last_prompt: Tensor  # [n] flat index, in R * L, of the last token of the completion's prompt
     first: Tensor  # [n] flat index of the completion's first token; the others follow it
-    places: Sequence[
-        Tensor
-    ] = ()  # positions, segments and parents of the tokens, see `_Row`; none = as a model sees ids
+    # positions, segments and parents of the tokens [R, L], see `_Row`; none = as a model sees ids alone
+    places: Sequence[Tensor] = ()
 
     @property
     def positions(self) -> Tensor | None:
@@ -39,7 +38,7 @@ class Rows:
         return (seen & torch.ones_like(seen[0]).tril())[:, None]
 
     def with_others_on(self, device: torch.device, *others: Tensor) -> tuple["Rows", list[Tensor]]:
-        """What a model needs of it, and the others, on the device."""
+        """What a model needs of it, and the others, on the device. `sources` is asked before."""
         ids, *moved = move([self.ids, *self.places, *others], device)
         count = len(self.places)
         return replace(self, ids=ids, places=moved[:count]), moved[count:]

@@ -32,10 +32,11 @@ def rows_without_gradient(batch: Batch, recipe: Recipe, mine: slice, processes: 
     """[n] on the host, True = the loss has no gradient on this completion: its advantage is zero, and there is no other
     term. None where all of this process's are: parameters then have a gradient, which is zero, and Adam's momentum goes
     on. None of a sharded policy: FSDP needs the same forward passes on all ranks."""
+    none = torch.zeros(len(batch.advantages), dtype=torch.bool)
+    if recipe.kl in KL_LOSSES or recipe.entropy_coef > 0 or processes.sharded:
+        return none
     flat = batch.advantages.cpu() == 0
-    if recipe.kl in KL_LOSSES or recipe.entropy_coef > 0 or processes.sharded or flat[mine].all():
-        return torch.zeros_like(flat)
-    return flat
+    return none if flat[mine].all() else flat
 
 
 def score_rows(
