@@ -13,7 +13,7 @@ from pipeline.arithmetic.environment import choose_kernels
 from tests import faults, repositories
 from tests.browser import CHROMIUM, FLAGS
 from tests.clones import finish_tiny, prepare_tiny
-from tests.forks import Forks, keeping_imports
+from tests.forks import Forks, keeping_imports, start_server
 from tests.hub import Hub
 from tests.project import SHARED, Project, copy_of_project
 
@@ -28,6 +28,13 @@ def leaves_out_exhaustive(config: pytest.Config) -> bool:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if leaves_out_exhaustive(config):
         terminalreporter.write_line("exhaustive tests were left out: `make test-all` or pytest -m exhaustive runs them")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """One for all processes of pytest-xdist, which imports while they collect; a single one starts it when it is
+    needed."""
+    if getattr(session.config.option, "numprocesses", None) and not hasattr(session.config, "workerinput"):
+        start_server()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,10 +106,8 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    return Forks(tmp_path_factory.mktemp("forks"))
 
 
 @pytest.fixture
@@ -225,9 +230,11 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without experiments: its fifty migrations take seconds."""
     from pipeline.tracking import mlflow_store
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow_store._prepare_database(path)
-    return path
+    def make(base: Path) -> None:
+        base.mkdir(parents=True)
+        mlflow_store._prepare_database(base / "mlflow.db")
+
+    return made_once(tmp_path_factory, "store", make) / "mlflow.db"
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""Many runs of stages as processes of their own, without the seconds that importing takes: forked off one process that
+"""Stages and commands as processes of their own, without the seconds that importing takes: forked off one process that
 has imported everything and computed nothing.
 
-    python -m tests.forks    # a JSON line in: stage, folder, file for what it says, environment; out: pid, exit code
+    python -m tests.forks SOCKET    # a connection is a run: command, folder, ..., and its streams; out: pid, exit code
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -11,13 +12,17 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from tests.fork_client import NOWHERE, SERVER, Run
 
 if TYPE_CHECKING:
     from tests.project import Project
@@ -29,43 +34,37 @@ MODULES = (
 )  # fmt: skip
 
 
-class Run:
-    """A stage at work, the leader of a process group of its own."""
+class Recorded(Run):
+    """A run whose output goes to files, both parts to one where no other is given."""
 
-    def __init__(self, server: subprocess.Popen[str], said: Path) -> None:
-        assert server.stdout
-        self.server, self.log = server.stdout, said
-        self.pid = int(self.server.readline())
-        self.ended = False
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it was quicker
-            os.killpg(self.pid, number)
-
-    def wait(self) -> int:
-        """Its exit code, minus the signal that ended it."""
-        self.ended = True
-        return int(self.server.readline())
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environment: dict[str, str],
+        output: Path,
+        errors: Path | None = None,
+    ) -> None:
+        need_server()
+        self.output = output
+        output.write_text("")
+        with open(os.devnull) as nothing, output.open("a") as out, (errors or output).open("a") as err:
+            super().__init__(command, str(folder), environment, [nothing.fileno(), out.fileno(), err.fileno()])
 
     def said(self) -> str:
-        return self.log.read_text(encoding="utf-8")
+        return self.output.read_text(encoding="utf-8")
 
 
 class Forks:
+    """Stages in projects, one at a time."""
+
     def __init__(self, logs: Path) -> None:
-        self.said = logs / "said"
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forks"], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+        self.log = logs / "said"
 
     @contextlib.contextmanager
-    def start(self, project: "Project", stage: str = "train") -> Iterator[Run]:
+    def start(self, project: "Project", stage: str = "train") -> Iterator[Recorded]:
         """A stage in this project; it does not outlive the block."""
-        assert self.server.stdin
-        request = [f"pipeline.stages.{stage}", str(project.root), str(self.said), project.environment]
-        print(json.dumps(request), file=self.server.stdin, flush=True)
-        run = Run(self.server, self.said)
+        run = Recorded([f"pipeline.stages.{stage}"], project.root, project.environment, self.log)
         try:
             yield run
         finally:
@@ -84,12 +83,33 @@ class Forks:
         assert code == 0, said
         return said
 
-    def close(self) -> None:
-        os.killpg(self.server.pid, signal.SIGKILL)
-        self.server.communicate()
+
+def start_server() -> None:
+    """In the background: those who connect wait until it has imported all."""
+    os.environ[SERVER] = str(Path(tempfile.mkdtemp(prefix="forks-"), "socket"))
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.forks", os.environ[SERVER]], cwd=ROOT, stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_ENDPOINT": NOWHERE}, start_new_session=True,  # read when libraries are imported
+    )  # fmt: skip
+    atexit.register(server.kill)
 
 
-def until(condition, run: Run, seconds: float = 300.0) -> None:  # type: ignore[no-untyped-def]
+def need_server() -> None:
+    if SERVER not in os.environ:
+        start_server()
+
+
+def forking_python(folder: Path) -> str:
+    """A folder for PATH whose `python` forks what it runs of the pipeline."""
+    need_server()
+    folder.mkdir(exist_ok=True)
+    python, client = folder / "python", Path(__file__).with_name("fork_client.py")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{client}" "$@"\n')
+    python.chmod(0o755)
+    return str(folder)
+
+
+def until(condition, run: Recorded, seconds: float = 300.0) -> None:  # type: ignore[no-untyped-def]
     """Waits for a condition in the shortest of steps."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -103,22 +123,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def child(main: str, folder: str, said: str, environment: dict[str, str]) -> None:
-    """Becomes the stage; does not return."""
-    die_with_parent()
-    os.setsid()
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    run_and_exit(lambda: importlib.import_module("pipeline.errors").run_stage(importlib.import_module(main).main), log)
-
-
-def run_and_exit(work: Callable[[], int | None], log: int) -> NoReturn:
-    """Ends this fork with the exit code of `work`, None = 0. What it says goes to the open file `log`."""
-    for number in (1, 2):
-        os.dup2(log, number)
+def run_and_exit(work: Callable[[], int | None], output: int, errors: int) -> NoReturn:
+    """Ends this fork with the exit code of `work`, None = 0. What it says goes to these open files."""
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    # the old ones know whether one could seek in what they wrote to
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     code = 1
     try:
         code = int(work() or 0)
@@ -144,18 +155,55 @@ def keeping_imports() -> Iterator[None]:
         gc.enable()
 
 
-def serve() -> None:
+def work(module: str, *arguments: str) -> None:
+    """What `python -m` would run."""
+    sys.argv = [module, *arguments]
+    if module == "pipeline":
+        importlib.import_module("pipeline.__main__").main()
+    else:
+        importlib.import_module("pipeline.errors").run_stage(importlib.import_module(module).main)
+
+
+def answer(connection: socket.socket) -> NoReturn:
+    """Waits for the run in a process of its own, so that several can be at work."""
+    die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, streams, _, _ = socket.recv_fds(connection, 2**20, 3)
+    command, folder, environment, umask = json.loads(message)
+    if (pid := os.fork()) == 0:
+        connection.close()
+        die_with_parent()
+        os.setsid()
+        os.umask(umask)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.dup2(streams[0], 0)
+        run_and_exit(lambda: work(*command), streams[1], streams[2])
+    for stream in streams:
+        os.close(stream)
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+        connection.send(str(pid).encode())
+        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+    os._exit(0)
+
+
+def serve(path: str) -> None:
     die_with_parent()
     with keeping_imports():
         for module in MODULES:
             importlib.import_module(module)
-    replies = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        if (pid := os.fork()) == 0:
-            child(*json.loads(line))
-        print(pid, file=replies, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=replies, flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                if os.fork() == 0:
+                    listener.close()
+                    answer(connection)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

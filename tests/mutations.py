@@ -633,7 +633,8 @@ def planted(file: str, before: str, after: str) -> tuple[str, int]:
 
 
 def first_red(file: str | None, text: str, first: str) -> str | None:
-    """Runs the tests named `first`, then where they pass the others, on a copy in which `file` has the given text.
+    """Runs the tests of `first`, names with blanks between them, and where they pass the others, on a copy in which
+    `file` has the given text.
 
     Returns the test that failed, None where all passed. Raises RuntimeError where pytest got no result.
     """
@@ -646,7 +647,7 @@ def first_red(file: str | None, text: str, first: str) -> str | None:
             "-x", "-q", "-m", "not hub", "-p", "no:cacheprovider", "--hypothesis-seed=0",
             "-W", "ignore::pytest.PytestAssertRewriteWarning",  # of plugins that are imported already
         ]  # fmt: skip
-        for names in ([first], [name for name in TESTS if name != first]):
+        for names in (first.split(), [name for name in TESTS if name not in first.split()]):
             code, said = run_pytest(copy, [*options, *(f"tests/test_{name}.py" for name in names)])
             if code != 0:
                 break
@@ -663,7 +664,7 @@ def run_pytest(copy: Path, arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of pytest on a copy, in a fork of this process, which has imported what takes long."""
     with TemporaryFile("w+", encoding="utf-8") as output:
         if (pid := os.fork()) == 0:
-            run_and_exit(partial(pytest_here, copy, arguments), output.fileno())
+            run_and_exit(partial(pytest_here, copy, arguments), output.fileno(), output.fileno())
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         output.seek(0)
         return code, output.read()

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from tests.fork_client import NOWHERE
+from tests.forks import Recorded
 from tests.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,10 +71,19 @@ class Project:
         monkeypatch.delenv("DVC_ROOT", raising=False)
 
     def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", *module_of(stage), *arguments],
-            cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
+        """A stage or command. Where libraries read this environment while they are imported, in a new process, else
+        forked off one that has imported them."""
+        command = [*module_of(stage), *arguments]
+        if environment or self.environment["HF_ENDPOINT"] != NOWHERE:
+            return subprocess.run(
+                [sys.executable, "-m", *command],
+                cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=900,
+            )  # fmt: skip
+        with TemporaryDirectory() as folder:
+            output, errors = Path(folder, "output"), Path(folder, "errors")
+            code = Recorded(command, self.root, self.environment, output, errors).wait()
+            said = (file.read_text(encoding="utf-8") for file in (output, errors))
+            return subprocess.CompletedProcess(command, code, *said)
 
     def refuse(self, stage: str, **environment: str) -> str:
         """Runs a stage that must fail as a user's mistake does: exit code 1, one line, no traceback. Gives the line."""
@@ -110,5 +122,4 @@ def copy_of_project(base: Path) -> Project:
     root = base / "project"
     copy_checkout(root, "pipeline", "custom", "data/pocket", "params.yaml", "dvc.yaml")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "DVC_"))}
-    nowhere = "http://127.0.0.1:9"  # nothing listens here: a stage that asks the hub unbidden fails at once
-    return Project(root, {**kept, "HF_HOME": str(base / "hf"), "HF_ENDPOINT": nowhere})
+    return Project(root, {**kept, "HF_HOME": str(base / "hf"), "HF_ENDPOINT": NOWHERE})

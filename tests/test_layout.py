@@ -22,6 +22,7 @@ from pipeline.config.schema import SELECTORS
 from pipeline.file_io import total
 from pipeline.report.terms import WORDS
 from pipeline.rl.metrics import METRICS
+from pipeline.runs import provenance
 from pipeline.runs.provenance import UNRELATED, local_modules
 from tests.project import ROOT, copy_checkout
 
@@ -237,16 +238,15 @@ def test_no_dep_is_watched_for_nothing_and_a_removed_one_is_noticed(stage: str) 
         assert all(file == dep or file.startswith(dep + "/") for file in missed)
 
 
-def test_train_key_covers_what_moves_its_numbers_and_nothing_else(tmp_path: Path) -> None:
+def test_train_key_covers_what_moves_its_numbers_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A comment more in a module changes `train_key` and the status of the stage, or neither."""
     copy_checkout(tmp_path, "pipeline")
-    program = "from pipeline.runs.provenance import code_digest; print(code_digest('pipeline.stages.train'))"
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "pipeline")
 
     def digest() -> str:
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                              capture_output=True, text=True, check=True)  # fmt: skip
-        return done.stdout
+        return provenance.code_digest("pipeline.stages.train")
 
     deps, before = DVC["train"]["deps"], digest()
     for module in reached("pipeline.stages.train") | {name for name in MODULES if name.startswith("pipeline.report.")}:

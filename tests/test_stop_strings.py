@@ -74,18 +74,19 @@ def test_completions_end_where_generate_ends_them(pocket: PreTrainedModel) -> No
     stops = [[text[i : i + n]] for text in free for i, n in ((2, 3), (7, 1), (11, 6), (20, 2)) if text[i : i + n]]
     stops += [["never said"], ["e", "the"], ["."], [free[0][5:9], free[1][3:5]]]
     straddled = compared = 0
+    ids, mask = pad_prompts(prompts, EOS, CPU)
+    generate, asked = pocket.generate, [str(WORDS.decode(prompt)) for prompt in prompts]
     for stop_strings in stops:
         found = rows(draw(pocket, prompts, zeros, stop_strings, top_k=1))
-        for prompt, tokens in zip(prompts, found, strict=True):
-            asked, whole = str(WORDS.decode(prompt)), str(WORDS.decode(prompt + tokens))
-            if any(0 <= whole.find(stop, max(0, len(asked) - len(stop) + 1)) < len(asked) for stop in stop_strings):
+        truth = generate(  # type: ignore[operator]
+            ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LIMIT, pad_token_id=EOS,
+            stop_strings=stop_strings, tokenizer=WORDS,
+        )[:, ids.shape[1] :].tolist()  # fmt: skip
+        for before, prompt, tokens, row in zip(asked, prompts, found, truth, strict=True):
+            whole = str(WORDS.decode(prompt + tokens))
+            if any(0 <= whole.find(stop, max(0, len(before) - len(stop) + 1)) < len(before) for stop in stop_strings):
                 continue
-            ids, generate = torch.tensor([prompt]), pocket.generate
-            truth = generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LIMIT, pad_token_id=EOS,
-                stop_strings=stop_strings, tokenizer=WORDS,
-            )[0, len(prompt) :].tolist()  # fmt: skip
-            assert tokens == truth, stop_strings
+            assert row == tokens + [EOS] * (len(row) - len(tokens)), stop_strings
             compared += 1
             straddled += len(tokens) < LIMIT and not str(WORDS.decode(tokens)).endswith(tuple(stop_strings))
     assert compared > 3 * len(stops)
