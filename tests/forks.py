@@ -11,6 +11,8 @@ import gc
 import importlib
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,11 +88,13 @@ class Forks:
 
 def start_server() -> None:
     """In the background: those who connect wait until it has imported all."""
-    os.environ[SERVER] = str(Path(tempfile.mkdtemp(prefix="forks-"), "socket"))
+    folder = tempfile.mkdtemp(prefix="forks-")
+    os.environ[SERVER] = str(Path(folder, "socket"))
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.forks", os.environ[SERVER]], cwd=ROOT, stdin=subprocess.DEVNULL,
         env={**os.environ, "HF_ENDPOINT": NOWHERE}, start_new_session=True,  # read when libraries are imported
     )  # fmt: skip
+    atexit.register(shutil.rmtree, folder)
     atexit.register(server.kill)
 
 
@@ -182,10 +186,12 @@ def answer(connection: socket.socket) -> NoReturn:
         run_and_exit(lambda: work(*command), streams[1], streams[2])
     for stream in streams:
         os.close(stream)
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+    with contextlib.suppress(BrokenPipeError):
         connection.send(str(pid).encode())
-        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
-    os._exit(0)
+        end = os.pidfd_open(pid)
+        if end in select.select([connection, end], [], [])[0]:
+            connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+    os._exit(0)  # and with it the run, where whoever asked for it was killed
 
 
 def serve(path: str) -> None:
