@@ -92,7 +92,7 @@ def start_server() -> None:
     os.environ[SERVER] = str(Path(folder, "socket"))
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.forks", os.environ[SERVER]], cwd=ROOT, stdin=subprocess.DEVNULL,
-        env={**os.environ, "HF_ENDPOINT": NOWHERE}, start_new_session=True,  # read when libraries are imported
+        env={**os.environ, "HF_ENDPOINT": NOWHERE, "HF_HOME": f"{folder}/hf"}, start_new_session=True,
     )  # fmt: skip
     atexit.register(shutil.rmtree, folder)
     atexit.register(server.kill)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.fork_client import NOWHERE
+from tests.fork_client import NOWHERE, can_fork
 from tests.forks import Recorded
 from tests.hub import Hub
 
@@ -71,10 +71,9 @@ class Project:
         monkeypatch.delenv("DVC_ROOT", raising=False)
 
     def run(self, stage: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A stage or command. Where libraries read this environment while they are imported, in a new process, else
-        forked off one that has imported them."""
+        """A stage or command: with these variables in a new process, else forked off one that has imported all."""
         command = [*module_of(stage), *arguments]
-        if environment or self.environment["HF_ENDPOINT"] != NOWHERE:
+        if environment or not can_fork(self.environment):
             return subprocess.run(
                 [sys.executable, "-m", *command],
                 cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=900,
