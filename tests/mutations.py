@@ -35,7 +35,7 @@ TESTS = (
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
 MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
-    "models/sampling.py": ("sampling", [
+    "models/sampling.py": ("sampling stop_strings", [
         ("right=True", "right=False"),
         ("_search(inside, rest)[0]", "_search(inside, uniforms * inside.sum(-1))[0]"),
         (".squeeze(1)).clamp(min=0)", ".squeeze(1))"),
@@ -125,7 +125,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("log_q = part - plain[rows, None]", "log_q = part - scaled[rows, None]"),
         ("logits[rows] = pulls", "logits[: ROWS] = pulls"),
     ]),
-    "models/rollout.py": ("notebook", [
+    "models/rollout.py": ("notebook stop_strings", [
         ("max_tokens - tokens)", "max_tokens - tokens + 1)"),
         ("lengths.view(-1, group).amax(1).repeat_interleave(group)", "lengths * 0 + lengths.amax()"),
         ("tokens[:-1] if ended else tokens", "tokens"),
@@ -133,7 +133,6 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ('skip_special_tokens=special_tokens == "strip"', "skip_special_tokens=False"),
         ('one.tokens if one.ending == "stop_string" else row', "row"),
         ("text + completion.rest", "text"),
-        ("None if ended or not stop_strings", "None if not stop_strings"),
     ]),
     "models/stop_strings.py": ("stop_strings", [
         ("return min(", "return max("),

@@ -267,6 +267,12 @@ def test_the_evidence_is_what_holds_where_it_is_shown(spreads: dict[str, Spread]
     assert not finding.passes("distinct_completions")
 
 
+def test_the_earlier_finding_comes_first_and_of_two_at_once_the_cause(spreads: dict[str, Spread]) -> None:
+    for onset, kinds in ((9, ["mode", "numeric"]), (4, ["numeric", "mode"])):
+        rows = history(distinct_completions=since(4, 0.2), nonfinite=since(onset, 1.0))
+        assert [finding.kind for finding in findings(rows, spreads, STEPS)] == kinds
+
+
 def test_a_collapse_is_confirmed_as_soon_as_its_second_step_is_in(spreads: dict[str, Spread]) -> None:
     rows = history(empty_share=since(2, 0.9))
     assert findings(rows[:3], spreads, STEPS) == []

@@ -67,7 +67,7 @@ def read_completions(
     """The N completions without the token that ends them, one of `eos`, or from their first stop string on."""
     read = []
     for tokens, ended in zip(completion_tokens(rollout, eos), rollout.ended(eos).tolist(), strict=True):
-        stopped = None if ended or not stop_strings else before_stop(tokenizer, tokens, stop_strings)
+        stopped = before_stop(tokenizer, tokens, stop_strings) if stop_strings else None
         if stopped is not None:
             read.append(Completion(*stopped, "stop_string"))
         else:
