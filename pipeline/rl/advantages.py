@@ -1,8 +1,8 @@
-"""What a completion's reward is compared with: baselines and advantages.
+"""Baselines and advantages: what a completion's reward is compared with.
 
 B prompts, G samples a prompt; rewards are [B, G]. A baseline is one function (rewards [B, G], outside) -> baseline
 [B, G]; it leaves the expected gradient unchanged as long as it does not depend on the sample it is subtracted from
-(Williams 1992). `outside` is what some of them know beyond the batch's own rewards; the others ignore it.
+(Williams 1992). `outside` is for baselines that need more than the batch's own rewards; the others ignore it.
 """
 
 import math
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from pipeline.file_io import total
 
-KL_STEEPNESS = 4  # how fast kl_coef rises above kl_target: docs/THEORY.md, section 8
+KL_STEEPNESS = 4  # how fast kl_coef rises where the KL is above kl_target: docs/THEORY.md, section 8
 
 
 def reward_scale(calibration: Sequence[Mapping[str, float]]) -> float:
-    """What `scale_rewards: calibration` divides rewards by: s, their spread within a prompt before training.
+    """Returns s, the spread of rewards within a prompt before training; `scale_rewards: calibration` divides by it.
 
     s^2 = mean over the calibration batches of reward_std_within^2, which is the mean variance of a prompt's rewards.
     s is a constant of the run, so the objective is E[R] / s - kl_coef * KL: the same for R and for a R + c, a > 0.
-    1 where no prompt's rewards differ, or where they overflow. With `combine: normalized` it is the spread of what
-    takes the rewards' place, signal_std_within.
+    s = 1 where no prompt's rewards differ, or where they overflow. With `combine: normalized`, s is the spread of the
+    normalised sum that replaces the rewards (signal_std_within).
     """
     spreads = [row.get("signal_std_within", row["reward_std_within"]) for row in calibration]
     # products, not powers: Python's ** raises where floats overflow
@@ -54,7 +54,7 @@ def leave_one_out(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
 def running_mean(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
     """b = `outside` [], the running mean of the steps before (`next_running_mean`): unbiased.
 
-    Without one, at the first step, the mean over the batch's other samples, unbiased as well.
+    The first step has no running mean: b is then the mean over the batch's other samples, also unbiased.
     """
     if outside is not None:
         return outside.to(rewards).expand_as(rewards)
@@ -71,7 +71,7 @@ def greedy_baseline(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
 def next_running_mean(before: float | None, rewards: Tensor, decay: float) -> float | None:
     """decay * before + (1 - decay) * mean of this step's rewards; that mean itself at the first step.
 
-    Rewards that are not finite, as a penalty with a diverged policy can make them, leave it as it is.
+    Rewards that are not finite leave the running mean unchanged. The KL penalty of a diverged policy can cause them.
     """
     mean = rewards.mean().item()
     if not math.isfinite(mean):
@@ -103,15 +103,15 @@ def advantages(rewards: Tensor, baseline: Tensor, norm: str, eps: float = 1e-6) 
 
 
 def normalized_terms(terms: Tensor, eps: float = 1e-6) -> Tensor:
-    """z_k = (R_k - mean_k) / (std_k + eps), over the samples of the prompt of which term k says something (ddof 1).
+    """z_k = (R_k - mean_k) / (std_k + eps), with mean and std (ddof 1) over those samples of the prompt that k scores.
 
-    The terms of a sum, each normalised in the group by itself before they are added up (GDPO, arXiv 2601.05242). terms
-    [K, B, G], NaN where a term says nothing: there z is 0, as where all its values are equal. Biased as `advantages`
-    with `group`: docs/THEORY.md, section 4.
+    Each term of a sum is normalised in the group before the terms are added up (GDPO, arXiv 2601.05242). terms
+    [K, B, G] is NaN where a term gives no score; z is 0 there, and where all of a term's values are equal. Biased like
+    `advantages` with norm "group": docs/THEORY.md, section 4.
     """
     scored = ~terms.isnan()
     count = scored.sum(2, keepdim=True)
-    # less the smallest, so that equal values are 0 without any rounding
+    # subtract the smallest value first, so that equal values become exactly 0
     least = torch.where(scored, terms, torch.inf).amin(2, keepdim=True)
     values = torch.where(scored, terms - least, 0.0)
     centred = torch.where(scored, values - values.sum(2, keepdim=True) / count.clamp(min=1), 0.0)
@@ -132,24 +132,24 @@ def with_kl_penalty(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mas
 def overlong_penalties(lengths: Tensor, longest: int, buffer: int, penalty: float) -> Tensor:
     """penalty * max(0, length - (longest - buffer)) / buffer of each completion, [N].
 
-    From 0 where the buffer before the limit begins to the whole penalty at the limit: the soft overlong punishment of
-    DAPO (arXiv 2503.14476, equation 13).
+    It rises from 0 at the start of the buffer to the whole penalty at the limit: the soft overlong punishment of DAPO
+    (arXiv 2503.14476, equation 13).
 
-    lengths [N] in tokens, at most `longest`, the limit; 0 < buffer <= longest; penalty in units of the reward.
+    lengths [N]: tokens, at most the limit `longest`; 0 < buffer <= longest; penalty: in units of the reward.
     """
     return penalty * (lengths.double() - (longest - buffer)).clamp(min=0) / buffer
 
 
 def log_ratios(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """sum_t [log pi(y_t) - log ref(y_t)] of each completion, [N]; its mean estimates their KL (k1). All else [N, T]."""
+    """sum_t [log pi(y_t) - log ref(y_t)] of each completion, [N]; the mean estimates the KL (k1). Arguments: [N, T]."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)
 
 
 def adaptive_kl_coef(coef: float, kl: float, target: float) -> float:
-    """coef * max(1, kl / target)^4: the recipe's within the target, 5 times it at 1.5 times the target.
+    """coef * max(1, kl / target)^4: coef itself while kl <= target, 5 times coef at kl = 1.5 * target.
 
-    kl: nats per completion, of this step's samples; target: 0 leaves coef as it is, and so does a kl that is no number.
-    It is the slope of a convex penalty g(KL), so that E[R] - g(KL) is what is maximised, and it has no memory: one that
-    rises step by step, as in Ziegler et al. (arXiv 1909.08593, section 2.2), goes on rising while the policy turns.
+    kl: nats per completion, of this step's samples. A target of 0 or a kl of NaN leaves coef unchanged. The result is
+    the slope of a convex penalty g(KL), so training maximises E[R] - g(KL). It has no memory: a coefficient that rises
+    step by step (Ziegler et al., arXiv 1909.08593, section 2.2) keeps rising while the policy already turns back.
     """
     return coef * max(1.0, kl / target) ** KL_STEEPNESS if target > 0 and not math.isnan(kl) else coef

@@ -25,12 +25,12 @@ from pipeline.rl.metrics import text_cost
 class Groups:
     """G completions of each of B prompts with their rewards."""
 
-    indices: list[int]  # [B] of the prompts among those of training
+    indices: list[int]  # [B] places of the prompts among the training prompts
     prompts: list[Prompt]  # [B]
     rollout: Rollout  # [B * G]
     completions: list[str]  # [B * G] texts as the reward reads them
     rewards: Tensor  # [B, G]
-    terms: Tensor  # [K, B, G] of a sum
+    terms: Tensor  # [K, B, G] scores by the K terms of a sum
 
 
 def sample_batch(
@@ -40,8 +40,8 @@ def sample_batch(
     uniforms: Tensor,
     sampling_params: SamplingParams | None = None,
 ) -> Rollout:
-    """Completions of B prompts, as many of each as `uniforms` [N, T] has rows for it; each process samples its share.
-    sampling_params: the recipe's if None."""
+    """Samples G = N / B completions of each of B prompts, for `uniforms` [N, T]. Each process samples its share.
+    sampling_params: None takes the recipe's."""
     params, device = context.params, context.device
     recipe, group = params.selected_recipe, len(uniforms) // len(prompts)
     ids = [encode_prompt(context.tokenizer, prompt.content, params.selected_model.chat) for prompt in prompts]
@@ -73,10 +73,10 @@ def sample_batch(
 def reward_batch(
     prompts: Sequence[Prompt], rollout: Rollout, context: TrainContext, step: int = 0
 ) -> tuple[list[str], Tensor, Tensor]:
-    """Texts [N] as the recipe shows them to the reward, their rewards [B, G] in float64, for B prompts, and what the K
-    terms of a sum say, [K, B, G], NaN for nothing; K is 0 for other rewards.
+    """Returns the texts [N] as the reward reads them, their rewards [B, G] in float64, and the scores [K, B, G] by the
+    K terms of a sum, NaN where a term gives none. K is 0 for other rewards.
 
-    Each process asks the reward about the completions of its own prompts. step: updates behind the policy.
+    Each process scores the completions of its own prompts. step: number of updates that the policy has had.
     """
     recipe, group = context.params.selected_recipe, len(rollout.lengths) // len(prompts)
     completions = completion_texts(
@@ -92,7 +92,7 @@ def reward_batch(
 
 
 def score_batch(model: PreTrainedModel, rollout: Rollout, context: TrainContext) -> Scores:
-    """What a model says of completions, each process of its share; in the recipe's precision, without gradient."""
+    """Scores completions by a model, in the recipe's precision, without gradient. Each process scores its share."""
     recipe = context.params.selected_recipe
     rows = torch.arange(len(rollout.lengths), device=context.device)[
         context.processes.shard_slice(len(rollout.lengths))
@@ -123,7 +123,7 @@ def rollout_metrics(rollout: Rollout, context: TrainContext) -> dict[str, float]
 def text_costs(
     rollout: Rollout, scores: Scores, context: TrainContext, texts: list[str] | None = None
 ) -> dict[str, float]:
-    """What completions cost the model that scored them. texts: whose bytes count, the completions' own if None."""
+    """`text_cost` of completions by the model that scored them. texts: their bytes count; None: the completions'."""
     eos = context.eos
     if texts is None:
         texts = completion_texts(rollout, context.tokenizer, "strip", 1, eos)

@@ -16,7 +16,7 @@ from pipeline.rl.terms import signals, std_within
 
 
 def calibrate(context: TrainContext, batches: Iterable[int] | None = None) -> list[dict[str, float]]:
-    """Rows of calibration.csv. batches: their numbers, which a caller may show as they go by; None takes all."""
+    """Rows of calibration.csv. batches: their numbers, in an iterable that may show progress; None takes all."""
     numbers = range(context.params.train.calibration_batches) if batches is None else batches
     return [calibration_row(batch, context) for batch in numbers]
 
@@ -59,8 +59,8 @@ def calibration_row(batch: int, context: TrainContext) -> dict[str, float]:
 
 
 def shuffle_tokens(rollout: Rollout, eos: Sequence[int], generator: torch.Generator) -> Rollout:
-    """The same completions with the tokens of each text in random order, its end where it was: as many tokens and
-    bytes of the same kind, and no language."""
+    """The same completions with the tokens of each text in random order; its EOS stays in place. The result has as many
+    tokens and bytes of the same kind, but is no language."""
     completions, sizes = rollout.completions.clone(), rollout.text_mask(eos).sum(1).tolist()
     for row, size in enumerate(sizes):
         order = torch.randperm(size, generator=generator).to(completions.device)

@@ -34,16 +34,16 @@ class TrainContext:
     params: Params
     prompts: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
-    rollout_model: PreTrainedModel  # samples and scores: the policy itself, or a whole copy of a sharded one
-    # `with context.reference() as model`: the reference, a second model or the policy without its adapters
+    rollout_model: PreTrainedModel  # samples and scores: the policy itself, or an unsharded copy of a sharded policy
+    # `with context.reference() as model` gives the reference: a second model, or the policy without its adapters
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     reward: Reward
     device: torch.device
     eos: tuple[int, ...]  # ids that end a completion; the first one pads
     layout: Layout
     processes: DistContext = SINGLE_PROCESS
-    heldout: tuple[Prompt, ...] = ()  # prompts that are measured on during training
-    cuts: Cuts = field(default_factory=Cuts)  # of the reward's classifiers, in this process
+    heldout: tuple[Prompt, ...] = ()  # prompts of the held-out curve, which training measures
+    cuts: Cuts = field(default_factory=Cuts)  # counts the inputs that the reward's classifiers cut, in this process
 
 
 def build_context(
@@ -51,7 +51,7 @@ def build_context(
 ) -> tuple[TrainContext, PreTrainedModel]:
     """The context of a run, from the files of `prepare` and `cache`, and the policy to train. Raises UserError where
     this run's sequences are longer than those that `cache` compared."""
-    # a policy that is sharded may not fit into one device: it is loaded on the CPU
+    # a policy that will be sharded may not fit on one device, so it is loaded on the CPU
     policy = rollout_model = initial_policy(params, device, torch.device("cpu") if processes.sharded else device)
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
     if not params.train.lora_rank:
@@ -91,7 +91,7 @@ def build_context(
 
 
 def curve_prompts(params: Params, heldout: list[Prompt], processes: int) -> list[Prompt]:
-    """The prompts of the held-out curve: the first ones, as in `evaluate`. Raises UserError where they are too few."""
+    """The prompts of the held-out curve: the first ones, as in `evaluate`. Raises UserError if there are too few."""
     prompts = heldout[: params.evaluate.curve_prompts]
     if len(prompts) < max(2, processes):
         raise UserError(
@@ -133,7 +133,7 @@ def sync_rollout_model(context: TrainContext, policy: PreTrainedModel) -> None:
 
 
 def gather_full_policy(policy: PreTrainedModel, processes: DistContext) -> PreTrainedModel:
-    """The policy to be saved. Collective call for a sharded one: rank 0 gets a whole copy on the CPU."""
+    """The policy to save. For a sharded policy this is a collective call: rank 0 gets a whole copy on the CPU."""
     if not processes.sharded:
         return policy
     weights = trained_weights(policy, processes.is_main_process)

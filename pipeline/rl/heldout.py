@@ -1,8 +1,8 @@
 """The held-out curve: one completion of each held-out prompt, every `evaluate.every` steps, and the best step by it.
 
-One completion a prompt: for the same cost more prompts tell more than more samples of each. Each prompt has random
-numbers of its own, the same at every step, so that steps differ by their policies. Nothing here touches what training
-draws.
+One completion a prompt: at the same cost, more prompts tell more than more samples per prompt. Each prompt has its own
+random numbers, the same at every step, so that steps differ only by their policies. Nothing here changes the random
+numbers of training.
 """
 
 import itertools
@@ -22,22 +22,22 @@ from pipeline.rl.batch import reward_batch, sample_batch, score_batch
 from pipeline.rl.context import TrainContext
 from pipeline.rl.seeding import draw_uniforms, generator
 
-RESAMPLES = 2000  # of prompts, for the interval of data/best
+RESAMPLES = 2000  # bootstrap resamples of the prompts, for the interval of data/best
 
 
 def measure(context: TrainContext, step: int) -> list[dict[str, Any]]:
     """Rows of heldout.jsonl: the policy after `step` updates. Collective call."""
     prompts, most = context.heldout, context.params.train.prompts_per_step * context.params.train.samples_per_prompt
-    parts = -(-len(prompts) // most)  # no larger than the batch of a step
+    parts = -(-len(prompts) // most)  # each no larger than the batch of a step
     ends = [len(prompts) * part // parts for part in range(parts + 1)]
     return [row for start, end in itertools.pairwise(ends) for row in _measure(context, step, start, end)]
 
 
 def _measure(context: TrainContext, step: int, start: int, end: int) -> list[dict[str, Any]]:
-    """Of the prompts `start` to `end` - 1.
+    """The rows of the prompts `start` to `end` - 1.
 
-    kl: log pi(y | x) - log pi_ref(y | x), whose mean estimates the KL of whole completions (k1). text_*: of the tokens
-    of the text alone, EOS left out, of which `text_cost` makes bits a byte and typicality.
+    kl: log pi(y | x) - log pi_ref(y | x), whose mean estimates the KL of whole completions (k1). text_*: sums over the
+    tokens of the text, without EOS, from which `diagnosis.curve` computes bits a byte and typicality.
     """
     params, prompts = context.params, list(context.heldout[start:end])
     uniforms = torch.cat([
@@ -71,8 +71,8 @@ def _measure(context: TrainContext, step: int, start: int, end: int) -> list[dic
 
 
 def record_steps(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """The measured steps whose reward is above that of all earlier ones: its mean over the prompts at even places, the
-    half that chooses. Step 0 is the first; a step with a number that is not finite is none.
+    """The measured steps whose reward is above that of all earlier measured steps. A step's reward is its mean over the
+    prompts at even places, the half that chooses. Step 0 is always one; a later step is none if its KL is not finite.
 
     rows: of heldout.jsonl.
     """
@@ -96,8 +96,8 @@ def rows_by_step(rows: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any
 def candidate_steps(
     rows: Sequence[dict[str, Any]], found: Sequence[Finding], done: int, thresholds: Thresholds = THRESHOLDS
 ) -> set[int]:
-    """The steps whose policies may still become the best one, after `done` steps: the best of those that are known to
-    be healthy, and better ones that a collapse may yet include. Of step 0 nothing need be kept."""
+    """The steps whose policies may still become the best one, after `done` steps: the best of the steps confirmed
+    healthy, and better later steps, which a collapse may still include. Step 0 needs no stored policy."""
     healthy = confirmed_healthy_steps(found, done, thresholds)
     records = _before_collapse(rows, found)
     known = [step for step in records if step == 0 or step < healthy]
@@ -111,10 +111,10 @@ def needed_candidates(
     spreads: dict[str, Spread],
     steps: int,
 ) -> set[int]:
-    """The steps whose policies a run may ask for that goes on from any of the states after so many steps: what it
-    measures anew need not come out the same to the last digit.
+    """The steps whose policies a run may need when it resumes from any of the states. A resumed run measures later
+    steps again, and the numbers may differ in the last digits.
 
-    rows: of heldout.jsonl. history: of history.csv. steps: the planned length of the run.
+    states: steps done in each. rows: of heldout.jsonl. history: of history.csv. steps: planned length of the run.
     """
     needed: set[int] = set()
     for done in states:
@@ -135,8 +135,8 @@ def _before_collapse(rows: Sequence[dict[str, Any]], found: Sequence[Finding]) -
 
 
 def best_report(rows: Sequence[dict[str, Any]], step: int, seed: int) -> dict[str, Any]:
-    """What best.json says of the best step: its mean reward on the half that chose it, and its difference to step 0 on
-    the other half, which did not: chosen by its own noise, the maximum of several is too high."""
+    """Contents of best.json: the best step's mean reward on the half of the prompts that chose it, and its difference
+    to step 0 on the other half. The mean on the first half is too high, being the maximum of several noisy means."""
     start, best = ([row["reward"] for row in rows_by_step(rows)[at]] for at in (0, step))
     chosen, reported = best[::2], torch.tensor([best[1::2], start[1::2]], dtype=torch.float64)
     prompts = reported.shape[1]

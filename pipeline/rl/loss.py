@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossNormalizers:
-    """Of the whole batch of an optimizer step, over all micro-batches and processes."""
+    """Sizes of the whole batch of an optimizer step, over all micro-batches and processes."""
 
     samples: int  # N
     tokens: int  # sum_i length_i, tokens in the loss
@@ -23,13 +23,14 @@ class LossNormalizers:
 
 
 def token_weights(mask: Tensor, aggregation: str, batch: LossNormalizers) -> Tensor:
-    """How much each token's log-probability counts, [n, T] for any n rows of the batch.
+    """Weight of each token's log-probability in the loss, [n, T] for any n rows of the batch.
 
     sequence_sum     1 / N                      the policy gradient
     sequence_mean    1 / (N * length_i)         short completions weigh more (biased; GRPO)
-    token_mean       1 / sum_i length_i         in each batch the direction of sequence_sum, N / sum_i length_i as long
+    token_mean       1 / sum_i length_i         in each batch the gradient of sequence_sum, times N / sum_i length_i
                                                 (DAPO, arXiv 2503.14476)
-    constant_length  1 / (N * longest)          the policy gradient, 1 / longest as long (Dr. GRPO, arXiv 2503.20783)
+    constant_length  1 / (N * longest)          the policy gradient, times 1 / longest (Dr. GRPO, arXiv 2503.20783);
+                                                longest = max_completion_tokens
     mask [n, T]: True = the token counts. float64, so that the normalisers are exact.
     """
     ones = mask.double()
@@ -47,7 +48,7 @@ def policy_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor
 
     logprobs [n, T] with gradient, advantages [n], weights [n, T] of any n rows of the batch.
     """
-    # where, not only times zero: what stands in padding must not matter even if it is not finite
+    # torch.where and not only a weight of zero: padding must not matter even if its values are not finite
     counted = torch.where(weights > 0, logprobs, 0.0)
     return -((weights * advantages.detach()[:, None]).to(counted.dtype) * counted).sum()
 
@@ -55,8 +56,8 @@ def policy_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor
 def entropy_bonus(entropy: Tensor, weights: Tensor) -> Tensor:
     """sum_it w_it H_it of the tokens' entropies [n, T], with gradient.
 
-    Its gradient raises the entropy at the places that were visited. It is not the gradient of the entropy of whole
-    completions, of which it drops how the choice of a token changes which places are visited (as token-level KL does).
+    Its gradient raises the entropy at the positions that were visited. It is not the gradient of the entropy of whole
+    completions: like token-level KL, it ignores that a token's choice changes which positions are visited later.
     """
     counted = torch.where(weights > 0, entropy, 0.0)
     return (weights.to(counted.dtype) * counted).sum()
@@ -76,10 +77,10 @@ def kl_loss_k2(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, samples: in
 def kl_loss_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, samples: int) -> Tensor:
     """(1 / N) sum_it exp(-d_it) - 1 + d_it, with d = log pi - log ref: k3 token by token.
 
-    GRPO's (arXiv 2402.03300), but for its mean over each completion's tokens, where this is their sum.
+    The KL term of GRPO (arXiv 2402.03300), except that GRPO takes the mean over each completion's tokens.
 
-    Its *value* is unbiased for the sum of the tokens' KL(pi || ref); its gradient is not that of KL(pi || ref), but
-    near the reference agrees with that of single tokens to first order (arXiv 2510.01555). Arguments as `kl_loss_k2`.
+    Its *value* is unbiased for the sum of the tokens' KL(pi || ref). Its gradient is not that of KL(pi || ref), but
+    near the reference it agrees to first order with that of the tokens' KL (arXiv 2510.01555). Arguments: `kl_loss_k2`.
     """
     log_ratio = torch.where(mask, logprobs - ref_logprobs.detach(), 0.0)
     return (torch.expm1(-log_ratio) + log_ratio).sum() / samples

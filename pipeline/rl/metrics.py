@@ -1,5 +1,5 @@
-"""The metrics of a training step: what each is, and how it is computed. Imports no torch, since reports read what they
-are."""
+"""The metrics of a training step: what each is, and how it is computed. Imports no torch, since reports read only the
+definitions."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ METRICS = {metric.name: metric for metric in (
         "share of the completions' log-probabilities that are not finite"),
 )}  # fmt: skip
 HISTORY_COLUMNS = tuple(METRICS)
-# of the same completions with their tokens shuffled: what text that has fallen apart costs this reference
+# measured on the same completions with their tokens shuffled: the cost of broken text by this reference
 SHUFFLED = {"ref_bits_per_byte": "shuffled_bits_per_byte", "ref_typicality": "shuffled_typicality"}
 CALIBRATION_COLUMNS = (
     "batch", *(metric.name for metric in METRICS.values() if metric.calibrated), *SHUFFLED.values(),
@@ -137,7 +137,7 @@ def reward_metrics(rewards: Tensor, baseline: Tensor, advantages: Tensor) -> dic
 
 
 def zero_spread(rewards: Tensor) -> Tensor:
-    """[B] True = all samples of the prompt have one reward, so that it teaches nothing under a group baseline."""
+    """[B] True = all samples of the prompt have the same reward: they teach nothing under a group baseline."""
     return rewards.eq(rewards[:, :1]).all(1)
 
 
@@ -154,8 +154,8 @@ def policy_metrics(
 
 
 def nonfinite_share(before: Tensor, after: Tensor) -> float:
-    """Share of the completions' logprobs, before and after an update, that are not finite. Those after it show that a
-    run's last update broke the policy."""
+    """Share of the completions' logprobs, before and after an update, that are not finite. The logprobs after it show
+    whether a run's last update broke the policy."""
     return sum(int((~part.isfinite()).sum()) for part in (before, after)) / (len(before) + len(after))
 
 
@@ -176,11 +176,11 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, grou
 
 
 def text_cost(logprobs: Tensor, entropy: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """What texts cost the model that gave logprobs and entropy, in nats, of all of their tokens [K].
+    """Cost of texts by the model that gave logprobs and entropy, in nats, both [K], of all tokens of the texts.
 
-    ref_bits_per_byte: -sum log2 p over all tokens / UTF-8 bytes of all texts, the unit of language modelling: unlike
-    the mean over tokens it does not fall where a text is cut into more and shorter tokens. ref_typicality: mean over
-    tokens of log p + H (Meister et al., arXiv 2202.00666). Empty texts add nothing to either; NaN where all are.
+    ref_bits_per_byte: -sum log2 p over all tokens / UTF-8 bytes of all texts, the unit of language modelling. Unlike
+    the mean over tokens, it does not fall where a text is cut into more and shorter tokens. ref_typicality: mean over
+    tokens of log p + H (Meister et al., arXiv 2202.00666). Empty texts add nothing; NaN if all texts are empty.
     """
     size = sum(len(text.encode()) for text in texts)
     nats = -logprobs.double().sum().item()
@@ -227,7 +227,7 @@ def longest_runs(marked: Tensor) -> Tensor:
 def largest_gap(logprobs: Tensor, others: Tensor, mask: Tensor) -> float:
     """max |difference| in nats over the tokens of the completions. All [N, T].
 
-    Between the sampler's and what the loss scores, rounding leaves about 1e-5; a misaligned objective or a truncated
-    sampler leaves nats.
+    Between the logprobs of the sampler and of the loss, rounding leaves a gap of about 1e-5. A misaligned objective or
+    a truncated sampler leaves whole nats.
     """
     return (logprobs - others)[mask].abs().max().item()

@@ -1,4 +1,4 @@
-"""What a step learns from, and one micro-batch of it: the scores of its completions, its part of the loss."""
+"""The batch that a step learns from, and one micro-batch of it: the scores of its rows, and their part of the loss."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from pipeline.rl.loss import KL_LOSSES, LossNormalizers, entropy_bonus, policy_l
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from: all N completions of all processes, or n of them."""
+    """The batch that a step learns from: all N completions of all processes, or n of them."""
 
     rollout: Rollout
     advantages: Tensor  # [n]
@@ -29,9 +29,10 @@ class Batch:
 
 
 def rows_without_gradient(batch: Batch, recipe: Recipe, mine: slice, processes: DistContext) -> Tensor:
-    """[n] on the host, True = the loss has no gradient on this completion: its advantage is zero, and there is no other
-    term. None where all of this process's are: parameters then have a gradient, which is zero, and Adam's momentum goes
-    on. None of a sharded policy: FSDP needs the same forward passes on all ranks."""
+    """[n] on the host, True = this completion gives the loss no gradient: its advantage is zero, and the loss has no
+    other term. Returns all False where every completion of this process has zero advantage: the parameters then get a
+    gradient of zero, and Adam's momentum goes on. Also for a sharded policy: FSDP needs equal forward passes on ranks.
+    """
     none = torch.zeros(len(batch.advantages), dtype=torch.bool)
     if recipe.kl in KL_LOSSES or recipe.entropy_coef > 0 or processes.sharded:
         return none
@@ -48,7 +49,7 @@ def score_rows(
     rows: slice,  # of the micro-batch
     flat: Tensor,  # [N] on the host, True = no gradient is needed
 ) -> Scores:
-    """Scores of a micro-batch. Those without gradient are computed by themselves and detached, which saves their
+    """Scores of a micro-batch. Rows that need no gradient are computed separately and detached, which saves their
     backward pass, two thirds of the arithmetic."""
 
     def differentiable(chosen: slice | Tensor) -> Scores:
@@ -70,10 +71,10 @@ def score_rows(
         return differentiable(rows)
     back = torch.cat([apart, learning]).argsort()
     apart, learning, back = move([apart, learning, back], lengths.device)
-    # not under no_grad: autocast would keep the weights that it rounds there for the other rows, without their graph
+    # not under no_grad: autocast would round the weights without a graph, and reuse them for the other rows
     scores = differentiable(apart)
     parts = [(scores.logprobs.detach(), scores.scored.detach(), scores.entropy.detach())]
-    del scores  # and with it the graph
+    del scores  # frees the graph
     if len(learning):
         scores = differentiable(learning)
         parts.append((scores.logprobs, scores.scored, scores.entropy))
@@ -81,7 +82,7 @@ def score_rows(
 
 
 def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, recipe: Recipe) -> tuple[Tensor, int]:
-    """The part of the batch's loss that is of these rows, and how many of their tokens are clipped.
+    """These rows' part of the batch's loss, and how many of their tokens are clipped.
 
         - sum_it w_it f_it A_i log pi_it  +  kl_coef * KL term  -  entropy_coef * sum_it w_it H_it
 
@@ -98,7 +99,7 @@ def microbatch_loss(scores: Scores, batch: Batch, rows: slice, weights: Tensor, 
     loss = policy_loss(scores.scored, batch.advantages[rows], factors)
     if recipe.kl in KL_LOSSES:
         assert batch.ref_logprobs is not None
-        # under the distribution that was sampled: neither shifted ones, nor the full softmax of a truncated sampler
+        # logprobs under the sampled distribution: not the shifted ones, nor the full softmax of a truncated sampler
         acting = scores.scored if recipe.loss_distribution == "sampler" else scores.logprobs
         kl = KL_LOSSES[recipe.kl](acting, batch.ref_logprobs[rows], mask, batch.normalizers.samples)
         loss = loss + batch.kl_coef * kl

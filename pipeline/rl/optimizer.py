@@ -11,7 +11,7 @@ from pipeline.config.schema import Recipe
 from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.distributed.sharding import local_tensor
 
-CHUNK_BYTES = 2**26  # of parameters that are updated together; the embedding of 70M alone has 100 MB
+CHUNK_BYTES = 2**26  # parameters that are updated together; the embedding of Pythia-70M alone has 100 MB
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -24,14 +24,14 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> 
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe, hidden_size: int) -> float:
-    """Rises linearly over `warmup_steps` to the full rate; then stays, or decays so as to reach 0 after `steps`.
+    """Rises linearly over `warmup_steps` to the full rate; then stays, or decays to reach 0 after `steps`.
 
     The full rate is the recipe's lr; with an `lr_base_width` it is lr * lr_base_width / hidden_size. Adam moves every
-    weight by about lr, so what a unit of a layer computes moves by lr * hidden_size, which this keeps the same for
-    models of any width (muP: Yang et al., arXiv 2203.03466, table 3).
+    weight by about lr, so the output of a layer's unit moves by about lr * hidden_size. The base width keeps this
+    change the same for models of any width (muP: Yang et al., arXiv 2203.03466, table 3).
 
     With p = (step - warmup_steps) / (steps - warmup_steps), from 0 to 1 after the warm-up:
-    linear lr (1 - p), cosine lr (1 + cos(pi p)) / 2. `step` counts from 0; the last is steps - 1, so still above 0.
+    linear lr (1 - p), cosine lr (1 + cos(pi p)) / 2. `step` counts from 0 to steps - 1, so the last rate is above 0.
     """
     done = max(0, step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
     decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe.lr_decay]
@@ -44,8 +44,8 @@ class Update:
     """What one step of the optimizer did."""
 
     grad_norm: float  # L2, before clipping
-    update_norm_ratio: float  # |change of the weights| / |weights|, L2 over all that are trained
-    skipped: bool  # the step, since loss or gradient were not finite
+    update_norm_ratio: float  # |change of the weights| / |weights|, L2 over all trained weights
+    skipped: bool  # True = no step was made, since loss or gradient was not finite
 
 
 def optimizer_step(
@@ -56,7 +56,7 @@ def optimizer_step(
     loss: float,
     processes: DistContext = SINGLE_PROCESS,
 ) -> Update:
-    """Clip the gradient to `max_grad_norm` (0 = off) and step, unless loss or gradient are not finite. Frees it."""
+    """Clip the gradient to `max_grad_norm` (0 = off), step unless loss or gradient is not finite, free the gradient."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None])
     if processes.sharded:
@@ -69,7 +69,7 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     squares: list[tuple[Tensor, Tensor]] = []
-    for chunk in _with_gradient_in_chunks(parameters):  # so that no more than one is held as it was before
+    for chunk in _with_gradient_in_chunks(parameters):  # so that only one chunk's old weights are held
         before = [local_tensor(p.detach()).clone() for p in chunk]
         sizes = [_square(part) for part in before]
         optimizer.step()
@@ -80,8 +80,8 @@ def optimizer_step(
 
 
 def _with_gradient_in_chunks(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Yield parameters while only they have a gradient, so that the optimizer updates only them. Frees their gradients.
-    As many at once as CHUNK_BYTES holds, at least one: a step of few parameters leaves a GPU with little to do."""
+    """Yield the parameters in chunks. Only the yielded chunk has gradients, so the optimizer updates only this chunk.
+    Frees the gradients. A chunk has up to CHUNK_BYTES, at least one parameter: small chunks leave a GPU idle."""
     gradients = {p: p.grad for p in parameters}
     for p in parameters:
         p.grad = None

@@ -1,4 +1,4 @@
-"""Groups without a spread of rewards are drawn anew: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2)."""
+"""Dynamic sampling: replaces groups whose rewards are all the same (DAPO, arXiv 2503.14476, section 3.2)."""
 
 import dataclasses
 
@@ -13,11 +13,13 @@ from pipeline.rl.seeding import draw_prompts, draw_uniforms
 
 
 def replace_flat_groups(groups: Groups, context: TrainContext, step: int) -> tuple[Groups, int]:
-    """Replaces groups whose rewards are all the same, which teach nothing under a group baseline, in the order of the
-    batch, by groups of other prompts with a spread, in the order in which they are drawn.
+    """Replaces flat groups, whose rewards are all the same, by groups of other prompts whose rewards differ.
 
-    Each of `resample_rounds` rounds draws one prompt from all for every group that is still flat. Those that are flat
-    after the last one stay. Returns the groups and how many completions were sampled for them.
+    Flat groups teach nothing under a group baseline. The batch's first flat group is replaced by the first such group
+    that is drawn, and so on.
+
+    Each of `resample_rounds` rounds draws one prompt from all for every group that is still flat. Groups that are flat
+    after the last round stay. Returns the groups, and how many completions were sampled to replace them.
     """
     sampled, group = 0, groups.rewards.shape[1]
     for attempt in range(context.params.selected_recipe.resample_rounds):
@@ -36,7 +38,7 @@ def replace_flat_groups(groups: Groups, context: TrainContext, step: int) -> tup
 
 
 def draw_groups(count: int, attempt: int, context: TrainContext, step: int) -> Groups:
-    """Groups of `count` prompts, each drawn from all; the first ones are the same whatever the count."""
+    """Groups of `count` prompts, each drawn from all prompts. The first groups are the same whatever the count."""
     params, purpose = context.params, f"resample {attempt}"
     sizes = params.train
     most = max(sizes.prompts_per_step, count)
@@ -48,7 +50,7 @@ def draw_groups(count: int, attempt: int, context: TrainContext, step: int) -> G
 
 
 def _chosen(first: Groups, second: Groups, source: list[int], group: int, filler: int) -> Groups:
-    """The groups at these places of both in a row."""
+    """The groups at the places `source` of the sequence `first`, then `second`."""
     rows = [place * group + g for place in source for g in range(group)]
     prompts, texts = first.prompts + second.prompts, first.completions + second.completions
     rollout = joined(first.rollout, second.rollout, filler)
@@ -63,7 +65,7 @@ def _chosen(first: Groups, second: Groups, source: list[int], group: int, filler
 
 
 def joined(first: Rollout, second: Rollout, filler: int) -> Rollout:
-    """Both in a row: prompts padded on the left, the rest on the right, ids with `filler`."""
+    """`first`, then `second`. Prompts are padded on the left, all else on the right; ids are padded with `filler`."""
     parts = {}
     for field in dataclasses.fields(Rollout):
         pair = [getattr(rollout, field.name) for rollout in (first, second)]

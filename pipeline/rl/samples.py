@@ -1,4 +1,4 @@
-"""The completions of a step with what training made of them, as rows of files.
+"""The completions of a step with their rewards, advantages and logprobs, as rows of files.
 
 B prompts, G samples of each, N = B * G completions of up to T tokens.
 """
@@ -14,12 +14,12 @@ from pipeline.models.rollout import Completion, read_completions
 from pipeline.rl.batch import Groups
 from pipeline.rl.context import TrainContext
 
-PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of a step in samples.jsonl
+PROMPTS_KEPT, SAMPLES_KEPT = 4, 2  # of each step, in samples.jsonl
 
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The completions of a step, prompt by prompt, as the policy that sampled them scores them."""
+    """The completions of a step, prompt by prompt, with the logprobs of the policy that sampled them."""
 
     step: int
     groups: Groups
@@ -30,8 +30,8 @@ class StepSamples:
 
 
 def first_samples(samples: StepSamples, context: TrainContext) -> list[dict[str, Any]]:
-    """The first completions of the first prompts, as rows of samples.jsonl. Those of a sum hold its terms with their
-    weights: they add up to the reward."""
+    """The first completions of the first prompts, as rows of samples.jsonl. If the reward is a sum, each row holds the
+    weighted terms, which add up to the reward."""
     groups, weights, rows = samples.groups, context.reward.weights, []
     group = groups.rewards.shape[1]
     read = _read(samples, context)
@@ -78,7 +78,7 @@ def sample_columns(samples: StepSamples, context: TrainContext) -> dict[str, lis
 
 
 def weighted_terms(values: Sequence[float], weights: Mapping[str, float]) -> dict[str, float | None]:
-    """What each term adds to the reward of a completion, by its name; None where it says nothing."""
+    """What each term adds to the reward of a completion, by the term's name; None where the term gives no score."""
     return {name: finite_or_none(weight * value) for (name, weight), value in zip(weights.items(), values, strict=True)}
 
 

@@ -25,8 +25,8 @@ def draw_probe_prompts(seed: int, step: int, prompts: int, count: int) -> list[i
 def draw_prompts(seed: int, step: int, count: int, available: int, draw: str, purpose: str = "prompts") -> list[int]:
     """Indices of a step's prompts.
 
-    replacement: each drawn from all, as in the notebook. shuffled: the next `count` of an endless row of epochs, each
-    a permutation of all, so that every prompt comes equally often.
+    replacement: each is drawn from all prompts, as in the notebook. shuffled: the next `count` prompts of an endless
+    sequence of epochs. Each epoch is a permutation of all prompts, so that every prompt comes equally often.
     """
     if draw == "replacement":
         return torch.randint(available, (count,), generator=generator(seed, step, purpose)).tolist()

@@ -8,7 +8,7 @@ from pipeline.file_io import finite_or_none, total
 from pipeline.rl.metrics import HISTORY_COLUMNS
 from pipeline.timing import time_left
 
-SUMMARY_STEPS = 5  # steps behind each mean of summary.json
+SUMMARY_STEPS = 5  # steps in each mean of summary.json
 
 
 @dataclasses.dataclass
@@ -26,8 +26,8 @@ class TrainState:
     running_mean: float | None = None  # of the rewards of the steps so far: `baseline: running`
     processes: list[int | str] = dataclasses.field(
         default_factory=list
-    )  # how many computed it: once more after each change
-    gpus: list[str] = dataclasses.field(default_factory=list)  # which ones, likewise; none on a CPU
+    )  # how many processes computed the run, with a new entry after each change
+    gpus: list[str] = dataclasses.field(default_factory=list)  # names of the GPUs, likewise; empty on a CPU
 
     @property
     def step(self) -> int:
@@ -35,7 +35,7 @@ class TrainState:
         return len(self.rows)
 
     def note_change(self, processes: int | str, gpu: str | None) -> None:
-        """Notes what computes from now on, where it is something else than before."""
+        """Records the processes and the GPU that compute from now on, where they have changed."""
         if self.processes[-1:] != [processes]:
             self.processes.append(processes)
         if gpu and self.gpus[-1:] != [gpu]:

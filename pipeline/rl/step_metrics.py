@@ -22,10 +22,10 @@ from pipeline.rl.update import BackwardResult
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What a step of B prompts, G samples of each, has computed: N = B * G completions of up to T tokens."""
+    """Results of a step. B prompts, G samples of each, N = B * G completions of up to T tokens."""
 
-    groups: Groups  # that it learned from
-    rewards: Tensor  # [B, G] of the groups that it drew first: what metrics call the reward, whatever is learned from
+    groups: Groups  # that the step learned from
+    rewards: Tensor  # [B, G] plain rewards of the groups that were drawn first, before resampling: the metrics' reward
     baseline: Tensor  # [B, G], in units of the reward
     advantages: Tensor  # [B, G]
     gradient: BackwardResult
@@ -41,10 +41,10 @@ class StepTensors:
 
 
 def history_row(tensors: StepTensors, told: dict[str, float], context: TrainContext) -> dict[str, float]:
-    """All columns of history.csv. told: those that no tensor holds."""
+    """All columns of history.csv. told: the columns that are not computed from tensors."""
     rollout, logprobs, after = tensors.groups.rollout, tensors.gradient.logprobs, tensors.logprobs_after
     mask, ref_rows, probe_rows = rollout.completion_mask, tensors.ref_rows, tensors.probe_rows
-    normalized = context.reward.combine == "normalized"  # then the baseline is of the signal
+    normalized = context.reward.combine == "normalized"  # then tensors.baseline is that of the signal
     baseline = group_mean(tensors.groups.rewards) if normalized else tensors.baseline
     group_size = context.params.train.samples_per_prompt
     metrics = {

@@ -55,7 +55,7 @@ def train_step(
     rewards = with_overlong_penalty(learned_rewards(groups, context), rollout, params) / scale
     watch.lap("reward")
 
-    # reference logprobs: log pi_ref(y | x), of all completions for a KL term, else of some, to measure the distance
+    # reference logprobs: log pi_ref(y | x), of all completions if there is a KL term, else of some to measure the KL
     probe_rows = draw_probe_rows(params, step, context.device)
     ref_rows = probe_rows if recipe.kl == "none" else torch.arange(len(mask), device=context.device)
     with context.reference() as reference:
@@ -82,13 +82,13 @@ def train_step(
     ref_logprobs = None if recipe.kl == "none" else ref_scores.logprobs
     batch = Batch(rollout, advantage.flatten(), loss_mask, ref_logprobs, normalizers, kl_coef)
     lr = learning_rate(step, sizes.steps, recipe, context.rollout_model.config.get_text_config().hidden_size)
-    # what changes memory and time alone
+    # settings that change only memory and time
     layout = sizes.micro_batch, group_size, context.processes, sizes.gradient_checkpointing, context.layout.packing
     gradient, updated = update_policy(batch, policy, optimizer, recipe, lr, *layout)
     sync_rollout_model(context, policy)
     watch.lap("update")
 
-    # metrics, also of how far the update moved the policy
+    # metrics, including how far the update moved the policy
     after = score_batch(context.rollout_model, rollout.take(probe_rows), context).logprobs
     scores = gradient, ref_rows, ref_scores, probe_rows, after
     tensors = on_cpu(StepTensors(groups, drawn.rewards, baseline * scale, advantage, *scores))
@@ -100,7 +100,7 @@ def train_step(
     state.samples += first_samples(samples, context)
     state.terms += term_rows(step, drawn.terms.cpu(), context.reward.weights, context.reward.combine)
 
-    # what the next step needs of this one
+    # state that the next step needs
     state.stopped = bool(updated["nonfinite"]) and sizes.on_nonfinite == "stop"
     if recipe.baseline == "running":
         state.running_mean = next_running_mean(state.running_mean, rewards, recipe.baseline_decay)
@@ -111,7 +111,7 @@ def train_step(
 
 
 def learned_rewards(groups: Groups, context: TrainContext) -> Tensor:
-    """[B, G] What the policy learns from: the rewards, or the sum of their terms, each normalised in its group."""
+    """[B, G] What the policy learns from: the rewards, or the sum of their terms, each term normalised in its group."""
     reward = context.reward
     if reward.combine != "normalized":
         return groups.rewards
@@ -134,7 +134,7 @@ def baseline_inputs(
     )
     rewards = reward_batch(prompts, rollout, context, state.step)[1]  # [B, 1]
     rewards = with_overlong_penalty(rewards, rollout, context.params) / scale
-    if recipe.kl == "reward_k1":  # the samples are penalised, by both: else it would stay in every advantage
+    if recipe.kl == "reward_k1":  # as the samples' rewards: else the penalty would stay in every advantage
         with context.reference() as reference:
             ref_logprobs = score_batch(reference, rollout, context).logprobs
         rewards = with_kl_penalty(rewards, rollout.logprobs, ref_logprobs, rollout.completion_mask, kl_coef)
@@ -142,7 +142,7 @@ def baseline_inputs(
 
 
 def with_overlong_penalty(rewards: Tensor, rollout: Rollout, params: Params) -> Tensor:
-    """Rewards [B, G] less what the recipe takes from completions that come near the limit."""
+    """Rewards [B, G] minus the recipe's penalty for completions near the limit."""
     buffer, penalty = params.selected_recipe.overlong_buffer, params.selected_recipe.overlong_penalty
     if buffer == 0:
         return rewards
@@ -150,7 +150,7 @@ def with_overlong_penalty(rewards: Tensor, rollout: Rollout, params: Params) -> 
 
 
 def draw_probe_rows(params: Params, step: int, device: torch.device) -> Tensor:
-    """Indices of the completions that are scored again after the update: all of each of the chosen prompts."""
+    """Indices of the completions that are scored again after the update: all completions of the chosen prompts."""
     sizes = params.train
     chosen = draw_probe_prompts(params.seed, step, sizes.prompts_per_step, sizes.kl_probe_prompts)
     group_size = sizes.samples_per_prompt

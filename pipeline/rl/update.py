@@ -22,21 +22,21 @@ from pipeline.rl.optimizer import Update, optimizer_step, square_norm
 
 @dataclass(frozen=True)
 class BackwardResult:
-    """What the backward pass leaves besides the gradient itself."""
+    """Results of the backward pass besides the gradient itself."""
 
     loss: float
     logprobs: Tensor  # [n, T] of the policy, correctly aligned, full softmax
     loss_logprobs: Tensor  # [n, T] what the loss used: equal to logprobs unless the recipe shifts or truncates them
     entropy: Tensor  # [n, T]
-    clip_share: float  # of the tokens in the loss, those whose importance ratio was clipped
-    snr: float  # see `signal_to_noise`; NaN where the micro-batches do not tell
+    clip_share: float  # share of the tokens in the loss whose importance ratio was clipped
+    snr: float  # see `signal_to_noise`; NaN where it cannot be computed from the micro-batches
 
 
 def make_loss_mask(rollout: Rollout, group: int, padding: str) -> Tensor:
     """[N, T] True = the token is in the loss.
 
-    masked: up to and including the first EOS. counted: up to the longest completion of the prompt's group, the filling
-    EOS tokens of the shorter ones included, as in the notebook.
+    masked: up to and including the first EOS. counted: up to the length of the longest completion of the prompt's
+    group, as in the notebook; the EOS tokens that fill up shorter completions count.
     """
     if padding == "masked":
         return rollout.completion_mask
@@ -54,18 +54,18 @@ def backward(
     gradient_checkpointing: bool = False,
     packing: bool = True,
 ) -> BackwardResult:
-    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`, which should be empty: the
+    """Adds the gradient of the recipe's loss on this batch to the policy's `.grad`, which should be empty at first: the
     signal-to-noise ratio is computed from it.
 
-    Normalisers come from the whole batch: micro-batches change memory, not the gradient, and the gradients of the
-    processes add up to it. `group`: completions of a prompt; `gradient_checkpointing`: computes layers again in the
-    backward pass; `packing`: see `score`.
+    Normalisers come from the whole batch: micro-batches change memory, not the gradient. The processes' gradients add
+    up to the gradient of the batch. `group`: completions of a prompt; `gradient_checkpointing`: computes layers again
+    in the backward pass; `packing`: see `score`.
     """
     rollout, total, clipped = batch.rollout, 0.0, 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     weights = token_weights(batch.loss_mask, recipe.aggregation, batch.normalizers)
     lengths = torch.maximum(batch.loss_mask.sum(1), rollout.lengths)
-    # the ratio needs each micro-batch's own gradient, which takes time: only where it is defined
+    # the signal-to-noise ratio needs each micro-batch's own gradient, which takes time: only where it is defined
     track_microbatch_norms = len(weights) > micro_batch and micro_batch % group == 0 and not processes.sharded
     mine = processes.group_slice(len(weights), group)
     flat = rows_without_gradient(batch, recipe, mine, processes)
@@ -73,7 +73,7 @@ def backward(
         _record_microbatch_norms(policy) if track_microbatch_norms else nullcontext([])
     )
     device = weights.device
-    # one autocast context for all micro-batches rounds the weights once; it may not cache them where layers are
+    # one autocast context for all micro-batches rounds the weights once; its cache must be off where layers are
     # gathered or computed again
     keep = not (processes.sharded or gradient_checkpointing)
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=keep)
@@ -164,15 +164,16 @@ def update_policy(
 
 
 def signal_to_noise(whole: float, parts: list[float], sizes: list[int]) -> float:
-    """Of the batch's gradient G = sum_m G_m over micro-batches m of whole prompts, with shares s_m of the batch.
+    """Signal-to-noise ratio of the batch's gradient G = sum_m G_m, over micro-batches m of whole prompts.
 
-    The G_m are independent with means s_m g, where g is the expected gradient, so that the products of different ones
-    tell signal from noise (as McCandlish et al., arXiv 1812.06162, appendix A.1, do with two batch sizes):
+    The G_m are independent with means s_m g: s_m is the micro-batch's share of the batch, g the expected gradient. So
+    the products of different G_m separate signal from noise (McCandlish et al., arXiv 1812.06162, appendix A.1, do so
+    with two batch sizes):
 
         |g|^2 = (|G|^2 - sum_m |G_m|^2) / (1 - sum_m s_m^2),    snr = |g|^2 / (|G|^2 - |g|^2)
 
-    Unbiased in numerator and denominator, noisy with few micro-batches, and below zero by chance. whole: |G|^2; parts:
-    |G_m|^2; sizes: samples in each. NaN for a single micro-batch, or without any gradient.
+    Numerator and denominator are unbiased. The ratio is noisy with few micro-batches, and can be negative by chance.
+    whole: |G|^2; parts: |G_m|^2; sizes: samples in each. NaN for a single micro-batch, or without any gradient.
     """
     shares = [size / sum(sizes) for size in sizes]
     rest = 1 - total(share**2 for share in shares)
