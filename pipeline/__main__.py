@@ -116,8 +116,8 @@ def find_root(folder: Path) -> Path:
 
 
 def enter_project() -> None:
-    """Change to the project's root. If `reinforce` was installed from another checkout, restart with the code of this
-    project."""
+    """Change to the project's root. If `reinforce` was installed from another checkout, restart with this project's
+    code."""
     root = find_root(Path.cwd())
     os.chdir(root)
     if not (root / "pipeline").samefile(Path(__file__).parent):

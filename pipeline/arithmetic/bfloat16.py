@@ -20,8 +20,7 @@ def uses_bfloat16(params: Params) -> bool:
 
 
 def bfloat16_note(arithmetic: Arithmetic) -> str | None:
-    """A note on the speed of bfloat16 on this CPU, in one line; None if bfloat16 is not measurably slower than
-    float32."""
+    """A note on the speed of bfloat16 on this CPU, in one line; None if bfloat16 is not slower than float32."""
     if arithmetic == "portable":
         native = "is faster" if INSTRUCTIONS & cpu_flags() else "would be slower"
         return f"{PORTABLE}; train.arithmetic: native {native} on this CPU"

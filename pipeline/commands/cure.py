@@ -67,7 +67,7 @@ def refuse_stale() -> None:
 
 
 def experiment_name(run: Inputs) -> str:
-    """A name that is the same for the same training, held-out evaluation and changes, whatever the commit."""
+    """The same name for the same training, held-out evaluation and changes, whatever the commit."""
     parts = [run.run["train_key"], run.diagnosis["cure"]["changes"], run.rewards]
     return f"cure-{digest(parts)[:16]}"
 

@@ -55,7 +55,7 @@ def continuation(
 
 
 def print_origin() -> None:
-    """Print which run trained data/policy. Warn on stderr if that is unknown or params.yaml selects another run."""
+    """Say which run trained data/policy. Warn on stderr if that is unknown or params.yaml selects another run."""
     try:
         trained, digests = read_json(RUN_FILES.run), run_digests(RUN_FILES.summary)
         known = holds_policy_of(digests) and digests["train_key"] == trained["train_key"]

@@ -154,8 +154,8 @@ def queue(wanted: dict[str, list[str]], commit: str) -> None:
 
 
 def raise_if_changed(name: str, values: list[str]) -> None:
-    """Raises UserError if the code or the commit has changed since the experiment was named: DVC would queue the
-    present one."""
+    """Raises UserError if the code or the commit has changed since the experiment was named: DVC would run the new
+    code."""
     if not name.endswith(digest([code_state(head_commit()), values])[:NAME_DIGITS]):
         raise UserError(
             f"files or the commit changed since this command began, so {name} was not queued; undo that and repeat the "

@@ -23,8 +23,7 @@ COMPLETIONS = ("completion", "completions", "response", "output")  # the first o
 
 
 def read_log(file: Path) -> Table:
-    """Rows in the order of their steps. Raises UserError for a file that is no log, or has no step or no column we
-    know."""
+    """Rows in the order of steps. Raises UserError for a file that is no log, or has no step or no column we know."""
     return by_our_names(read_records(find_state(file)), str(file))
 
 
@@ -47,8 +46,7 @@ def natural(name: str) -> list[int]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file as they are. Its content tells the format. Raises UserError if it is in none of the
-    formats."""
+    """The rows of a file as they are. Its content tells the format. Raises UserError if no format fits."""
     text = read_text(file)
     start = text.lstrip()[:1]
     if not start:

@@ -85,7 +85,7 @@ def code_digest(module: str) -> str:
 
 
 def library_versions(*more: str) -> dict[str, str]:
-    """Versions of the libraries that compute the result, without the build's local part (+cpu): that is the
+    """Versions of the libraries that compute the result, without a build's local part (+cpu), which is the
     machine's."""
     return {name: version.partition("+")[0] for name in (*LIBRARIES, *more) if (version := _version(name))}
 

@@ -304,8 +304,7 @@ def without_password(text: str) -> str:
 
 
 def _prepare_database(path: Path) -> None:
-    """Make a SQLite store if there is none; it is whole or absent, since mlflow cannot open one that lacks
-    migrations."""
+    """Make a SQLite store if there is none: whole or not at all, since mlflow cannot open one that lacks migrations."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     if path.exists() and path.stat().st_size:  # a killed sqlite leaves an empty file

@@ -136,7 +136,7 @@ def _with_config(found: list[RunSummary]) -> list[RunSummary]:
 
 @contextlib.contextmanager
 def readable(instead: str = ", or `--from dvc`") -> Iterator[None]:
-    """Raises a UserError of one line if the block finds MLflow missing or its store unreadable. `instead`: what else to
+    """Raises a one-line UserError if the block finds MLflow missing or its store unreadable. instead: what else to
     do."""
     try:
         yield
