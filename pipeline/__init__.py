@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.runs.loaded_run import LoadedRun
 
-# DVC starts stages with the first `python` in PATH. With another one than ours, imports would end in a traceback.
+# DVC starts stages with the first `python` in PATH. If that is another Python than this project's, imports would end in
+# a traceback.
 if sys.version_info < (3, 11) or find_spec("pydantic") is None:
     sys.exit(f"error: {sys.executable} is not the Python that the project is installed in: `source .venv/bin/activate`")
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from pipeline.errors import UserError, run_stage
 
 ROOT_FILES = ("params.yaml", "dvc.yaml", "pipeline/__init__.py", "pipeline/__main__.py")  # what a project's root holds
-OF_A_LOG = ("completions", "calibration", "first", "json")  # options of `diagnose` that need one
+OF_A_LOG = ("completions", "calibration", "first", "json")  # options of `diagnose` that need a log
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def run() -> None:
-    """Raises UserError for arguments that are not valid, where there is no project, and whatever the command raises."""
+    """Raises UserError for invalid arguments and outside a project. Errors of the command itself pass."""
     parser = build_parser()
     options = parser.parse_args()
     if options.command is None:
@@ -42,8 +42,8 @@ def run() -> None:
 
 
 def run_command(options: argparse.Namespace) -> None:
-    """Import and call the chosen command. Those that compute with models choose their kernels first; one that starts
-    DVC must not, since its experiments may choose others."""
+    """Import and call the chosen command. A command that computes with models chooses its kernels first. A command that
+    starts DVC must not, since its experiments may choose other kernels."""
     if options.command in ("export", "generate"):
         from pipeline.arithmetic.environment import choose_kernels
 
@@ -92,7 +92,7 @@ def run_command(options: argparse.Namespace) -> None:
 
 
 def diagnose_log(options: argparse.Namespace) -> None:
-    """Anybody's log, wherever it lies, without a project too. MLflow's store is that of the project around us."""
+    """Diagnose anybody's log; no project is needed. MLflow's store is that of the project around the current folder."""
     from pipeline.commands import diagnose
 
     if options.log.startswith(diagnose.MLFLOW):
@@ -116,7 +116,7 @@ def find_root(folder: Path) -> Path:
 
 
 def enter_project() -> None:
-    """Change to the project's root. Where `reinforce` was installed from another checkout, start again with this one's
+    """Change to the project's root. If `reinforce` was installed from another checkout, restart with this project's
     code."""
     root = find_root(Path.cwd())
     os.chdir(root)

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-LONGEST = 1000  # characters of a message: what it quotes may be a megabyte
+LONGEST = 1000  # characters of a message; a quoted value may be a megabyte long
 
 
 class UserError(Exception):
-    """What is wrong, where, and what would be right, in one line. Anything else that escapes is a bug of ours."""
+    """A user's mistake, in one line: what is wrong, where, and what would be right. Other exceptions are bugs of
+    ours."""
 
     def __init__(self, message: str) -> None:
         line = one_line(message)
@@ -22,13 +23,13 @@ class UserError(Exception):
 
 
 def cut(line: str, longest: int) -> str:
-    """The beginning and the end of a line that is too long. The end is the advice: it starts where a clause does."""
+    """Shorten a long line to its beginning and its end. The end holds the advice and starts with a clause."""
     if len(line) <= longest:
         return line
     start, end = line[: longest * 3 // 5], line[-longest * 2 // 5 + 10 :]
     clause = re.search(r"(?<=[.;!?]) | (?=\()", end) or re.search(" ", end)
     blank = start.rfind(" ")
-    # what is quoted may be one word of a megabyte
+    # a quoted word may be a megabyte long: then cut inside the word
     start = start[:blank] if blank > len(start) // 2 else start
     return f"{start} ... {end[clause.end() :] if clause else end}"
 
@@ -39,7 +40,7 @@ def one_line(text: str) -> str:
 
 
 def nearest(wrong: str, known: Iterable[str]) -> str | None:
-    """One of these that ends or begins with it, or is near; None where none is."""
+    """Return a known name that ends or begins with `wrong`, or is similar to it; else None."""
     known = list(known)
     near = [name for name in known if name.endswith(f".{wrong}")]
     near += sorted((name for name in known if len(wrong) > 2 and name.startswith(wrong)), key=len)
@@ -48,19 +49,19 @@ def nearest(wrong: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where there is a `nearest` one, else nothing."""
+    """`; did you mean 'x'?` if there is a `nearest` name, else an empty text."""
     near = nearest(wrong, known)
     return f"; did you mean {near!r}?" if near else ""
 
 
 def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
-    """Runs a stage's `main`; a UserError becomes `error: ...` on stderr, any other exception keeps its traceback. Where
-    it reads no `arguments`, -h and --help print the module's docstring, and others are refused."""
+    """Run a stage's `main`. A UserError becomes `error: ...` on stderr, any other exception keeps its traceback. A
+    `main` without `arguments` takes only -h and --help, which print the module's docstring."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a completion must not end a run in a Latin-1 terminal, and a log shows each line at once
+        # a completion that a Latin-1 terminal cannot show must not end the run, and a log must show each line at once
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     if "JPY_PARENT_PID" in os.environ:
-        # a notebook's cell is a terminal to what it starts, but keeps each redrawing of a progress bar
+        # a notebook's cell looks like a terminal to its commands, but it keeps each redrawing of a progress bar
         for stream in (sys.stdout, sys.stderr):
             stream.isatty = lambda: False  # type: ignore[method-assign]
     try:
@@ -79,22 +80,22 @@ def run_stage(main: Callable[[], None], arguments: bool = False) -> None:
     except BrokenPipeError:
         if not arguments:
             raise
-        # `head`, or another reader of a command's output, has what it wanted; Python would complain again at its end
+        # `head`, or another reader of the output, has closed the pipe; Python would complain again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted" if arguments else "interrupted; the same command goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
-        gc.freeze()  # else Python looks for garbage in all of torch and transformers before it ends: a second
+        gc.freeze()  # else Python searches torch and transformers for garbage at exit, which takes a second
 
 
 def _check_python() -> None:
-    """Raises UserError where Python runs a stage of another project's, or without what a library needs."""
+    """Raises UserError if Python runs another project's stage, or runs without the docstrings that a library needs."""
     package = Path(__file__).parent
     here = Path(package.name)
     if sys.flags.safe_path and here.is_dir() and not here.samefile(package):
-        # an experiment would run the workspace's code
+        # in its own folder, an experiment would run the workspace's code
         raise UserError(
             f"Python imports {package}, not {here.resolve()}, where it was started: `unset PYTHONSAFEPATH`, and leave "
             "out -P"

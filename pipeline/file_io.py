@@ -16,8 +16,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-# What the machine refuses: no room, a quota, a limit on size, a folder that is read-only or another's, a broken disk; a
-# file where a folder is wanted or the other way round, too long a name.
+# Errors that are no bug of ours: a full disk, a quota, a size limit, a folder that is read-only or another user's, a
+# broken disk, a file in the place of a folder or the reverse, a name that is too long.
 REFUSED = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -26,10 +26,10 @@ REFUSED = {
 
 @contextlib.contextmanager
 def translate_write_errors(target: Path) -> Iterator[None]:
-    """Raises UserError naming `target` if the block cannot write it: a full disk and the like."""
+    """Raises UserError naming `target` if the block cannot write it, for example to a full disk."""
     try:
         yield
-    except Exception as error:  # safetensors and tokenizers raise classes of their own, which end in (os error 28)
+    except Exception as error:  # safetensors and tokenizers raise their own classes; the text ends in (os error 28)
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
         if number not in REFUSED:
@@ -42,9 +42,9 @@ def translate_write_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that becomes `target` when the block ends without an exception. For one writer
-    at a time: the name is fixed, so that the next one writes over what a killed one left. Raises UserError:
-    `translate_write_errors`."""
+    """A temporary path beside `target` that becomes `target` when the block ends without an exception. Only one writer
+    at a time: the temporary name is fixed, so that a writer overwrites what a killed one left. Raises UserError as
+    `translate_write_errors` does."""
     temporary = _beside(target, "tmp")
     with translate_write_errors(target):
         make_folder(target.parent)
@@ -60,18 +60,18 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that replaces `target` when the block ends without an exception. For one
-    writer at a time, as `atomic_path`. Raises UserError: `translate_write_errors`."""
+    """A temporary folder beside `target` that replaces `target` when the block ends without an exception. Only one
+    writer at a time, as for `atomic_path`. Raises UserError as `translate_write_errors` does."""
     temporary, before = _beside(target, "tmp"), _beside(target, "old.tmp")
     with translate_write_errors(target):
-        for left in (temporary, before):  # by a process that was killed
+        for left in (temporary, before):  # left by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         make_folder(temporary)
         try:
             yield temporary
             make_readable(temporary)
             if target.exists():
-                target.replace(before)  # renamed first: a kill while deleting must not leave half a folder in its place
+                target.replace(before)  # rename before deleting: a kill must not leave half a folder at `target`
             temporary.replace(target)
             shutil.rmtree(before, ignore_errors=True)
         finally:
@@ -79,7 +79,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it that are missing, for everybody to read."""
+    """Make a folder and its missing parents, readable for everybody."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -87,15 +87,15 @@ def make_folder(folder: Path) -> None:
 
 
 def make_readable(folder: Path) -> None:
-    """Gives everybody leave to read what is below `folder`, whatever the umask was: safetensors writes for its owner
-    alone, and others of a shared folder load what was trained."""
+    """Let everybody read `folder` and everything below it, whatever the umask. safetensors writes files that only their
+    owner can read, but other users of a shared folder load the trained policy."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def make_all_readable(folder: Path) -> None:
-    """Adds leave to read what is below `folder`, where it is this user's: DVC commits an output that is a single file
-    anew, with the umask of who runs it. What lies in an output folder keeps its mode."""
+    """Let everybody read this user's files below `folder`. DVC writes an output that is a single file anew when it
+    commits it, with the user's umask. Files in an output folder keep their mode."""
     for path in folder.rglob("*"):
         with contextlib.suppress(PermissionError):
             if path.is_file() and not path.is_symlink():
@@ -112,7 +112,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Indented and in the order given, so that a diff reads well. NaN is refused: it is not JSON."""
+    """Indented JSON in the order given, so that a diff reads well. Raises ValueError for NaN, which is not JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -121,7 +121,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def write_jsonl(target: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A line a row; of no rows an empty line, since DVC warns of empty outputs."""
+    """One line per row. Without rows the file holds an empty line, since DVC warns of empty outputs."""
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
     write_text(target, "".join(line + "\n" for line in lines) or "\n")
 
@@ -172,12 +172,12 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def total(values: Iterable[float]) -> float:
-    """Added from left to right: from Python 3.12 on `sum` compensates for rounding, which makes other bytes."""
+    """The sum from left to right. From Python 3.12 on, `sum` compensates for rounding, which gives other bytes."""
     return functools.reduce(operator.add, values, 0.0)
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON and DVC metrics have no NaN: what is undefined is null."""
+    """None for an undefined value: JSON and DVC metrics have no NaN."""
     return value if math.isfinite(value) else None
 
 
@@ -193,9 +193,9 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def why_unwatched(path: Path, roots: Iterable[Path]) -> str | None:
-    """Why DVC, which watches the folders `roots`, would notice no edit of `path`; None where it would.
+    """Say why DVC, which watches the folders `roots`, would miss an edit of `path`; None if it would notice the edit.
 
-    DVC reads through links to files, and through `roots` themselves, but looks into no link to a folder below them.
+    DVC follows links to files, and follows `roots` that are links, but no link to a folder below them.
     """
     for root in roots:
         if path.resolve().is_relative_to(root.resolve()):

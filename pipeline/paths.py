@@ -1,18 +1,18 @@
-"""Where the files of a run lie, from the project's root; dvc.yaml says which stage makes which. No number depends on a
-path."""
+"""The paths of a run's files, relative to the project's root; dvc.yaml says which stage makes which file. No number
+depends on a path."""
 
 from pathlib import Path
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS = Path("data/prompts/train.jsonl"), Path("data/prompts/heldout.jsonl")
 CHECKPOINT = Path("data/checkpoint")  # policy/, encoder/, layout.json, manifest.json
-CLASSIFIERS = Path("data/classifiers")  # of the selected reward: a folder each, manifest.json
-INDEPENDENT = Path("data/independent_classifiers")  # those that only the independent reward asks
+CLASSIFIERS = Path("data/classifiers")  # of the selected reward: one folder each, manifest.json
+INDEPENDENT = Path("data/independent_classifiers")  # classifiers that only the independent reward uses
 POLICY, HEALTHY, BEST = Path("data/policy"), Path("data/healthy"), Path("data/best")
 REPORTS, LOCK = Path("reports"), Path("dvc.lock")
 
 
 class RunFiles:
-    """What the stages write of one run below a folder of reports, and beside it."""
+    """The files of one run that the stages write, in a folder of reports and beside it."""
 
     def __init__(self, reports: Path = REPORTS) -> None:
         self.reports = reports
@@ -36,10 +36,10 @@ RUN_FILES = RunFiles()
 
 
 def resume_states(folder: Path) -> list[Path]:
-    """The states of a run that lie in its folder, oldest first."""
+    """The resume states in a run's folder, oldest first."""
     return sorted(folder.glob("state-*.pt"))
 
 
 def resume_files(folder: Path) -> list[Path]:
-    """The same, and what lies beside them: candidates for data/best, completions of each step."""
+    """The resume states and the files beside them: candidates for data/best, completions of each step."""
     return [*resume_states(folder), *folder.glob("best-*.pt"), *folder.glob("samples-*.parquet")]

@@ -15,14 +15,14 @@ class Stopwatch:
 
     def lap(self, phase: str) -> None:
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # kernels run on after the call that starts them
+            torch.cuda.synchronize()  # the call that starts a kernel returns before it ends
         now = time.perf_counter()
         self.seconds[f"seconds_{phase}"] = now - self.last
         self.last = now
 
 
 def timing_row(seconds: dict[str, float], samples: int, device: torch.device) -> dict[str, float]:
-    """Phase times, throughput and peak memory of a step. samples: all that it drew, used or not."""
+    """Phase times, throughput and peak memory of a step. samples: all completions that it drew, used or not."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
@@ -41,5 +41,5 @@ def timing_row(seconds: dict[str, float], samples: int, device: torch.device) ->
 
 
 def time_left(seconds: float, count: int) -> str:
-    """`01:20 left`: of `count` more items that take `seconds` each."""
+    """`01:20 left`, for `count` more items of `seconds` each."""
     return f"{tqdm.format_interval(seconds * count)} left"

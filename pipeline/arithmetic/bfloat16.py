@@ -8,7 +8,7 @@ from pipeline.arithmetic.environment import Arithmetic, cpu_flags
 from pipeline.config.schema import ClassifierReward, EmbeddingReward, Params, plain_rewards
 
 INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # as Linux names them on x86-64 and on arm64
-SLOWER = 1.2  # times as long: below it a measurement of milliseconds tells nothing
+SLOWER = 1.2  # times as long; a smaller ratio tells nothing, since the products take milliseconds
 PORTABLE = "portable arithmetic multiplies bfloat16 in float32, which saves memory and no time"
 
 
@@ -20,7 +20,7 @@ def uses_bfloat16(params: Params) -> bool:
 
 
 def bfloat16_note(arithmetic: Arithmetic) -> str | None:
-    """What is to be known of bfloat16 on this CPU before a run, in one line; None where it is the faster type."""
+    """A note on the speed of bfloat16 on this CPU, in one line; None if bfloat16 is not slower than float32."""
     if arithmetic == "portable":
         native = "is faster" if INSTRUCTIONS & cpu_flags() else "would be slower"
         return f"{PORTABLE}; train.arithmetic: native {native} on this CPU"

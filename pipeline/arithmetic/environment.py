@@ -1,5 +1,5 @@
-"""The environment variables that fix the kernels of torch, MKL, oneDNN, OpenBLAS and numpy. Each library reads its own
-when it is loaded or first used: they must stand before torch and numpy are imported."""
+"""The environment variables that fix the kernels of torch, MKL, oneDNN, OpenBLAS and numpy. Each library reads its
+variables when it is loaded or first used, so they must be set before torch and numpy are imported."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ Arithmetic = Literal["portable", "native"]
 
 VARIABLES = {
     "ATEN_CPU_CAPABILITY": "avx2",  # torch's own loops
-    "MKL_CBWR": "COMPATIBLE",  # what torch still asks of MKL; its other branches differ between Intel and AMD
+    "MKL_CBWR": "COMPATIBLE",  # for what torch still asks of MKL; MKL's other branches differ between Intel and AMD
     "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "OPENBLAS_CORETYPE": "Haswell",  # numpy's and scipy's
+    "OPENBLAS_CORETYPE": "Haswell",  # for numpy and scipy
     "OPENBLAS_NUM_THREADS": "1",  # its threads would wait for torch's, and torch's for them
 }
-NUMPY = {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR"}  # its warning where the CPU has none is not shown
+NUMPY = {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR"}  # the warning on a CPU without them is not shown
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -42,7 +42,7 @@ def choose_kernels() -> None:
 
 
 def cpu_type() -> str:
-    """What this machine's CPU is called, and the widest instructions that it has."""
+    """The name of this machine's CPU, and its widest instructions."""
     info, known = _cpu_info(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     flags = [flag for flag in known if flag in cpu_flags()]
     return f"{info.get('model name', platform.machine())} ({', '.join(flags)})"

@@ -2,7 +2,7 @@
 
 MKL chooses its kernels by the maker of the CPU, and its one branch that is the same everywhere is five times as slow as
 AVX2. So products go to oneDNN, batches of products to numpy's OpenBLAS, square roots to numpy: MKL's vector library
-approximates them from an instruction that CPUs fill differently. Everything else keeps torch's kernel.
+computes them from an approximate instruction, whose results differ between CPUs. Everything else keeps torch's kernel.
 
 B matrices in a batch, M and N rows and columns of the result, K terms of each sum.
 """
@@ -24,8 +24,8 @@ HALF = (torch.bfloat16, torch.float16)  # multiplied in float32 and rounded: few
 
 @functools.cache
 def use_portable_kernels() -> torch.library.Library:
-    """Register the functions below as torch's kernels on the CPU, for the rest of the process. Raises UserError where
-    the environment did not fix those of the libraries before they were loaded."""
+    """Register the functions below as torch's kernels on the CPU, for the rest of the process. Raises UserError if the
+    environment did not fix the libraries' kernels before they were loaded."""
     differing = [f"{name}={value}" for name, value in VARIABLES.items() if os.environ.get(name) != value]
     if differing or torch.backends.cpu.get_cpu_capability() != "AVX2":
         raise UserError(
@@ -34,10 +34,10 @@ def use_portable_kernels() -> torch.library.Library:
         )
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that they replace others
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # about replaced kernels
         for name, kernel in KERNELS.items():
             library.impl(name, kernel, "CPU")
-    # the fused attention calls MKL by itself; without it, attention is products of batches
+    # the fused attention calls MKL by itself; without it, attention is batches of products
     torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too, whatever the name says
     return library
 
@@ -47,12 +47,12 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in HALF:
         return mm(a.float(), b.float()).to(a.dtype)
     if _unfit(a, b):
-        return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # the kernel of `out=` is still torch's
+        return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # with `out=` the kernel is still torch's
     return _linear(a, b)
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta c + alpha a @ b, c [M, N] or what extends to it."""
+    """beta c + alpha a @ b, c [M, N] or of a shape that broadcasts to it."""
     if beta == alpha == 1 and c.shape == b.shape[1:] and a.dtype == c.dtype == torch.float32 and not _unfit(a, b):
         return _linear(a, b, c)
     return _add(c, mm(a, b), beta, alpha)
@@ -64,17 +64,17 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
         return bmm(a.float(), b.float()).to(a.dtype)
     if _unfit(a, b):
         return torch.bmm(a, b, out=a.new_empty(*a.shape[:2], b.shape[2]))
-    with np.errstate(all="ignore"):  # torch does not warn of what is not finite either
+    with np.errstate(all="ignore"):  # torch does not warn of non-finite values either
         return torch.from_numpy(np.matmul(a.detach().numpy(), b.detach().numpy()))
 
 
 def baddbmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta c + alpha a @ b, c [B, M, N] or what extends to it."""
+    """beta c + alpha a @ b, c [B, M, N] or of a shape that broadcasts to it."""
     return _add(c, bmm(a, b), beta, alpha)
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The square root, rounded as IEEE 754 has it."""
+    """The square root, rounded as IEEE 754 requires."""
     if x.dtype not in (torch.float32, torch.float64):
         return torch.sqrt(x, out=torch.empty_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32))
     root = torch.empty_like(x)
@@ -91,7 +91,7 @@ def power(x: Tensor, exponent: float) -> Tensor:
 
 
 def _unfit(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's own kernel takes this product: another type than float32, or nothing to add up."""
+    """Whether torch's own kernel computes this product: a type other than float32, or nothing to add up."""
     return a.dtype != torch.float32 or b.dtype != torch.float32 or not a.numel() or not b.numel()
 
 
@@ -104,7 +104,7 @@ def _add(c: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
     return scaled if beta == 0 else scaled.add_(c, alpha=beta)
 
 
-# what torch calls them; `out=` is no kernel of ours
+# by torch's names; the variants with `out=` keep torch's kernels
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "mm": mm,
     "addmm": addmm,

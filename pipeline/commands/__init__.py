@@ -1,1 +1,2 @@
-"""What people run by hand, as `reinforce COMMAND`. No stage imports a command, and no command trains: it asks DVC."""
+"""Commands for people, run as `reinforce COMMAND`. No stage imports a command. No command trains; it calls DVC to
+train."""

@@ -21,7 +21,7 @@ NONE_YET = "queue some, as `dvc exp run --queue -S recipe=notebook,stable -S 'se
 
 
 def main(options: argparse.Namespace) -> None:
-    """Raises UserError where there is nothing to compare, or where an option names what is not there."""
+    """Raises UserError if there is nothing to compare, or an option names something that does not exist."""
     with readable():
         chosen = choose(read(options), options.experiments, options.where)
         check_metric(options.metric, chosen)
@@ -63,7 +63,8 @@ def read(options: argparse.Namespace) -> list[RunSummary]:
 
 
 def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[str]) -> list[RunSummary]:
-    """Those of these names, or all, that fit every `key=value,value`. Raises UserError naming what is not there."""
+    """The runs with these names, or all runs, that fit every `key=value,value`. Raises UserError naming a missing
+    run."""
     for name in names:
         if name not in {training.name for training in found}:
             raise UserError(f"there is no finished experiment {name!r}{nearest(name, (each.name for each in found))}")
@@ -75,15 +76,15 @@ def choose(found: Sequence[RunSummary], names: Sequence[str], where: Sequence[st
 def fitting(
     option: str, conditions: Sequence[str], params: Sequence[Mapping[str, str]], kept: Sequence[int], what: str
 ) -> list[int]:
-    """The places of `params`, of those in `kept`, that fit every `key=value,value`. Raises UserError naming what is not
-    there."""
+    """The indices in `kept` whose `params` fit every `key=value,value`. Raises UserError for an unknown key, or if none
+    is left."""
     known = {name for each in params for name in each}
     for condition in conditions:
         key, equals, values = condition.partition("=")
         if not equals:
             raise UserError(f"{option} {condition!r}: should be KEY=VALUE, such as recipe=stable")
         if key not in known and (selected := as_selected(key)):
-            # a sweep's name of the key: of the runs that select this table, it is the value of theirs
+            # the key as a sweep names it: it holds for the runs that select this table
             selector, table, key = selected
             kept = [place for place in kept if params[place].get(selector) == table]
         if key not in known:
@@ -107,11 +108,11 @@ def as_selected(key: str) -> tuple[str, str, str] | None:
 
 
 def same(value: str | None, wanted: str) -> bool:
-    """As text, or as the same number: 3e-5 and 3e-05."""
+    """Whether both are the same text or the same number: 3e-5 and 3e-05."""
     if value is None or value == wanted:
         return value == wanted
     try:
-        return Decimal(value) == Decimal(wanted)  # exactly: as floats, seeds beyond 2**53 would be the same
+        return Decimal(value) == Decimal(wanted)  # exact: as floats, some seeds beyond 2**53 would be equal
     except InvalidOperation:
         return False
 
@@ -131,10 +132,12 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
 
 
 def compare_gains(found: Sequence[Configuration], conditions: Sequence[str]) -> tuple[list[Compared], list[str]]:
-    """Each configuration against the comparable one that fits every condition, and notes of what is not compared.
+    """Compare each configuration with the comparable one that fits every condition. Returns also notes on what is not
+    compared.
 
-    Without conditions, the second against the first wherever just two are comparable. Models are comparable where a
-    condition names one. Raises UserError where no configuration fits, or where several do that are comparable.
+    Without conditions, compare the second with the first wherever exactly two are comparable. Different models are
+    comparable if a condition names one. Raises UserError if no configuration fits the conditions, or several comparable
+    ones do.
     """
     alike = [key for key in ALIKE if key != "model" or not any(each.startswith("model") for each in conditions)]
     groups = comparable(found, alike)

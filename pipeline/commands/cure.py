@@ -67,7 +67,7 @@ def refuse_stale() -> None:
 
 
 def experiment_name(run: Inputs) -> str:
-    """The same for the same training, held-out evaluation and changes, whatever the commit."""
+    """The same name for the same training, held-out evaluation and changes, whatever the commit."""
     parts = [run.run["train_key"], run.diagnosis["cure"]["changes"], run.rewards]
     return f"cure-{digest(parts)[:16]}"
 
@@ -78,7 +78,7 @@ def find(name: str) -> str | None:
 
 
 def run(command: list[str], name: str) -> str:
-    """Runs the experiment, its output as it comes, and returns its revision."""
+    """Run the experiment, show its output as it comes, and return its revision."""
     check_beside_workspace(load_params().rewards.values())
     process = subprocess.Popen([sys.executable, "-m", *command], env=environment())
     try:
@@ -94,7 +94,7 @@ def run(command: list[str], name: str) -> str:
 
 def fetch(revision: str, name: str, folder: Path) -> Inputs:
     """The experiment's reports, read from git and DVC's cache."""
-    from dvc.api import DVCFileSystem  # takes its time, and only this needs it
+    from dvc.api import DVCFileSystem  # slow to import, and only needed here
 
     try:
         DVCFileSystem(rev=revision).get(str(REPORTS), str(folder), recursive=True)
@@ -102,5 +102,5 @@ def fetch(revision: str, name: str, folder: Path) -> Inputs:
     except (OSError, UserError) as error:
         said = (
             str(error).replace(str(folder), str(REPORTS)).partition("; run `dvc repro")[0]
-        )  # that is for the workspace
+        )  # that advice is for the workspace
         raise UserError(f"experiment {name}: {said}; `dvc exp remove {name}`, then try again") from None

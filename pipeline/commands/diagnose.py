@@ -26,7 +26,7 @@ from pipeline.tracking.logged_run import read_run
 from pipeline.tracking.summaries import readable
 
 MLFLOW = "mlflow:"
-ESTIMATED = {  # where it is not logged itself
+ESTIMATED = {  # columns that are estimated if they are not logged
     "empty_share": "at least, from the mean length and the share that was cut off",
     "ref_logprob": "from entropy and kl",
 }
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def read(log: str) -> tuple[Table, list[dict[str, float]]]:
-    """The log by our names, and the calibration batches that MLflow has of a run of ours."""
+    """The log under our column names, and the calibration batches if it is a run of ours in MLflow."""
     if not log.startswith(MLFLOW):
         return read_log(Path(log).expanduser()), []
     with readable(instead=""):
@@ -77,7 +77,7 @@ def read_calibration(file: Path) -> list[dict[str, float]]:
 
 
 def notes_beside(log: str) -> list[Note]:
-    """What is told of the terms of a sum, where the log is a history.csv of ours beside its other files."""
+    """Notes on the terms of a sum, if the log is a history.csv of ours with the run's other files beside it."""
     files = RunFiles(Path(log).expanduser().parent.parent)
     if Path(log).name != files.history.name or not (files.terms.is_file() and files.run.is_file()):
         return []
@@ -85,7 +85,8 @@ def notes_beside(log: str) -> list[Note]:
 
 
 def add_completions(table: Table, place: Path) -> None:
-    """Puts the text metrics beside the step's others. Raises UserError where no step of theirs is in the log."""
+    """Add the completions' text metrics to the rows of their steps. Raises UserError if the log has none of these
+    steps."""
     by_step = read_completions(place)
     shared = [row for row in table if row["step"] in by_step]
     if not shared:
@@ -142,7 +143,7 @@ def step(rows: list[dict[str, float]], place: int) -> int:
 
 
 def lacking(checks: list[Check]) -> list[Check]:
-    """Those that were not made, but for what needs more columns than another one of its kind."""
+    """The checks that were not made, without those that lack more columns than another one of their kind."""
     lacks = [(check, set(check.lacks)) for check in checks if check.lacks]
     return [
         check for check, own in lacks if not any(other.kind == check.kind and less < own for other, less in lacks)

@@ -22,7 +22,7 @@ from pipeline.runs.results import gain_text
 
 
 def main(options: argparse.Namespace) -> None:
-    """Raises UserError where the folder holds something, or the policy and the reports are not of one run."""
+    """Raises UserError if the folder is not empty, or the policy and the reports are not of one run."""
     target: Path = options.folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: should be a new or an empty folder")
@@ -54,7 +54,7 @@ def save_merged(folder: Path) -> None:
 
 
 def prompt_code(params: dict[str, Any]) -> str:
-    """Python that makes a prompt of a text as the run did. A tokenizer without a template has none to apply."""
+    """Python code that makes a prompt of a text as the run did. A tokenizer without a template has none to apply."""
     if params.get("model.chat_template") != "auto":
         return 'prompt = tokenizer("Hi there", return_tensors="pt")'
     system = params.get("model.system")

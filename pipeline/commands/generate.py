@@ -1,5 +1,5 @@
 """`reinforce generate`: continue prompts with the reference model and with the trained policy, greedily, as the
-notebook does; or have them answered, in the chat template that params.yaml says."""
+notebook does. With the chat template that params.yaml names, the models answer the prompts instead."""
 
 import argparse
 import sys
@@ -33,10 +33,10 @@ def continuation(
     max_tokens: int,
     stop_strings: Sequence[str] = (),
 ) -> str:
-    """Prompt and most likely continuation, `max_tokens` tokens together, whatever the model's files say of its
-    decoding.
+    """The prompt and its most likely continuation, `max_tokens` tokens together. Decoding settings in the model's files
+    are ignored.
 
-    Without a cache, which is right for every model.
+    No cache is used, which is right for every model.
     """
     prompt, room = torch.tensor([ids]), max_tokens - len(ids)
     noise = torch.zeros(1, room, dtype=torch.float64)  # top_k = 1 leaves nothing to draw
@@ -55,7 +55,7 @@ def continuation(
 
 
 def print_origin() -> None:
-    """Says which run trained data/policy, and on stderr where nothing tells or params.yaml selects another run."""
+    """Say which run trained data/policy. Warn on stderr if that is unknown or params.yaml selects another run."""
     try:
         trained, digests = read_json(RUN_FILES.run), run_digests(RUN_FILES.summary)
         known = holds_policy_of(digests) and digests["train_key"] == trained["train_key"]
@@ -71,7 +71,7 @@ def print_origin() -> None:
     chosen = ", ".join(f"{name} {params[name]}" for name in ("model", "prompts", "reward", "recipe", "seed"))
     print(f"policy of the run {trained['train_key'][:12]}: {chosen}; each token is the most likely one")
     names = [name for name in selected if selected[name] != params.get(name)]
-    selectors = [name for name in names if "." not in name]  # where another table is selected its values differ anyway
+    selectors = [name for name in names if "." not in name]  # another table has other values anyway
     if names:
         others = ", ".join(f"{name}={selected[name]}, not {params.get(name)}" for name in selectors or names)
         print(f"warning: params.yaml selects another run: {others}; `dvc repro` trains it", file=sys.stderr)

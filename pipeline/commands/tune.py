@@ -1,8 +1,8 @@
 """`reinforce tune -S model=mine -S reward=length`: a learning rate and a KL strength for a model, prompts and a reward.
 
-Successive halving on DVC's queue: many short runs, the better of them longer. A collapsed run is pruned by its verdict,
-the others are judged by their held-out gain. Each run is an experiment whose name is of its parameters and of the code,
-so the same command goes on after an interruption.
+Successive halving on DVC's queue: many short runs, then longer runs of the better ones. A collapsed run is pruned by
+its verdict, the others are judged by their held-out gain. Each run is an experiment named after its parameters and the
+code, so the same command continues after an interruption.
 """
 
 import argparse
@@ -39,19 +39,19 @@ from pipeline.runs.halving import (
 )
 from pipeline.runs.results import Interval, gain_text, read_result
 
-MOST_TRIALS = 64  # of two values: more would differ by little
+MOST_TRIALS = 64  # more trials of two values would differ by little
 CAUSES = ("misaligned", "starved")  # verdicts that no learning rate and no KL strength mends
 
 Outcomes = dict[tuple[int, int], Outcome]
 
 
 class Search(NamedTuple):
-    """What is tried, and how an experiment of it is made."""
+    """The trials, and how a trial becomes an experiment."""
 
     params: Params  # with the -S values
     space: dict[str, Range]  # by key of the recipe
     overrides: list[str]  # the -S values, as given
-    trials: list[dict[str, float]]  # values by the same keys; the first: the recipe as it stands
+    trials: list[dict[str, float]]  # values by the same keys; the first trial is the recipe as it stands
     steps: list[int]  # of each rung
     eta: int
     state: list[Any]  # the code that the experiments start from
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> tuple[Search, str]:
-    """What is searched, and a note on it. Raises UserError for what is not valid, before anything runs."""
+    """The search, and a note on it. Raises UserError for options that are not valid, before anything runs."""
     for name, value, least, most in (
         ("trials", options.trials, 2, MOST_TRIALS), ("eta", options.eta, 2, MOST_TRIALS),
         ("jobs", options.jobs, 1, None), ("seed", options.seed, 0, 2**32 - 1),
@@ -96,7 +96,7 @@ def plan(options: argparse.Namespace) -> tuple[Search, str]:
     check_beside_workspace(params.rewards.values())
     space, note = search_space(params.selected_recipe)
     trials = trial_values(space, options.trials, options.seed)
-    least = params.selected_recipe.warmup_steps + 1  # what ends in the warm-up tells nothing of the learning rate
+    least = params.selected_recipe.warmup_steps + 1  # a run that ends in its warm-up tells nothing of the learning rate
     steps = rungs(params.train.steps, options.eta, least, len(trials))
     state = dvc_queue.code_state(head_commit())
     return Search(params, space, values, trials, steps, options.eta, state), note
@@ -108,7 +108,7 @@ def key_of(value: str) -> str:
 
 
 def run_all(search: Search, jobs: int) -> Outcomes:
-    """Every run that the search comes to."""
+    """Run the search to its end. Returns the outcome of every run."""
     commit = search.state[0]
     outcomes: Outcomes = {}
     while batch := next_runs(len(search.trials), search.steps, search.eta, outcomes):
@@ -142,7 +142,7 @@ def read_outcome(name: str, commit: str, reward: str) -> Outcome:
 
 
 def announcement(search: Search) -> str:
-    """What is searched, and what it takes."""
+    """The text that says what is searched and how many steps that takes."""
     sizes = places(len(search.trials), len(search.steps), search.eta)
     work = sum(room * steps for room, steps in zip(sizes, search.steps, strict=True)) / search.steps[-1]
     ranges = " and ".join(f"{key} ({each.low:g} to {each.high:g})" for key, each in search.space.items())
@@ -193,7 +193,7 @@ def legend(params: Params) -> str:
 
 
 def nothing_healthy(search: Search, outcomes: Outcomes) -> str:
-    """All collapsed: how, and what to do."""
+    """The message if every trial collapsed: how, and what to do."""
     last = {trial: outcome for (trial, _), outcome in sorted(outcomes.items())}
     kinds = Counter(outcome.verdict if outcome.verdict != "healthy" else "undefined gain" for outcome in last.values())
     said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -257,7 +257,7 @@ def options_of(values: list[str]) -> str:
 
 
 def free_name(params: Params) -> str:
-    """`tuned`, or where a recipe has that name tuned-2, tuned-3, ..."""
+    """`tuned`, or tuned-2, tuned-3, ... if a recipe has that name."""
     names = ["tuned", *(f"tuned-{number}" for number in range(2, len(params.recipes) + 3))]
     return next(name for name in names if name not in params.recipes)
 

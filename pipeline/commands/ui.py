@@ -15,8 +15,8 @@ from pipeline.tracking.presentation import VIEW_TAG, complete_experiment, runs_p
 from pipeline.tracking.summaries import readable
 
 HOST = "127.0.0.1"
-# Of MLflow's variables the server gets those that say how a store is reached, and whether it reports home. The others
-# would move its pages, open them to other machines, or put another store in the place of ours.
+# Of MLflow's variables, the server gets those that say how a store is reached and whether telemetry is on. The others
+# could move its pages, open them to other machines, or replace our store by another one.
 KEPT = (
     "MLFLOW_S3_", "MLFLOW_GCS_", "MLFLOW_BOTO_", "MLFLOW_SQLALCHEMYSTORE_", "MLFLOW_MYSQL_", "MLFLOW_DISABLE_TELEMETRY",
 )  # fmt: skip
@@ -44,9 +44,10 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _experiment_id() -> str:
-    """Id of our experiment, which has the view that the page names: without it MLflow opens the page for traces.
+    """Id of our experiment. It has the view that the page's address names; without a view MLflow opens the page for
+    traces.
 
-    Only where the store lacks either do we import mlflow: it doubles the waiting time.
+    Imports mlflow only if the store lacks the experiment or the view: the import doubles the waiting time.
     """
     path = mlflow_store.sqlite_file()
     if path and path.is_file():
@@ -62,7 +63,7 @@ def _experiment_id() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The server's."""
+    """The server's environment variables."""
     ours = ("MLFLOW_", "_MLFLOW_", "UVICORN_")
     kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT) or not name.startswith(ours)}
     # Job execution starts processes that we have no use for and that double the time until the page is up.

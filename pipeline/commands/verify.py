@@ -21,8 +21,8 @@ from pipeline.paths import REPORTS, RUN_FILES, RunFiles
 from pipeline.runs.dvc_git import dvc, environment, git, head_commit
 from pipeline.runs.results import read_result
 
-ROUNDING = 1e-3  # relative; of the first step, where other kernels move a token's choice in one run of some hundred
-LAST_SHARE = 0.2  # of the steps, whose mean reward is compared
+ROUNDING = 1e-3  # relative, for the first step; other kernels change a token there in one run of some hundred
+LAST_SHARE = 0.2  # of the steps; their mean reward is compared
 TAIL = 0.005  # probability, on each side, that a batch of the same policy strays further
 
 
@@ -39,7 +39,7 @@ class Difference(NamedTuple):
 
 
 def main() -> None:
-    """Raises UserError for another result, where nothing is committed, and where `dvc repro` fails."""
+    """Raises UserError if the result differs, if nothing is committed, and if `dvc repro` fails."""
     commit = head_commit()
     history, diagnosis = (git("show", f"{commit}:./{file}") for file in (RUN_FILES.history, RUN_FILES.diagnosis))
     committed, verdict = parse_csv(history), json.loads(diagnosis)["verdict"]
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run_dvc(folder: Path, *arguments: str) -> None:
-    """A command of DVC's in a folder, its output as it comes. Raises UserError where it fails."""
+    """Run a DVC command in a folder and show its output as it comes. Raises UserError if the command fails."""
     variables = {name: value for name, value in environment().items() if not name.startswith(("DVC_", "MLFLOW_"))}
     status = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, env=variables).returncode
     if status:
@@ -96,8 +96,8 @@ def first_difference(committed: Sequence[Row], found: Sequence[Row]) -> Differen
 
 
 def is_alike(committed: Sequence[Row], found: Sequence[Row], margin: float) -> bool:
-    """Whether two runs differ as those of two CPUs: the first step by rounding, the mean reward of the last ones by no
-    more than `margin`, which the sampling of one batch explains."""
+    """Whether two runs differ only as runs on two CPUs do: the first step by rounding, the mean reward of the last
+    steps by at most `margin`, which the sampling of one batch explains."""
     if len(committed) != len(found) or committed[0].keys() != found[0].keys():
         return False
     first = all(

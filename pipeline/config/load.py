@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
 MOST_VALUES = 100_000  # in the file with its aliases expanded: a few lines of aliases can stand for billions
-MOST_DIGITS = 4300  # of an integer: Python prints no longer ones, and YAML can hold them in hexadecimal
+MOST_DIGITS = 4300  # of an integer: Python does not print longer ones, which YAML can hold in hexadecimal
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

@@ -1,6 +1,6 @@
-"""The `dvc exp run` that makes a run again, or with changes, whatever values params.yaml has by then.
+"""The `dvc exp run` that repeats a run, with or without changes, whatever values params.yaml has by then.
 
-The command gives every value that the run had: what params.yaml holds where the command is run, nobody knows.
+The command gives every value that the run had, since nobody knows what params.yaml holds where the command is run.
 """
 
 import json
@@ -19,8 +19,8 @@ def override(key: str, value: Any) -> str:
 
 
 def option(key: str, value: Any) -> str:
-    """The same for the command line: ++ also sets a key that params.yaml leaves to its default, or a table it has
-    not."""
+    """`override` for the command line: ++ also sets a key that params.yaml leaves to its default, or a table that it
+    lacks."""
     return ("++" if "." in key else "") + override(key, value)
 
 
@@ -40,7 +40,7 @@ def experiment_command(params: dict[str, Any], changes: dict[str, Any], *options
 
 
 def _listed(value: Any) -> Any:
-    """run.json has a list as its JSON."""
+    """The list behind a text: run.json holds a list as JSON."""
     if isinstance(value, str) and value.startswith("["):
         try:
             found = json.loads(value)
@@ -59,7 +59,7 @@ def _hydra(value: Any) -> str:
         return json.dumps(value)
     if PLAIN.fullmatch(value):
         return value
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # else OmegaConf looks a name up
-    # a backslash is one, unless it stands before a quote
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # else OmegaConf looks up a name
+    # Hydra reads backslashes as they are, except before a quote
     escaped = re.sub(r'(\\*)("|$(?!\n))', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), literal)
     return f'"{escaped}"'

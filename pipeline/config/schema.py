@@ -14,9 +14,9 @@ NO_OPTIONS = (
     "padding", "raise_exception", "return_assistant_tokens_mask", "return_dict", "return_tensors",
     "sanitize_control_tokens", "strftime_now", "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
-# what a reward is given besides the columns of the prompts
+# names that a reward is given besides the columns of the prompts
 GIVEN_TO_REWARDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-LIKELIHOOD = "ref_logprob_per_token"  # stands beside the rewards in what `evaluate` writes: no reward has this name
+LIKELIHOOD = "ref_logprob_per_token"  # a key beside the rewards in the files of `evaluate`: no reward has this name
 NO_REWARD = ("reference", "none")  # values of evaluate.independent that name no reward
 MOST_TOKENS = 10**9  # of a step: their random numbers alone take 8 GB
 SELECTORS = {
@@ -47,7 +47,7 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 @dataclass(frozen=True)
 class ChatParams:
-    """How a chat model is spoken to: what its tokenizer's template is given beside the prompt."""
+    """What a chat model's template is given besides the prompt."""
 
     system: str | None = None  # message before the prompt
     options: dict[str, Any] = field(default_factory=dict)  # the template's own, such as enable_thinking
@@ -91,8 +91,8 @@ class Model(Table):
 
 
 class PromptSet(Table):
-    """Rows of a dataset, what makes a prompt of each, what of a row rewards read, and the filter that selects prompts,
-    off where a key is left out. The defaults are OASST1's schema."""
+    """Rows of a dataset, how each becomes a prompt, the columns that rewards read, and the filter that selects prompts.
+    A rule of the filter is off if its key is left out. The defaults are OASST1's schema."""
 
     repo: RepoId | None = Field(None, description=REPO)
     revision: Revision | None = Field(None, description=REVISION)
@@ -243,7 +243,7 @@ class FormatReward(Table):
 
 
 def _compiled(name: str, pattern: str, groups: int | None = None) -> None:
-    """Raises ValueError unless a regular expression is valid and has `groups` groups, where that is a number."""
+    """Raises ValueError unless a regular expression is valid and has `groups` groups; None: any number of groups."""
     try:
         found = regex.compile(pattern).groups
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
@@ -291,17 +291,17 @@ Reward = Annotated[PlainReward | SumReward, Field(discriminator="kind")]
 
 
 def plain_rewards(table: Reward) -> list[PlainReward]:
-    """The rewards that a sum is made of; of any other kind, itself."""
+    """The rewards that a sum is made of; a reward of any other kind alone."""
     return [term.reward for term in table.terms] if isinstance(table, SumReward) else [table]
 
 
 def classifier_rewards(table: Reward) -> list[ClassifierReward]:
-    """Those among the rewards that a sum is made of."""
+    """The classifier rewards among `plain_rewards`."""
     return [plain for plain in plain_rewards(table) if isinstance(plain, ClassifierReward)]
 
 
 def term_names(table: SumReward) -> list[str]:
-    """A term's own name; else its kind, of a custom reward its function, with a number where that is taken."""
+    """Each term's own name; else its kind, or the function of a custom reward, with a number if the name is taken."""
     taken = {term.name for term in table.terms}
     names: list[str] = []
     for term in table.terms:
@@ -370,12 +370,12 @@ class Recipe(Table):
 
     @property
     def sampling_params(self) -> SamplingParams:
-        """What completions are drawn from."""
+        """The distribution that completions are drawn from."""
         return SamplingParams(self.temperature, self.top_k, self.top_p)
 
     @property
     def loss_params(self) -> SamplingParams:
-        """What the loss scores: the full softmax, or the distribution that was sampled."""
+        """The distribution that the loss scores: the full softmax, or the one that was sampled."""
         return self.sampling_params if self.loss_distribution == "sampler" else SamplingParams(self.temperature)
 
     @model_validator(mode="after")
@@ -518,17 +518,17 @@ class Params(Table):
 
     @property
     def asked_rewards(self) -> list[str]:
-        """The rewards that somebody asks for: the selected one, and the independent one where that is a reward."""
+        """The rewards that params.yaml asks for: the selected one, and the independent one if that is a reward."""
         return [name for name in (self.reward, self.evaluate.independent) if name in self.rewards]
 
     @property
     def selected_classifiers(self) -> dict[str, Classifier]:
-        """Those that the selected reward asks, by name."""
+        """The classifiers that the selected reward uses, by name."""
         return self._classifiers_of(self.reward)
 
     @property
     def independent_classifiers(self) -> dict[str, Classifier]:
-        """Those that the independent reward asks and the selected one does not."""
+        """The classifiers that the independent reward uses and the selected one does not."""
         asked = self._classifiers_of(self.evaluate.independent)
         return {name: table for name, table in asked.items() if name not in self.selected_classifiers}
 
@@ -547,7 +547,7 @@ def _exactly_one(table: Table, *names: str) -> None:
 
 
 def _goes_with_repo(table: Table, *names: str) -> None:
-    """Raises ValueError where a key that only a repository has stands beside another origin: nobody would read it."""
+    """Raises ValueError if a key for repositories stands beside another origin: nothing would read it."""
     origin = next(name for name in ("repo", "source", "package") if getattr(table, name, None) is not None)
     for name in names:
         if origin != "repo" and getattr(table, name) is not None:

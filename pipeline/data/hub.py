@@ -101,7 +101,7 @@ def _bound_timeouts(request: Any) -> None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may soon succeed. If nobody listens there, it will not."""
+    """Whether the same request may soon succeed. It will not if no server listens at the address."""
     import httpx2
     from huggingface_hub import errors
 

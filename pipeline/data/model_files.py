@@ -143,7 +143,7 @@ def check_encoder(folder: Path, key: str) -> None:
 
 def check_classifier(folder: Path, key: str) -> None:
     """Raises UserError unless `folder` holds a sequence-classification model with a tokenizer and all of its weights:
-    transformers draws a head that is missing at random."""
+    transformers would initialise a missing head at random."""
     from transformers import AutoModelForSequenceClassification
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
@@ -185,7 +185,7 @@ def _check_pair(ids: dict[str, int], config: Any, key: str) -> None:
 
 def _check_weights(folder: Path, key: str, auto_class: Any, unused: str | None = None) -> None:
     """Raises UserError unless the weights fit the architecture by name and shape (loaded on the meta device). unused:
-    how the names of weights begin that may be missing."""
+    how the names of those weights begin that may be missing."""
     from safetensors import SafetensorError, safe_open
     from transformers.utils import logging
 

@@ -12,10 +12,10 @@ Message = Mapping[str, str]  # role and content
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a completion answers, and what its row holds besides."""
+    """A prompt, and the other columns of its row."""
 
-    text: str  # of a conversation: as it is shown, a message a line
-    messages: tuple[Message, ...] | None = None  # of a conversation, up to where the answer begins
+    text: str  # a conversation as it is shown, one message per line
+    messages: tuple[Message, ...] | None = None  # those of a conversation, up to where the answer begins
     columns: Mapping[str, Any] = field(default_factory=dict)  # for rewards, JSON values by name
 
     @property
@@ -33,7 +33,7 @@ def read_prompts(source: Path) -> list[Prompt]:
 
 
 def conversation_text(messages: Sequence[Message]) -> str:
-    """A conversation as it is shown: the content alone where there is one message, of the user."""
+    """A conversation as it is shown; if it is a single message of the user, only the content."""
     if [message["role"] for message in messages] == ["user"]:
         return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -1,4 +1,5 @@
-"""Rows of JSONL, CSV and Parquet files, with where each stands. What is malformed is one line that says where."""
+"""Rows of JSONL, CSV and Parquet files, with where each stands. A malformed row is reported in one line that says where
+it stands."""
 
 import csv
 import gzip
@@ -17,8 +18,8 @@ Located = tuple[str, Row]  # where a row is ("train.jsonl line 3"), and the row
 
 
 def read_rows(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Located]:
-    """Yield the rows of a file by its suffix. Of Parquet only these columns are read; raises UserError where it, or a
-    CSV file, lacks a needed one."""
+    """Yield the rows of a file; its suffix tells the format. Of Parquet only these columns are read. Raises UserError
+    if a Parquet or CSV file lacks a needed column."""
     if path.suffix == ".parquet":
         return read_parquet(path, needed, optional)
     return read_csv(path, needed) if path.suffix == ".csv" else read_jsonl(path)

@@ -1,5 +1,5 @@
-"""What of a file of `accelerate config`'s starts the processes, and what in it only accelerate's own trainer would
-read: such a setting is named, since a run without it is another than its writer thought."""
+"""Which settings of a file from `accelerate config` start the processes, and which ones only accelerate's own trainer
+would read. The latter are named, since the run differs from what the file's writer expects."""
 
 import dataclasses
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 TYPES = ("MULTI_GPU", "FSDP", "NO")
-# what starts the processes
+# the settings that start the processes
 READ = (
     "compute_environment", "distributed_type", "num_processes", "num_machines", "machine_rank", "main_process_ip",
     "main_process_port", "gpu_ids", "rdzv_backend", "same_network",
@@ -19,13 +19,13 @@ INSTEAD = {
     "fsdp_config": "each layer is sharded over all processes, and nothing is offloaded",
     "use_cpu": "train.device says it",
 }
-NOTHING: tuple[Any, ...] = (None, False, "no", "NO", "main", {}, [], "")  # as accelerate writes what is off
+NOTHING: tuple[Any, ...] = (None, False, "no", "NO", "main", {}, [], "")  # how accelerate writes a setting that is off
 
 
 def check_file(name: str, asked: Any) -> None:
-    """Says on stderr which settings of a file have no effect, a line each. `asked`: the file, as accelerate reads it.
+    """Say on stderr which settings of a file have no effect, one line each. `asked`: the file, as accelerate reads it.
 
-    Raises UserError for a way to train that is not here.
+    Raises UserError for a way to train that this project does not have.
     """
     kind = str(getattr(asked.distributed_type, "value", asked.distributed_type))
     if kind not in TYPES:

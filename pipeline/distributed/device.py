@@ -11,15 +11,15 @@ from pipeline.arithmetic.environment import Arithmetic, supports_portable
 from pipeline.arithmetic.kernels import use_portable_kernels
 from pipeline.errors import UserError, one_line
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each launcher of torch's sets
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables that every launcher of torch sets
 THREADS_PER_CORE = 8  # more threads would slow the whole machine down
 # besides torch.OutOfMemoryError: the host's allocator and cuBLAS's workspace raise plain RuntimeErrors
 OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def configure_torch(device: str, threads: int, arithmetic: Arithmetic = "native") -> torch.device:
-    """Chooses the device, fixes the number of threads and asks torch for deterministic kernels, for portable ones where
-    `arithmetic` says so and the device has them. float32 is multiplied in float32 on a GPU, too, never in TF32.
+    """Chooses the device, fixes the number of threads and sets torch to deterministic kernels; to portable ones if
+    `arithmetic` says so and the device has them. A GPU, too, multiplies float32 in float32, never in TF32.
 
     Raises UserError for a CUDA device that is not there, for more processes than GPUs, for more than THREADS_PER_CORE
     threads a core, and where torch was loaded before portable kernels were chosen.
@@ -34,19 +34,19 @@ def configure_torch(device: str, threads: int, arithmetic: Arithmetic = "native"
     if device != "cpu" and torch.cuda.is_available():
         chosen = own_gpu()
         torch.cuda.set_device(chosen)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: torch reads this when it first needs memory
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    # takes a sixth of the sampling's time, and nothing here reads memory before it writes it
+    # filling takes a sixth of the sampling time, and no code here reads memory before writing it
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if chosen.type == "cuda":
         # the fused attention kernels add up gradients in any order
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # TF32 keeps 10 of float32's 23 bits; a variable of the environment's could switch it on
+        # TF32 keeps 10 of float32's 23 bits; an environment variable could switch it on
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # cuBLAS and cuDNN read it when they are loaded
@@ -56,14 +56,15 @@ def configure_torch(device: str, threads: int, arithmetic: Arithmetic = "native"
 
 
 def arithmetic_in_effect(arithmetic: Arithmetic, device: torch.device) -> Arithmetic:
-    """What `train.arithmetic` comes to on a device: GPUs and CPUs without AVX2 and FMA have native kernels only."""
+    """The arithmetic that `train.arithmetic` leads to on a device: GPUs and CPUs without AVX2 and FMA have native
+    kernels only."""
     return "portable" if arithmetic == "portable" and device.type == "cpu" and supports_portable() else "native"
 
 
 def own_gpu() -> torch.device:
-    """The GPU of this process: by its number among the processes of this machine, the first without a launcher. Raises
-    UserError where there are more processes than GPUs."""
-    number = launcher_number("LOCAL_RANK") if is_launched() else 0  # without a launcher it is a leftover
+    """The GPU of this process, by its number among the processes of this machine; the first GPU without a launcher.
+    Raises UserError if there are more processes than GPUs."""
+    number = launcher_number("LOCAL_RANK") if is_launched() else 0  # without a launcher LOCAL_RANK is a leftover
     if number >= (count := torch.cuda.device_count()):
         raise UserError(
             f"LOCAL_RANK = {number}: each process needs a GPU of its own, and torch sees {count} here; start at most "
@@ -73,7 +74,7 @@ def own_gpu() -> torch.device:
 
 
 def gpu_description(device: torch.device) -> str | None:
-    """What computes where it is a GPU: its name and the version of CUDA, both of which move the last digits."""
+    """The GPU's name and the version of CUDA, which both change the last digits; None for a CPU."""
     if device.type != "cuda":
         return None
     return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
@@ -81,8 +82,8 @@ def gpu_description(device: torch.device) -> str | None:
 
 @contextmanager
 def device_errors(lower: Sequence[str]) -> Iterator[None]:
-    """Inside, raises UserError where a device has too little memory, which names the settings that `lower` it, and
-    where a GPU has no deterministic kernel for an operation."""
+    """In the block, raise UserError if a device has too little memory, naming the settings that `lower` its use, and if
+    a GPU has no deterministic kernel for an operation."""
     try:
         yield
     except RuntimeError as error:

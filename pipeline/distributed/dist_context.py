@@ -17,8 +17,9 @@ from torch import Tensor
 class DistContext:
     """This process among `world_size`. With one process nothing is sent and torch.distributed is not needed.
 
-    What is gathered travels from CPU to CPU, by `host_group`: numbers only, while others may wait for long, as for rank
-    0 to write a checkpoint. Gradients and sharded weights go from device to device, by torch's default group.
+    Gathered values are only numbers. They travel from CPU to CPU, by `host_group`, in which processes may wait long,
+    for example for rank 0 to write a checkpoint. Gradients and sharded weights go from device to device, by torch's
+    default group.
     """
 
     rank: int = 0
@@ -33,11 +34,11 @@ class DistContext:
 
     @property
     def description(self) -> int | str:
-        """The number of processes, as run.json has it."""
+        """The number of processes, as run.json records it."""
         return f"{self.world_size} sharded" if self.sharded else self.world_size
 
     def shard_slice(self, items: int) -> slice:
-        """This process's share of `items`: neighbours, and shares differ by at most one."""
+        """This process's share of `items`: consecutive items; shares differ by at most one."""
         share, more = divmod(items, self.world_size)
         start = self.rank * share + min(self.rank, more)
         return slice(start, start + share + (self.rank < more))
@@ -76,7 +77,7 @@ class DistContext:
                 dist.all_reduce(parameter.grad)
 
     def barrier(self) -> None:
-        """Waits until all processes are here."""
+        """Wait until all processes have called this."""
         if self.world_size > 1:
             dist.barrier(group=self.host_group)
 

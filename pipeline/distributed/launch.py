@@ -18,16 +18,17 @@ from pipeline.distributed.dist_context import SINGLE_PROCESS, DistContext
 from pipeline.errors import UserError
 
 CONFIG = "REINFORCE_ACCELERATE_CONFIG"  # names the file that `accelerate config --config_file FILE` writes
-PATIENCE = timedelta(hours=12)  # of processes that wait, as for rank 0 to write a large checkpoint; NCCL has 10 minutes
+PATIENCE = timedelta(hours=12)  # how long processes wait, such as for rank 0 to write a checkpoint; NCCL: 10 minutes
 
 
 def relaunch_with_accelerate(module: str, base: Path) -> None:
     """If $REINFORCE_ACCELERATE_CONFIG names a file, this process launches `module` by accelerate and exits with the
     exit code of the first process that failed, which has printed its error.
 
-    An environment variable, not a key of params.yaml: the number of processes is no part of a run's configuration. A
-    relative path counts from `base`. Raises UserError where the file or accelerate is missing, the file is not what
-    accelerate writes, or asks for what is not here. What else of it has no effect is said on stderr.
+    This is an environment variable, not a key of params.yaml: the number of processes is no part of a run's
+    configuration. A relative path starts at `base`. Raises UserError if the file or accelerate is missing, or the file
+    is not what accelerate writes or asks for a way to train that this project does not have. Its settings without
+    effect are named on stderr.
     """
     name = os.environ.get(CONFIG)
     if not name or is_launched():
@@ -47,7 +48,7 @@ def relaunch_with_accelerate(module: str, base: Path) -> None:
 
     try:
         asked = load_config_from_file(str(config))
-    except Exception as error:  # whatever a file can be wrong about
+    except Exception as error:  # accelerate may raise anything for a wrong file
         raise UserError(f"{config}: not a configuration of accelerate: {error}") from error
     check_file(name, asked)
     sys.stdout.flush()

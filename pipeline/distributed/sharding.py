@@ -34,7 +34,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def gather_full(tree: Any, keep: bool = True, copy: bool = False) -> Any:
     """Collective call: gathers the sharded tensors of a tree of dicts and lists on the CPU. Ranks with keep=False get
     empty tensors: several whole copies may not fit into one machine. With copy=True every tensor of the result lies on
-    the CPU and shares no memory with one of the tree."""
+    the CPU and shares no memory with the tree."""
     if isinstance(tree, dict):
         return {key: gather_full(value, keep, copy) for key, value in tree.items()}
     if isinstance(tree, list):

@@ -26,12 +26,12 @@ def load_weights(policy: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True, copy: bool = False) -> dict[str, Any]:
-    """Its `state_dict` with whole tensors; see `trained_weights`."""
+    """The optimizer's `state_dict` with whole tensors; for the arguments see `trained_weights`."""
     return gather_full(optimizer.state_dict(), keep, copy)
 
 
 def state_bytes(policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
-    """Of the whole tensors of both: 12 a trained parameter with Adam in float32."""
+    """The bytes of the whole tensors of both: 12 per trained parameter with Adam in float32."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     moments = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in [*trained, *moments])

@@ -18,7 +18,7 @@ from pipeline.tracking.summaries import RunSummary
 LAST_STEPS = 5  # as in summary.json
 ABSENT = "–"  # a parameter that a configuration does not have
 CELL = 60  # characters of a parameter in the table
-NUMBERS = {  # column of the table -> of the history, mean of the last steps; None: the held-out difference
+NUMBERS = {  # column of the table -> column of the history (mean of the last steps); None: the held-out difference
     "training reward": "reward_mean",
     "held-out gain": None,
     "entropy": "entropy",
@@ -37,7 +37,7 @@ class Configuration(NamedTuple):
 
     shown: dict[str, str]  # the parameters that differ between the configurations
     params: dict[str, str]
-    trainings: list[RunSummary]  # one a seed, by seed
+    trainings: list[RunSummary]  # one per seed, sorted by seed
 
     @property
     def reward(self) -> str:
@@ -49,7 +49,7 @@ class Configuration(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over seeds; std is None of fewer than two."""
+    """Mean and standard deviation over seeds; std is None for fewer than two."""
 
     mean: float | None
     std: float | None
@@ -59,8 +59,8 @@ class Spread(NamedTuple):
 def configurations(trainings: Iterable[RunSummary]) -> tuple[list[Configuration], int]:
     """The configurations in the order of their values, and how many trainings are left out.
 
-    Of one configuration only what the newest code and data made counts, and of each seed the newest training: MLflow
-    keeps every run that there ever was. Of the gains only those count that were measured alike.
+    MLflow keeps every run that there ever was. Of a configuration only the runs of the newest code and data count, and
+    of each seed only the newest run. Only gains that were measured alike count.
     """
     groups: dict[str, list[RunSummary]] = {}
     total = 0
@@ -84,7 +84,7 @@ def configurations(trainings: Iterable[RunSummary]) -> tuple[list[Configuration]
 def cells(configured: Sequence[dict[str, str]], digests: Sequence[str]) -> list[dict[str, str]]:
     """Return the table's cells of each configuration: the parameters that differ, long ones shortened.
 
-    Where these look alike, the beginning of the configuration's digest tells them apart.
+    If the cells of two configurations look alike, the beginning of the configuration's digest tells them apart.
     """
     names = differing(configured)
     shown = [{name: shortened(one_line(params.get(name, ABSENT))) for name in names} for params in configured]
@@ -95,24 +95,24 @@ def cells(configured: Sequence[dict[str, str]], digests: Sequence[str]) -> list[
 
 
 def shortened(text: str) -> str:
-    """A text for a cell: a long one by its two ends."""
+    """A text for a cell; a long text is cut to its two ends."""
     return text if len(text) <= CELL else f"{text[: CELL // 2 - 2]} … {text[-(CELL // 2 - 1) :]}"
 
 
 def same_evaluation(group: list[RunSummary]) -> list[RunSummary]:
-    """Drop the gains that were not measured on the prompts and in the way that most were.
+    """Drop the gains that were not measured on the same prompts and in the same way as most gains.
 
-    The first seed breaks ties. Time cannot: MLflow's is that of training, DVC's that of the evaluation.
+    The first seed breaks ties. Time cannot break them: MLflow's is that of training, DVC's that of the evaluation.
     """
     ways = Counter(training.measured for training in group if training.gain is not None)
-    how = ways.most_common(1)[0][0] if ways else None  # in the order of the seeds where the counts are equal
+    how = ways.most_common(1)[0][0] if ways else None  # of equal counts, that of the first seed
     return [
         training if training.measured == how else training._replace(gain=None, gain_interval=None) for training in group
     ]
 
 
 def caveats(found: Sequence[Configuration]) -> list[str]:
-    """What the parameters do not tell, and makes rows of the table incomparable."""
+    """Differences that the parameters do not show and that make rows of the table incomparable."""
     trainings = [training for each in found for training in each.trainings]
     again, texts = "run all of them again to compare them", []
     if (versions := len({training.code for training in trainings})) > 1:
@@ -132,7 +132,7 @@ def caveats(found: Sequence[Configuration]) -> list[str]:
 def changed(
     trainings: Sequence[RunSummary], selectors: Sequence[str], what: Callable[[RunSummary], str | None]
 ) -> bool:
-    """Whether it differs between trainings that select the same."""
+    """Whether `what` differs between trainings that select the same tables."""
     seen: dict[tuple[tuple[str, str], ...], set[str | None]] = {}
     for training in trainings:
         chosen = sorted(item for item in training.params.items() if item[0].partition(".")[0] in selectors)
@@ -141,8 +141,8 @@ def changed(
 
 
 def differing(configured: Sequence[dict[str, str]]) -> list[str]:
-    """The parameters that tell these apart, selectors first. What a selected table holds differs wherever the selector
-    does: its keys are named only where they differ under one selector."""
+    """The parameters that tell configurations apart, selectors first. The keys of a table differ wherever its selector
+    does, so they are named only if they differ under one value of the selector."""
     names = list(dict.fromkeys(key for params in configured for key in params))
     found = [name for name in SELECTORS if len({params.get(name) for params in configured}) > 1]
     for name in names:
@@ -157,7 +157,7 @@ def differing(configured: Sequence[dict[str, str]]) -> list[str]:
 
 
 def natural(text: str) -> list[tuple[int, float, str]]:
-    """Sorts numbers inside texts as numbers: step1000 before step16000, 3e-05 before 0.0001."""
+    """A sort key that compares numbers inside texts as numbers: step1000 before step16000, 3e-05 before 0.0001."""
     try:
         return [(0, float(text), "")]
     except ValueError:
@@ -185,13 +185,13 @@ def length(training: RunSummary) -> int:
 
 
 def legend(found: Sequence[Configuration]) -> str:
-    """What stands below the table."""
+    """The legend below the table."""
     counts = {len(each.trainings) > 1 for each in found}
     return "; ".join([*([OVER_SEEDS] if True in counts else []), *([OF_ONE_SEED] if False in counts else []), LEGEND])
 
 
 def of_seed(training: RunSummary, title: str) -> float | None:
-    """A number of the table of one training."""
+    """A number of the table, for one training."""
     column = NUMBERS[title]
     if column is None:
         return training.gain
@@ -230,7 +230,7 @@ def title(kind: str) -> str:
 
 
 def format_mean_std(value: Spread, sign: str = "") -> str:
-    """−5.53 ± 0.09: three digits of the larger one, two below 1."""
+    """−5.53 ± 0.09: three digits of the larger number, two if it is below 1."""
     if value.mean is None:
         return ""
     largest = max(abs(value.mean), value.std or 0.0)
@@ -241,7 +241,7 @@ def format_mean_std(value: Spread, sign: str = "") -> str:
 
 
 def format_interval(configuration: Configuration) -> str:
-    """(+0.20 to +0.80): of the gain of a single seed, which has no deviation."""
+    """(+0.20 to +0.80): the interval of a single seed's gain, which has no standard deviation."""
     if len(configuration.trainings) > 1 or (interval := configuration.trainings[0].gain_interval) is None:
         return ""
     return f" ({interval[0]:+.2g} to {interval[1]:+.2g})".replace("-", "−")
@@ -270,13 +270,13 @@ def markdown(found: Sequence[Configuration]) -> str:
 
 
 def partial(value: Spread, configuration: Configuration) -> bool:
-    """Whether some seeds have no such number: where not all were evaluated."""
+    """Whether only some seeds have this number, because not all were evaluated."""
     return 0 < value.seeds < len(configuration.trainings)
 
 
 def table_csv(found: Sequence[Configuration]) -> str:
-    """The table with all digits; std is empty of one seed. At the end the numbers of each seed, in the order of
-    `seeds`, and the 95% interval of its gain; - is undefined."""
+    """The table with all digits; std is empty for one seed. The last columns have the numbers of each seed, in the
+    order of `seeds`, and the 95% interval of its gain; - is undefined."""
     names = {name: re.sub(r"\W+", "_", name).strip("_") for name in NUMBERS}
     parts = [f"{name}_{part}" for name in names.values() for part in ("mean", "std", "seeds")]
     by_seed = [f"{name}_by_seed" for name in (*names.values(), "gain_low", "gain_high")]
@@ -302,7 +302,7 @@ def band(configuration: Configuration, column: str) -> dict[int, Spread]:
 
 
 def curves_csv(found: Sequence[Configuration], column: str) -> str:
-    """What the figure shows: a row a configuration and step."""
+    """The numbers of the figure: one row per configuration and step."""
     rows = [[*found[0].shown, "step", f"{column}_mean", f"{column}_std", "seeds"]]
     for each in found:
         for step, value in band(each, column).items():

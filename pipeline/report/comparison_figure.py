@@ -67,7 +67,7 @@ def curves(found: Sequence[Configuration], column: str, source: str) -> Figure:
 
 
 def look_of(found: Sequence[Configuration]) -> dict[str, Look]:
-    """A colour, and whether dashed, by what tells a configuration apart: the same in every panel."""
+    """The colour of each label's line and whether it is dashed: the same in every panel."""
     labels = dict.fromkeys(each.label(without="reward") for each in found)
     return {
         label: (COLOURS[place % len(COLOURS)], place // len(COLOURS) % 2 == 1) for place, label in enumerate(labels)
@@ -88,7 +88,7 @@ def uneven(configuration: Configuration) -> bool:
 def _panel(
     axes: Axes, panel: Sequence[Configuration], column: str, looks: Sequence[Look], of_reward: bool, name: str
 ) -> None:
-    """A curve of each configuration, which SVG has as a group of its own."""
+    """Draw a curve for each configuration; in the SVG each curve is a group of its own."""
     drawn, last = [], 0
     for number, (each, (colour, dashes)) in enumerate(zip(panel, looks, strict=True)):
         values = band(each, column)
@@ -101,12 +101,12 @@ def _panel(
         error = np.where(whole, std, np.nan) if len(each.trainings) > 1 else None
         curve = line(axes, x, np.where(whole, mean, np.nan), colour, dashes=dashes, error=error)
         curve.set_gid(f"{name}-curve-{number}")
-        joined = np.convolve(~whole, np.ones(3, dtype=int), mode="same")[: len(x)] > 0  # and the points beside them
+        joined = np.convolve(~whole, np.ones(3, dtype=int), mode="same")[: len(x)] > 0  # and their neighbours
         axes.plot(x, np.where(joined, mean, np.nan), color=colour, linewidth=1.2, alpha=0.5, zorder=2.5)
         drawn.append(mean)
     for shade in axes.collections:
         if isinstance(shade, PolyCollection) and len(panel) > 3:
-            shade.set_alpha(0.13)  # many bands on top of each other
+            shade.set_alpha(0.13)  # many bands lie on top of each other
     params = panel[0].params
     if of_reward:
         inline_legend(axes, [(f"reward: {shortened(params['reward'])}", INK)])
@@ -124,7 +124,7 @@ def _number(value: float | None) -> float:
 
 
 def legend_of(panel: Sequence[Configuration]) -> list[list[str]]:
-    """Of each configuration the lines that say what it is, how many seeds it has and how they ended."""
+    """For each configuration, the lines that say what it is, how many seeds it has and how they ended."""
     rewards = {"reward"} if len({each.reward for each in panel}) == 1 else set()
     entries = []
     for each in panel:
@@ -141,12 +141,12 @@ def shortened(value: str) -> str:
 
 
 def room_of(legend: Sequence[Sequence[str]], beside: int) -> float:
-    """Lines of text that a legend is high, its entries in `beside` columns."""
+    """The height of a legend in lines of text, with its entries in `beside` columns."""
     return max(sum(len(lines) + GAP for lines in legend[column::beside]) for column in range(beside)) + 0.5
 
 
 def _legend(axes: Axes, legend: Sequence[Sequence[str]], looks: Sequence[Look], room: float, beside: int) -> None:
-    """Below a panel, whose axes are `room` lines of text high."""
+    """Write the legend below a panel, into axes that are `room` lines of text high."""
     for column in range(beside):
         place = 0.5
         for lines, (colour, dashes) in zip(legend[column::beside], looks[column::beside], strict=True):

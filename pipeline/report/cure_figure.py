@@ -47,7 +47,7 @@ def overlay(
     source = f"{RUN_FILES.history}, and that of train key {after.run['train_key'][:8]}"
     figure = canvas(*((NARROW, 1700) if narrow else (1400, 800)), title, footer(collapsed.run, source))
     grid = figure.subplots(6, 1, height_ratios=[1, 1, 1, 1, 1, 1.8]) if narrow else figure.subplots(2, 3)
-    runs = [(after, BLUE, False), (collapsed, RED, True)]  # dashes on top: what coincides shows both
+    runs = [(after, BLUE, False), (collapsed, RED, True)]  # dashes on top, so that lines that coincide both show
     for place, (panel, (column, name)) in enumerate(zip(grid.flat, PANELS.items(), strict=False)):
         values = []
         for run, colour, dashes in runs:

@@ -29,11 +29,11 @@ CAPTION = (
 
 class Answer(NamedTuple):
     title: str
-    text: str  # what it rests on
+    text: str  # what the answer rests on
 
 
 def answer(collapsed: Inputs, after: Inputs) -> Answer:
-    """Is the collapse gone? By the verdicts on the run without and with the change, and the held-out reward."""
+    """Is the collapse gone? The verdicts on the run without and with the change, and the held-out reward, decide."""
     before = {finding["kind"]: finding for finding in collapsed.diagnosis["findings"]}
     found = {finding["kind"]: finding for finding in after.diagnosis["findings"]}
     gone = [finding["title"] for kind, finding in before.items() if kind not in found]
@@ -66,7 +66,7 @@ def render(collapsed: Inputs, after: Inputs, figure: bytes, narrow: bytes, name:
         .get_template("cure.html.jinja")
         .render(
             policy=policy_for(css),
-            style=Markup(css),  # ours
+            style=Markup(css),  # our own text
             answer=answer(collapsed, after),
             params=params,
             runs=[("without the change", collapsed), ("with the change", after)],

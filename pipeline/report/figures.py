@@ -97,9 +97,10 @@ def _reward_lines(axes: Axes, history: pd.DataFrame, run: dict[str, Any], spread
 
 
 def legend(axes: Axes, handles: dict[str, Any], most: int = 10) -> None:
-    """Above the axes, where it hides nothing: `most` entries a row, or one where the figure is narrow."""
+    """Draw the legend above the axes, where it hides nothing: `most` entries per row, or one if the figure is
+    narrow."""
     columns, lines = (1, len(handles) + 1) if is_narrow(axes) else (min(most, len(handles)), -(-len(handles) // most))
-    axes.set_title("\n".join(" " * lines))  # keeps the room; the legend itself must not squeeze the axes
+    axes.set_title("\n".join(" " * lines))  # blank lines keep the room; the legend itself must not squeeze the axes
     legend = axes.legend(
         list(handles.values()),
         list(handles),
@@ -115,7 +116,8 @@ def legend(axes: Axes, handles: dict[str, Any], most: int = 10) -> None:
 
 
 def _held_out_points(axes: Axes, side: Axes, held_out: dict[str, Any]) -> None:
-    """Both held-out means with their intervals in a narrow panel; the reference's as a line through the run."""
+    """Draw both held-out means with their intervals in a narrow panel, and the reference's as a line through the
+    run."""
     for place, (who, colour) in enumerate((("checkpoint", INK), ("policy", BLUE))):
         mean, low, high = (held_out[who][name] for name in ("mean", "low", "high"))
         if mean is None:
@@ -224,7 +226,7 @@ def _gap_panel(axes: Axes, history: pd.DataFrame) -> None:
 
 @figure_function
 def overview(history: pd.DataFrame, held_out: dict[str, Any], run: dict[str, Any], narrow: bool = False) -> Figure:
-    """The run on one picture: reward and baseline beside what collapses first, or above it."""
+    """The run in one picture: reward and baseline beside the metrics that collapse first, or above them."""
     params = run["params"]
     title = f"REINFORCE on {params['model']}: reward and signs of collapse"
     figure = canvas(*((NARROW, 1160) if narrow else (1600, 700)), title, footer(run, RUN_FILES.history))
@@ -300,7 +302,7 @@ def _path(
     (drawn,) = axes.plot(
         x, y, "o-", color=colour, linewidth=3.4 if bold else 1.6, markersize=7 if bold else 4, zorder=3
     )
-    # rounding may put a mean beside an interval without any width
+    # rounding may put a mean outside an interval that has no width
     bars = axes.errorbar(
         x, y, np.maximum((y - low, high - y), 0), color=colour, alpha=0.55 if bold else 0.4, linestyle="none",
         elinewidth=2.4 if bold else 1.2, zorder=2 if bold else 1.5,
@@ -324,7 +326,7 @@ def _name_steps(axes: Axes, rows: list[dict[str, Any]], best: int | None) -> Non
 
 
 def _from_zero(axes: Axes) -> None:
-    """Zero is in sight, with a little room below it, so that a line at zero does not lie on the axis."""
+    """Keep zero in sight, with a little room below it, so that a line at zero does not lie on the axis."""
     low, high = axes.get_ylim()
     high = max(high, 0.0) or 1.0
     axes.set_ylim(min(low, -0.04 * high), 1.05 * high)

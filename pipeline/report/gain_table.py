@@ -9,7 +9,7 @@ from pipeline.report.table import markdown_table
 from pipeline.runs.gain_differences import ALPHA, Difference, Gains, Limits, answer
 from pipeline.tracking.mlflow_store import PARAM_CHARACTERS
 
-# what gains that are compared have the same of; the model may be named
+# the tables that compared gains have in common; a condition may name the model instead
 ALIKE = ("reward", "encoder", "classifiers", "model")
 
 
@@ -20,33 +20,33 @@ class Compared(NamedTuple):
 
 
 def gains(configuration: Configuration) -> Gains:
-    """Those of its seeds that have one."""
+    """The gain of each seed that has one."""
     return {each.params["seed"]: each.gain for each in configuration.trainings if each.gain is not None}
 
 
 def comparable(found: Iterable[Configuration], alike: Sequence[str]) -> dict[object, list[Configuration]]:
-    """The configurations with a gain, together those with the same held-out prompts, `evaluate` parameters, and tables
-    of the selectors `alike`."""
+    """The configurations with a gain, in groups that share the held-out prompts, the `evaluate` parameters, and the
+    tables of the selectors `alike`."""
     groups: dict[object, list[Configuration]] = {}
     for each in found:
         if gains(each):
             chosen = sorted(item for item in each.params.items() if item[0].partition(".")[0] in alike)
             cut = any(len(value) >= PARAM_CHARACTERS for _, value in chosen)
             (measured,) = {training.measured for training in each.trainings if training.gain is not None}
-            # of what the record has cut nobody knows whether it is the same
+            # nobody knows whether values that the record has cut are the same
             kind = (*chosen, measured, each.trainings[0].config if cut else "")
             groups.setdefault(kind, []).append(each)
     return groups
 
 
 def intervals(compared: Sequence[Compared]) -> tuple[list[Limits | None], int]:
-    """That of each, and how many there are: they hold together."""
+    """The interval of each comparison, and how many there are: all of them hold together."""
     count = sum(each.difference.error is not None for each in compared)
     return [each.difference.interval(max(1, count)) for each in compared], count
 
 
 def differences_markdown(compared: Sequence[Compared]) -> str:
-    """What stands below the table: the differences with their intervals; nothing where none are compared."""
+    """The text below the table: the differences with their intervals; empty if none are compared."""
     if not compared:
         return ""
     limits, count = intervals(compared)
@@ -68,7 +68,7 @@ def signed(value: float) -> str:
 
 
 def seeds_of(compared: Compared) -> str:
-    """`3 paired` or `3 and 4`; where some were left out, of how many."""
+    """`3 paired` or `3 and 4`; if some were left out, also of how many."""
     used = compared.difference
     there = [len(gains(each)) for each in (compared.configuration, compared.against)]
     text = f"{len(used.seeds)} paired" if used.paired else f"{len(used.seeds)} and {len(used.other_seeds)}"
@@ -77,7 +77,7 @@ def seeds_of(compared: Compared) -> str:
 
 
 def differences_csv(found: Sequence[Configuration], compared: Sequence[Compared]) -> str:
-    """The same with all digits, a row a comparison; low and high are empty of too few seeds."""
+    """The differences with all digits, one row per comparison; low and high are empty for too few seeds."""
     limits, count = intervals(compared)
     names = ["against", "difference", "low", "high", "level", "paired", "seeds", "against_seeds", "gain_is"]
     rows = [[*found[0].shown, *names]]

@@ -20,7 +20,7 @@ def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any], narrow:
     size = (NARROW, 250 + 150 * len(names)) if narrow else (1400, max(800, 190 + 116 * len(names)))
     title = "Held-out rewards: trained policy minus reference model"
     figure = canvas(*size, title, footer(run, RUN_FILES.metrics))
-    ratios = [1] if narrow else [5, 2]  # narrow, the win rate is a number beside the mean
+    ratios = [1] if narrow else [5, 2]  # in a narrow figure, the win rate is a number beside the mean
     grid = figure.subplots(len(names), len(ratios), width_ratios=ratios, squeeze=False)
     for row, name in zip(grid, names, strict=True):
         _difference(row[0], metrics[name], name + (" (trained)" if name == trained else ""))
@@ -36,7 +36,7 @@ def evaluate(metrics: dict[str, Any], trained: str, run: dict[str, Any], narrow:
 
 
 def _difference(axes: Axes, metric: dict[str, Any], label: str) -> None:
-    """A point with its interval beside zero: filled where the interval leaves zero out. Of one prompt there is none."""
+    """A point with its interval beside zero: filled where the interval leaves zero out. One prompt has no interval."""
     mean, low, high = (metric["difference"][name] for name in ("mean", "low", "high"))
     means = " → ".join(signed(metric[who]["mean"]) for who in ("checkpoint", "policy"))
     numbers = f"mean {means}"

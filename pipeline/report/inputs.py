@@ -20,7 +20,7 @@ class Inputs(NamedTuple):
     samples: list[dict[str, Any]]  # the first completions of each step
     kept: dict[str, Any]  # how many completions there were, and which were kept
     all_samples: Path | None  # a file with all of them
-    terms: list[dict[str, Any]]  # a row a step and term; empty where the trained reward is no sum
+    terms: list[dict[str, Any]]  # one row per step and term; empty if the trained reward is no sum
     run: dict[str, Any]
     evaluate: dict[str, Any]  # how it was evaluated, by dotted keys
     rewards: dict[str, Any]  # name -> Comparison
@@ -31,11 +31,11 @@ class Inputs(NamedTuple):
     prepare: dict[str, Any]
     diagnosis: dict[str, Any]
     trained: str  # the reward that training used
-    sources: str  # digest over the files that all this is from
+    sources: str  # digest over the files that all this was read from
 
     @property
     def params(self) -> dict[str, Any]:
-        """What the run was told, and how it was evaluated."""
+        """The parameters of the run and of its evaluation."""
         curve = self.run.get("curve", {"every": 0})
         names = {"every": "evaluate.every", "prompts": "evaluate.curve_prompts"}
         told = {names[key]: value for key, value in curve.items()}

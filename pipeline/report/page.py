@@ -57,7 +57,7 @@ HOLLOW = "; a hollow grey point has an interval that includes zero"
 
 
 def has_intervals(inputs: Inputs) -> bool:
-    """Not on one held-out prompt, which tells nothing about others."""
+    """False with one held-out prompt, which tells nothing about others."""
     return any(metric["difference"]["low"] is not None for metric in inputs.rewards.values())
 
 
@@ -90,7 +90,7 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
             params=inputs.params,
             sources=inputs.sources,
             policy=policy_for(style, script),
-            style=Markup(style),  # ours, as is the script
+            style=Markup(style),  # our own text, as is the script
             script=Markup(script),
             command=experiment_command(inputs.params, {}),
             diagnosis=inputs.diagnosis,
@@ -121,7 +121,7 @@ def render(inputs: Inputs, figures: dict[str, bytes], narrow: dict[str, bytes]) 
 
 
 def best_words(best: dict[str, Any] | None) -> str:
-    """Of data/best: its step, and its gain on the prompts that did not choose it."""
+    """The step of data/best, and its gain on the prompts that were not used to choose it."""
     if best is None or "reported_on" not in best:
         return ""
     if best["step"] == 0:
@@ -133,7 +133,7 @@ def best_words(best: dict[str, Any] | None) -> str:
 
 
 def treated(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
-    """The findings whose changes the cure has, each with those alone."""
+    """The findings whose changes are in the cure, each with these changes alone."""
     chosen, found = dict(diagnosis["cure"]["changes"]), []
     for finding in diagnosis["findings"]:
         own = {key: value for key, value in finding["changes"].items() if key in chosen and chosen[key] == value}
@@ -143,7 +143,7 @@ def treated(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def environment() -> jinja2.Environment:
-    """Templates that escape everything, with the filters they use, for one page: it remembers which terms were used."""
+    """The template environment of one page. It escapes everything, and remembers which terms the page used."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "."),
         autoescape=True,
@@ -171,7 +171,7 @@ def policy_for(style: str, script: str | None = None) -> str:
 
 
 def command_line(command: str) -> Markup:
-    """A command that breaks between its options only, wherever the page is too narrow; copied, it is one line."""
+    """A command that breaks only between its options if the page is too narrow. When it is copied, it is one line."""
     return Markup(" ").join(Markup("<span>{}</span>").format(visible(part)) for part in re.split(r" (?=-S )", command))
 
 

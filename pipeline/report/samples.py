@@ -16,12 +16,12 @@ from pipeline.report.term_report import reward_words
 from pipeline.report.text import parts
 
 LIMIT = 8_000_000  # bytes of JSON
-DIGITS = 3  # of a logprob; more would be most of the page
+DIGITS = 3  # of a logprob; with more, logprobs would be most of the page
 ROWS = 256  # of all.parquet, read at once
 COLUMNS = [
     "step", "group", "prompt", "completion", "reward", "terms", "advantage", "ending", "pieces", "token_logprobs",
 ]  # fmt: skip
-# JSON has these only inside strings. Escaped there, nothing ends the script element or opens a comment in it.
+# JSON has these only inside strings. Once they are escaped, no string ends the script element or opens a comment in it.
 ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 Prompt = dict[str, Any]  # a prompt and its completions, as browser.js shows them
 
@@ -35,9 +35,9 @@ class Shown(NamedTuple):
 
 
 def shown_samples(inputs: Inputs, limit: int = LIMIT) -> Shown:
-    """The first completions of each step, and where all were kept, whole prompts: the first prompts of each step with
-    all of their completions, as many as there is room for, and as many of each step. Where there is none even for the
-    first completions, those of evenly spread steps."""
+    """The first completions of each step. If all were kept, also whole prompts: the first prompts of each step with all
+    of their completions, as many as there is room for, the same number for each step. If there is no room even for the
+    first completions, only those of evenly spread steps."""
     rows = itertools.groupby(inputs.samples, lambda row: int(row["step"]))
     first = {step: _by_prompt(list(group)) for step, group in rows}
     sizes = {step: _size(prompts) for step, prompts in first.items()}
@@ -59,7 +59,7 @@ def shown_samples(inputs: Inputs, limit: int = LIMIT) -> Shown:
 
 
 def _words(inputs: Inputs, shown: int, which: str, every_step: bool, limit: int) -> tuple[str, str]:
-    """How many of how many and which, and where the others are."""
+    """Which completions are shown and how many of how many, and where the others are."""
     total = inputs.kept["completions"]
     if shown == total:
         return f"All {total:,} completions of training.", ""
@@ -73,13 +73,13 @@ def _words(inputs: Inputs, shown: int, which: str, every_step: bool, limit: int)
 
 
 def whole_prompts(path: Path, limit: int) -> tuple[dict[int, list[Prompt]], int]:
-    """The first prompts of each step with all of their completions: as many of each step as have at most `limit` bytes
-    together, and their number. Never holds more than these and a few rows."""
+    """The first prompts of each step with all of their completions: the largest number per step that fits into `limit`
+    bytes for all steps, and this number. Never holds more than these prompts and a few rows."""
     import pyarrow.compute
     import pyarrow.parquet
 
     found: dict[tuple[int, int], Prompt] = {}
-    sizes: Counter[int] = Counter()  # of the first prompts of all steps so far, of the second ones, ...
+    sizes: Counter[int] = Counter()  # bytes of the first prompts of all steps so far, of the second ones, ...
     most = 2**31 - 1
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(batch_size=ROWS, columns=COLUMNS):
@@ -129,7 +129,8 @@ def _prompt(rows: list[dict[str, Any]]) -> Prompt:
 
 
 def _completion(row: dict[str, Any]) -> dict[str, Any]:
-    """Its tokens with their logprobs; `text` only where the reward read something other than the tokens say."""
+    """A completion's tokens with their logprobs; `text` only if the reward read another text than that of the
+    tokens."""
     pieces, advantage = row["pieces"], row["advantage"]
     same = row["completion"] in ("".join(pieces), "".join(pieces[:-1] if row["ended"] else pieces))
     logprobs = (None if x is None else finite_or_none(x) for x in row["token_logprobs"])
@@ -143,7 +144,7 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _piece(piece: str) -> str | list[str]:
-    """A token's text by `parts`; as it is where nothing in it is marked, as in most."""
+    """A token's text cut by `parts`; as it is if nothing in it is marked, as in most tokens."""
     cut = parts(piece, ends=False)
     return cut[0] if len(cut) == 1 else cut
 

@@ -36,7 +36,7 @@ STYLE = {
     "font.family": ["DejaVu Sans"],  # the one that matplotlib ships
     "font.size": 13,
     "text.color": INK,
-    "text.parse_math": False,  # a name with a dollar sign is a name
+    "text.parse_math": False,  # a dollar sign in a name starts no formula
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.titlesize": 13.5,
@@ -61,7 +61,7 @@ STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
-    "svg.hashsalt": "reinforce",  # else the names of its parts are drawn by chance
+    "svg.hashsalt": "reinforce",  # else the ids in the SVG are random
 }
 
 
@@ -73,7 +73,7 @@ def styled() -> Iterator[None]:
 
 
 def figure_function(function: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Makes the figure that a function returns in our style."""
+    """Decorator: make the figure that a function returns in our style."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -84,7 +84,7 @@ def figure_function(function: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def canvas(width: int, height: int, title: str, footer: str) -> Figure:
-    """An empty figure of width x height pixels, with its title above and where it comes from below.
+    """An empty figure of width x height pixels, with its title above and its source below.
 
     Both are broken into lines that fit; a narrow figure has room for two notes below its title.
     """
@@ -150,7 +150,7 @@ def line(
 def inline_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
     """A panel's title that is also its legend: the name of each line in its colour, behind a piece of the line.
 
-    Beside each other, or below each other where they are too long for a narrow figure.
+    The names stand side by side, or one below the other if they are too long for a narrow figure.
     """
     dashes = ["━ ", "╍ "] if len(entries) > 1 else [""]
     texts = [mark + text for mark, (text, _) in zip(dashes, entries, strict=True)]
@@ -267,7 +267,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def footer(run: dict[str, Any], source: Path | str) -> str:
-    """From a figure back to stage, parameters, seed and run."""
+    """The text that leads from a figure back to its stage, parameters, seed and run."""
     params = run["params"]
     names = ("recipe", "reward", "model", "seed")
     chosen = "   ·   ".join(f"{name} {str(params[name])[:40]}" for name in names)

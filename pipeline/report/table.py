@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, the first row its titles, the columns aligned so that it reads as plain text too."""
+    """A Markdown table. The first row holds the titles; the columns are aligned so that it reads as plain text too."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = [

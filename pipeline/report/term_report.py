@@ -33,8 +33,8 @@ ENDS = 5  # steps at either end of a run, whose mean the table has
 
 @figure_function
 def terms(rows: list[dict[str, Any]], run: dict[str, Any], narrow: bool = False) -> Figure:
-    """Each term's share of the signal, and how far its weighted mean has moved since the first step: these add up to
-    the reward's move."""
+    """Each term's share of the signal, and how far its weighted mean has moved since the first step; these moves add up
+    to the reward's move."""
     size = (NARROW, 820 + 28 * len(by_term(rows))) if narrow else (1400, 800)
     figure = canvas(*size, "Terms of the reward: what each adds", footer(run, RUN_FILES.terms))
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -58,12 +58,12 @@ def terms(rows: list[dict[str, Any]], run: dict[str, Any], narrow: bool = False)
 
 
 def column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
-    """As floats; what is undefined is a gap."""
+    """A column as floats; an undefined value is a gap."""
     return np.array([row[name] for row in rows], dtype=float)
 
 
 def term_table(rows: list[dict[str, Any]], heldout: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a term: means over the first and the last ENDS steps; heldout: what metrics.json says of it."""
+    """One row per term: means over the first and the last ENDS steps; heldout: what metrics.json says of the term."""
 
     def ends(own: list[dict[str, Any]], name: str) -> tuple[float | None, float | None]:
         return mean(own[:ENDS], name), mean(own[-ENDS:], name)

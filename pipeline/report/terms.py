@@ -7,7 +7,7 @@ from markupsafe import Markup
 from pipeline.report.text import visible
 from pipeline.rl.metrics import METRICS
 
-# What is no column of history.csv. docs/METRICS.md defines the numbers of the evaluation in the same words.
+# Terms that are no column of history.csv. docs/METRICS.md defines the numbers of the evaluation in the same words.
 WORDS = {
     "reference model": "the model before training; the batch of step 0 is sampled from it",
     "trained policy": "the model after the last update, in data/policy",
@@ -50,7 +50,7 @@ class Terms:
         return Markup('<a class="term" href="#{}">{}</a>').format(anchor(term), title if text is None else text)
 
     def link_known(self, name: str) -> Markup:
-        """The same of a name that comes from a file, by its title if it is a column; as it is where it is no term."""
+        """Link a name that comes from a file, by its title if it is a column. A name that is no term stays as it is."""
         if name in METRICS:
             return self.link(name)
         return self.link(OTHER_NAMES[name], name) if name in OTHER_NAMES else visible(name)

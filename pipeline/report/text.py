@@ -9,7 +9,7 @@ MARKED = {"\n": "↵", "\t": "→"}  # shown by a mark, and kept
 
 
 def parts(text: str, ends: bool = True) -> list[str]:
-    """The text cut into plain parts and marks in turn: the marks are what stands at odd places.
+    """Cut the text into plain parts and marks in turn: the marks stand at the odd places.
 
     Line ends, tabs and, where `ends`, outer spaces are marked; control characters and what reorders or hides text
     (bidi controls, zero-width space) appear as their code point.
@@ -30,7 +30,7 @@ def parts(text: str, ends: bool = True) -> list[str]:
 
 
 def visible(text: str) -> Markup:
-    """The same as escaped HTML."""
+    """The text as escaped HTML, with its marks."""
     if not text:
         return Markup('<span class="empty">{}</span>').format(EMPTY)
     shown = [_mark(part) if place % 2 else Markup.escape(part) for place, part in enumerate(parts(text))]

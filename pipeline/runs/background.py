@@ -12,9 +12,9 @@ from pipeline.errors import UserError
 class BackgroundWriter:
     """One thread that writes one thing at a time: the next one waits, so that memory holds one copy of a state.
 
-    What a write raises is raised by the next call of any method, or at the latest at the block's end. The block ends
-    when everything is written, also where an exception ends it. Ctrl-C while it waits gives up what is being written:
-    then `stop` is set, which the writing asks.
+    The next call of any method, or at the latest the end of the block, raises the exception of a failed write. The
+    block ends when everything is written, also after an exception. Ctrl-C during a wait sets `stop`: the running write
+    checks it and gives up.
     """
 
     def __init__(self) -> None:
@@ -24,8 +24,8 @@ class BackgroundWriter:
         self._noted = False
 
     def submit(self, write: Callable[[], None], beside: bool = True) -> None:
-        """Have it written, by what lies in memory of its own; beside=False: what is written is training's own memory,
-        which must not change meanwhile, so that this call waits for the end."""
+        """Run `write` in the thread; it writes a copy. With beside=False it writes training's own memory, which must
+        not change meanwhile, so this call waits until it ends."""
         self.wait()
         self._writing = self._thread.submit(write)
         if not beside:
@@ -36,7 +36,7 @@ class BackgroundWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._writing is None:
             return
         try:
@@ -64,6 +64,6 @@ class BackgroundWriter:
         except UserError as failed:
             if error is None:
                 raise
-            print(f"warning: {failed}", file=sys.stderr)  # the other one ends the run, and is its one line
+            print(f"warning: {failed}", file=sys.stderr)  # the block's exception ends the run and is its error line
         finally:
             self._thread.shutdown()

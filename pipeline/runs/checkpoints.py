@@ -37,7 +37,7 @@ def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
             f"another process is training {what} (process {who}); wait for it, or end it and repeat the command"
         ) from None
     try:
-        for left in folder.glob(".*.tmp"):  # by a process that was killed while it saved
+        for left in folder.glob(".*.tmp"):  # left by a process that was killed while it saved
             left.unlink()
         write_text(owner, f"{os.getpid()}\n")
         yield
@@ -60,8 +60,8 @@ def save(
 
 
 def write(path: Path, state: dict[str, Any], stop: threading.Event | None = None) -> None:
-    """Its sha256, then torch's format. Custom rewards may run in other threads meanwhile. Raises KeyboardInterrupt, and
-    leaves nothing, where `stop` is set before the end."""
+    """Write a file: the state's sha256, then the state in torch's format. Custom rewards may run in other threads
+    meanwhile. If `stop` is set before the end, raises KeyboardInterrupt and leaves no file."""
     with settings_of_training(), atomic_path(path) as temporary, temporary.open("wb") as target:
         target.write(bytes(DIGEST))
         hashing = Hashing(target, stop)
@@ -71,14 +71,14 @@ def write(path: Path, state: dict[str, Any], stop: threading.Event | None = None
         target.seek(0)
         target.write(hashing.sha256.digest())
         target.flush()
-        with rewards_may_run():  # it takes long; `atomic_path` then finds little left to sync
+        with rewards_may_run():  # slow; it leaves little to sync for `atomic_path`
             os.fsync(target.fileno())
 
 
 def load(folder: Path) -> dict[str, Any] | None:
     """Return the newest intact state, on the CPU, or None.
 
-    A damaged one is named in a warning and deleted: it would count among the KEEP_LAST newest.
+    A damaged state is named in a warning and deleted, since it would count among the KEEP_LAST newest.
     """
     states = resume_states(folder)
     for path in reversed(states):
@@ -100,7 +100,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 class Hashing(io.RawIOBase):
-    """Write to a file and compute its sha256 on the way, without a second copy in memory. Within
+    """Write to a file and compute its sha256 on the way, without a second copy in memory. Use it within
     `settings_of_training`.
 
     After a failed write it ignores further ones and keeps the exception: torch would replace it by one of its own.
@@ -129,31 +129,31 @@ class Hashing(io.RawIOBase):
 def last_before(folder: Path, before: int, every: int) -> Path | None:
     """Return the newest state after fewer than `before` steps, at a multiple of `every`.
 
-    The states that a signal leaves at other steps must not change a result.
+    A signal also leaves states at other steps, which must not change a result.
     """
     steps = {step_of(path): path for path in resume_states(folder)}
     return steps.get(max((step for step in steps if step < before and step % every == 0), default=-1))
 
 
 def candidate(folder: Path, step: int) -> Path:
-    """Where the weights after `step` steps lie that may become data/best."""
+    """Path of the weights after `step` steps, which may become data/best."""
     return folder / f"best-{step:08d}.pt"
 
 
 def keep_candidates(folder: Path, steps: Collection[int]) -> None:
-    """Deletes the candidates after other numbers of steps."""
+    """Delete all candidates except those after these numbers of steps."""
     for path in set(folder.glob("best-*.pt")) - {candidate(folder, step) for step in steps}:
         path.unlink()
 
 
 def sample_file(folder: Path, step: int) -> Path:
-    """Where the completions of a step lie, if all are kept."""
+    """Path of the completions of a step, if all are kept."""
     return folder / f"samples-{step:08d}.parquet"
 
 
 def delete_checkpoints(folder: Path, first: int = 0) -> int:
-    """Deletes the states after `first` steps or more, and what going on from an earlier state makes again: candidates
-    for data/best, completions. Returns the step to go on from."""
+    """Deletes the states after `first` steps or more, and the files that training makes again from an earlier state:
+    candidates for data/best, completions. Returns the step to go on from."""
     for path in resume_files(folder):
         if step_of(path) >= first:
             path.unlink()

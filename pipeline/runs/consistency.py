@@ -1,11 +1,11 @@
 """Whether the files in reports/ belong to one run.
 
-Stages run one by one, git and DVC put older files back, and `dvc commit` and `dvc exp save` record whatever is there as
-up to date. So each stage says of which files its results are:
+A stage may run alone, git and DVC may put older files back, and `dvc commit` and `dvc exp save` record whatever is
+there as up to date. So each stage records the digests of the files that its results belong to:
 
 train: summary.json has the digests of all that it wrote; evaluate: measured.json has those of the policy and of its own
-files; diagnose: diagnosis.json has those of what it judged; plot: report.html has one over what it shows. Advice names
-them in this order: the verdict needs the evaluation.
+files; diagnose: diagnosis.json has those of what it judged; plot: report.html has one digest of all that it shows.
+Advice names the stages in this order, since the verdict needs the evaluation.
 """
 
 from pathlib import Path
@@ -17,19 +17,20 @@ from pipeline.paths import POLICY, RUN_FILES, RunFiles
 from pipeline.runs.provenance import digest
 from pipeline.runs.results import how_to_remake, read_result
 
-# of `train`; that of history.csv stands beside them
+# files of `train`; the digest of history.csv stands beside theirs
 JUDGED = ("calibration.csv", "samples.jsonl", "terms.jsonl", "heldout.jsonl", "healthy.json", "best.json")
 
 
 def raise_if_mixed(*stages: str, files: RunFiles = RUN_FILES) -> None:
     """Raises UserError naming the files of these stages (train, evaluate, diagnose, plot) that are of another run than
-    train/summary.json, and what makes them anew. Files that are missing or no JSON are the caller's to find first."""
+    train/summary.json, and the command that makes them anew. The caller checks first for files that are missing or no
+    JSON."""
     run = run_digests(files.summary)
     wrong = {stage: found for stage in stages if (found := _mismatches(stage, run, files))}
     if wrong:
         names = ", ".join(str(file) for found in wrong.values() for file in found)
         advice = f"`dvc repro -f -s {' '.join(wrong)} && dvc repro` makes them anew"
-        if "train" in wrong:  # which takes its time
+        if "train" in wrong:  # training takes long
             advice = f"`dvc checkout` brings back those of dvc.lock; where that does not help, {advice}"
         raise UserError(f"{names}: of another run than {files.summary}; {advice}")
 
@@ -43,7 +44,7 @@ def run_digests(summary: Path) -> dict[str, str]:
 
 
 def digests_in(told: Any) -> dict[str, str]:
-    """The same of a file that was read; empty where an older version wrote it."""
+    """The digests in the content of summary.json or diagnosis.json; empty if an older version wrote it."""
     try:
         return dict(told["digests"][0])
     except (KeyError, IndexError, TypeError, ValueError):
@@ -63,7 +64,7 @@ def evaluates(measured: dict[str, Any], run: dict[str, str]) -> bool:
 
 
 def judged(run: dict[str, str], measured: Path) -> dict[str, str]:
-    """The digests of what a diagnosis is of, besides the history."""
+    """The digests of the files that a diagnosis judges, besides the history."""
     return {name: run[name] for name in JUDGED if name in run} | {measured.name: sha256(measured)}
 
 
@@ -73,8 +74,8 @@ def holds_policy_of(run: dict[str, str], folder: Path = POLICY) -> bool:
 
 
 def all_samples(files: RunFiles = RUN_FILES) -> Path | None:
-    """The file with all completions of the run; None where some were kept. Raises UserError where it is missing, or is
-    not the one of which kept.json has the digest."""
+    """The file with all completions of the run; None if only some were kept. Raises UserError if the file is missing or
+    does not have the digest in kept.json."""
     told = read_result(files.kept)
     if told["keep_samples"] == "some":
         return None

@@ -1,6 +1,6 @@
-"""DVC and git as commands, for the tools beside the stages. What they refuse is passed on in their own words.
+"""DVC and git as commands, for the tools beside the stages. Their error messages are passed on as they are.
 
-Only plumbing commands of git are read, whose output no setting of the user changes.
+Only the output of git's plumbing commands is read, since no setting of the user changes it.
 """
 
 import os
@@ -19,7 +19,7 @@ from pipeline.runs import workspace
 
 
 def dvc(*arguments: str) -> str:
-    """What a quick command prints. Raises UserError with what it says of its failure."""
+    """Return the output of a quick DVC command. Raises UserError with DVC's message if it fails."""
     # Files, not pipes: the workers that `queue start` leaves behind would hold a pipe open until the queue is empty.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         command = [sys.executable, "-m", "dvc", *arguments]
@@ -31,9 +31,9 @@ def dvc(*arguments: str) -> str:
 
 
 def _refusal(said: str) -> str:
-    """All that DVC says of an error, to its end: an empty line may stand before the remedy."""
+    """DVC's error message to its end: an empty line may stand between the error and the remedy."""
     text = re.split(r"^Having any troubles\?", said, maxsplit=1, flags=re.MULTILINE)[0]
-    # progress and warnings come before it; with -v a time stands in front of the level
+    # progress and warnings come before the error; with -v its line begins with a time
     error = re.search(r"^(?:\d{4}-\S+ \S+ )?ERROR: (.+)", text, re.MULTILINE | re.DOTALL)
     return error[1] if error else (text.strip() or "without a word").splitlines()[-1]
 
@@ -47,7 +47,7 @@ def check_experiment_folder() -> None:
 def check_folder() -> None:
     """Raise UserError where DVC 3.67 cannot keep experiments that run beside the workspace (--temp, --queue).
 
-    It takes the path for a URL, and cannot fetch into a shallow clone. Then it fails at the end of the run, or reports
+    DVC takes the path for a URL, and cannot fetch into a shallow clone. It then fails at the end of the run, or reports
     success and keeps nothing.
     """
     path = str(workspace.root())
@@ -65,8 +65,8 @@ def check_folder() -> None:
 
 
 def check_beside_workspace(rewards: Iterable[Reward]) -> None:
-    """Before an experiment starts beside the workspace. Raises UserError as `check_folder` does, and where the file of
-    a custom reward is not tracked by git: the experiment would not have it, and `check` and `evaluate` look at every
+    """Call this before an experiment starts beside the workspace. Raises UserError as `check_folder` does, and if git
+    does not track the file of a custom reward: the experiment would lack it, and `check` and `evaluate` read every
     reward."""
     check_folder()
     files = sorted({reward.function.partition(":")[0] for reward in custom_rewards(rewards)})
@@ -85,12 +85,12 @@ def _text(file: IO[bytes]) -> str:
 
 
 def git(*arguments: str) -> str:
-    """What a git command prints. Raises UserError with what git says of its failure."""
+    """Return the output of a git command. Raises UserError with git's message if it fails."""
     return git_bytes(*arguments).decode("utf-8", errors="surrogateescape").strip()
 
 
 def git_bytes(*arguments: str, given: str = "") -> bytes:
-    """The same as it is; `given` is the command's input."""
+    """The output of a git command as unchanged bytes; `given` is its input."""
     done = _run_git(*arguments, given=given)
     if done.returncode:
         said = done.stderr.decode("utf-8", errors="replace").strip()
@@ -99,7 +99,7 @@ def git_bytes(*arguments: str, given: str = "") -> bytes:
 
 
 def _run_git(*arguments: str, given: str = "") -> subprocess.CompletedProcess[bytes]:
-    # `:!reports` is a pattern, whatever the user's variables say; no lock is taken for a look
+    # `:!reports` must be read as a pattern, whatever the user's variables say; reading takes no lock
     variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "0"}
     try:
         return subprocess.run(["git", *arguments], input=given.encode(), env=variables, capture_output=True)
@@ -110,11 +110,11 @@ def _run_git(*arguments: str, given: str = "") -> subprocess.CompletedProcess[by
 def head_commit() -> str:
     """The commit that experiments start from. Raises UserError where there is none."""
     done = _run_git("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
-    if done.returncode == 1 and not done.stderr.strip():  # of all failures, git is quiet about this one
+    if done.returncode == 1 and not done.stderr.strip():  # this is the only failure that git is quiet about
         raise UserError("this git repository has no commit yet, and experiments start from one: `git commit` first")
     return git("rev-parse", "--verify", "HEAD^{commit}")
 
 
 def environment() -> dict[str, str]:
-    """DVC's stages call `python`: the one that runs this comes first."""
+    """The environment for DVC. Its stages call `python`, so this Python's folder comes first in PATH."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}

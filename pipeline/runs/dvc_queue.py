@@ -1,7 +1,7 @@
-"""Experiments of DVC's queue: those of -S options, each by its name, until all of them are finished.
+"""Run the experiments of -S options in DVC's queue, each under its name, until all of them are finished.
 
-The name of an experiment is of its parameters and of the code as it stands. So the same command goes on with what was
-interrupted, or of which experiments failed: what is finished is not done again.
+An experiment is named after its parameters and the code as it stands. So the same command continues after an
+interruption or a failure: finished experiments do not run again.
 """
 
 import re
@@ -20,9 +20,9 @@ from pipeline.runs.dvc_git import dvc, git, head_commit
 from pipeline.runs.provenance import digest
 
 POLL_SECONDS = 5.0  # between two looks at what is finished
-QUEUE_EVERY = 4  # looks; to ask DVC for the state of its queue takes seconds of a core
-PATIENCE = 4  # states of the queue in which nobody works
-NAME_DIGITS = 16  # of the digest in a name: what has the name of a finished experiment is not run again
+QUEUE_EVERY = 4  # looks; asking DVC for the state of its queue takes seconds of a core
+PATIENCE = 4  # looks at a queue on which no worker works
+NAME_DIGITS = 16  # of the digest in a name; an experiment with the name of a finished one is not run again
 ENDING = 12  # looks at workers that should end by themselves
 PENDING = ("Queued", "Running")
 ROW = re.compile(r"^[0-9a-f]{7} +(\S+) .*\b(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
@@ -30,8 +30,8 @@ WORKERS = re.compile(r"Worker status: (\d+) active, (\d+) idle")
 
 
 def run(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
-    """Run what is not finished, `jobs` at a time, and wait. Raises UserError where DVC refuses an experiment, one
-    fails, the queue stands still, or at Ctrl-C."""
+    """Run the experiments that are not finished, `jobs` at a time, and wait. Raises UserError if DVC refuses an
+    experiment, one fails, the queue stands still, or at Ctrl-C."""
     done = finished(wanted, commit)
     print(f"{len(wanted)} experiments, {len(done)} of them finished", flush=True)
     try:
@@ -48,7 +48,8 @@ def run(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
 
 
 def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
-    """The -S values of every combination by the name of its experiment. Raises UserError for what DVC cannot read."""
+    """The -S values of every combination, by the name of its experiment. Raises UserError for options that DVC cannot
+    read."""
     every, state = combinations(overrides), code_state(commit)
     swept = [place for place, values in enumerate(zip(*every, strict=True)) if len(set(values)) > 1]
     return {
@@ -58,8 +59,8 @@ def experiments(overrides: list[str], commit: str) -> dict[str, list[str]]:
 
 
 def combinations(overrides: list[str]) -> list[list[str]]:
-    """Every combination of the values that -S options give. Raises UserError for what DVC cannot read."""
-    from dvc.utils.hydra import get_hydra_sweeps  # takes its time, and only this needs it
+    """Every combination of the values that -S options give. Raises UserError for options that DVC cannot read."""
+    from dvc.utils.hydra import get_hydra_sweeps  # slow to import, and only needed here
 
     try:
         return [each["params.yaml"] for each in get_hydra_sweeps({"params.yaml": overrides})]
@@ -76,14 +77,14 @@ def experiment_name(prefix: str, words: list[str], values: list[str], state: lis
 
 
 def code_state(commit: str) -> list[Any]:
-    """What an experiment starts from, its -S values apart."""
+    """What an experiment starts from, besides its -S values."""
     return [commit, edits(commit)]
 
 
 def edits(commit: str) -> dict[str, str | None]:
-    """The files that differ from the commit with a digest of each, None for one that was removed. dvc.lock and reports/
-    are what runs leave behind: they make no other experiment. Contents, not a diff: the user's settings change what
-    that says."""
+    """The files that differ from the commit, each with a digest of its content; None for a removed file. dvc.lock and
+    reports/ are left out: runs leave them behind, and they make no other experiment. A diff would not do: the user's
+    settings change its text."""
     options = ("--name-only", "-z", "--no-renames", "--relative", "--no-ext-diff", "--ignore-submodules=none")
     names = git("-c", "diff.autoRefreshIndex=true", "diff", *options, commit, "--", ".", ":!reports", ":!dvc.lock")
     paths = sorted(name for name in names.split("\0") if name)
@@ -91,13 +92,13 @@ def edits(commit: str) -> dict[str, str | None]:
 
 
 def check(wanted: Iterable[list[str]]) -> None:
-    """Raises UserError where params.yaml with one of them is not valid: before an hour of the others, not after it."""
+    """Raises UserError if params.yaml is not valid with the values of one experiment, before an hour of the others."""
     for values in wanted:
         params_with(values)
 
 
 def params_with(values: list[str]) -> Params:
-    """params.yaml with -S values, which stays as it is. Raises UserError where that is not valid."""
+    """The parameters of params.yaml with -S values; the file stays as it is. Raises UserError if they are not valid."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
 
@@ -114,7 +115,7 @@ def params_with(values: list[str]) -> Params:
 
 
 def finished(wanted: dict[str, list[str]], commit: str) -> set[str]:
-    """Those whose results DVC has."""
+    """The wanted experiments whose results DVC has."""
     return results(commit) & wanted.keys()
 
 
@@ -125,20 +126,21 @@ def results(commit: str) -> set[str]:
 
 
 def let_workers_end(commit: str) -> None:
-    """Wait until the workers that find nothing more in the queue have ended, which takes them seconds.
+    """Wait some seconds until the workers that find nothing more in the queue have ended.
 
-    One that is about to end may take an experiment along. It runs it, but answers DVC no more: nobody seems to work.
+    A worker that is about to end may still take an experiment. It runs it but no longer answers DVC: nobody seems to
+    work.
     """
     for _ in range(ENDING):
         states, workers = status()
         pending = {name for name, state in states.items() if state in PENDING}
-        if not workers or pending - results(commit):  # a result is there some seconds before DVC calls it one
+        if not workers or pending - results(commit):  # DVC lists an experiment as pending for seconds after its result
             return
         time.sleep(POLL_SECONDS)
 
 
 def queue(wanted: dict[str, list[str]], commit: str) -> None:
-    """Queues what is neither finished nor in the queue."""
+    """Queue the experiments that are neither finished nor in the queue."""
     done, states = finished(wanted, commit), status()[0]
     for place, (name, values) in enumerate(wanted.items(), start=1):
         if name in done or states.get(name) in PENDING:
@@ -152,8 +154,8 @@ def queue(wanted: dict[str, list[str]], commit: str) -> None:
 
 
 def raise_if_changed(name: str, values: list[str]) -> None:
-    """Raises UserError where the code or the commit is no longer that of the experiment's name: DVC would queue what is
-    there now."""
+    """Raises UserError if the code or the commit has changed since the experiment was named: DVC would run the new
+    code."""
     if not name.endswith(digest([code_state(head_commit()), values])[:NAME_DIGITS]):
         raise UserError(
             f"files or the commit changed since this command began, so {name} was not queued; undo that and repeat the "
@@ -162,7 +164,7 @@ def raise_if_changed(name: str, values: list[str]) -> None:
 
 
 def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
-    """Until every experiment is finished. Raises UserError where one failed, after the others have ended."""
+    """Wait until every experiment is finished. Raises UserError if one failed, after the others have ended."""
     seen, idle, lost, looks, revived = finished(wanted, commit), 0, 0, 0, False
     if len(seen) < len(wanted):
         dvc("queue", "start", "--jobs", str(jobs))
@@ -174,10 +176,10 @@ def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
         if len(seen) == len(wanted) or (looks % QUEUE_EVERY and not lost):
             continue
         states, workers = status()
-        left = sorted(wanted.keys() - finished(wanted, commit))  # and who is not pending either has failed
+        left = sorted(wanted.keys() - finished(wanted, commit))  # one that is not pending either has failed
         pending = {name: states[name] for name in left if states.get(name) in PENDING}
         lost = lost + 1 if left and not pending else 0
-        if lost > 1:  # looked at twice: DVC calls an experiment failed while it saves its results
+        if lost > 1:  # twice in a row: DVC calls an experiment failed while it saves its results
             raise UserError(
                 f"{len(left)} of {len(wanted)} experiments failed: {', '.join(left)}; {why(left[0])}; "
                 "the same command tries them again"
@@ -186,7 +188,8 @@ def wait(wanted: dict[str, list[str]], commit: str, jobs: int) -> None:
         if idle >= PATIENCE:
             if revived:
                 raise UserError(f"nobody works on the queue, {len(pending)} experiments are left: the same command")
-            # A worker that ends takes experiments from the queue that it never starts: running, says DVC, for ever.
+            # A worker that ends may take experiments from the queue and never start them; DVC calls them running for
+            # ever.
             if stuck := sorted(name for name, state in pending.items() if state == "Running"):
                 dvc("queue", "kill", *stuck)
             queue(wanted, commit)
@@ -200,7 +203,7 @@ def status() -> tuple[dict[str, str], int]:
     """The state of each experiment that the queue knows, by name, and how many workers there are."""
     text = dvc("queue", "status")
     workers = WORKERS.search(text)
-    # DVC may go on listing what was removed as failed: what is pending of the same name, later here, counts.
+    # DVC may still list a removed experiment as failed. A pending one of the same name is sorted behind it and counts.
     rows = sorted(ROW.findall(text), key=lambda row: row[1] in PENDING)
     return dict(rows), sum(map(int, workers.groups())) if workers else 0
 

@@ -16,9 +16,11 @@ CLOSE_SECONDS = 15.0  # what a dead server may cost at the end of training
 
 @contextlib.contextmanager
 def follower(folder: Path, run_json: dict[str, Any]) -> Iterator[None]:
-    """Write run.json beside the run's states and start `pipeline.tracking.follow`, which reads both to the block's end.
+    """Write run.json beside the run's states and start `pipeline.tracking.follow`, which reads both until the block
+    ends.
 
-    Ctrl-C does not reach it. Without mlflow, or without an answer in time, there is a warning and nothing else.
+    Ctrl-C does not reach that process. Without mlflow, or without an answer in time, a warning is printed and training
+    goes on.
     """
     write_json(folder / "run.json", run_json)
     command = [sys.executable, "-m", "pipeline.tracking.follow", str(folder), str(os.getpid())]
@@ -32,7 +34,7 @@ def follower(folder: Path, run_json: dict[str, Any]) -> Iterator[None]:
     try:
         yield
         status = "FINISHED"
-    except SystemExit:  # a signal ended it in an orderly way
+    except SystemExit:  # a signal ended training in an orderly way
         status = "KILLED"
         raise
     finally:

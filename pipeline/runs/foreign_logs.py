@@ -16,14 +16,14 @@ from pipeline.diagnosis.foreign import NAMES, OURS, STEPS, base_name, known_colu
 from pipeline.errors import UserError, did_you_mean
 from pipeline.rl.metrics import HISTORY_COLUMNS
 
-Table = list[dict[str, float | None]]  # a row a step, by our names; None: not logged
+Table = list[dict[str, float | None]]  # one row per step, under our names; None: not logged
 WANTED = "trl's trainer_state.json, a CSV file, or one JSON object a line"
 SHOWN = 20  # columns that a message lists
 COMPLETIONS = ("completion", "completions", "response", "output")  # the first of them that is there counts
 
 
 def read_log(file: Path) -> Table:
-    """Rows by step, in its order. Raises UserError for what is no log, or one without a step or a column we know."""
+    """Rows in the order of steps. Raises UserError for a file that is no log, or has no step or no column we know."""
     return by_our_names(read_records(find_state(file)), str(file))
 
 
@@ -46,7 +46,7 @@ def natural(name: str) -> list[int]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file as they are, by the kind that its content shows. Raises UserError."""
+    """The rows of a file as they are. Its content tells the format. Raises UserError if no format fits."""
     text = read_text(file)
     start = text.lstrip()[:1]
     if not start:
@@ -92,7 +92,7 @@ def parse_line(line: str, where: str) -> Any:
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables in a row by their path, `data/entropy`, as verl's logger nests them."""
+    """Flatten the tables in a row to paths such as `data/entropy`: verl's logger nests them."""
     found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):
@@ -126,9 +126,8 @@ def parse_table(text: str, file: Path) -> list[dict[str, Any]]:
 
 
 def by_our_names(records: Sequence[Mapping[str, Any]], source: str) -> Table:
-    """Rows under our names, one a step: what is logged of a step in several rows belongs together, and of two values
-    the later one counts, as after a resume. Raises UserError without a step, without a column that we know, or with
-    two that mean the same."""
+    """Rows under our names, one per step. Several rows of one step are merged; of two values the later one counts, as
+    after a resume. Raises UserError if there is no step, no column that we know, or two columns that mean the same."""
     columns = list(dict.fromkeys(name for row in records for name in row))
     steps = step_column(columns, source)
     known = known_columns([name for name in columns if not name.endswith(("__MIN", "__MAX"))], HISTORY_COLUMNS)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
-ALPHA = 0.05  # the chance that any of the intervals that are made together misses its true difference
+ALPHA = 0.05  # the chance that at least one of the intervals made together misses its true difference
 TOO_FEW = "too few seeds: an interval needs two"
 
 Gains = Mapping[str, float]  # held-out reward, trained policy minus reference, by seed
@@ -18,15 +18,15 @@ class Difference(NamedTuple):
     mean: float
     error: float | None  # standard error of the mean over seeds; None: too few seeds
     dof: float | None  # degrees of freedom of the error
-    seeds: tuple[str, ...]  # of the first configuration: those that the mean is of
-    other_seeds: tuple[str, ...]  # of the other; the same ones where paired
+    seeds: tuple[str, ...]  # seeds of the first configuration that the mean is over
+    other_seeds: tuple[str, ...]  # seeds of the other; the same ones if paired
     paired: bool
 
     def interval(self, comparisons: int = 1) -> Limits | None:
-        """mean ± t_{dof, 1 - ALPHA / (2 comparisons)} error, in units of the reward; None of too few seeds.
+        """mean ± t_{dof, 1 - ALPHA / (2 comparisons)} error, in units of the reward; None for too few seeds.
 
-        Each of `comparisons` intervals misses with probability ALPHA / comparisons, so that with probability 1 - ALPHA
-        at least none does, however they depend on each other (Bonferroni; Dunn 1961).
+        Each of `comparisons` intervals misses with probability ALPHA / comparisons, so that with a probability of at
+        least 1 - ALPHA none does, however they depend on each other (Bonferroni; Dunn 1961).
         """
         from scipy.special import stdtrit  # takes 0.4 s
 
@@ -37,13 +37,13 @@ class Difference(NamedTuple):
 
 
 def difference(gains: Gains, other: Gains) -> Difference:
-    """The first configuration's gain minus the other's. Which seeds there are decides how, never their gains:
+    """The first configuration's gain minus the other's. The seeds alone decide how it is computed, never their gains:
 
-    two shared seeds or more: paired, of these alone. What a seed does to both configurations cancels.
-    else two that are not shared, of each: Welch's, of these alone, since the two means must be independent.
-    else a mean without an interval: of the shared seed, where there is one.
+    two or more shared seeds: paired, over these alone. A seed's effect on both configurations cancels.
+    else two seeds of each that are not shared: Welch's, over these alone, since the two means must be independent.
+    else a mean without an interval, over the shared seed if there is one.
 
-    Raises ValueError where one of them has no gain.
+    Raises ValueError if one configuration has no gain.
     """
     if not (gains and other):
         raise ValueError("no gain of any seed")
@@ -78,10 +78,10 @@ def _unpaired(gains: Gains, other: Gains) -> Difference:
 
 
 def answer(interval: Limits | None) -> str:
-    """In a word: higher or lower, where the interval has a width and leaves out 0."""
+    """In a word: higher or lower, if the interval has a width and leaves out 0."""
     if interval is None:
         return TOO_FEW
     low, high = interval
-    if math.isclose(low, high, rel_tol=1e-9):  # seeds that differ by the same amount leave no spread to judge by
+    if math.isclose(low, high, rel_tol=1e-9):  # if all seeds differ by the same amount, there is no spread to judge by
         return "cannot tell"
     return "higher" if low > 0 else "lower" if high < 0 else "cannot tell"

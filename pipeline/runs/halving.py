@@ -1,4 +1,4 @@
-"""Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): many short runs, the better of them longer.
+"""Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): many short runs, then longer ones of the better.
 
 Pure functions: from a recipe and a seed to the values that are tried, from results to the runs that come next. The
 verdict prunes, the held-out gain judges.
@@ -14,9 +14,9 @@ from pipeline.config.schema import Recipe
 from pipeline.errors import UserError
 from pipeline.runs.results import Interval
 
-LR_FACTOR, KL_FACTOR = 10, 8  # of a range's ends to the recipe's present value
+LR_FACTOR, KL_FACTOR = 10, 8  # a range reaches from the recipe's value divided by this to its product with it
 MOST_RUNGS = 3  # the shortest runs have a quarter of the steps: shorter ones tell little about the whole
-HIGHEST_LR = 1000.0  # of the schema
+HIGHEST_LR = 1000.0  # the bound in the schema
 
 
 class Range(NamedTuple):
@@ -26,10 +26,10 @@ class Range(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a run of one trial."""
+    """The outcome of one run of a trial."""
 
     verdict: str  # `healthy`, or the kind of collapse
-    onset: int | None  # its first step
+    onset: int | None  # the first step of the collapse
     gain: Interval  # held-out reward, trained policy minus reference
 
 
@@ -40,7 +40,7 @@ Outcomes = Mapping[tuple[int, int], Outcome]  # by (trial, steps)
 
 
 def search_space(recipe: Recipe) -> tuple[dict[str, Range], str]:
-    """The range of each key that is searched, and why the KL strength is not, where it is not."""
+    """The range of each key that is searched, and a note on why the KL strength is not, if it is not."""
     lr = Range(recipe.lr, *ends(recipe.lr, LR_FACTOR))
     space = {"lr": lr._replace(high=min(lr.high, HIGHEST_LR))}
     if recipe.kl == "none":
@@ -51,8 +51,7 @@ def search_space(recipe: Recipe) -> tuple[dict[str, Range], str]:
 
 
 def ends(present: float, factor: float) -> tuple[float, float]:
-    """The lowest and the highest value of two digits within a factor: what lies between them stays there when
-    rounded."""
+    """The lowest and the highest two-digit value within a factor. Rounding keeps a value between them there."""
     least, most = present / factor, present * factor
     if not (least >= sys.float_info.min and most <= sys.float_info.max / 10):
         raise UserError(f"{present:g} times and divided by {factor:g} leaves the numbers that can be computed with")
@@ -65,7 +64,7 @@ def ends(present: float, factor: float) -> tuple[float, float]:
 
 
 def rounded(value: float) -> float:
-    """To two significant digits: the table that is printed is what ran."""
+    """Round to two significant digits, so that the printed table shows the values that ran."""
     return float(f"{value:.1e}")
 
 
@@ -107,7 +106,7 @@ def trial_values(space: dict[str, Range], count: int, seed: int) -> list[dict[st
 
 
 def rungs(steps: int, eta: int, least: int, trials: int) -> list[int]:
-    """The steps of the runs of each rung, the last one of full length.
+    """The number of steps of each rung; the last rung has the full length.
 
     Each rung has eta times the steps of the one below and a share 1 / eta of its trials: none has fewer than `least`
     steps, and two trials at least are compared at full length.
@@ -124,10 +123,10 @@ def places(trials: int, rung_count: int, eta: int) -> list[int]:
 
 
 def next_runs(trials: int, steps_of: list[int], eta: int, outcomes: Outcomes) -> list[tuple[int, int]]:
-    """The runs, (trial, steps) each and all of one rung, that come next; none where the search has ended.
+    """The next runs, all of one rung, as (trial, steps); empty when the search has ended.
 
-    The best trials that are healthy so far go up a rung. Where nothing is healthy at full length, the next best have
-    their turn, those of the highest rung first: what gains most in a few steps may be what breaks later.
+    The best trials that are healthy so far go up a rung. If no trial is healthy at full length, the next best have
+    their turn, those of the highest rung first: a trial that gains most in a few steps may be one that breaks later.
     """
     ready, left = list(range(trials)), []  # those that may run at this rung, the best first
     for steps, room in zip(steps_of, places(trials, len(steps_of), eta), strict=True):
@@ -141,7 +140,7 @@ def next_runs(trials: int, steps_of: list[int], eta: int, outcomes: Outcomes) ->
 
 
 def best_first(steps: int, outcomes: Outcomes) -> list[int]:
-    """The trials that are healthy after these steps by their gain; of equal ones, the earlier trial."""
+    """The trials that are healthy after these steps, by their gain; of equal ones, the earlier trial comes first."""
     gains = {
         trial: outcome.gain["mean"]
         for (trial, length), outcome in outcomes.items()
@@ -156,6 +155,6 @@ def winner(steps_of: list[int], outcomes: Outcomes) -> int | None:
 
 
 def ranking(steps_of: list[int], outcomes: Outcomes) -> list[int]:
-    """All trials that ran: those that are healthy after more steps first, and of these the better ones."""
+    """All trials that ran: those that are healthy after more steps first, and among these the better ones first."""
     ranked = [trial for steps in reversed(steps_of) for trial in best_first(steps, outcomes)]
     return list(dict.fromkeys([*ranked, *sorted(trial for trial, _ in outcomes)]))

@@ -10,11 +10,11 @@ from pipeline.rl.metrics import HISTORY_COLUMNS
 
 @contextlib.contextmanager
 def history_file(path: Path, rows: list[dict[str, float]]) -> Iterator[Callable[[dict[str, float]], None]]:
-    """history.csv with these rows; what it gives appends one, a step's. Flushed as it goes; undefined values are `nan`,
-    which plots leave out.
+    """Write history.csv with these rows, and yield a function that appends the row of a step. Each row is flushed.
+    Undefined values are `nan`, which plots leave out.
 
-    After an exception it is removed: what stays is whole. (The rows are in the resume state too.) Raises UserError:
-    `file_io.translate_write_errors`.
+    After an exception the file is removed, so that no incomplete file stays. (The rows are in the resume state too.)
+    Raises UserError as `file_io.translate_write_errors` does.
     """
     with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

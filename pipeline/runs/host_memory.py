@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-# by the name of a control group's hierarchy: its folder, limit, use, and files in memory that nobody is reading
+# by the name of a control group's hierarchy: its folder, and the names of its limit, its use and its inactive file
+# memory
 CONTROL_GROUPS = {
     "": ("", "memory.max", "memory.current", "inactive_file"),  # version 2
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -11,10 +12,10 @@ CONTROL_GROUPS = {
 
 
 def fits(size: int, processes: int = 1, root: Path = Path("/")) -> bool:
-    """Whether `size` bytes more fit beside training: what is available now has to hold them and, of each of the
-    processes, what this one once held more than it holds now, since a step will take that again.
+    """Whether `size` bytes more fit beside training. The available memory has to hold them and what a step will take
+    again: for each of the processes, the difference between this one's peak and its present use.
 
-    True where the system does not say (other systems than Linux): they swap.
+    True if the system does not say (systems other than Linux): they swap.
     """
     available = available_memory(root)
     if available is None:
@@ -25,8 +26,8 @@ def fits(size: int, processes: int = 1, root: Path = Path("/")) -> bool:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken without swapping, and before a limit of the container or of the batch system ends this
-    process; None where the system does not say."""
+    """Bytes that can be taken without swapping and without reaching a limit of the container or batch system, which
+    would end this process. None if the system does not say."""
     if not (meminfo := root / "proc/meminfo").is_file():
         return None
     free = _numbers(meminfo).get("MemAvailable", 0) * 1024
@@ -34,7 +35,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What each control group of this process, and each one above, leaves: limit - (use - inactive files)."""
+    """The bytes that each control group of this process, and each one above, leaves: limit - (use - inactive files)."""
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.is_file() else ():
         _, names, place = line.split(":", 2)
@@ -43,7 +44,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         folder, limit, use, files = CONTROL_GROUPS[names]
         top = root / "sys/fs/cgroup" / folder
         here = top / place.lstrip("/")
-        # in a container the place may be the host's, which is not there; the container's own limit is at the top
+        # in a container the path may be the host's and not exist; the container's own limit is at the top
         for group in (here, *here.parents):
             if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
                 yield int(most) - int((group / use).read_text()) + _numbers(group / "memory.stat").get(files, 0)

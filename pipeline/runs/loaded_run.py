@@ -29,8 +29,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The files of the run in a project's folder. Each is read when it is first asked for, so that a fresh checkout has
-    what is committed; UserError names the stage that makes a missing one."""
+    """The files of the run in a project's folder. Each file is read when it is first asked for, so that a fresh
+    checkout has what is committed. UserError names the stage that makes a missing file."""
 
     folder: Path
 

@@ -18,13 +18,13 @@ DIGESTS = (
     "config",
     "prompts",
     "checkpoint",
-    "classifiers",  # where the reward asks one
-)  # of run.json: what a run is compared by, also in MLflow
+    "classifiers",  # if the reward uses one
+)  # keys of run.json that runs are compared by, also in MLflow
 LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "sentence-transformers", "scipy")
 
 
-# What no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending processes,
-# clocks, tracking.
+# Modules that no output of a stage depends on: reading params.yaml, the wording of errors, starting and ending
+# processes, clocks, tracking.
 UNRELATED = (
     "pipeline.config.load",
     "pipeline.config.messages",
@@ -46,10 +46,10 @@ UNRELATED = (
 
 @functools.cache
 def local_modules(module: str, without: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Every module of this package that `module` imports, at any depth and place, itself included. Sorted. Left out are
-    modules and packages named in `without`, and what only they import.
+    """The modules of this package that `module` imports, directly or not and anywhere in the code, with `module`
+    itself. Sorted. Modules and packages named in `without`, and what only they import, are left out.
 
-    Read from the syntax tree, nothing is executed.
+    Imports are read from the syntax tree; nothing is executed.
     """
     found: set[str] = set()
     waiting = [module]
@@ -85,7 +85,8 @@ def code_digest(module: str) -> str:
 
 
 def library_versions(*more: str) -> dict[str, str]:
-    """Versions of what computes the result. Without the build's local part (+cpu): that is the machine's."""
+    """Versions of the libraries that compute the result, without a build's local part (+cpu), which is the
+    machine's."""
     return {name: version.partition("+")[0] for name in (*LIBRARIES, *more) if (version := _version(name))}
 
 
@@ -107,7 +108,7 @@ def params_digests(
     """Return the digests of the selectors with the seed, and of the validated tables.
 
     `config`: every value, defaults included, without the seed; runs of one `config` are seeds of one configuration.
-    unlocked: tables that count there alone, since dvc.lock has none of their values.
+    unlocked: tables that count in `config` alone, since dvc.lock has none of their values.
     `written_params`: the values that params.yaml gives, with the seed, as dvc.lock has them; defaults that a later
     version adds do not change it.
     """
@@ -122,8 +123,8 @@ def params_digests(
 
 
 def chosen_params(params: Params) -> dict[str, str | int | float | bool]:
-    """What a run was told: selectors and seed, and the values of the selected tables, of `train` and of the
-    classifiers that the reward asks, as dotted keys."""
+    """What a run was told: selectors and seed, and the values of the selected tables, of `train` and of the classifiers
+    that the reward uses, as dotted keys."""
     chosen = {name: getattr(params, name) for name in (*SELECTORS, "seed")}
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
     used = {name: table.model_dump() for name, table in params.selected_classifiers.items()}

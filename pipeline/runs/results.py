@@ -43,7 +43,7 @@ class Sample(TypedDict):
     pieces: list[str]  # the text of each token
     token_logprobs: list[float | None]
     ended: bool
-    terms: NotRequired[dict[str, float | None]]  # of a sum: what each adds to the reward; null: it says nothing
+    terms: NotRequired[dict[str, float | None]]  # of a sum: what each term adds to the reward; null: it has no value
 
 
 def check_tokens(sample: Sample) -> Sample:
@@ -101,7 +101,7 @@ class HeldoutRow(TypedDict):
 
 
 class Interval(TypedDict):
-    """A mean with its bootstrap 95% interval; None is undefined, as the interval of one prompt."""
+    """A mean with its bootstrap 95% interval; None is undefined, such as the interval of one prompt."""
 
     mean: float | None
     low: float | None
@@ -142,7 +142,7 @@ class Comparison(Compared):
 
 
 class ComparedTerm(Compared):
-    """What a term adds to a sum; `unweighted`: what it says itself."""
+    """What a term adds to a sum; `unweighted`: its own value."""
 
     weight: float
     unweighted: Sides
@@ -224,7 +224,7 @@ class Finding(TypedDict):
 
 
 class Note(TypedDict):
-    """What is told of a term of the sum, which makes no verdict; without changes where none would help."""
+    """A note on a term of the sum. It makes no verdict, and has no changes if none would help."""
 
     kind: Literal["dominant", "dead"]
     term: str

@@ -1,7 +1,8 @@
-"""All completions of a run (`train.keep_samples: all`) in Parquet: a file a step, and at the end one of the whole run.
+"""All completions of a run (`train.keep_samples: all`) in Parquet: one file per step, and at the end one of the whole
+run.
 
-The files of the steps lie beside the resume states, which have their digests instead of what is in them. No more than a
-row group is held at once.
+The files of the steps lie beside the resume states, which hold their digests instead of their content. No more than one
+row group is in memory at once.
 """
 
 import hashlib
@@ -14,14 +15,14 @@ from pipeline.file_io import atomic_path, sha256, write_json
 from pipeline.paths import RUN_FILES
 from pipeline.runs.checkpoints import delete_checkpoints, sample_file, step_of
 
-ROW_GROUP_TOKENS = 2**20  # a row group has whole steps, and ends with the one that reaches this many
+ROW_GROUP_TOKENS = 2**20  # a row group has whole steps, and ends with the step that reaches this many
 TEXT_AND_NUMBERS = (
     "step", "prompt_index", "group", "sample", "prompt", "completion", "terms.key_value.key", "ending",
     "tokens.list.element", "pieces.list.element",
 )  # fmt: skip
 FLOATS = ("reward", "terms.key_value.value", "advantage", "ref_log_ratio", "token_logprobs.list.element")
-# A checksum of each page, so that a reader notices damage. Floats hardly repeat: a dictionary of them is larger than
-# they are; what does repeat, signs and exponents, compresses once it stands together.
+# A checksum of each page, so that a reader notices damage. Floats hardly repeat, so a dictionary of them is larger than
+# the floats. Their signs and exponents do repeat, and compress once they stand together.
 FORMAT: dict[str, Any] = {
     "compression": "zstd",
     "write_page_checksum": True,
@@ -54,8 +55,8 @@ def first_damaged(folder: Path, digests: list[str]) -> int | None:
 def write_kept(target: Path, folder: Path, digests: list[str], completions: int) -> None:
     """Write into the folder `target` the completions of all steps and a note of them; without files only a note.
 
-    digests: of the files of the steps in `folder`; completions: how many were sampled. Raises UserError where a file is
-    damaged, and deletes the states from which training would not make it again.
+    digests: of the files of the steps in `folder`; completions: how many were sampled. If a file is damaged, deletes
+    the states after its step, so that training makes it again, and raises UserError.
     """
     told: dict[str, Any] = {"keep_samples": "all" if digests else "some", "completions": completions}
     if digests:

@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 TERM = {signal.SIGTERM}
-replaced: list[tuple[Callable[[int, Any], None], Any]] = []  # our handlers of SIGTERM, and those that they stand for
+replaced: list[tuple[Callable[[int, Any], None], Any]] = []  # our SIGTERM handlers, each with the one it replaced
 
 
 @functools.cache
 def hold_sigterm_across_forks() -> None:
     """A SIGTERM to a process that is being forked waits until the process has the handler from before `caught_signals`.
 
-    Python notes a signal and runs its handler later: a process that has just been forked forgets the note, and one that
-    goes to sleep in between sleeps on. A multiprocessing.Pool that ends its workers as soon as it has started them then
-    waits for ever; a handler of the system's ends them at once. Hooks of a fork cannot be taken away again.
+    Python notes a signal and runs its handler later. A process that has just been forked forgets the note, and a
+    process that goes to sleep in between sleeps on. Then a multiprocessing.Pool that ends its workers as soon as it has
+    started them waits for ever; the system's own handler ends them at once. Hooks of a fork cannot be removed again.
     """
 
-    blocked = threading.local()  # what the forking thread blocked before
+    blocked = threading.local()  # the signals that the forking thread blocked before
 
     def hold() -> None:
         blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, TERM)
@@ -51,7 +51,7 @@ def caught_signals() -> Iterator[list[int]]:
     owner = os.getpid()
 
     def note(number: int, _: object) -> None:
-        if os.getpid() != owner:  # Ctrl-C: a terminal sends it to all, and the step in progress needs its workers
+        if os.getpid() != owner:  # a terminal sends Ctrl-C to all processes, and the step in progress needs its workers
             return
         if number in received:
             signal.signal(number, before[signal.Signals(number)])

@@ -15,8 +15,8 @@ from pipeline.paths import LOCK, POLICY, RUN_FILES
 
 
 def root() -> Path:
-    """The main workspace: $DVC_ROOT, which DVC sets for stages also inside --temp and --queue experiments, whose own
-    folder is deleted afterwards; by hand, the current directory.
+    """The main workspace: $DVC_ROOT, or by hand the current directory. DVC sets $DVC_ROOT for stages, also inside
+    --temp and --queue experiments, whose own folder is deleted afterwards.
     """
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
@@ -30,8 +30,8 @@ def is_committed(run_json: str, lock: Path = LOCK, untold: Mapping[str, Any] = M
     """Return whether DVC has committed this run.
 
     dvc.lock has this run.json and a policy as outputs of `train`, and DVC's cache has the policy: a fresh clone has the
-    lock alone. untold: values of params.yaml, by key, that `train` depends on and run.json leaves out; they are the
-    same.
+    lock alone. untold: values of params.yaml, by key, that `train` depends on and run.json leaves out; those in
+    dvc.lock have to be equal.
     """
     if not lock.is_file():
         return False

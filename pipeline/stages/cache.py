@@ -1,11 +1,11 @@
 """Stage `cache`: the models of a run, complete and usable offline.
 
-data/checkpoint/ has the policy's checkpoint and the reward's encoder, data/classifiers/ those classifiers that the
-selected reward asks, data/independent_classifiers/ those that only the independent reward asks.
+data/checkpoint/ has the policy's checkpoint and the reward's encoder. data/classifiers/ has the classifiers that the
+selected reward uses, data/independent_classifiers/ those that only the independent reward uses.
 
 A model that cannot be trained correctly is refused here, before hours of training: the prompts must fit its context,
-and sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py). So is a
-classifier that lacks the label that is asked for, or whose scores change with padding.
+and sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py). A
+classifier is refused if it lacks the label that a reward names, or if its scores change with padding.
 
 The encoder is stored even if the reward needs none, so that another reward never reruns this stage. Code from a
 repository is never run (`trust_remote_code` is off).
@@ -77,8 +77,8 @@ def main() -> None:
 
 
 def find_classifiers(tables: dict[str, Classifier]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """The folder of each and what the manifest says of it: its table, since `train` depends on it through this file
-    alone, and its origin."""
+    """Each classifier's folder and its entry in the manifest: its table and its origin. The table is there because
+    `train` depends on it through the manifest alone."""
     found = {}
     for name, table in tables.items():
         source, origin = find(f"classifiers.{name}", table, "reward: length")
@@ -87,7 +87,7 @@ def find_classifiers(tables: dict[str, Classifier]) -> dict[str, tuple[Path, dic
 
 
 def store_classifiers(found: dict[str, tuple[Path, dict[str, Any]]], target: Path) -> None:
-    """Copy them, each checked, and write the manifest."""
+    """Copy and check each classifier, and write the manifest."""
     manifest = {}
     for name, (source, told) in found.items():
         store(source, target / name, f"classifiers.{name}")
@@ -97,7 +97,7 @@ def store_classifiers(found: dict[str, tuple[Path, dict[str, Any]]], target: Pat
 
 
 def check_classifier_rewards(params: Params, *folders: Path) -> None:
-    """Raises UserError where the selected or the independent reward asks a classifier what it cannot say."""
+    """Raises UserError if the selected or the independent reward asks a classifier for an output that it lacks."""
     from pipeline.distributed.device import configure_torch
     from pipeline.rewards.classifier import check_classifier_reward, stored_classifiers
 
@@ -112,11 +112,11 @@ def check_classifier_rewards(params: Params, *folders: Path) -> None:
 
 
 def name_float32(file: Path) -> None:
-    """Set a configuration's dtype to float32, in which training computes. transformers loads the checkpoint of an
-    adapter in the configured dtype, and rounded weights would be another policy than the trained one."""
+    """Set a configuration's dtype to float32, in which training computes. transformers loads an adapter's checkpoint in
+    the configured dtype; with rounded weights, the policy would differ from the trained one."""
     config = read_json(file)
     changed = {**config, "dtype": "float32"}
-    changed.pop("torch_dtype", None)  # its older name
+    changed.pop("torch_dtype", None)  # the older name of `dtype`
     for name, part in config.items():
         if isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"}:
             changed[name] = {key: value for key, value in part.items() if key != "torch_dtype"} | {"dtype": "float32"}
@@ -126,8 +126,8 @@ def name_float32(file: Path) -> None:
 
 def check_run(params: Params, folder: Path, key: str) -> str:
     """Choose the layout of sequences for the policy in `folder` and write layout.json: the layout and the longest
-    sequence, in tokens. Returns a description. Raises UserError if the prompts do not fit the policy or it cannot be
-    trained."""
+    sequence, in tokens. Returns a description. Raises UserError if the prompts do not fit the policy, or the policy
+    cannot be trained."""
     import torch
 
     from pipeline.distributed.device import configure_torch
@@ -159,7 +159,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     device = configure_torch(params.train.device, params.train.threads, params.train.arithmetic)
     tokenizer = load_tokenizer(folder / "policy")
     eos = end_of_text_ids(folder / "policy", tokenizer)
-    name_ends(folder / "policy", eos)  # decoding an adapter reads the files of its checkpoint
+    name_ends(folder / "policy", eos)  # an adapter is decoded with the files of its checkpoint
     tokens, limits = fitting_prompts(params, folder / "policy", tokenizer)
     note_chat(params, tokenizer, eos, key)
     probes, sampled = probe_prompts(tokens, limits)
@@ -167,7 +167,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
     print(f"{key}: comparing sampling, scoring and saving with what transformers does")
     try:
         layout, how = compare(device)
-    except torch.OutOfMemoryError:  # training may shard the policy over several devices, this comparison does not
+    except torch.OutOfMemoryError:  # unlike this comparison, training may shard the policy over several devices
         print(f"note: {key} is compared on the CPU: {device} has too little memory", file=sys.stderr)
         layout, how = compare(torch.device("cpu"))
     longest = max(len(ids) + limit for ids, limit in zip(tokens, limits, strict=True))
@@ -177,7 +177,7 @@ def check_run(params: Params, folder: Path, key: str) -> str:
 
 def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
     """The token ids of all prompts that fit the policy's context, and the most tokens of their completions. Raises
-    UserError naming a prompt of the run without tokens, with an unknown token, or too long together with its
+    UserError naming a prompt of the run that has no tokens, has an unknown token, or is too long together with its
     completion."""
     from transformers import AutoConfig
 
@@ -221,7 +221,7 @@ def fitting_prompts(params: Params, policy: Path, tokenizer: Any) -> tuple[list[
 
 
 def note_one_token(params: Params, limits: Sequence[int]) -> None:
-    """Say that `length_limit: total` leaves most prompts no room for a text."""
+    """Print a note if `length_limit: total` leaves most prompts room for one token only."""
     single, longest = limits.count(1), params.train.max_tokens
     if longest > 1 and 2 * single > len(limits):
         print(
@@ -232,15 +232,15 @@ def note_one_token(params: Params, limits: Sequence[int]) -> None:
 
 
 def made_prompts(file: Path) -> list[Prompt]:
-    """Those that `prepare` wrote into a file. Raises UserError where it is missing."""
+    """The prompts that `prepare` wrote to a file. Raises UserError if the file is missing."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `dvc repro prepare` makes it")
     return read_prompts(file)
 
 
 def note_chat(params: Params, tokenizer: Any, eos: tuple[int, ...], key: str) -> None:
-    """Say what a user may have meant otherwise: a chat model that is not spoken to in its template, or whose answers
-    end with a token that ends no completion."""
+    """Print a note on a setting that the user may not have meant: a chat template that is not used or not there, or one
+    that ends answers with a token that ends no completion."""
     from pipeline.models.tokenization import unnamed_end_of_turn
 
     chat = params.selected_model.chat
@@ -313,7 +313,7 @@ def _in_package(key: str, package: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _in_directory(key: str, table: Model | Encoder) -> tuple[Path, dict[str, Any]]:
-    """A directory that DVC watches, or any other whose digest is in params.yaml."""
+    """A directory that DVC watches, or any other directory whose digest is in params.yaml."""
     folder = Path(str(table.source))
     if not os.path.isdir(folder):  # pathlib raises for names that are not valid, such as too long ones
         raise UserError(f"{key}.source = {table.source!r}: no such directory")

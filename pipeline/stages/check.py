@@ -1,7 +1,7 @@
 """Stage `check`: all of params.yaml is valid, and the custom rewards that it names exist.
 
 The other stages depend on parts of the file only: a misspelt new key (`-S +rewrad=length`) would change nothing and go
-unnoticed. For an experiment it also checks, before anything runs, that DVC can save the result.
+unnoticed. For an experiment, this stage also checks before anything runs that DVC can save the result.
 """
 
 from typing import Any
@@ -27,16 +27,17 @@ def main() -> None:
         if name in params.rewards:
             check_columns(name, params.rewards[name], prompt_set, key)
     check_params(params.selected_reward, prompt_set, key)
-    # `train` depends on the first file, `evaluate`, which measures every reward, on the second: not on all of custom/
+    # `train` depends on the first file; `evaluate` measures every reward and depends on the second; neither on all of
+    # custom/
     write_json(RUN_FILES.custom / "selected.json", [custom_digests([params.selected_reward])])
     write_json(RUN_FILES.custom / "all.json", [custom_digests(params.rewards.values())])
-    # `cache` depends on this one: on no other reward, so that it need not run again for one
+    # `cache` depends on this file, not on the rewards: it runs again only if the use of classifiers changes
     write_json(RUN_FILES.classifiers, [asked_classifiers(params)])
     print(", ".join(f"{name} {getattr(params, name)}" for name in SELECTORS), f"seed {params.seed}", sep=", ")
 
 
 def asked_classifiers(params: Params) -> dict[str, Any]:
-    """The classifiers of the selected and of the independent reward, and what these ask them."""
+    """The classifiers of the selected and of the independent reward, and the tables of the rewards that use them."""
     used = {"reward": params.selected_classifiers, "independent": params.independent_classifiers}
     asked = [each.model_dump() for name in params.asked_rewards for each in classifier_rewards(params.rewards[name])]
     found = {use: {name: table.model_dump() for name, table in tables.items()} for use, tables in used.items()}

@@ -22,8 +22,8 @@ from pipeline.paths import RUN_FILES
 from pipeline.runs.consistency import judged, raise_if_mixed, run_digests
 from pipeline.runs.results import by_term, read_result
 
-SHOWN = 3  # completions a finding
-ENOUGH = 30  # held-out completions to judge their texts by
+SHOWN = 3  # completions per finding
+ENOUGH = 30  # fewer held-out completions are too few to judge their texts
 TOO_FEW = f"Over-optimisation cannot be told by fewer than {ENOUGH} held-out completions."
 
 
@@ -69,10 +69,10 @@ def diagnose(
     best: int | None = None,
     terms: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The content of diagnosis.json, without the steps of the healthy and the best policy and the digests of what was
-    judged. chosen: every value of the run, which the command of the cure gives again. evaluation: metrics.json; the run
-    is healthy only if training and held-out completions are; None = too few of these to tell. curve: rows of
-    curve.jsonl. best: the step of data/best. terms: rows of terms.jsonl."""
+    """The content of diagnosis.json, except the steps of the healthy and the best policy and the digests of the judged
+    files. chosen: every value of the run, which the command of the cure repeats. evaluation: metrics.json; None: too
+    few held-out completions to judge. A run is healthy only if its training and its held-out completions are. curve:
+    rows of curve.jsonl. best: the step of data/best. terms: rows of terms.jsonl."""
     spreads = null_statistics(calibration, params.train.prompts_per_step)
     found, heldout = findings(rows, spreads, params.train.steps), None
     independent, too_far, told = params.evaluate.independent, None, TOO_FEW
@@ -109,7 +109,7 @@ def diagnose(
 
 
 def remaining(heldout: Finding | None, told: Finding | None) -> list[Finding]:
-    """What the held-out texts have lost beside what `told` says of them already."""
+    """The finding on the held-out texts without the metrics that `told` shows already; empty if no metric is left."""
     known = {shown.limit.metric for shown in told.evidence} if told else set()
     shown = tuple(shown for shown in heldout.evidence if shown.limit.metric not in known) if heldout else ()
     return [replace(heldout, evidence=shown)] if heldout and shown else []
@@ -126,8 +126,8 @@ def report(finding: Finding, text: str, remedy: Cure, samples: list[dict[str, An
 
 
 def report_note(note: Note, chosen: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """One note, with the change that it asks for: the list of terms, since no option reaches into one. names: of the
-    terms, in the order of the list."""
+    """One note with the change that it asks for: the whole list of terms, since an option cannot change one item of a
+    list. names: the terms' names, in the order of the list."""
     changes = {}
     if note.weight is not None:
         table = json.loads(chosen["reward.terms"])
@@ -141,7 +141,7 @@ def report_note(note: Note, chosen: dict[str, Any], names: Sequence[str]) -> dic
 
 
 def written(table: dict[str, Any]) -> dict[str, Any]:
-    """A table without the keys that it leaves out."""
+    """A table without the keys whose value is None: params.yaml leaves them out."""
     return {key: value for key, value in table.items() if value is not None}
 
 

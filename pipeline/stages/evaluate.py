@@ -92,8 +92,8 @@ def main() -> None:
 def evaluate(
     params: Params, prompts: list[Prompt], device: torch.device, rewards: dict[str, Reward]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """metrics.json and the rows of completions.jsonl, without rewards that raise and are neither trained nor asked
-    for."""
+    """metrics.json and the rows of completions.jsonl, without rewards that raise and are neither the trained nor the
+    independent one."""
     group = params.evaluate.samples_per_prompt
     tokenizer = load_tokenizer(POLICY)
     ids = [encode_prompt(tokenizer, prompt.content, params.selected_model.chat) for prompt in prompts]
@@ -101,7 +101,7 @@ def evaluate(
     layout = load_layout(CHECKPOINT / "layout.json", longest)
     eos = end_of_text_ids(CHECKPOINT / "policy", tokenizer)
     stopped = stop_check(tokenizer, params.selected_recipe.stop_strings)
-    # one model at a time: training held no more
+    # one model at a time, to need no more memory than training
     rollouts = {"policy": sample_all(params, ids, load_policy(POLICY, device), eos, layout, "policy", stopped)}
     if not all(torch.isfinite(rollout.logprobs[rollout.completion_mask]).all() for rollout in rollouts["policy"]):
         print("warning: the policy's log-probabilities are not finite; its texts mean nothing", file=sys.stderr)
@@ -141,8 +141,8 @@ def evaluate(
 
 
 def measured_rewards(params: Params, prompts: list[Prompt], classifiers: dict[str, Path]) -> dict[str, Any]:
-    """The tables of the trained and the independent reward, and of all others that these prompts' rows and the stored
-    classifiers suffice for."""
+    """The tables of the trained and the independent reward, and of every other reward whose columns these prompts have
+    and whose classifiers are stored."""
     found: dict[str, Any] = {}
     for name, table in params.rewards.items():
         try:
@@ -157,7 +157,7 @@ def measured_rewards(params: Params, prompts: list[Prompt], classifiers: dict[st
 
 
 def leave_out(name: str, error: UserError, params: Params) -> None:
-    """A reward that nobody asked for does not end the stage: a note. Raises the error of any other."""
+    """Raise the error of the trained or the independent reward. For any other reward, only print a note."""
     if name in params.asked_rewards:
         raise error
     print(f"note: not measured: {error}", file=sys.stderr)
@@ -173,7 +173,8 @@ def depends_on(params: Params) -> tuple[Any, ...]:
 
 
 def measured_params(params: Params) -> dict[str, Any]:
-    """What of `evaluate` the measurement depends on: the curve is of training, and `independent` is the verdict's."""
+    """The keys of `evaluate` that the measurement depends on. The others are for the held-out curve, which training
+    measures, and for the verdict (`independent`)."""
     return params.evaluate.model_dump(include={"prompts", "samples_per_prompt", "bootstrap"})
 
 
@@ -194,12 +195,12 @@ def sample_all(
     name: str,
     stopped: Stopped | None,
 ) -> list[Rollout]:
-    """Sample completions for the prompts (token ids), PROMPT_BATCH prompts at a time. `name` is shown meanwhile."""
+    """Sample completions for the prompts (token ids), PROMPT_BATCH prompts at a time. The progress bar shows `name`."""
     recipe, group, size = params.selected_recipe, params.evaluate.samples_per_prompt, params.train.max_tokens
     device, rollouts = policy.device, []
     for start in progress(range(0, len(prompts), PROMPT_BATCH), f"sampling from the {name}, in batches"):
         ids = prompts[start : start + PROMPT_BATCH]
-        # each prompt has its own stream: the same for both models, whatever the other prompts
+        # each prompt has its own random numbers: the same for both models, whatever the other prompts
         noise = torch.cat([draw_uniforms(params.seed, start + b, "evaluate", group, size) for b in range(len(ids))])
         limits = completion_limits([len(p) for p in ids], size, recipe.length_limit).to(device)
         rollouts.append(
@@ -225,12 +226,12 @@ def measure(
     eos: tuple[int, ...],
     packing: bool,
 ) -> tuple[list[str], dict[str, float | None], float]:
-    """Texts [B * G] as the reward reads them, their statistics, what they cost the reference model among these, and
-    their mean log-probability per token under it, in nats."""
+    """Texts [B * G] as the reward reads them, their statistics, and their mean log-probability per token under the
+    reference model, in nats. The statistics include the texts' cost under the reference model."""
     recipe, group = params.selected_recipe, params.evaluate.samples_per_prompt
     texts: list[str] = []
     plain: list[str] = []  # without special tokens
-    said: list[str] = []  # the same with the stop string that ends them
+    said: list[str] = []  # like `plain`, with the stop string that ends a text
     read: list[Completion] = []
     nats, counted = 0.0, 0
     logprobs: list[Tensor] = []  # of the tokens of `said`
@@ -255,8 +256,8 @@ def measure(
 def heldout_scores(
     heldout: list[dict[str, Any]], prompts: list[Prompt], trained: str, rewards: dict[str, Reward]
 ) -> dict[str, Tensor]:
-    """Rewards [steps, prompts] of the completions that training has sampled on the first held-out prompts; it has
-    computed the trained one."""
+    """Rewards [steps, prompts] of the completions that training sampled on the first held-out prompts. Training has
+    already computed the trained reward."""
     steps = list(dict.fromkeys(row["step"] for row in heldout))
     scores: dict[str, list[float]] = {name: [] for name in rewards} if steps else {}
     for step in steps:
@@ -291,10 +292,10 @@ def compare_solved(rewards: Tensor, params: Params) -> dict[str, Any]:
 
 
 def compare_terms(terms: Tensor, weights: Mapping[str, float], params: Params) -> dict[str, Any]:
-    """What each term adds to a sum, as `compare` has it: the means add up to the reward's. `unweighted`: the mean of
-    what the term says, over the completions of which it says something.
+    """What each term adds to a sum, in the form of `compare`: the means add up to the reward's. `unweighted`: the mean
+    of the term's own value, over the completions for which it has one.
 
-    terms [2, K, B, G]: reference, policy; NaN where a term says nothing.
+    terms [2, K, B, G]: reference, policy; NaN where a term has no value.
     """
     added = torch.stack([contributions(own, weights) for own in terms])
     return {
@@ -308,7 +309,7 @@ def compare_terms(terms: Tensor, weights: Mapping[str, float], params: Params) -
 
 
 def intervals(values: Tensor, params: Params) -> dict[str, Any]:
-    """Of the reference's and the policy's values [2, B] by prompt: means and the mean difference, with intervals."""
+    """Means and mean difference, with intervals, of the reference's and the policy's values [2, B], one per prompt."""
     checkpoint, policy = values
     pairs = {"checkpoint": checkpoint, "policy": policy, "difference": policy - checkpoint}
     indices = draw(params, len(checkpoint))

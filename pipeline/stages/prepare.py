@@ -1,4 +1,4 @@
-"""Stage `prepare`: rows of a dataset -> filtered prompts to train on and held-out ones, with what rewards read."""
+"""Stage `prepare`: rows of a dataset -> filtered training and held-out prompts, with the columns that rewards read."""
 
 import hashlib
 import math
@@ -23,9 +23,9 @@ WATCHED = (
     Path("data/pocket/prompts"),
     Path("data/pocket-math/prompts"),
     Path("data/local"),
-)  # DVC hashes these: it would not notice edits elsewhere
-LANGUAGE, MESSAGE_ID = "lang", "message_id"  # columns of OASST1; the second is kept where it is there
-HELDOUT_SPLIT = "validation"  # unless the set names another, or a share
+)  # DVC hashes these folders; it would not notice edits elsewhere
+LANGUAGE, MESSAGE_ID = "lang", "message_id"  # columns of OASST1; message_id is kept if it is there
+HELDOUT_SPLIT = "validation"  # unless the prompt set names another split, or a share
 
 Splits = Callable[[str], tuple[str, Iterable[Located]]]  # from a split to its name in messages and its rows
 
@@ -83,7 +83,7 @@ def select(
         read += 1
         made = prompt_of(where, row, rules)
         text = made["prompt"]
-        # of a conversation, what is to be answered
+        # in a conversation, the rules apply to the message that is to be answered
         asked = made["messages"][-1]["content"] if "messages" in made else text
         reason = _first_broken_rule(asked, row.get(LANGUAGE), rules)
         if reason is None and text in train_texts:
@@ -107,8 +107,9 @@ def _counts(read: int, prompts: list[Row], broken: dict[str, int]) -> dict[str, 
 def hold_out(
     prompts: list[Row], counts: dict[str, Any], rules: PromptSet, where: str
 ) -> tuple[list[Row], dict[str, Any], list[Row], dict[str, Any]]:
-    """The prompts to train on and the held-out ones, each with its counts: `heldout_share` of the different prompts,
-    drawn by `heldout_seed`, with all of their rows. The order of the rows does not matter, and more of them move few.
+    """The prompts to train on and the held-out ones, each with its counts. A share `heldout_share` of the distinct
+    prompts, drawn by `heldout_seed`, is held out with all of its rows. The order of the rows does not matter, and added
+    rows move few prompts.
     """
     texts = {row["prompt"] for row in prompts}
     order = sorted(texts, key=lambda text: hashlib.sha256(f"{rules.heldout_seed}:{text}".encode()).digest())
@@ -119,7 +120,7 @@ def hold_out(
             f"{where}.heldout_share = {rules.heldout_share:g} of {len(texts)} prompts leaves none to train on"
         )
     train, heldout = parts
-    # what was dropped is counted with those to train on, duplicates of held-out ones too
+    # dropped rows are counted with the training prompts, even duplicates of held-out prompts
     train_counts = _counts(counts["read"] - len(heldout), train, counts["dropped"])
     return train, train_counts, heldout, _counts(len(heldout), heldout, dict.fromkeys(counts["dropped"], 0))
 
@@ -131,7 +132,7 @@ def needed_columns(rules: PromptSet) -> tuple[str, ...]:
 
 
 def prompt_of(where: str, row: Row, rules: PromptSet) -> Row:
-    """A row of the prompts' files. Raises UserError where its columns make no prompt."""
+    """A row of the prompts' files. Raises UserError if the columns of the dataset's row make no prompt."""
     made: Row = {}
     column = rules.prompt_columns[0]
     if rules.prompt_template is not None:
@@ -157,8 +158,8 @@ def _text_of(where: str, column: str, value: Any) -> str:
 
 
 def _messages(where: str, value: list[Any]) -> list[dict[str, str]]:
-    """The messages of a conversation up to where the answer begins: an answer at its end is left out, as in the columns
-    `chosen` and `rejected` of sets of preferences."""
+    """The messages of a conversation up to where the answer begins: an answer at its end is left out. Preference data
+    has one in its columns `chosen` and `rejected`."""
     messages = []
     for place, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -197,7 +198,7 @@ def _check(where: str, row: Any, needed: Sequence[str]) -> None:
 
 
 def _check_value(where: str, value: Any) -> None:
-    """Raises UserError for what JSON cannot hold."""
+    """Raises UserError for a value that JSON cannot hold."""
     if isinstance(value, str) and not _is_unicode(value):
         raise UserError(f"{where} holds half of a surrogate pair, which is no character; write it whole")
     if isinstance(value, dict | list):
@@ -258,7 +259,7 @@ def local_splits(key: str, rules: PromptSet) -> Splits:
         return str(found[0]), read_rows(found[0], *columns)
 
     if rules.heldout_share is None:
-        read_split(rules.heldout_split or HELDOUT_SPLIT)  # reported before minutes are spent on the other file
+        read_split(rules.heldout_split or HELDOUT_SPLIT)  # report its errors before minutes are spent on the other file
     return read_split
 
 
@@ -267,7 +268,7 @@ def hub_splits(key: str, rules: PromptSet) -> Splits:
     name = f"{rules.repo}@{rules.revision}"
     if not re.fullmatch("[0-9a-f]{40}", rules.revision or ""):
         raise UserError(f"{key}.revision = {rules.revision!r}: pin a full commit of {rules.repo} (40 hex digits)")
-    if Path(str(rules.repo)).exists():  # `datasets` would read it, whatever the revision
+    if Path(str(rules.repo)).exists():  # `datasets` would read the path, whatever the revision
         raise UserError(f"{key}.repo = {rules.repo!r} is a path here: name a directory with source, not repo")
     import datasets
 
@@ -294,18 +295,18 @@ def hub_splits(key: str, rules: PromptSet) -> Splits:
 
 
 def decoded(where: str, rows: Iterable[Row]) -> Iterator[Located]:
-    """Raises UserError for a row that cannot be decoded, such as a picture."""
+    """Yield the rows with their places. Raises UserError for a row that cannot be decoded, such as a picture."""
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
             yield f"{where} row {number}", row
-    except Exception as error:  # of whichever library decodes the column
+    except Exception as error:  # any class: it depends on the library that decodes the column
         raise UserError(f"{where} row {number + 1}: cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _fetch(repo: str, revision: str, config: str | None) -> Any:
-    """The dataset, from the cache if it is there. If a downloaded file is damaged, what was prepared from it is deleted
-    too. Raises DamagedError."""
+    """The dataset, from the cache if it is there. If a downloaded file is damaged, delete the dataset that was prepared
+    from it and raise DamagedError."""
     import datasets
     from huggingface_hub import constants
 

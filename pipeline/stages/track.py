@@ -76,13 +76,13 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> None:
 
 
 def drop_resume_state(train_key: str) -> None:
-    """Delete the resume states once dvc.lock says that the run's outputs are committed. Keeps the timings, which are
+    """Delete the resume states once dvc.lock says that the run's outputs are committed. Keeps the timings, which exist
     only here and in MLflow."""
     folder = workspace.resume_folder(train_key)
     if not folder.is_dir() or not workspace.is_committed(RUN_FILES.run.read_text(encoding="utf-8")):
         return
     try:
-        with FileLock(folder.with_suffix(".lock"), timeout=0):  # `train` holds it
+        with FileLock(folder.with_suffix(".lock"), timeout=0):  # `train` holds this lock
             for path in resume_files(folder):  # oldest state first: a kill leaves the newest one
                 path.unlink()
     except Timeout:

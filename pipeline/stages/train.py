@@ -77,7 +77,7 @@ UNDO = "undo that and repeat the command, which then only writes the result; to 
 
 
 def main() -> None:
-    check_experiment_folder()  # `check` has, but for a result of its own that comes from DVC's run cache
+    check_experiment_folder()  # `check` has done so, unless DVC took the result of `check` from its run cache
     params = load_params()
     launch.relaunch_with_accelerate("pipeline.stages.train", workspace.root())
     if not TRAIN_PROMPTS.exists() or not (CHECKPOINT / "manifest.json").exists():
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def arithmetic_notes(params: Params, arithmetic: Arithmetic, device: torch.device) -> list[str]:
-    """What is to be said of a run's arithmetic before it starts, a line each."""
+    """Notes on a run's arithmetic to print before it starts, one line each."""
     bfloat16 = bfloat16_note(arithmetic) if device.type == "cpu" and uses_bfloat16(params) else None
     native = NO_PORTABLE if device.type == "cpu" else NATIVE_GPU
     portable = native if arithmetic != params.train.arithmetic else None
@@ -115,8 +115,9 @@ def arithmetic_notes(params: Params, arithmetic: Arithmetic, device: torch.devic
 
 
 def discard_states(folder: Path, identity: dict[str, Any], params: Params) -> None:
-    """Delete the saved states of a finished run that DVC has committed: the stage runs again because of `-f`. And those
-    of steps whose completions are damaged: training makes them again."""
+    """Delete the saved states of a finished run that DVC has committed: the stage runs again because of `-f`.
+    Otherwise, if the completions of a step are damaged, delete the states after that step: training samples them
+    again."""
     state = checkpoints.load(folder)
     if state is None:
         return
@@ -130,13 +131,13 @@ def discard_states(folder: Path, identity: dict[str, Any], params: Params) -> No
 
 
 def run_record(identity: dict[str, Any], run: TrainState) -> dict[str, Any]:
-    """The content of run.json: what the result depends on. The number of processes moves its last digits, and so does
-    the GPU, where there is one."""
+    """The content of run.json: what the result depends on. The number of processes changes the last digits of the
+    result, and so does the type of GPU, if there is one."""
     return {**identity, "processes": run.processes} | ({"gpus": run.gpus} if run.gpus else {})
 
 
 def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
-    """What the result depends on, and the digest of that, the train_key."""
+    """Everything that the result depends on, and its digest, the train_key."""
     tables = {name: params.selected(name).model_dump() for name in SELECTORS}
     chosen = {name: getattr(params, name) for name in SELECTORS} | {"seed": params.seed}
     selected = {name: params.selected(name) for name in SELECTORS}
@@ -161,10 +162,11 @@ def run_identity(params: Params, device: torch.device) -> dict[str, Any]:
     }
     if params.selected_classifiers:
         parts["classifiers"] = sha256(CLASSIFIERS / "manifest.json")
-    if params.evaluate.every:  # without it nothing is measured on held-out prompts
+    if params.evaluate.every:  # if it is 0, nothing is measured on held-out prompts
         parts["curve"] = {"every": params.evaluate.every, "prompts": params.evaluate.curve_prompts}
         parts["heldout_prompts"] = sha256(HELDOUT_PROMPTS)
-    # the tables too: flattened, different ones may look alike. Not which of the values are written and which defaults
+    # the tables too, since different tables may look alike when flattened. Leave out which values are written and which
+    # are defaults
     told = {name: value for name, value in parts.items() if name != "written_params"}
     return {"train_key": provenance.digest([told, tables]), **parts}
 
@@ -201,7 +203,7 @@ def train(params: Params, identity: dict[str, Any], folder: Path, device: torch.
         run.calibration = calibrate(context, batches)
     if not is_finished(run, params):
         run.note_change(processes.description, gpu_description(device))
-    if run.step and processes.is_main_process:  # a kill may have come after the state and before these files
+    if run.step and processes.is_main_process:  # a kill may have come between writing the state and these files
         write_progress(folder, run)
     with follower(folder, run_record(identity, run)) if processes.is_main_process else nullcontext():
         loop(run, context, policy, optimizer, folder)
@@ -216,8 +218,8 @@ def loop(
     run: TrainState, context: TrainContext, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path
 ) -> None:
     """Run steps until the last one, a non-finite number, a collapse if `on_collapse` is stop, or a signal, which ends
-    the process after the current step. Has a resume state written every `checkpoint_every` steps, the
-    last one before it returns."""
+    the process after the current step. A resume state is written every `checkpoint_every` steps and after the last
+    step, all of them before this function returns."""
     steps, every, processes = context.params.train.steps, context.params.train.checkpoint_every, context.processes
     spreads = null_statistics(run.calibration, context.params.train.prompts_per_step)
     found = findings(run.rows, spreads, steps)
@@ -225,7 +227,7 @@ def loop(
     bar = tqdm(total=steps, initial=run.step, disable=None if processes.is_main_process else True, unit="step")
     history = history_file(RUN_FILES.history, run.rows) if processes.is_main_process else nullcontext()
     with bar, caught_signals() as signals, history as record, BackgroundWriter() as writer:
-        measure_heldout(run, context, found)  # step 0, whose weights are the checkpoint's
+        measure_heldout(run, context, found)  # step 0: the weights are still the reference's
         while not is_finished(run, context.params):
             keep_samples(train_step(run, context, policy, optimizer), run, context, folder)
             found = findings(run.rows, spreads, steps)
@@ -252,31 +254,31 @@ def loop(
                         f"until then git shows {RUN_FILES.history.parent} as deleted",
                         file=sys.stderr,
                     )
-                processes.barrier()  # a launcher ends the others as soon as one has gone
+                processes.barrier()  # a launcher ends the other processes as soon as one has ended
                 sys.exit(128 + signal)
 
 
 def keep_samples(samples: StepSamples, run: TrainState, context: TrainContext, folder: Path) -> None:
-    """Where all completions are kept, rank 0 writes those of the step beside the resume states."""
+    """If all completions are kept, rank 0 writes those of the step beside the resume states."""
     if context.params.train.keep_samples == "all" and context.processes.is_main_process:
         columns = sample_columns(samples, context)
         run.sample_files.append(sample_files.write_step(folder, samples.step, columns))
 
 
 def note_cuts(context: TrainContext) -> None:
-    """Collective call: say how many inputs of classifiers were cut since this start."""
+    """Collective call: print how many inputs of classifiers were cut since this process started."""
     inputs, cut = (int(context.processes.all_reduce_sum(count)) for count in (context.cuts.inputs, context.cuts.cut))
     if cut and context.processes.is_main_process:
         print(Cuts(inputs, cut).note(context.params.reward), file=sys.stderr)
 
 
 def measure_heldout(run: TrainState, context: TrainContext, found: list[Finding]) -> bool:
-    """Collective call: the held-out rewards where they are due, every `evaluate.every` steps, before the first step and
-    after the last. Returns whether the weights of now may become data/best."""
+    """Collective call: measure the held-out rewards if they are due: every `evaluate.every` steps, before the first
+    step and after the last. Returns whether the current weights may become data/best."""
     every, step = context.params.evaluate.every, run.step
     if not every or (step % every and not is_finished(run, context.params)):
         return False
-    if run.heldout and run.heldout[-1]["step"] == step:  # it is in the resume state
+    if run.heldout and run.heldout[-1]["step"] == step:  # already measured: the resume state has it
         return False
     rows = measure(context, step)
     run.heldout += rows
@@ -322,12 +324,12 @@ def save_checkpoint(
     candidate: bool,
     due: bool,
 ) -> None:
-    """Collective call: copies what training changes, and rank 0 has it written while the next steps run: the weights if
-    they are a `candidate` for data/best, the resume state if it is `due`. Without the memory for a copy the steps
-    wait."""
+    """Collective call: copy what training changes; rank 0 writes the copy while the next steps run. It writes the
+    weights if they are a `candidate` for data/best, and the resume state if it is `due`. Without memory for a copy, the
+    steps wait."""
     here, size = context.processes.is_main_process, state_bytes(policy, optimizer)
-    writer.wait()  # for the state before: there is memory for one copy
-    context.processes.barrier()  # others wait here, for hours if need be; NCCL would for ten minutes
+    writer.wait()  # until the previous state is written: there is memory for one copy
+    context.processes.barrier()  # others wait here, for hours if need be; NCCL would give up after ten minutes
     copy = here and fits(size, context.processes.world_size)
     weights = trained_weights(policy, here, copy)
     moments = optimizer_state(optimizer, here, copy) if due else {}
@@ -350,9 +352,8 @@ def write_checkpoint(
     judged: int,
     stop: threading.Event,
 ) -> None:
-    """Write the weights to the file `candidate`, then the state and the progress, where there are any. Of the policies
-    that are known to be healthy the last one is kept, and so are the candidates that any of the states left may ask
-    for."""
+    """Write the weights to the file `candidate` if there is one, then the state, if there is one, and the progress.
+    Keep the last state that is known to be healthy, and the candidates that a remaining state may need."""
     if candidate:
         checkpoints.write(candidate, {"policy": weights}, stop)
     if state is None:
@@ -383,8 +384,9 @@ def restore_before_collapse(policy: PreTrainedModel, context: TrainContext, fold
 def restore(
     policy: PreTrainedModel, context: TrainContext, folder: Path, path: Path | None, what: str
 ) -> dict[str, Any] | None:
-    """Load the weights of a file, which it returns, or those before the first update. Raises UserError where the file
-    is damaged or gone, and then deletes the states from which training would not make it again."""
+    """Load the weights of a file and return its content; without a path, load the weights from before the first update.
+    If the file is damaged or gone, delete the states from its step on, so that training makes it again, and raise
+    UserError."""
     if path is None:
         load_weights(policy, trained_weights(initial_policy(context.params, context.device, policy.device)))
         return None
@@ -398,9 +400,9 @@ def restore(
 def write_outputs(
     run: TrainState, identity: dict[str, Any], context: TrainContext, policy: PreTrainedModel, folder: Path
 ) -> None:
-    """Write the last policy to data/policy, the last saved one before a collapse to data/healthy (without a collapse
-    only a note), the best by the held-out curve to data/best (without one only a note), all completions (where some are
-    kept only a note), and the reports."""
+    """Write the last policy to data/policy, the last saved policy before a collapse to data/healthy, the best policy by
+    the held-out curve to data/best, all completions, and the reports. A folder gets only a note if there is no
+    collapse, no better policy than the last one, or only some completions are kept."""
     sizes, tokenizer = context.params.train, context.tokenizer
     found = findings(run.rows, null_statistics(run.calibration, sizes.prompts_per_step), sizes.steps)
     folders = [atomic_folder(path) for path in (POLICY, HEALTHY, BEST, RUN_FILES.kept.parent)]
@@ -427,7 +429,8 @@ def write_outputs(
 def write_best(
     run: TrainState, context: TrainContext, policy: PreTrainedModel, folder: Path, found: list[Finding], target: Path
 ) -> None:
-    """The best policy by the held-out curve, and best.json; only a note where it is the last one, or there is none."""
+    """Write the best policy by the held-out curve and best.json; only best.json if the last policy is the best or none
+    was measured."""
     if not run.heldout:
         write_json(target / "best.json", {"step": None, "weights": None, "why": "evaluate.every is 0: off"})
         return
@@ -440,8 +443,8 @@ def write_best(
 
 
 def output_digests(identity: dict[str, Any]) -> dict[str, str]:
-    """The digests of a run and its outputs. summary.json, which is in git, holds them in a list, which `dvc metrics
-    show` leaves out; readers of the outputs compare them."""
+    """The digests of a run and its outputs. summary.json, which is in git, holds them, and readers of the outputs
+    compare them. They are in a list there, since `dvc metrics show` leaves lists out."""
     own = {name: identity[name] for name in ("train_key", *provenance.DIGESTS, "written_params") if name in identity}
     written = (
         RUN_FILES.calibration, RUN_FILES.history, RUN_FILES.samples, RUN_FILES.terms, RUN_FILES.heldout, RUN_FILES.kept,

@@ -1,1 +1,1 @@
-"""MLflow as a view of a run's files. Nothing reads a number from it that a stage's output depends on."""
+"""MLflow as a view of a run's files. No output of a stage depends on a number read from it."""

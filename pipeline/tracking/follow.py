@@ -24,14 +24,15 @@ def main() -> None:
     folder, trainer = Path(sys.argv[1]), int(sys.argv[2])
     mlflow_store.defaults(timeout=5, retries=1)
     try:
-        with mlflow_store.lock(f"follow-{folder.name[:16]}"):  # one whose trainer was killed goes first
+        with mlflow_store.lock(f"follow-{folder.name[:16]}"):  # a follower whose trainer was killed ends first
             follow(folder, trainer, lambda: wait_for_end(trainer))
     except TimeoutError as error:
         warn(mlflow_store.describe_error(error))
 
 
 def wait_for_end(trainer: int) -> str:
-    """RUNNING after a moment, or what the trainer says at its end; KILLED where it has died without a word."""
+    """RUNNING after a moment, or the status that the trainer sends at its end; KILLED if it died without sending
+    one."""
     if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         status = sys.stdin.readline() or "KILLED"
     else:  # a process that a reward has forked may hold the pipe open
@@ -51,12 +52,12 @@ def follow(folder: Path, trainer: int, wait: Callable[[], str]) -> None:
     synced: Synced | None = None
     warned: set[str] = set()
     while True:
-        state = status, timings.stat().st_mtime_ns if timings.exists() else 0  # `train` writes it last
+        state = status, timings.stat().st_mtime_ns if timings.exists() else 0  # `train` writes timings.csv last
         if state != seen:
             seen = state
             try:
                 synced = sync(read_growing(folder, trainer, status), synced)
-            except Exception as error:  # whatever it is: training goes on
+            except Exception as error:  # whatever the error: training goes on
                 synced = None
                 if (cause := mlflow_store.describe_error(error)) not in warned:
                     warned.add(cause)

@@ -1,4 +1,4 @@
-"""Any run of an MLflow store, ours or another trainer's, as the rows of a log. Looking makes nothing in the store."""
+"""Any run of an MLflow store, ours or another trainer's, as the rows of a log. Reading creates nothing in the store."""
 
 import os
 import sys
@@ -17,10 +17,10 @@ CALIBRATION = "tables/calibration.csv"  # where `track` puts it
 
 
 def read_run(run_id: str, history: Collection[str]) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-    """A record a step of every metric that we know, and the calibration batches of a run of ours, if they are there.
+    """One record per step of every metric that we know, and the calibration batches of a run of ours, if there are any.
 
-    history: the columns of history.csv. Raises UserError where there is no store, and what mlflow raises for a run
-    that it has not.
+    history: the columns of history.csv. Raises UserError if there is no store, and mlflow's own error if the store
+    lacks the run.
     """
     path = mlflow_store.sqlite_file()
     if path and not path.is_file():
@@ -37,7 +37,7 @@ def read_run(run_id: str, history: Collection[str]) -> tuple[list[dict[str, Any]
         for point in client.get_metric_history(run_id, name):
             records[point.step][name] = point.value
     ours = "train_key" in run.data.tags
-    # the names alone of what we do not know: a message lists them
+    # metrics that we do not know, only by name: a message lists them
     others = dict.fromkeys(name for name in metrics if name not in known)
     rows = [{"step": step, **(others if place == 0 else {}), **row} for place, (step, row) in
         enumerate(sorted(records.items()))]  # fmt: skip
@@ -45,7 +45,7 @@ def read_run(run_id: str, history: Collection[str]) -> tuple[list[dict[str, Any]
 
 
 def calibration(client: Any, run_id: str) -> list[dict[str, float]]:
-    """What a run of ours measured before training; nothing, and a note, where its artifacts are not at hand."""
+    """The calibration batches of a run of ours; none, and a note, if its artifacts are not at hand."""
     from mlflow.exceptions import MlflowException
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

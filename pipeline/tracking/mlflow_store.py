@@ -1,4 +1,4 @@
-"""MLflow as a view of the files: one run per train_key, whoever writes to it, and no point of it twice.
+"""MLflow as a view of the files: one run per train_key, whichever process writes to it, and no point twice.
 
 mlflow takes seconds to import, so functions import it. They raise what mlflow raises: `pipeline.stages.track` turns it
 into one line, `pipeline.tracking.follow` into a warning.
@@ -35,9 +35,9 @@ ADVICE = {
     "is locked": "another process holds it: wait for it, or end it",
     "database schema": "`mlflow db upgrade {store}` helps an older store; move one of a newer MLflow away",
     "Can't locate revision": "a newer MLflow made it: move the file away and it is made anew",
-}  # by what sqlite, mlflow and alembic say; {store}: its address
-PROXY_STATUS = ("407", "502", "503", "504")  # of HTTP: what proxies and gateways answer for a server
-# of MLFLOW_SQLALCHEMYSTORE_POOLCLASS: MLflow keeps the list inside a function, and ends with a traceback at other names
+}  # by the messages of sqlite, mlflow and alembic; {store}: the store's address
+PROXY_STATUS = ("407", "502", "503", "504")  # HTTP status codes with which proxies and gateways answer for a server
+# values of MLFLOW_SQLALCHEMYSTORE_POOLCLASS: MLflow keeps this list inside a function; other names end in a traceback
 POOLS = ("AssertionPool", "NullPool", "QueuePool", "SingletonThreadPool", "StaticPool")
 BETWEEN = "a proxy or gateway between here and the server answers so: see HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
 
@@ -52,8 +52,8 @@ class Point(NamedTuple):
 
 
 def store_uri() -> str:
-    """MLFLOW_TRACKING_URI, else mlflow.db in the main workspace. A relative SQLite path is taken from there too: in
-    the folder of a --temp experiment it would be lost.
+    """MLFLOW_TRACKING_URI, else mlflow.db in the main workspace. A relative SQLite path also starts at the main
+    workspace: in the folder of a --temp experiment the file would be lost.
     """
     uri, path = os.environ.get("MLFLOW_TRACKING_URI") or "", sqlite_file()
     if path is None:
@@ -63,7 +63,7 @@ def store_uri() -> str:
 
 
 def sqlite_file() -> Path | None:
-    """The store's file, where it is a SQLite one: without what the URI escapes, and without its options."""
+    """The store's file, if it is a SQLite store: the URI's path, unescaped and without options."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         return workspace.root() / "mlflow.db"
@@ -86,14 +86,14 @@ def _sqlite_uri(path: Path) -> str:
         return f"sqlite:///{path}"
     from sqlalchemy.engine import URL
 
-    # mlflow makes the folder of the path as it stands in the URI, escaped, unless the URI names a driver
+    # unless the URI names a driver, mlflow makes the path's folder under its escaped name
     return URL.create("sqlite+pysqlite", database=str(path)).render_as_string()
 
 
 def check_store() -> None:
     """Raise UserError for an SQLite address that names no lasting file or has unknown options.
 
-    The same for a variable of MLflow's whose value it cannot read.
+    Also raise it for an environment variable whose value MLflow cannot read.
     """
     from mlflow import environment_variables
     from sqlalchemy.engine import make_url
@@ -127,7 +127,8 @@ def experiment_name() -> str:
 def defaults(timeout: int, retries: int) -> None:
     """Set mlflow's environment: no telemetry, and the timeout of a request in seconds, unless the user has set them.
 
-    What would hide a failure or split a run's record is set even against the user (docs/ENVIRONMENT.md).
+    Variables that could hide a failure or split a run's record are set even if the user has set them
+    (docs/ENVIRONMENT.md).
     """
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -137,16 +138,16 @@ def defaults(timeout: int, retries: int) -> None:
     }.items():
         os.environ.setdefault(name, value)
     os.environ |= {"MLFLOW_ENABLE_ASYNC_LOGGING": "false", "MLFLOW_TRUNCATE_LONG_VALUES": "true"}
-    for name in ("MLFLOW_LOGGING_LEVEL", "MLFLOW_CONFIGURE_LOGGING"):  # a value that is none ends `import mlflow`
+    for name in ("MLFLOW_LOGGING_LEVEL", "MLFLOW_CONFIGURE_LOGGING"):  # an invalid value ends `import mlflow`
         os.environ.pop(name, None)
     host = urlsplit(os.environ.get("MLFLOW_TRACKING_URI") or "").hostname
-    if host in ("localhost", "127.0.0.1", "::1"):  # no proxy leads to this machine
+    if host in ("localhost", "127.0.0.1", "::1"):  # a proxy cannot reach this machine's own server
         for name in ("no_proxy", "NO_PROXY"):
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
 
 
 def reading_client() -> "MlflowClient":
-    """A client for who makes nothing in the store, not even a lock beside it."""
+    """A client for reading only: it creates nothing in the store, not even a lock beside it."""
     from mlflow import MlflowClient
 
     quiet()
@@ -161,7 +162,7 @@ def reading_client() -> "MlflowClient":
 
 def quiet() -> None:
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # their notes on every new table and every retry
+        logging.getLogger(name).setLevel(logging.ERROR)  # hide their notes on every new table and every retry
 
 
 def open_store() -> "tuple[MlflowClient, str]":
@@ -183,7 +184,7 @@ def open_store() -> "tuple[MlflowClient, str]":
         if experiment is None:
             try:
                 return client, client.create_experiment(name, artifact_location=artifacts)
-            except MlflowException:  # made by somebody else since we looked, where the store is not ours to lock
+            except MlflowException:  # another process made it since we looked, in a store that we cannot lock
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
@@ -196,8 +197,8 @@ def open_store() -> "tuple[MlflowClient, str]":
 
 
 def find_run(client: "MlflowClient", experiment: str, train_key: str) -> "Run | None":
-    """The run of a train_key, the oldest one with metrics if a user has copied it. Others without a metric are deleted:
-    a server whose answer was lost or late has been asked twice to make the run, and has done so twice.
+    """The run of a train_key; if a user has copied it, the oldest one with metrics. Other runs without a metric are
+    deleted: if a server's answer was lost or late, the request was repeated and made a second run.
     """
     runs = client.search_runs([experiment], f"tags.train_key = '{train_key}'", order_by=["attributes.start_time ASC"])
     found = next((run for run in runs if run.data.metrics), runs[0] if runs else None)
@@ -216,7 +217,8 @@ def create_run(
 
 
 def run_name(params: dict[str, Scalar], train_key: str) -> str:
-    """What a person tells runs apart by: embedding-stable-pocket-s0- and the DVC experiment's name, else the key."""
+    """A name by which people tell runs apart: embedding-stable-pocket-s0- and the DVC experiment's name, else the
+    key."""
     names = [str(params[key]) for key in ("reward", "recipe", "model") if key in params]
     return "-".join([*names, f"s{params.get('seed', '')}", os.environ.get("DVC_EXP_NAME") or train_key[:8]])
 
@@ -233,7 +235,7 @@ def log_params(client: "MlflowClient", run: "Run", params: dict[str, Scalar]) ->
 def param_texts(params: dict[str, Scalar]) -> dict[str, str]:
     """Return the params as MLflow shows them to people; the tag `config` tells configurations apart.
 
-    What is cut ends in its digest, so that it still looks different.
+    A text that is cut ends in its digest, so that different texts still look different.
     """
     return {
         _cut(re.sub(r"[^\w\-. :]", "_", key), 250): _cut(
@@ -274,7 +276,8 @@ def lock(name: str) -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the store, the error's cause and advice, without passwords and what differs from one try to the next."""
+    """Return the store, the error's cause and advice, without passwords and without details that differ from one try to
+    the next."""
     text = str(error).strip() or type(error).__name__
     text = re.split(r"\n\[(?:SQL|parameters): |\n\(Background on", text)[0]  # what SQLAlchemy adds
     status = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
@@ -296,15 +299,15 @@ def without_password(text: str) -> str:
 
     SQLAlchemy allows any sign in a password.
     """
-    text = re.sub(r"(?<!/)//(?!/)\S*@", "//", text)  # three slashes: a file of SQLite's
+    text = re.sub(r"(?<!/)//(?!/)\S*@", "//", text)  # three slashes: a SQLite file
     return re.sub(r"(?i)((?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1…", text)
 
 
 def _prepare_database(path: Path) -> None:
-    """Makes a SQLite store where there is none; whole or absent, since mlflow cannot open one that lacks migrations."""
+    """Make a SQLite store if there is none: whole or not at all, since mlflow cannot open one that lacks migrations."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    if path.exists() and path.stat().st_size:  # an empty one is what a killed sqlite leaves
+    if path.exists() and path.stat().st_size:  # a killed sqlite leaves an empty file
         return _check_database(path)
     path.parent.mkdir(parents=True, exist_ok=True)  # as mlflow does
     unfinished = path.with_name(path.name + ".new")
@@ -327,7 +330,7 @@ def _check_server(uri: str) -> None:
 
 
 def _check_database(path: Path) -> None:
-    """Raises OSError at once for what mlflow would try again for a hundred seconds."""
+    """Raises OSError at once for an error after which mlflow would try again for a hundred seconds."""
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=20)) as database:
             database.execute("PRAGMA schema_version")

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 NOTE, NOTE_DIGEST = "mlflow.note.content", "note_digest"
 TRAINING = "workflowType=machine_learning"  # in an address: the pages for training, not those for traces and prompts
-VIEW = "reinforce"  # its id, in addresses
+VIEW = "reinforce"  # the view's id, in addresses
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-COLUMNS = {  # in this order; widths in pixels: a gain is whole with its interval, and a screen shows all columns
+COLUMNS = {  # in this order; widths in pixels: a gain fits with its interval, and a screen shows all columns
     "attributes.`Run Name`": 280,
     "params.`reward`": 100,
     "params.`recipe`": 90,
@@ -26,9 +26,9 @@ COLUMNS = {  # in this order; widths in pixels: a gain is whole with its interva
     "tags.`verdict`": 110,
     "tags.`heldout_gain`": 235,
 }
-FIRST_CHARTS = "curves"  # sorted before evaluate/, time/ and train/, where these two stand as well
+FIRST_CHARTS = "curves"  # sorts before evaluate/, time/ and train/; the two metrics below are in train/ too
 FIRST_METRICS = ("reward_mean", "entropy")
-# The list of experiments shows the first words, the page of one the first paragraph, also where it opens on traces.
+# The list of experiments shows the first words, an experiment's page the first paragraph, even if it opens on traces.
 DESCRIPTION = """Trainings of language models with REINFORCE: [the runs, with verdict and held-out gain]({page})
 
 - The link opens the view *Verdict and gain*, which is in the menu *Views* too; *Override saved view* keeps its columns.
@@ -44,11 +44,11 @@ def runs_page(experiment: str) -> str:
 
 
 def experiment_tags(experiment: str) -> dict[str, str]:
-    # As the pages save a view, in MLflow 3.17; a version that does not know it shows its own columns.
+    # The format in which MLflow 3.17 saves a view; a version that does not know it shows its own columns.
     state = {"selectedColumns": [*COLUMNS], "columnOrder": [*COLUMNS], "columnWidths": COLUMNS}
     view = {"name": "Verdict and gain", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)}
     return {
-        # as TRAINING, in versions of MLflow 3 whose pages have no switch between both
+        # the same as TRAINING, for versions of MLflow 3 whose pages cannot switch between training and traces
         "mlflow.experimentKind": "custom_model_development",
         NOTE: DESCRIPTION.format(page=runs_page(experiment)),
         VIEW_TAG: json.dumps(view),
@@ -56,7 +56,7 @@ def experiment_tags(experiment: str) -> dict[str, str]:
 
 
 def complete_experiment(client: "MlflowClient", experiment: str) -> None:
-    """Sets the tags that the experiment lacks, and none that is there: users edit descriptions."""
+    """Set the tags that the experiment lacks. Existing tags stay, since users edit descriptions."""
     present = client.get_experiment(experiment).tags
     for key, value in experiment_tags(experiment).items():
         if key not in present:
@@ -64,15 +64,15 @@ def complete_experiment(client: "MlflowClient", experiment: str) -> None:
 
 
 def describe_run(client: "MlflowClient", run: "Run", headline: str, tags: dict[str, str]) -> None:
-    """Write the run's description, unless it has one that is not as we wrote it.
+    """Write the run's description, unless somebody has edited it.
 
-    headline: the verdict in words. tags: the run's new ones. The page folds what is longer than five lines.
+    headline: the verdict in words. tags: the run's new tags. The page folds a description of more than five lines.
     """
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/{RUN_FILES.page.name}?{TRAINING}"
     gain = f"Held-out gain over the reference model: {tags.get('heldout_gain', 'undefined')}"
     note = f"**{tags['verdict']}.** {headline}\n\n{gain}. [Report]({page})"
     before = run.data.tags.get(NOTE)
-    # The digest comes second: after a kill between the two, the note is found to be the one to write.
+    # The digest comes second: after a kill between the two calls, the note equals the one to write.
     if before is None or before == note or digest(before) == run.data.tags.get(NOTE_DIGEST):
         client.set_tag(run.info.run_id, NOTE, note)
         client.set_tag(run.info.run_id, NOTE_DIGEST, digest(note))

@@ -29,13 +29,13 @@ class Record:
     status: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED
     params: dict[str, Scalar]
     steps: int
-    points: list[Point]  # train/, its first charts once more, terms/ and time/
+    points: list[Point]  # train/, a second copy of its first charts, terms/ and time/
     tags: dict[str, str]
-    # of a finished run, with what the stages behind `train` made:
+    # only of a finished run, from the stages after `train`:
     headline: str = ""
     evaluation: dict[str, float] = field(default_factory=dict)
     curve: list[Point] = field(default_factory=list)  # heldout/, of the held-out curve
-    # name, digest, place, profile, what it is to the run
+    # name, digest, place, profile, its role in the run
     datasets: list[tuple[str, str, str, Any, str]] = field(default_factory=list)
     artifacts: dict[str, list[Path]] = field(default_factory=dict)  # folder of the artifact store -> files
 
@@ -49,7 +49,7 @@ def read_growing(folder: Path, pid: int, status: str) -> Record:
     files = folder / "history.csv", folder / "timings.csv"
     history, timings = (_by_step(read_csv(file)) if file.exists() else {} for file in files)
     terms = read_jsonl(file) if (file := folder / "terms.jsonl").exists() else []
-    history = {step: row for step, row in history.items() if step in timings}  # written one after the other
+    history = {step: row for step, row in history.items() if step in timings}  # `train` writes both files in turn
     tags = digests(run) | {"host": socket.gethostname(), "pid": str(pid)}
     points = _points(history, timings, 0, terms)
     return Record(run["train_key"], status, run["params"], len(history), points, tags)
@@ -57,7 +57,7 @@ def read_growing(folder: Path, pid: int, status: str) -> Record:
 
 def read_record(files: RunFiles = RUN_FILES) -> Record:
     """The record of a finished run. Raises UserError naming a file that is missing, broken, or of another run than the
-    others: `dvc repro train` alone leaves those of the stages behind it as they were."""
+    others: `dvc repro train` alone leaves the files of later stages as they were."""
     figures = sorted(files.figures.glob("*.png"))
     tables = [
         files.run,
@@ -135,7 +135,7 @@ def _by_step(rows: list[dict[str, float]]) -> dict[int, dict[str, float]]:
 
 
 def _timings(folder: Path) -> dict[int, dict[str, float]]:
-    """Clock times of the steps, as far as they are known: nothing that is right depends on them."""
+    """Clock times of the steps, as far as they are known: no result depends on them."""
     file = folder / "timings.csv"
     try:
         return _by_step(read_csv(file)) if file.is_file() else {}
@@ -180,7 +180,7 @@ def _curve(rows: list[dict[str, Any]], written_ms: int) -> list[Point]:
 
 
 def _best(best: dict[str, Any] | None) -> dict[str, float]:
-    """Of data/best: its step, and its gain over step 0 on the prompts that did not choose it."""
+    """The step of data/best, and its gain over step 0 on the prompts that were not used to choose it."""
     told = flatten({"best": best | {"gain": best["reported_on"]["difference"]}}) if best else {}
     names = ("best.step", "best.gain.mean", "best.gain.low", "best.gain.high")
     return {name.replace(".", "/"): float(told[name]) for name in names if told.get(name) is not None}

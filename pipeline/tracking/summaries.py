@@ -43,18 +43,18 @@ Curve = dict[int, float]  # value by step; undefined ones are left out
 
 
 class RunSummary(NamedTuple):
-    """What is known of one training."""
+    """What is known of one run."""
 
     name: str
-    params: dict[str, str]  # selected ones by MLflow's names, values as MLflow shows them, cut; `seed` is one
-    config: str  # digest of all of them but the seed, in full: runs that share it are seeds of one configuration
+    params: dict[str, str]  # the selected params; names and cut values as MLflow shows them; `seed` is one
+    config: str  # digest of all params but the seed, uncut: runs that share it are seeds of one configuration
     code: str  # digest of the code that made it, ours and the user's
     data: str  # digest of prompts and checkpoint
-    made: float  # seconds since 1970: of two trainings of the same, the later one counts
-    columns: frozenset[str]  # of its history
+    made: float  # seconds since 1970: of two runs of one configuration and seed, the later one counts
+    columns: frozenset[str]  # columns of its history
     curve: Callable[[str], Curve]  # of a column
     gain: float | None  # held-out reward, trained policy minus reference; None: not evaluated
-    gain_interval: tuple[float, float] | None  # its 95% interval; None: of one prompt, or not evaluated
+    gain_interval: tuple[float, float] | None  # its 95% interval; None: one prompt only, or not evaluated
     measured: str | None  # digest of the held-out prompts and of how the gain was measured on them
     kinds: tuple[str, ...] | None  # findings of the verdict, the first one first; None: not diagnosed
     onset: int | None  # step of the first one
@@ -67,7 +67,7 @@ def from_mlflow() -> list[RunSummary]:
     """Return every finished run of the store. Raises UserError where there is no store or it cannot be read."""
     path = mlflow_store.sqlite_file()
     if path and not path.is_file():
-        return []  # looking must not make one
+        return []  # reading must not create a store
     mlflow_store.defaults(timeout=30, retries=3)
     client, experiment = mlflow_store.open_store()
     runs: list[Run] = []
@@ -82,9 +82,9 @@ def from_mlflow() -> list[RunSummary]:
 
 def _of_run(client: "MlflowClient", run: "Run") -> RunSummary:
     params, tags, metrics = dict(run.data.params), run.data.tags, run.data.metrics
-    params.pop("processes", None)  # how it was launched: another number is the same experiment
+    params.pop("processes", None)  # how the run was launched: with another number it is the same experiment
     inputs: list[str | None] = [tags.get("prompts"), tags.get("checkpoint")]
-    if None in inputs:  # from before they were tags
+    if None in inputs:  # the run is older than these tags
         inputs = [*sorted(used.dataset.digest for used in run.inputs.dataset_inputs)] if run.inputs else []
 
     @functools.cache
@@ -117,8 +117,8 @@ def _interval(low: float | None, high: float | None) -> tuple[float, float] | No
 def _with_config(found: list[RunSummary]) -> list[RunSummary]:
     """Fill in `config` for runs that are older than the tag.
 
-    They get that of a run with the same params, else a digest of their own. Params that MLflow may have cut identify
-    nothing: such a run stands alone.
+    They get the `config` of a run with the same params, else a digest of their own. Params that MLflow may have cut
+    identify nothing: such a run stands alone.
     """
 
     def shown(training: RunSummary) -> dict[str, str]:
@@ -136,8 +136,8 @@ def _with_config(found: list[RunSummary]) -> list[RunSummary]:
 
 @contextlib.contextmanager
 def readable(instead: str = ", or `--from dvc`") -> Iterator[None]:
-    """Raises UserError with one line where the block finds MLflow missing or its store unreadable, and what to do
-    `instead`."""
+    """Raises a one-line UserError if the block finds MLflow missing or its store unreadable. instead: what else to
+    do."""
     try:
         yield
     except UserError:
@@ -147,7 +147,7 @@ def readable(instead: str = ", or `--from dvc`") -> Iterator[None]:
             raise
         raise UserError(f"mlflow is not installed: pip install -e '.[pipeline]'{instead}") from None
     except Exception as error:
-        # mlflow's, SQLAlchemy's and alembic's own classes, which only they could name, and what the system says
+        # system errors, and the own classes of mlflow, SQLAlchemy and alembic, which may not be installed
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
             "mlflow",
             "sqlalchemy",
@@ -179,7 +179,7 @@ def from_dvc(every_commit: bool) -> list[RunSummary]:
 
 
 def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
-    """The training whose results a commit holds; None for a commit without one, or of another age of the project."""
+    """The run whose results a commit holds; None for a commit without a run, or of another version of the project."""
     files = _show(revision, LOCK, HISTORY, SUMMARY, DIAGNOSIS, EVALUATION, MEASURED)
     try:
         stages = (YAML(typ="safe", pure=True).load(files[LOCK] or "") or {}).get("stages", {})
@@ -200,13 +200,13 @@ def _of_commit(name: str, revision: str, made: float) -> RunSummary | None:
     if history is None or any(held.get(path) != made_by_train.get(path) for path in (HISTORY, SUMMARY)):
         _left_out(name, "its commit does not hold what its dvc.lock says of `train`")
         return None
-    run = digests_in(_json(files[SUMMARY]))  # empty before summary.json had them
+    run = digests_in(_json(files[SUMMARY]))  # empty in commits from before summary.json had digests
     if run and _sha256(history) != run.get("history.csv"):
         _left_out(name, f"{HISTORY} and {SUMMARY} are of different runs")
         return None
     models = {name: table for name, table in tables.items() if isinstance(table, BaseModel)}
     digests = params_digests(chosen, models)
-    # tables of another age of the project are not read, and tell nothing
+    # tables of another version of the project cannot be validated, and tell nothing
     if run and len(models) == len(tables) and digests["written_params"] != run.get("written_params"):
         _left_out(name, "its dvc.lock names other parameters than `train` ran with, as after `dvc commit -f`")
         return None
@@ -294,7 +294,8 @@ def _up_to_date(stage: str, path: str, text: str, stages: dict[str, Any], record
 
 
 def _tables(locked: dict[str, Any]) -> dict[str, Any]:
-    """The tables that dvc.lock says `train` ran with, validated; those of another age of the project as they are."""
+    """The tables that dvc.lock says `train` ran with, validated; those of another version of the project as they
+    are."""
     found = {name: _table(table, f"{locked[name]}", locked) for name, table in SELECTORS.items()}
     return found | {"train": _table("train", "", locked)}
 
@@ -318,7 +319,7 @@ def _json(text: str | None) -> Any:
 
 
 def _md5(text: str) -> str:
-    """As DVC names contents."""
+    """The md5 by which DVC names contents."""
     return hashlib.md5(text.encode("utf-8", errors="surrogateescape"), usedforsecurity=False).hexdigest()
 
 
@@ -327,7 +328,7 @@ def _sha256(text: str) -> str:
 
 
 def _show(revision: str, *paths: str) -> Files:
-    """Files of a commit as git holds them; None for one that it has not. Raises UserError: `git`."""
+    """Files of a commit as git holds them; None for a file that it lacks. Raises UserError as `git` does."""
     done = git_bytes("cat-file", "--batch", given="".join(f"{revision}:./{path}\n" for path in paths))
     files: Files = {}
     for path in paths:

@@ -29,7 +29,7 @@ class Synced(NamedTuple):
 
 
 def sync(record: Record, before: Synced | None = None) -> Synced:
-    """Write what MLflow's run of this train_key lacks of the record.
+    """Write the parts of the record that MLflow's run of this train_key lacks.
 
     `before` is what an earlier call returned for the same growing run: then only points and status are new. Raises what
     mlflow raises.
@@ -45,7 +45,7 @@ def sync(record: Record, before: Synced | None = None) -> Synced:
         mlflow_store.log_points(client, run_id, missing)
         if not before:
             _describe(client, run, record)
-        if run.info.status != "FINISHED":  # a training that is repeated finds its run complete
+        if run.info.status != "FINISHED":  # a repeated training finds its run complete
             if record.status != "RUNNING":
                 end_ms = max([run.info.start_time, *(point.timestamp_ms for point in record.points)])
                 client.set_terminated(run_id, record.status, end_ms)
@@ -61,7 +61,8 @@ def _find(client: "MlflowClient", experiment: str, record: Record) -> "tuple[Run
     run = mlflow_store.find_run(client, experiment, record.train_key)
     logged = mlflow_store.logged_points(client, run) if run else []
     if run and record.artifacts and _contradict(logged, record.points):
-        # Points cannot be corrected. Rounding on another type of CPU, or a run edited by hand.
+        # Logged points cannot be corrected. They differ by rounding on another type of CPU, or because of an edit by
+        # hand.
         print(
             f"note: MLflow run {run.info.run_name} differs from {RUN_FILES.history}; deleted and made anew",
             file=sys.stderr,
@@ -100,7 +101,8 @@ def _contradict(logged: list[Point], points: list[Point]) -> bool:
 
 
 def _new_evaluation(record: Record, logged: list[Point]) -> list[Point]:
-    """The evaluation metrics whose newest logged value is another one, at the last step and a later time."""
+    """New points, at the last step and a later time, of the evaluation metrics whose newest logged value is another
+    one."""
     last_step, now_ms = max((point.step for point in record.points), default=0), time.time_ns() // 1_000_000
     newest: dict[str, Point] = {}
     evaluated = [point for point in logged if point.key in record.evaluation]
@@ -116,8 +118,8 @@ def _new_evaluation(record: Record, logged: list[Point]) -> list[Point]:
 
 
 def _new_curve(record: Record, logged: list[Point]) -> list[Point]:
-    """The points of the held-out curve whose newest logged value is another one: other rewards may have been edited
-    since the training."""
+    """The points of the held-out curve whose newest logged value is another one: rewards other than the trained one may
+    have been edited since the training."""
     newest = {(point.key, point.step): point for point in sorted(logged, key=lambda point: point.timestamp_ms)}
     points = []
     for point in record.curve:

@@ -10,7 +10,7 @@ from pipeline.runs import provenance
 from pipeline.runs.dvc_git import git
 from pipeline.runs.results import gain_text
 
-TAG_CHARACTERS = 5000  # the least that a store of MLflow keeps of a tag's value
+TAG_CHARACTERS = 5000  # every MLflow store keeps at least this much of a tag's value
 
 
 def digests(run: dict[str, Any]) -> dict[str, str]:
@@ -18,7 +18,8 @@ def digests(run: dict[str, Any]) -> dict[str, str]:
 
 
 def run_tags(run: dict[str, Any], diagnosis: dict[str, Any], evaluate_key: str, measured: str) -> dict[str, str]:
-    """Where the run came from, as of now; what is unknown (no git, no experiment) keeps its earlier value."""
+    """Where the run came from, as of now. A tag whose value is unknown (no git, no experiment) keeps its earlier
+    value."""
     commit, changes = _commit()
     tags = {
         "evaluate_key": evaluate_key,
@@ -38,19 +39,19 @@ def run_tags(run: dict[str, Any], diagnosis: dict[str, Any], evaluate_key: str, 
 
 
 def _cure(diagnosis: dict[str, Any]) -> str:
-    """The command, which is as long as a reward's list of words; MLflow would cut it, and half of it is another
-    command."""
+    """The command of the cure, or where it is: a reward's list of words can make it long, MLflow would cut it, and half
+    of it is another command."""
     command = diagnosis["cure"]["command"] if diagnosis["cure"] else "none"
     return command if len(command) <= TAG_CHARACTERS else f"in {RUN_FILES.diagnosis}"
 
 
 def gain_tag(trained: Any) -> dict[str, str]:
-    """Beside the verdict: a healthy run need not have learned."""
+    """The held-out gain, shown beside the verdict: a healthy run need not have learned."""
     return {"heldout_gain": gain_text(trained["difference"])} if trained else {}
 
 
 def _commit() -> tuple[str | None, str | None]:
-    """HEAD and what differs from it. None, and a note of what git says, where it tells neither."""
+    """HEAD and the changes against it; None for both, and a note with git's message, if git fails."""
     try:
         changes = git("status", "--porcelain", "--untracked-files=normal", "--", ".", ":!reports", ":!dvc.lock")
         return git("rev-parse", "--verify", "HEAD"), changes
