@@ -1,3 +1,3 @@
-"""Language models: loading, sampling, teacher-forced log-probabilities, and whether these are right for a model
+"""Language models: loading, sampling, teacher-forced log-probabilities, and checks that a model computes them right
 (`verification`). Nothing here knows a reward or an advantage.
 """

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 
-FOLDER_HAS = "adapter_config.json"  # the file that a folder with an adapter has; it names its checkpoint
+FOLDER_HAS = "adapter_config.json"  # only a folder with an adapter has this file; it names the checkpoint
 
 
 def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -23,7 +23,7 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
     """
     peft = _peft()
     head, modules = policy.get_output_embeddings(), dict(policy.named_modules())
-    # the output of a router is more than the product
+    # a router computes more than the product W x
     routers = {name for name, module in modules.items() if "Router" in type(module).__name__}
     linear = {name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m is not head} - routers
     if not linear:
@@ -40,7 +40,7 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
         policy.add_adapter(config)
     except ValueError as error:  # peft's message for models that it cannot adapt
         raise UserError(f"train.lora_rank = {rank}: {error}; 0 trains all weights") from error
-    # peft makes a set of them, which it would save in any order
+    # peft turns the names into a set, which it would save in arbitrary order
     policy.peft_config["default"].target_modules = names  # type: ignore[attr-defined]
     for name, parameter in policy.named_parameters():
         if ".lora_A." in name:
@@ -51,7 +51,7 @@ def add_lora(policy: PreTrainedModel, rank: int, alpha: float, generator: torch.
 
 def load_lora(policy: PreTrainedModel, folder: Any) -> None:
     """Adds the adapter in this folder, in place. Raises UserError where peft is missing, and where transformers looks
-    for a matrix of the adapter under another name than it was saved with: that one would count as zero."""
+    for a matrix of the adapter under another name than it was saved with: this matrix would count as zero."""
     _peft()
     report = policy.load_adapter(str(folder))
     policy.eval()

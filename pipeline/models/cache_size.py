@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# On a CPU 1 GiB, less than the update of any policy whose cache gets so large. A GPU reads all weights for each token,
-# whatever the number of completions, so that few at once are slow: 4 GiB, a sixth of a card of 24.
+# CPU: 1 GiB, less than the update of any policy takes whose cache gets so large. GPU: 4 GiB, a sixth of a 24 GiB card.
+# A GPU reads all weights for each token, whatever the number of completions, so few completions at once are slow.
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**32}
 
 
@@ -22,8 +22,9 @@ def completions_at_once(model: Callable[..., Any], prompt: Tensor, tokens: int, 
 def sequence_bytes(model: Callable[..., Any], prompt: Tensor, tokens: int, placed: bool) -> int:
     """Bytes of the cache of one sequence of `tokens` tokens.
 
-    Measured on a prompt [P] and a token more: c(P) + (tokens - P) (c(P + 1) - c(P)). So it holds for keys and values
-    of any number of heads and precision, and for a recurrent state, which does not grow; a sliding window takes less.
+    Measured as c(P) + (tokens - P) (c(P + 1) - c(P)), c(P) being the cache of a prompt [P]. So it holds for keys and
+    values of any number of heads and precision, and for a recurrent state, which does not grow. A sliding window takes
+    less.
     placed: whether the model is given a mask and positions.
     """
 
@@ -47,5 +48,5 @@ def cache_bytes(cache: Any) -> int:
 
 
 def own_keys(cache: Any) -> Any:
-    """The cache itself; of a decoder that could have an encoder, the part for its own tokens."""
+    """The cache itself, or the part for its own tokens if the model is a decoder that could have an encoder."""
     return getattr(cache, "self_attention_cache", cache)

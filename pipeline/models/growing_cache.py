@@ -1,4 +1,4 @@
-"""A key-value cache that grows many tokens at a time: one that concatenates copies all of itself for each token."""
+"""A key-value cache that grows by many tokens at a time. A cache that concatenates copies itself for each token."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ ROOM = 64  # tokens that a full buffer is enlarged by
 
 
 def grow_in_steps(cache: Cache, most: int) -> None:
-    """Replaces the layers of a cache that would concatenate by such that have room for the tokens to come, up to `most`
-    a sequence. Other kinds (sliding windows, recurrent states) stay."""
+    """Replaces the layers that would concatenate by layers with room for further tokens, up to `most` tokens a
+    sequence. Other kinds of layers (sliding windows, recurrent states) stay."""
     layers = own_keys(cache).layers
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
@@ -45,7 +45,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class _Buffer:
-    """Room for more tokens behind those that its view shows."""
+    """A tensor with room for more tokens behind those in its view."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -56,7 +56,7 @@ class _Buffer:
         self.view: Tensor | None = None
 
     def append(self, held: Tensor, new: Tensor) -> Tensor:
-        """`held` and behind it `new`. Copies `held` only where it is not the last view, or the buffer is full."""
+        """Returns `held` followed by `new`. Copies `held` only if it is not the last view, or the buffer is full."""
         start, end = held.shape[-2], held.shape[-2] + new.shape[-2]
         if self.tensor is None or held is not self.view or end > self.tensor.shape[-2]:
             room = max(end, min(end + ROOM, self.most))

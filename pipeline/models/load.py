@@ -31,7 +31,7 @@ def load_policy(folder: Path, device: torch.device, weights_device: torch.device
     If the folder holds an adapter, the checkpoint that it names is loaded with it. weights_device: where to put the
     weights if not on `device`.
 
-    On a CPU with eager attention: for short sequences in bfloat16 it is several times faster than the fused kernel.
+    On a CPU the attention is eager: for short sequences in bfloat16 it is several times faster than the fused kernel.
     """
     logging.disable_progress_bar()
     if (folder / FOLDER_HAS).exists():
@@ -48,7 +48,7 @@ def load_policy(folder: Path, device: torch.device, weights_device: torch.device
         use_safetensors=True,
         trust_remote_code=False,
     )
-    # without it torch copies the head once for each prompt: the last positions are a slice with gaps
+    # the last positions are a slice with gaps: unless made contiguous, torch copies the head once for each prompt
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     _return_logits_only(model)
@@ -89,7 +89,7 @@ def init_policy(
 
 def check_saving(policy: PreTrainedModel, key: str) -> None:
     """Raises UserError if a policy that is saved would not load again as it was. `key` names the model in the message.
-    Adapters are saved and loaded; their weights are overwritten by numbers that all differ."""
+    To try it, adapters are saved and loaded; this overwrites their weights with numbers that all differ."""
     kind = policy.config.model_type
     if not (saved := adapter_weights(policy)):
         if type(policy.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -125,8 +125,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Removes what the template puts behind a text, such as EOS: a prompt is to be continued. The tokenizer saved
-    beside a policy then feeds it what it was trained on. `encode_prompt` removes what other processors append."""
+    """Removes what the template appends to a text, such as EOS: the policy continues a prompt. The tokenizer that is
+    saved beside a policy then gives the same tokens as in training. `encode_prompt` removes what other processors
+    append."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
     processor = state.get("post_processor") or {}
@@ -144,8 +145,8 @@ def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     """Every id that ends a completion: the tokenizer's EOS first (it also pads), then those of config.json and
     generation_config.json.
 
-    Read from the files, since the defaults of a configuration class are ids of another model's vocabulary. An adapter
-    has those of the checkpoint that it names.
+    The ids are read from the files, since the defaults of a configuration class are ids of another model's vocabulary.
+    For an adapter they are read from the checkpoint that it names.
     """
     folder = _checkpoint_of(folder)
     ids = [int(tokenizer.eos_token_id)]
@@ -164,8 +165,8 @@ def special_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _checkpoint_of(folder: Path) -> Path:
-    """The checkpoint that an adapter was trained beside, for any other folder the folder itself. That of a hub's model
-    is in data/checkpoint, see `name_base`."""
+    """The checkpoint that the adapter in this folder was trained with; without an adapter, the folder itself. If the
+    adapter names a model of the hub (see `name_base`), its checkpoint is in data/checkpoint."""
     if not (folder / FOLDER_HAS).exists():
         return folder
     named = Path(_read_table(folder / FOLDER_HAS)["base_model_name_or_path"])
@@ -173,9 +174,9 @@ def _checkpoint_of(folder: Path) -> Path:
 
 
 def name_base(folder: Path, manifest: dict[str, Any]) -> None:
-    """Has the adapter in this folder name a base model of the hub by repository and commit, so that it loads elsewhere.
-    Another base stays named by its folder in this project; `reinforce export` merges it. manifest: the policy's part of
-    `cache`'s."""
+    """Makes the adapter in this folder name its base model by repository and commit of the hub, so that it loads
+    elsewhere. A base model that is not from the hub stays named by its folder in this project; `reinforce export`
+    merges it. manifest: the policy's part of `cache`'s manifest."""
     if manifest["commit"]:
         named = {"base_model_name_or_path": manifest["origin"], "revision": manifest["commit"]}
         write_json(folder / FOLDER_HAS, {**_read_table(folder / FOLDER_HAS), **named})
@@ -189,13 +190,13 @@ def _configs(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_table(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file or something else in it."""
+    """The JSON object in a file; empty if there is no file, or something else in it."""
     value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return value if isinstance(value, dict) else {}
 
 
 def load_layout(file: Path, longest: int = 0) -> Layout:
-    """The layout that `cache` chose. Raises UserError if it compared sequences shorter than `longest` only."""
+    """The layout that `cache` chose. Raises UserError if `cache` compared only sequences shorter than `longest`."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `dvc repro cache` makes it")
     chosen = _read_table(file)
@@ -208,7 +209,7 @@ def load_layout(file: Path, longest: int = 0) -> Layout:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether there is a model or an adapter."""
+    """Whether the folder holds a model or an adapter."""
     return any((folder / name).exists() for name in ("config.json", FOLDER_HAS))
 
 

@@ -27,9 +27,9 @@ def upcast(logits: Tensor) -> Tensor:
 def log_probabilities(logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(log softmax(logits / temperature) of `tokens` [K] at `positions` [K], entropy [M] of softmax(logits)), in nats.
 
-    logits [M, V], positions and tokens [K] int64 -> [K], [M], both float32, or float64 as the logits are. Gradients
-    flow through both. `logits` is consumed: the backward pass puts its gradient where the logits were, which saves
-    the largest tensor there is.
+    logits [M, V], positions and tokens [K] int64 -> [K], [M], both float32, or float64 if the logits are. Gradients
+    flow through both. The backward pass overwrites `logits` with their gradient, which saves a second tensor of this
+    size, the largest there is.
     """
     return _LogProbabilities.apply(logits, positions, tokens, temperature)
 

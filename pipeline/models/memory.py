@@ -1,4 +1,4 @@
-"""Less memory with the same numbers: bfloat16 copies and activation checkpointing; and which settings ask for them."""
+"""Less memory with the same numbers: bfloat16 copies and activation checkpointing; the settings that save memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,11 +48,11 @@ def activation_checkpointing(model: PreTrainedModel, layers: bool) -> Iterator[N
         yield
     finally:
         for layer in chosen:
-            del layer.forward  # the attribute of this layer; its class's method is there again
+            del layer.forward  # removes this layer's attribute: its class's method applies again
 
 
 def memory_settings(params: Params) -> list[str]:
-    """The settings that would lower the memory of training and are not in use yet, those that change least first."""
+    """The settings that would lower the memory of training and are not in use yet; the mildest change comes first."""
     sizes = params.train
     ways = [
         (sizes.micro_batch > 1, f"train.micro_batch below {sizes.micro_batch}"),

@@ -1,6 +1,6 @@
 """Several sequences in one row: a prompt once, then its completions, with little padding.
 
-The attention mask lets a position see its prompt and its own completion so far; its position id is that in its own
+The attention mask lets a token see its prompt and its own completion so far; its position id counts within its own
 sequence. n completions, R rows of at most L tokens.
 """
 
@@ -15,17 +15,17 @@ ROW_TOKENS = 64  # at most, in a row of several completions: longer rows share m
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows for one pass of a model, and where in them the completions lie."""
+    """Rows for one pass of a model, and the places of the completions in them."""
 
     ids: Tensor  # [R, L] int64
     last_prompt: Tensor  # [n] flat index, in R * L, of the last token of the completion's prompt
     first: Tensor  # [n] flat index of the completion's first token; the others follow it
-    # positions, segments and parents of the tokens [R, L], see `_Row`; none = as a model sees ids alone
+    # positions, segments and parents of the tokens [R, L], see `_Row`; empty = the model gets ids only
     places: Sequence[Tensor] = ()
 
     @property
     def positions(self) -> Tensor | None:
-        """[R, L] int64 of each token in its own sequence; None = as the model counts them itself."""
+        """[R, L] int64, position of each token in its own sequence; None = the model counts them itself."""
         return self.places[0] if self.places else None
 
     @property
@@ -38,7 +38,7 @@ class Rows:
         return (seen & torch.ones_like(seen[0]).tril())[:, None]
 
     def with_others_on(self, device: torch.device, *others: Tensor) -> tuple["Rows", list[Tensor]]:
-        """What a model needs of it, and the others, on the device. `sources` is asked before."""
+        """The rows and the other tensors on the device. Only what a model needs is moved: call `sources` before."""
         ids, *moved = move([self.ids, *self.places, *others], device)
         count = len(self.places)
         return replace(self, ids=ids, places=moved[:count]), moved[count:]
@@ -55,7 +55,7 @@ class Rows:
 
 
 def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """int64 tensors to a device in one transfer, since the host waits for a GPU at each."""
+    """Moves int64 tensors to a device in one transfer, since the host waits for a GPU at each transfer."""
     if all(tensor.device == device for tensor in tensors):
         return list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
@@ -64,7 +64,7 @@ def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def pack(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
-    """Packs n sequences prompt + completion, in order; a prompt that equals the one before it is shared. On the CPU.
+    """Packs n sequences prompt + completion, in order, on the CPU. A prompt that equals the one before it is shared.
 
     Rows hold ROW_TOKENS tokens, or the longest sequence where that is more.
     """
@@ -89,8 +89,8 @@ def pack(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
 
 
 def pad_right(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
-    """One sequence prompt + completion a row, padded on the right. A causal model needs neither mask nor positions for
-    it: the padding is in each token's future, so that the result is that of the sequence alone. On the CPU."""
+    """Puts each sequence prompt + completion into a row, padded on the right, on the CPU. A causal model needs neither
+    mask nor positions for it: the padding comes after all tokens, so the result is that of the sequence alone."""
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(map(len, sequences))
     ids = torch.tensor([sequence + sequence[:1] * (width - len(sequence)) for sequence in sequences])
@@ -99,7 +99,7 @@ def pad_right(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
 
 
 class _Row:
-    """A row as it fills: segments number the prompts and completions, parents are a completion's prompt's segment."""
+    """A row while it is filled. `segments` numbers prompts and completions; `parents` has the segment of the prompt."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -107,7 +107,7 @@ class _Row:
         self.segments: list[int] = []
         self.parents: list[int] = []
         self.prompt: list[int] | None = None  # the last one
-        self.prompt_end = 0  # column behind it
+        self.prompt_end = 0  # the column after it
         self.prompt_segment = 0
 
     def fits(self, prompt: list[int], completion: list[int], room: int) -> bool:
@@ -115,7 +115,7 @@ class _Row:
         return len(self.ids) + added <= room
 
     def add(self, prompt: list[int], completion: list[int]) -> tuple[int, int]:
-        """Columns of the prompt's last token and of the completion's first."""
+        """Adds a sequence. Returns the columns of the prompt's last token and of the completion's first token."""
         segment = self.segments[-1] + 1 if self.segments else 0
         if prompt != self.prompt:
             self._append(prompt, 0, segment, segment)

@@ -14,18 +14,18 @@ from pipeline.models.tokenization import PromptContent, shown
 
 
 class Completion(NamedTuple):
-    """What is read of a completion: without what ended it."""
+    """A completion without the EOS or stop string that ended it."""
 
     tokens: list[int]
-    rest: str  # text between them and a stop string, of a token that reaches into it
+    rest: str  # text between `tokens` and a stop string, from a token that reaches into the stop string
     ending: Literal["eos", "stop_string", "limit"]
 
 
 def completion_limits(prompt_tokens: list[int], max_tokens: int, length_limit: str) -> Tensor:
-    """[B] tokens that a completion may have.
+    """[B] the most tokens that a completion of each prompt may have.
 
-    completion: max_tokens for each. total: max_tokens less the prompt's, as the notebook's `max_length`; at least one,
-    where `generate` would refuse.
+    completion: max_tokens for each. total: max_tokens minus the prompt's tokens, as the notebook's `max_length`, but at
+    least 1, where transformers' `generate` would refuse.
     """
     if length_limit == "completion":
         return torch.full((len(prompt_tokens),), max_tokens)
@@ -50,7 +50,7 @@ def check_context(
     room: int | None, prompts: Sequence[PromptContent], prompt_tokens: list[int], limits: list[int], table: str
 ) -> None:
     """Raises UserError where a prompt and its completion need more positions than the model has (`room`), naming the
-    first such prompt and the key at fault. table: the key of the table that the prompts are of."""
+    first such prompt and the key at fault. table: key of the prompts' table."""
     for prompt, tokens, limit in zip(prompts, prompt_tokens, limits, strict=False):
         if room is not None and tokens + limit > room:
             needs = f"the prompt {shown(prompt)} has {tokens} tokens; with {limit} of a completion that is beyond"
@@ -64,7 +64,7 @@ def check_context(
 def read_completions(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], stop_strings: Sequence[str] = ()
 ) -> list[Completion]:
-    """The N completions without the token that ends them, one of `eos`, or from their first stop string on."""
+    """The N completions without what ends them: a token of `eos`, or the text from the first stop string on."""
     read = []
     for tokens, ended in zip(completion_tokens(rollout, eos), rollout.ended(eos).tolist(), strict=True):
         stopped = before_stop(tokenizer, tokens, stop_strings) if stop_strings else None
@@ -83,11 +83,10 @@ def completion_texts(
     eos: Sequence[int],
     stop_strings: Sequence[str] = (),
 ) -> list[str]:
-    """Texts [N] as the reward reads them: up to a stop string, which is no part of them.
+    """Texts [N] as the reward reads them: up to a stop string, which is not part of the text.
 
-    strip: without the token that ends them, one of `eos`, which need not be a special one, and without special tokens.
-    keep: with both, and with the EOS that fills up to the group's longest completion, which is what the notebook
-    decodes.
+    strip: without special tokens, and without the token of `eos` that ends them, which need not be a special token.
+    keep: with both, and with the EOS that fills up to the group's longest completion, as the notebook decodes them.
     """
     read = read_completions(rollout, tokenizer, eos, stop_strings)
     rows = [completion.tokens for completion in read]

@@ -23,7 +23,7 @@ from pipeline.models.stop_strings import Stopped
 SamplingLayout = Literal["left_padding", "equal_lengths", "no_cache"]
 CDF_BLOCK = 128  # vocabulary entries summed together before the first look-up; divides Pythia's 50,304
 SAMPLED_AT_ONCE = 512  # completions at most, see also `completions_at_once`: more are no faster
-COMPACT_BELOW = 7 / 8  # of the rows are running: then the others leave the cache
+COMPACT_BELOW = 7 / 8  # when this share of the rows or less is running, the ended rows leave the cache
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def truncate(logits: Tensor, sampling_params: SamplingParams) -> Tensor:
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The token i of each row with F(i - 1) <= u < F(i), where F is the cumulative softmax; and log sum exp of the row.
 
-    Exact, with one uniform number a row; looks first for the block of CDF_BLOCK entries, then inside it, so that
-    nothing cumulative of the vocabulary's size is made. logits [N, V], uniforms [N] float64 -> [N] int64, [N].
+    Exact, with one uniform number a row. Finds the block of CDF_BLOCK entries first, then the entry inside it, so that
+    no cumulative sum of the vocabulary's size is needed. logits [N, V], uniforms [N] float64 -> [N] int64, [N].
     """
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()
@@ -105,18 +105,18 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _search(mass: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """First index whose cumulative mass exceeds `goal`, and what is left of `goal` before it. An entry without mass is
-    never chosen, also where rounding puts the goal at the very end."""
+    never chosen, even if rounding puts the goal at the very end."""
     up_to = cumulative(mass)
     goal = torch.minimum(goal, up_to[:, -1] * (1 - 1e-15))
-    # the clamp is for NaN, which no comparison finds: its logprob, NaN too, then stops the run in an orderly way
+    # the clamp is for NaN, which no comparison finds: the token's logprob is NaN too, and stops the run properly
     index = torch.searchsorted(up_to, goal[:, None], right=True).clamp(max=mass.shape[1] - 1)
-    # rounding can leave a hair less than nothing, and would then choose a first entry without mass
+    # rounding can leave slightly less than 0, which would choose a first entry without mass
     return index.squeeze(1), (goal - (up_to - mass).gather(1, index).squeeze(1)).clamp(min=0)
 
 
 def cumulative(mass: Tensor) -> Tensor:
-    """Sums of each row's first 1, 2, 3, ... entries, [n, K]. CUDA's cumsum adds in any order, so there each entry
-    repeatedly adds the one 1, 2, 4, ... places before it (Hillis & Steele, 1986)."""
+    """Sums of each row's first 1, 2, 3, ... entries, [n, K]. CUDA's cumsum adds in no fixed order, so on a GPU
+    each entry repeatedly adds the one 1, 2, 4, ... places before it (Hillis & Steele, 1986)."""
     if mass.device.type == "cpu":
         return mass.cumsum(-1)
     return doubling_sums(mass)
@@ -138,19 +138,19 @@ def sample(
     prompt_mask: Tensor,  # [B, P] True = a token of the prompt
     limits: Tensor,  # [B] tokens that a completion of each prompt may have, at least 1
     uniforms: Tensor,  # [N, T] float64 in [0, 1): all the randomness there is
-    eos: Sequence[int],  # end-of-text ids; the first one fills up behind an end
+    eos: Sequence[int],  # end-of-text ids; the first one fills the places behind a completion's end
     sampling_params: SamplingParams = SamplingParams(),
     layout: SamplingLayout = "left_padding",
-    stopped: Stopped | None = None,  # asked after each token: does this one end the completion, too?
+    stopped: Stopped | None = None,  # called after each token: does a stop string end the completion?
 ) -> Rollout:
     """Samples G = N / B completions a prompt.
 
-    Prompts of like length go together, so many completions at a time that their cache keeps within its bound and they
-    are no more than SAMPLED_AT_ONCE: a larger batch or longer completions take no more memory.
+    Prompts of similar length are sampled together. The bound on the cache and SAMPLED_AT_ONCE limit the completions at
+    a time, so a larger batch or longer completions take no more memory.
 
     layout: left_padding puts prompts of any lengths together. equal_lengths feeds the model nothing but tokens, as in
-    its plain forward pass; slower, for models whose masks or positions do not follow left padding. no_cache does
-    without the model's cache as well, and computes the whole sequence for each token.
+    its plain forward pass; slower, for models whose masks or positions do not follow left padding. no_cache also
+    does without the model's cache, and computes the whole sequence for each token.
     """
     group = len(uniforms) // len(prompt_ids)
     lengths, most = prompt_mask.sum(1).tolist(), limits.tolist()
@@ -166,7 +166,7 @@ def sample(
     for chosen in _batches(most, lengths, max(1, at_once // group), layout):
         prompts = torch.tensor(chosen, device=prompt_ids.device)
         width = max(lengths[prompt] for prompt in chosen)
-        for samples in torch.arange(group, device=prompts.device).split(at_once):  # in one, if a group is no more
+        for samples in torch.arange(group, device=prompts.device).split(at_once):  # one part unless a group is larger
             rows = (prompts[:, None] * group + samples).flatten()
             parts.append(
                 complete(
@@ -260,7 +260,7 @@ def _generate(
         if left == 0:
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        if left <= COMPACT_BELOW * len(found.running):  # what has ended stops costing
+        if left <= COMPACT_BELOW * len(found.running):  # completions that have ended leave the cache
             stay = found.running.nonzero().squeeze(1)
             cache.batch_select_indices(stay)
             found.keep(stay)
@@ -288,10 +288,10 @@ def _generate_each_row(
     stopped: Stopped | None,
     use_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_generate`, for prompts of equal length: the model gets tokens and its own cache, which nothing else touches,
-    or all tokens each time.
+    """As `_generate`, for prompts of equal length. The model gets the new tokens and its own cache, which nothing else
+    changes, or all tokens each time.
 
-    So each sample has a prefill of its own, and completions that have ended go on to the last step, unread.
+    So each sample has its own prefill, and completions that have ended are computed to the last step but not read.
     """
     ids = prompt_ids.repeat_interleave(len(limits) // len(prompt_ids), 0)
     last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
@@ -320,10 +320,10 @@ class _Completions:
         self.running = torch.ones_like(self.present, dtype=torch.bool)  # rows that have not ended
         self.tokens = torch.full((len(limits), self.width), eos[0], device=limits.device)
         self.lengths = torch.zeros_like(limits)
-        self.logprobs: list[Tensor] = []  # of the sampler, of the full softmax; made when their precision is known
+        self.logprobs: list[Tensor] = []  # of the sampler, of the full softmax; created once their precision is known
 
     def add(self, t: int, token: Tensor, of_sampler: Tensor, of_softmax: Tensor) -> None:
-        """Notes token t of the rows that are running."""
+        """Records token t of the rows that are running."""
         if not self.logprobs:
             self.logprobs = [of_softmax.new_zeros(self.tokens.shape) for _ in range(2)]
         # `where`, since the host would wait for a GPU to count the rows that are running
@@ -337,7 +337,7 @@ class _Completions:
             self.running[rows] = ~torch.tensor(stopped, dtype=torch.bool, device=rows.device)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows of the cache are left."""
+        """Keeps only these rows of the cache."""
         self.present, self.running = self.present[rows], self.running[rows]
 
     def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -39,14 +39,15 @@ def score(
     entropy_gradient: bool = False,
     packing: bool = True,
 ) -> Scores:
-    """Scores completions. The gradient flows through both kinds of log-probabilities, through the entropy if asked.
+    """Scores completions. The gradient flows through both kinds of log-probabilities; `entropy_gradient`: also through
+    the entropy.
 
-    alignment: shifted reads token t off the prediction made after it. sampling_params: the distribution of `scored`; in
-    a truncated one the sampled token always stays, since rounding may put it just outside.
+    alignment: shifted scores token t by the prediction made after it. sampling_params: the distribution of `scored`. A
+    truncated distribution always keeps the sampled token, since rounding may put it just outside.
 
-    Completions of one prompt that follow each other are computed with the prompt once, tokens behind `lengths` not at
-    all, and logits only where a token is predicted. packing: False computes each sequence in a row of its own, for
-    models whose attention does not go by the mask and the positions that it is given.
+    A prompt is computed once for consecutive completions of it. Tokens behind `lengths` are not computed, and logits
+    only where they predict a token. packing: False computes each sequence in a row of its own, for models whose
+    attention does not follow the mask and the positions that it is given.
     """
     size, device = completions.shape, completions.device
     given = [prompt_ids, prompt_mask.long(), completions, *([] if lengths is None else [lengths])]
@@ -93,7 +94,7 @@ def logits_at(model: PreTrainedModel, rows: Rows, positions: Tensor) -> Tensor:
 
 
 def _attention_mask(model: PreTrainedModel, mask: Tensor) -> Tensor:
-    """The mask as the model's attention takes it: the plain one adds it to the scores instead of choosing by it."""
+    """The mask in the form that the model's attention takes: eager attention adds it to the scores."""
     if model.config._attn_implementation != "eager":
         return mask
     autocast = torch.is_autocast_enabled(mask.device.type)
@@ -103,10 +104,10 @@ def _attention_mask(model: PreTrainedModel, mask: Tensor) -> Tensor:
 
 @contextmanager
 def _select_head_positions(model: PreTrainedModel, positions: Tensor) -> Iterator[list[bool]]:
-    """Has the output embedding look at these flat positions [M] only: its input [R, L, H] becomes [1, M, H].
+    """Inside, the output embedding computes these flat positions [M] only: its input [R, L, H] becomes [1, M, H].
 
-    A hook, since `logits_to_keep` takes the same positions of every row; so that what a model does with its logits
-    (a cap, a scale) is still its own. The list is empty where the model does not call its output embedding as a module.
+    A hook does this, since `logits_to_keep` takes the same positions of every row. What a model does with its logits (a
+    cap, a scale) still applies. The list stays empty if the model does not call its output embedding as a module.
     """
     seen: list[bool] = []
 
@@ -139,7 +140,7 @@ def score_microbatched(
 
 
 def _truncated(logits: Tensor, positions: Tensor, tokens: Tensor, sampling_params: SamplingParams) -> Tensor:
-    """[K] log-probabilities under what the sampler drew from, by logits [M, V]; each token itself is kept."""
+    """[K] log-probabilities under the sampler's truncated distribution, from logits [M, V]; keeps each token."""
     scaled = upcast(logits)[positions] / sampling_params.temperature
     kept = truncate(scaled, sampling_params)
     chosen = scaled.gather(1, tokens[:, None])

@@ -1,4 +1,4 @@
-"""Stop strings: texts that end a completion, with the token that completes one; what is read of it ends before."""
+"""Stop strings: a completion ends with the token that completes one of them; the text as read ends before it."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,9 +9,9 @@ Stopped = Callable[[list[list[int]]], list[bool]]
 
 
 def stop_check(tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> Stopped | None:
-    """For `sample`, which asks it after each token; None without stop strings.
+    """The check that `sample` calls after each token; None without stop strings.
 
-    All of a completion is decoded, special tokens included: what a token adds to a text depends on those before it.
+    It decodes the whole completion with special tokens: what a token adds to a text depends on the tokens before it.
     """
     if not stop_strings:
         return None
@@ -26,8 +26,8 @@ def find_stop(text: str, stop_strings: Sequence[str]) -> int | None:
 def before_stop(
     tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop_strings: Sequence[str]
 ) -> tuple[list[int], str] | None:
-    """The tokens of a completion that lie before its first stop string, and the text between them and it: of a token
-    that reaches into the stop string. None where there is no stop string."""
+    """The tokens of a completion before its first stop string, and the text between these tokens and the stop string,
+    which comes from a token that reaches into the stop string. None where there is no stop string."""
     text = str(tokenizer.decode(tokens))
     place = find_stop(text, stop_strings)
     if place is None:

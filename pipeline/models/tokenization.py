@@ -1,4 +1,4 @@
-"""Texts as tokens: prompts, plain or in a chat template, and that a text always has the same ones."""
+"""Token ids of prompts, plain or in a chat template, and checks that a text always has the same tokens."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +14,8 @@ PromptContent = str | Sequence[Mapping[str, str]]  # a text, or the messages of 
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, chat: ChatParams | None) -> list[int]:
-    """Token ids of a prompt as the model is to read it: in the tokenizer's chat template, or as a text that is to be
-    continued, where `chat` is None or the tokenizer has no template.
+    """Token ids of a prompt as the model reads it: in the tokenizer's chat template, or as a text to continue if `chat`
+    is None or the tokenizer has no template.
 
     Raises ChatTemplateError, also for a conversation without a template, and UserError, see `encode_chat` and
     `encode_text`.
@@ -36,7 +36,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, chat:
     """Token ids of a prompt in the chat template, up to where the answer begins. The template itself writes BOS. The
     model's system message stands before a conversation that has none of its own.
 
-    Raises ChatTemplateError where the template refuses it.
+    Raises ChatTemplateError where the template refuses the prompt.
     """
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(dict, prompt))
     system = [] if chat.system is None or has_system(prompt) else [{"role": "system", "content": chat.system}]
@@ -58,9 +58,9 @@ def has_system(prompt: PromptContent) -> bool:
 def check_chat(
     tokenizer: PreTrainedTokenizerBase, chat: ChatParams, prompts: Iterable[PromptContent], key: str
 ) -> None:
-    """Raises UserError, naming the model by its key, where the chat template has no use for what it is given, or gives
-    a prompt other tokens on another day. Of the run's prompts one with a system message of its own is tried, and one
-    without: templates have a part for each."""
+    """Raises UserError, naming the model by its key, where the chat template ignores what it is given, or gives a
+    prompt other tokens on another day. It tries one prompt with a system message of its own and one without, since
+    templates have a part for each."""
     template = tokenizer.chat_template
     if not template:
         if chat.system is not None or chat.options:
@@ -93,12 +93,12 @@ def check_chat(
 
 
 def unnamed_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, eos: tuple[int, ...]) -> str | None:
-    """The special token that the chat template puts behind an answer, if it is none of the model's ends."""
+    """The special token that the chat template puts behind an answer, if it is not one of the ids `eos`; else None."""
     answer = "An answer."
     messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:
         after = str(tokenizer.apply_chat_template(messages, tokenize=False, **chat.options)).rpartition(answer)[2]
-    except Exception:  # such as one that allows no question without a system message: then nothing is known
+    except Exception:  # such as a template that requires a system message: then nothing is known
         return None
     ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
     token = tokenizer.convert_ids_to_tokens(ids[:1])[0] if ids else ""
@@ -106,27 +106,27 @@ def unnamed_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: ChatParams, eo
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a text that is to be continued: with what the tokenizer puts before a text, without what it appends.
+    """Token ids of a text to continue: with what the tokenizer puts before a text, without what it appends.
 
     Many tokenizers are saved so that every text ends with EOS or [SEP]; a completion would then start behind an end.
-    What the text itself gives is kept, at its end too: an end that is written out, whichever of a model's, or a
-    character that the tokenizer does not know, where its unknown token is its EOS.
+    The text's own tokens are kept, even an end-of-text token at its end. The text may spell out one of the model's, or
+    end with a character that the tokenizer does not know, if the unknown token is the EOS.
 
-    Raises UserError for a text that has no token, and where the tokenizer changes a text's tokens at its ends.
+    Raises UserError for a text that has no token, and where special tokens change the text's own tokens.
     """
     whole = tokenizer(prompt, return_special_tokens_mask=True)
     ids: list[int] = whole["input_ids"]
     text = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not text:
         raise UserError(f"prompt {shown(prompt)}: the tokenizer gives it no token")
-    before = whole["special_tokens_mask"].index(0)  # tokens that are put before; the text may begin with the same
+    before = whole["special_tokens_mask"].index(0)  # number of tokens put before; the text may begin with the same ones
     if ids[before : before + len(text)] != text:
         raise UserError(f"prompt {shown(prompt)}: the tokenizer gives it other tokens without its special ones")
     return ids[: before + len(text)]
 
 
 def check_vocabulary(prompt: PromptContent, ids: list[int], size: int) -> None:
-    """Raises UserError where a prompt has ids that a model with a vocabulary of this size lacks, as a picture's."""
+    """Raises UserError where a prompt has ids that a model with a vocabulary of this size lacks, like a picture's."""
     if max(ids) >= size:
         raise UserError(
             f"prompt {shown(prompt)}: the tokenizer gives it the id {max(ids)}, the model has a vocabulary of {size}"
@@ -134,8 +134,8 @@ def check_vocabulary(prompt: PromptContent, ids: list[int], size: int) -> None:
 
 
 def end_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ends BPE dropout, which leaves out merges at random (Provilkov et al., arXiv 1910.13267), in place: it is for
-    models in training on texts. What is saved is without it too."""
+    """Turns off BPE dropout in place. It leaves out merges at random (Provilkov et al., arXiv 1910.13267), and is meant
+    for training on texts. The tokenizer is also saved without it."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if model is not None and getattr(model, "dropout", None):
         model.dropout = None
@@ -143,7 +143,7 @@ def end_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_certain(tokenizer: PreTrainedTokenizerBase, prompts: list[str], key: str) -> None:
     """Raises UserError, naming the model by its key, where a tokenizer draws at random how it splits a text (subword
-    regularization): a prompt would be another one each time."""
+    regularization): a prompt would have other tokens each time."""
     for prompt in prompts:
         if tokenizer(prompt)["input_ids"] != tokenizer(prompt)["input_ids"]:
             raise UserError(

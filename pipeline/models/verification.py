@@ -24,7 +24,7 @@ PROBES, SAMPLES = 4, 2  # prompts, and completions of each
 SAMPLED = 64  # tokens of a completion that are sampled; a longer one begins as a part of the prompt
 NATS, RELATIVE = 3e-4, 3e-5  # a log-probability may be off by NATS and by this share of itself ...
 GRADIENT = 1e-3  # ... and a gradient by this share of its length (L2); rounding moves them by a hundredth of that
-# bfloat16 may be off by so much more, and by this factor times what the plain forward pass in bfloat16 is off
+# bfloat16 may be off by HALF_FACTOR times the error of the plain forward pass in bfloat16, and by this much more
 HALF_NATS, HALF_GRADIENT, HALF_FACTOR = 0.05, 0.05, 4.0
 WINDOWS = ("sliding_window", "attention_window", "attention_chunk_size", "window_size", "local_attention")
 RECURRENT = ("mamba", "ssm_", "conv_kernel", "conv_L", "recurrent", "linear_attention", "rwkv", "xlstm")
@@ -32,7 +32,7 @@ RECURRENT = ("mamba", "ssm_", "conv_kernel", "conv_L", "recurrent", "linear_atte
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences are laid out for a model; the slower way where the faster one is not what the model computes."""
+    """How sequences are laid out for a model. A slower way is for models that compute other numbers in a faster one."""
 
     sampling: SamplingLayout = "left_padding"  # see `sample`
     packing: bool = True  # see `score`
@@ -50,8 +50,8 @@ def probe_prompts(prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[
     """A few prompts for `choose_layout`, of lengths from the shortest to the longest, and how much to sample of each.
     Among them is the one that makes the longest sequence.
 
-    The shortest is as it is; the others, where a completion is longer than what is sampled, are prolonged to where the
-    last part of it begins. All tokens are the prompts' own.
+    The shortest prompt stays as it is. If a completion may have more than SAMPLED tokens, the other prompts are longer
+    by the difference, so that sampling reaches the full length. All added tokens are taken from the prompts.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     chosen = [order[round(k * (len(order) - 1) / (PROBES - 1))] for k in range(PROBES)]
@@ -78,10 +78,10 @@ def choose_layout(
     """The fastest layout in which sampling, scoring and the gradient agree with the model's plain forward pass, and a
     description with the largest difference.
 
-    policy: in float32, as training starts with it, its adapters included; with `bfloat16` the layout is compared in
-    that too, and the policy is left rounded as training rounds it. prompts and limits: of `probe_prompts`. key: names
-    the model in messages. eos: ids that end a completion, never inside one. special: other special
-    tokens, such as padding: a quarter of what is sampled.
+    policy: in float32, as training starts with it, its adapters included. bfloat16: also compares the layout in
+    bfloat16, and leaves the policy rounded as training rounds it. prompts and limits: of `probe_prompts`. key: names
+    the model in messages. eos: ids that end a completion, which are never sampled here. special: other special tokens,
+    such as padding, which get a quarter of the probability.
 
     Raises UserError where no layout agrees, naming the cause where it is known.
     """
@@ -103,10 +103,10 @@ def _choose_layout(
         return UserError(f"{key}: {policy.config.model_type} cannot be {what}: {failure}")
 
     def words(error: Exception) -> str:
-        """With the cause, where it is the numbers that are wrong."""
+        """The error in words, with a possible cause if the numbers disagree."""
         return _failure(error) + (_because(policy, longest) if isinstance(error, DisagreementError) else "")
 
-    # Whatever a model makes torch or transformers raise: it is the model that cannot be used so.
+    # Any error that torch or transformers raises here means that the model cannot be used in this way.
     try:
         _check_plain(policy, max(prompts, key=len))
     except Exception as error:
@@ -149,17 +149,17 @@ class DisagreementError(Exception):
 @dataclass(frozen=True)
 class _Pass:
     logprobs: Tensor  # [N, T] zero behind the ends
-    gradient: list[Tensor]  # of `_weights`' sum of them, one for each trained parameter
+    gradient: list[Tensor]  # of the sum of `_weights` times logprobs, one for each trained parameter
 
 
 @contextmanager
 def _probable(policy: PreTrainedModel, never: Sequence[int], often: Sequence[int]) -> Iterator[None]:
-    """Inside, whichever way the policy is called, the tokens `never` have no probability, and the tokens `often` a
-    quarter of it, in equal parts."""
+    """Inside, in each call of the policy, the tokens `never` have probability 0, and the tokens `often` together have
+    probability 1/4, in equal parts."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
         logits = output.logits
-        known = range(logits.shape[-1])  # a file may name a token that the model has not
+        known = range(logits.shape[-1])  # a file may name a token that the model does not have
         banned, raised = (
             torch.tensor([i for i in ids if i in known], device=logits.device, dtype=torch.long)
             for ids in (never, often)
@@ -180,7 +180,7 @@ def _probable(policy: PreTrainedModel, never: Sequence[int], often: Sequence[int
 
 
 def _check_plain(policy: PreTrainedModel, prompt: list[int]) -> None:
-    """Raises DisagreementError where the forward pass is no function of the tokens before a position."""
+    """Raises DisagreementError unless predictions are finite, repeatable and independent of later tokens."""
     with torch.no_grad():
         ids = torch.tensor([prompt * 2 if len(prompt) < 2 else prompt], device=policy.device)
         logits, again, part = (policy(input_ids=x, use_cache=False).logits[0] for x in (ids, ids, ids[:, :-1]))
@@ -208,7 +208,7 @@ def _sample(
 
 
 def _plain(policy: PreTrainedModel, rollout: Rollout) -> _Pass:
-    """Each sequence by itself."""
+    """The plain forward pass, each sequence by itself."""
     policy.zero_grad()
     weights, logprobs = _weights(rollout), torch.zeros_like(rollout.logprobs)
     for i, length in enumerate(rollout.lengths.tolist()):
@@ -232,7 +232,7 @@ def _scored(policy: PreTrainedModel, rollout: Rollout, packing: bool, gradient_c
 
 
 def _weights(rollout: Rollout) -> Tensor:
-    """[N, T] of every sign, so that no two tokens' gradients can stand for each other; zero behind the ends."""
+    """[N, T] a different weight for each token, of both signs: swapped tokens would show; zero behind the ends."""
     drawn = torch.arange(rollout.completions.numel(), device=rollout.lengths.device).view_as(rollout.completions).cos()
     return drawn * rollout.completion_mask
 
@@ -253,7 +253,8 @@ def _check_bfloat16(
     gradient_checkpointing: bool,
 ) -> None:
     """Raises DisagreementError where the layout in bfloat16 is farther from the plain pass in float32 than rounding
-    explains: by HALF_FACTOR times what the plain pass in bfloat16 is. Leaves the policy rounded."""
+    explains: HALF_FACTOR times the error of the plain pass in bfloat16, and a constant more. Leaves the policy rounded.
+    """
     cast_frozen_bf16(policy)
     half = torch.autocast(policy.device.type, torch.bfloat16)
     with half:
@@ -264,7 +265,7 @@ def _check_bfloat16(
     _compare_means(scored.logprobs, truth.logprobs, mask, nats, "scored")
     share = HALF_GRADIENT + HALF_FACTOR * _relative(plain.gradient, truth.gradient)
     _compare_gradients(scored.gradient, truth.gradient, share)
-    # of the tokens that are sampled in bfloat16, which may be others
+    # compared on the tokens that are sampled in bfloat16, which may be others
     sampled = _sample(policy, prompts, limits, layout.sampling, half=True)
     with half:
         plain = _plain(policy, sampled)
@@ -286,7 +287,7 @@ def _compare(found: Tensor, truth: Tensor, rollout: Rollout, what: str) -> float
 
 def _compare_means(found: Tensor, truth: Tensor, mask: Tensor, allowed: float, what: str) -> None:
     """Raises DisagreementError where log-probabilities in bfloat16 are on average farther from the truth than allowed.
-    On average, since a token may go another way by rounding alone, as between experts."""
+    The mean counts, since rounding alone may send a token another way, as to another expert."""
     if not (off := _mean_gap(found, truth, mask)) <= allowed:
         raise DisagreementError(
             f"log-probabilities {what} in bfloat16 differ from its own forward pass by {off:.2g} nats a token "
@@ -313,7 +314,7 @@ def _relative(found: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def _because(policy: PreTrainedModel, longest: int) -> str:
-    """What is known of a model that may be the cause: ` (it keeps a recurrent state)`."""
+    """Known properties of the model that may be the cause, such as ` (it keeps a recurrent state)`."""
     config = policy.config.get_text_config()
     settings = {**policy.config.to_dict(), **config.to_dict()}
     kinds = [str(kind) for name in ("layer_types", "layers_block_type") for kind in settings.get(name) or ()]
@@ -334,7 +335,7 @@ def _because(policy: PreTrainedModel, longest: int) -> str:
 
 
 def _failure(error: Exception) -> str:
-    """An error in words. Raises it again where memory ran out, which says nothing of how a model computes."""
+    """An error in words. Raises it again if memory ran out, which says nothing about how a model computes."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         raise error
     text = cut(one_line(str(error)), 200)
