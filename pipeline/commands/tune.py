@@ -248,7 +248,7 @@ def answer(search: Search, outcomes: Outcomes, best: int) -> str:
 
 
 def within(gain: Interval, other: Interval) -> bool:
-    """Whether the other's interval holds the gain."""
+    """Whether the gain is no lower than the other's interval."""
     return gain["mean"] is not None and other["low"] is not None and gain["mean"] >= other["low"]
 
 

@@ -31,7 +31,7 @@ def reward_scale(calibration: Sequence[Mapping[str, float]]) -> float:
 
 
 def no_baseline(rewards: Tensor, outside: Tensor | None = None) -> Tensor:
-    """b = 0. Unbiased, and the most noisy."""
+    """b = 0. Unbiased, and noisy."""
     return torch.zeros_like(rewards)
 
 

@@ -7,8 +7,8 @@ A model that cannot be trained correctly is refused here, before hours of traini
 and sampling, scoring and gradients must agree with its plain forward pass (pipeline/models/verification.py). A
 classifier is refused if it lacks the label that a reward names, or if its scores change with padding.
 
-The encoder is stored even if the reward needs none, so that another reward never reruns this stage. Code from a
-repository is never run (`trust_remote_code` is off).
+The encoder is stored even if the reward needs none, so that another reward reruns this stage only where it asks other
+classifiers. Code from a repository is never run (`trust_remote_code` is off).
 """
 
 import hashlib

@@ -44,7 +44,7 @@ def main() -> None:
         for name, content in pictures.items():
             (folder / f"{name}.png").write_bytes(content)
     write_text(RUN_FILES.page, report)
-    make_all_readable(REPORTS)  # the last stage that reads outputs which DVC has committed
+    make_all_readable(REPORTS)  # whatever the umask; DVC has committed what it read
     print(f"{len(pictures)} figures in {RUN_FILES.figures}, page {RUN_FILES.page}")
 
 
