@@ -14,6 +14,7 @@ import argparse
 import importlib
 import os
 import re
+import resource
 import sys
 from collections import Counter
 from functools import partial
@@ -32,6 +33,8 @@ TESTS = (
     "rewards", "terms", "samples", "page_samples", "large", "verification", "tokenization", "chat", "stop_strings",
     "halving", "background", "cache_size",
 )  # fmt: skip
+
+MEMORY = 8 << 30  # bytes of a process of the tests
 
 # file below pipeline/: the tests to try first, then (text, text with the error)
 MUTATIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -670,6 +673,7 @@ def run_pytest(copy: Path, arguments: list[str]) -> tuple[int, str]:
 
 
 def pytest_here(copy: Path, arguments: list[str]) -> int:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # an error may read something endless into memory
     os.chdir(copy)
     os.environ["PYTHONPATH"] = str(copy)
     sys.path.insert(0, str(copy))
