@@ -6,8 +6,8 @@
 Each error goes into a fresh copy of the project in a temporary folder, on which the tests of the numerical core run
 until the first one fails. Exit code 1 where no test notices an error, where its text does not occur exactly once (the
 code has changed, so this table must), or where the tests fail without any error. An error takes 6 to 20 s on a free
-core, hence no test of pytest's: run it after changes to the core or its tests, and add the errors that a new formula
-invites.
+core, and minutes where the tests named for its file miss it, hence no test of pytest's: run it after changes to the
+core or its tests, and add the errors that a new formula invites.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from pipeline.data import hub as hub_of_project
 from pipeline.data.hub import DamagedError, drop_damaged
 from tests import repositories
 from tests.faults import fault, first, rounds
+from tests.fork_client import NOWHERE
 from tests.hub import Failure, Hub
 from tests.pickles import Malicious, pickled_weights
 from tests.project import PINNED, PYTHIA, Project, copy_of_project
@@ -194,8 +195,8 @@ def test_a_proxys_refusal_is_not_taken_for_the_hubs(
 @pytest.mark.parametrize("stage", STAGES)
 def test_nobody_listens(asking: Project, hub: Hub, undisturbed: Undisturbed, stage: str) -> None:
     with fault("hub refuses the connection"):
-        asking.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-        refuse_then_succeed(asking, hub, stage, undisturbed, "the hub at http://127.0.0.1:9 cannot be reached (")
+        asking.environment["HF_ENDPOINT"] = NOWHERE
+        refuse_then_succeed(asking, hub, stage, undisturbed, f"the hub at {NOWHERE} cannot be reached (")
 
 
 @pytest.mark.parametrize(("stage", "kind"), first(1, ONE_REQUEST))

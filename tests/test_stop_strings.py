@@ -27,6 +27,7 @@ pytestmark = pytest.mark.numeric
 POCKET = ROOT / "data/pocket/checkpoint"
 PROMPTS = ["What is the best way to", "Hi", "Can you tell me", "How do I make a"]
 EOS, END, LIMIT = 0, 259, 24  # END: of a turn, as the chat model's tokenizer has it
+FILLER = 4095  # a token that the policy does not say here
 CPU = torch.device("cpu")
 WORDS = load_tokenizer(POCKET)
 BYTES = chat_tokenizer()
@@ -79,14 +80,15 @@ def test_completions_end_where_generate_ends_them(pocket: PreTrainedModel) -> No
     for stop_strings in stops:
         found = rows(draw(pocket, prompts, zeros, stop_strings, top_k=1))
         truth = generate(  # type: ignore[operator]
-            ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LIMIT, pad_token_id=EOS,
+            ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LIMIT, pad_token_id=FILLER,
             stop_strings=stop_strings, tokenizer=WORDS,
         )[:, ids.shape[1] :].tolist()  # fmt: skip
         for before, prompt, tokens, row in zip(asked, prompts, found, truth, strict=True):
             whole = str(WORDS.decode(prompt + tokens))
             if any(0 <= whole.find(stop, max(0, len(before) - len(stop) + 1)) < len(before) for stop in stop_strings):
                 continue
-            assert row == tokens + [EOS] * (len(row) - len(tokens)), stop_strings
+            assert FILLER not in tokens
+            assert tokens == [token for token in row if token != FILLER], stop_strings
             compared += 1
             straddled += len(tokens) < LIMIT and not str(WORDS.decode(tokens)).endswith(tuple(stop_strings))
     assert compared > 3 * len(stops)
