@@ -25,8 +25,8 @@ class Tracked:
         subprocess.run([sys.executable, "-c", make], cwd=project.root, check=True, capture_output=True)
         shutil.copy(self.store, self.empty)
         self.afresh()
-        began = time.monotonic()
         with forks.start(project) as run:
+            began = time.monotonic()  # not before: the server of forks may still have been importing
             until(lambda: self.has("reports/train/run.json"), run)
             self.seconds = time.monotonic() - began  # without what MLflow takes after the end
             assert run.wait() == 0, run.said()
