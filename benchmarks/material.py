@@ -73,13 +73,13 @@ def tokenizer() -> tuple[PreTrainedTokenizerBase, str]:
 
 def prompts() -> tuple[list[str], str]:
     """The notebook's prompts, and what they are."""
-    file = SHARED / "oasst1" / "train-en.jsonl.gz"
-    if file.exists():
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            texts = [json.loads(line)["text"] for line in lines]
-        return [text for text in texts if 0 < len(text) < 32 and text[0].isupper()], "OASST1's short prompts"
-    lines_ = (POCKET / "prompts" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines_], "the pocket prompts"
+    file, name = SHARED / "oasst1" / "train-en.jsonl.gz", "OASST1's short prompts"
+    if not file.exists():
+        file, name = POCKET / "prompts" / "train.jsonl", "the pocket prompts"
+    read = gzip.open if file.suffix == ".gz" else open
+    with read(file, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    return [text for text in texts if 0 < len(text) < 32 and text[0].isupper()], name
 
 
 def write_encoder(folder: Path) -> None:
